@@ -1,0 +1,107 @@
+"""Our own files: one safetensors file per module, with its description in the header.
+
+The header's metadata holds the module's description (plain JSON, see `mmdit.registry`), so a file
+says by itself what it is. Files appear whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mmdit.errors import UserError
+from mmdit.registry import build, describe
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file beside its place, flush it to the disk, then move it there."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def save_module(path: Path, module: nn.Module) -> None:
+    """Write a registered module: its tensors and its description."""
+    save_tensors(path, module.state_dict(), {"description": describe(module)})
+
+
+def load_module(path: Path) -> nn.Module:
+    """The module a file describes, with its tensors; in eval mode, on the CPU.
+
+    Raises:
+        UserError: the file is not there, is damaged, or does not fit its own description.
+    """
+    tensors, metadata = load_tensors(path)
+    if "description" not in metadata:
+        raise UserError(
+            f"{path} was not written by this project: its header has no description of a model"
+        )
+    module = build(metadata["description"])
+    load_strictly(module, tensors, path)
+    return module.eval()
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy tensors into a module; every key must be there, fit, and be expected.
+
+    Raises:
+        UserError: with the first ten keys that are missing, unexpected or misshapen; nothing is
+            loaded then.
+    """
+    wanted = module.state_dict()
+    faults = {
+        "missing": [key for key in wanted if key not in tensors],
+        "unexpected": [key for key in tensors if key not in wanted],
+        "misshapen": [
+            f"{key} {tuple(tensors[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in tensors and tensors[key].shape != wanted[key].shape
+        ],
+    }
+    if any(faults.values()):
+        told = "; ".join(
+            f"{len(keys)} {fault}: {', '.join(keys[:10])}" for fault, keys in faults.items() if keys
+        )
+        raise UserError(f"{source} does not fit {type(module).__name__}: {told}")
+    module.load_state_dict(dict(tensors))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors with a JSON header, atomically."""
+    plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+    write_atomically(path, save(plain, {key: json.dumps(value) for key, value in metadata.items()}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of ours.
+
+    Raises:
+        UserError: the file is not there, or cannot be read as safetensors.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({error}): "
+            "use another checkpoint, or copy it here again"
+        ) from error
+    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,154 @@
+"""What is said about a toy scene: the grammar of captions and the list of its words.
+
+Two styles. Short captions ask for what the six GenEval tasks test and leave the rest free; rich
+ones name all there is to see in at most `MAX_WORDS` words (places go first if that is too much).
+
+Source of the tasks: Ghosh et al. 2023, GenEval, Sec. 3.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mmdit.data.drawing import COLOURS, SHAPES, Object
+
+TASKS = (
+    "single_object",
+    "two_object",
+    "counting",
+    "colours",
+    "position",
+    "colour_attribution",
+)
+RELATIONS = {
+    "above": (0, -1),
+    "below": (0, 1),
+    "left of": (-1, 0),
+    "right of": (1, 0),
+}  # the direction, x then y (down), in which the first object lies from the second
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"),
+    *("nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
+)
+PLACES = {  # by grid, row by row
+    2: ("top left", "top right", "bottom left", "bottom right"),
+    3: (
+        *("top left", "top", "top right"),
+        *("left", "center", "right"),
+        *("bottom left", "bottom", "bottom right"),
+    ),
+}
+MAX_WORDS = 14
+
+
+class Scene(NamedTuple):
+    """What a picture holds: one of `TASKS`, the objects in the order of their mention, and for the
+    position task how the first object lies from the second (a key of `RELATIONS`)."""
+
+    task: str
+    objects: tuple[Object, ...]
+    relation: str | None
+    background: str
+
+
+def plural(shape: str) -> str:
+    """`circle` -> `circles`, `cross` -> `crosses`."""
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def short_caption(scene: Scene) -> str:
+    """What the scene's task asks for and nothing more: "a circle and a square", "two circles"."""
+    first, *rest = scene.objects
+    match scene.task:
+        case "single_object":
+            return _one(first.shape)
+        case "two_object":
+            return f"{_one(first.shape)} and {_one(rest[0].shape)}"
+        case "counting":
+            return f"{NUMBERS[len(scene.objects)]} {plural(first.shape)}"
+        case "colours":
+            return _one(first.colour, first.shape)
+    link = scene.relation or "and"
+    return f"{_one(first.colour, first.shape)} {link} {_one(rest[0].colour, rest[0].shape)}"
+
+
+def rich_caption(
+    scene: Scene, *, grid: int, relate: bool, name_sizes: bool, name_background: bool
+) -> str:
+    """Everything in the picture: "a red circle top left and a blue square bottom right".
+
+    Two objects in one row or column of the grid are told by their relation instead of their places
+    with `relate`, and whenever there is no room or no name for the places.
+    """
+    ground = f" on {_one(scene.background, 'background')}" if name_background else ""
+
+    def adjectives(thing: Object) -> tuple[str, ...]:
+        return (thing.size, thing.colour) if name_sizes else (thing.colour,)
+
+    if scene.task == "counting":
+        first = scene.objects[0]
+        noun = plural(first.shape)
+        return " ".join((NUMBERS[len(scene.objects)], *adjectives(first), noun)) + ground
+
+    names = [_one(*adjectives(thing), thing.shape) for thing in scene.objects]
+    relation = _relation(scene.objects, grid)
+    related = f" {relation or 'and'} ".join(names) + ground
+    if grid not in PLACES or (relate and relation):
+        return related
+    places = [_place(thing, grid) for thing in scene.objects]
+    told = [f"{name} {place}" for name, place in zip(names, places, strict=True)]
+    placed = " and ".join(told) + ground
+    return placed if len(placed.split()) <= MAX_WORDS else related
+
+
+def words_of(
+    *,
+    shapes: Iterable[str],
+    colours: Iterable[str],
+    sizes: Iterable[str],
+    backgrounds: Iterable[str],
+    max_count: int,
+) -> list[str]:
+    """Every word a caption can hold, sorted, and a few beside that a reader may want to try."""
+    shapes = tuple(shapes)
+    phrases = ("a", "an", "and", "at", "on", "background", "centre", *RELATIONS)
+    places = tuple(place for grid in PLACES.values() for place in grid)
+    counts = NUMBERS[1 : max_count + 1]
+    names = (*shapes, *map(plural, shapes), *colours, *sizes, *backgrounds)
+    return sorted({word for text in (*phrases, *places, *counts, *names) for word in text.split()})
+
+
+def vocabulary() -> list[str]:
+    """Every word of every grammar that `Shapes` can be configured to, for a word-level tokenizer."""
+    return words_of(
+        shapes=SHAPES,
+        colours=COLOURS,
+        sizes=("small", "medium", "large"),
+        backgrounds=COLOURS,
+        max_count=len(NUMBERS) - 1,
+    )
+
+
+def cell_of(thing: Object, grid: int) -> tuple[int, int]:
+    """The (column, row) of the layout that an object's middle lies in."""
+    return int(thing.x * grid), int(thing.y * grid)
+
+
+def _one(*parts: str) -> str:
+    return " ".join(("an" if parts[0][0] in "aeiou" else "a", *parts))
+
+
+def _place(thing: Object, grid: int) -> str:
+    column, row = cell_of(thing, grid)
+    return PLACES[grid][row * grid + column]
+
+
+def _relation(objects: tuple[Object, ...], grid: int) -> str | None:
+    """How the first of two objects lies from the second; None unless they share a row or column."""
+    if len(objects) != 2:
+        return None
+    (column, row), (other_column, other_row) = (cell_of(thing, grid) for thing in objects)
+    if column == other_column:
+        return "above" if row < other_row else "below"
+    if row == other_row:
+        return "left of" if column < other_column else "right of"
+    return None

@@ -1,0 +1,19 @@
+"""Checks of constructor arguments: the message names field, value and expectation."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def expect(holds: bool, field: str, value: object, expectation: str) -> None:
+    """Raise ValueError "`field` `value` `expectation`" unless it holds."""
+    if not holds:
+        raise ValueError(f"{field} {value!r} {expectation}")
+
+
+def one_of(field: str, name: str, known: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest known name, unless `name` is known."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field} {name!r} must be one of {', '.join(known)}{hint}")

@@ -1,0 +1,143 @@
+"""Anti-aliased drawing of flat shapes, at any resolution, from signed distances.
+
+Lengths are fractions of the image side and y points down, so one list of shapes is the same picture
+at 32 and at 64 pixels: only the width of the anti-aliased edge knows about pixels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+Image: TypeAlias = NDArray[np.uint8]
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (230, 25, 35),
+    "green": (25, 160, 50),
+    "blue": (30, 60, 230),
+    "yellow": (250, 210, 0),
+    "purple": (150, 30, 190),
+    "cyan": (0, 200, 225),
+    "orange": (255, 125, 0),
+    "pink": (255, 110, 190),
+    "brown": (120, 65, 20),
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "white": (255, 255, 255),
+}
+
+
+class Object(NamedTuple):
+    """One shape of a picture: names for `shape`, `colour` and `size`, lengths in image sides.
+
+    (x, y) is the middle of the shape's bounding box and `radius` half the box's larger side (the
+    square, which would look bigger than the rest, fills only 0.85 of it).
+    """
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+# Signed distances in units of the radius, negative inside. Outside a corner they are lower bounds
+# of the true distance: corners stay sharp, and coverage only reads half a pixel around the edge.
+
+
+def _circle(x: Array, y: Array) -> Array:
+    return np.sqrt(x * x + y * y) - 1
+
+
+def _square(x: Array, y: Array) -> Array:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.85
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    """Equilateral, apex up, base as wide as the box."""
+    half_height = math.sqrt(3) / 2
+    return np.maximum(y - half_height, half_height * np.abs(x) - 0.5 * (y + half_height))
+
+
+def _diamond(x: Array, y: Array) -> Array:
+    return (np.abs(x) + np.abs(y) - 1) * math.sqrt(0.5)
+
+
+def _cross(x: Array, y: Array) -> Array:
+    """Two bars, each 0.36 as thick as it is long."""
+    x, y = np.abs(x), np.abs(y)
+    return np.minimum(np.maximum(x - 1, y - 0.36), np.maximum(x - 0.36, y - 1))
+
+
+def _star(x: Array, y: Array) -> Array:
+    """The pentagram: the points on the inner side of at least four of its five lines."""
+    angles = np.pi / 2 + 2 * np.pi / 5 * np.arange(5, dtype=np.float32)
+    normal_x, normal_y = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
+    return np.partition(normal_x * x + normal_y * y, 3, axis=0)[3] - math.cos(2 * math.pi / 5)
+
+
+SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "diamond": _diamond,
+    "star": _star,
+    "cross": _cross,
+}
+
+
+class Window(NamedTuple):
+    """How much of each pixel a shape covers, `coverage` in [0, 1] (h, w), at rows and columns."""
+
+    rows: slice
+    columns: slice
+    coverage: Array
+
+
+@cache
+def _pixel_centres(image_size: int) -> Array:
+    return (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
+
+
+def cover(shape: str, x: float, y: float, radius: float, image_size: int) -> Window:
+    """The coverage of one shape, computed only in the window of pixels it can touch."""
+
+    def reach(middle: float) -> slice:
+        low, high = (middle - radius) * image_size - 1, (middle + radius) * image_size + 1
+        return slice(max(0, math.floor(low)), min(image_size, math.ceil(high)))
+
+    centres, rows, columns = _pixel_centres(image_size), reach(y), reach(x)
+    across, down = (centres[columns] - x) / radius, (centres[rows] - y) / radius
+    distance = SHAPES[shape](across[None, :], down[:, None])
+    return Window(rows, columns, (0.5 - distance * (radius * image_size)).clip(0, 1))
+
+
+@cache
+def area_and_centroid(shape: str) -> tuple[float, float, float]:
+    """Area, x and y of the centroid of a shape of radius 1 around the origin, by fine rendering."""
+    size = 512
+    coverage = cover(shape, 0.5, 0.5, 0.5, size).coverage
+    axis = (_pixel_centres(size) - 0.5) * 2
+    total = float(coverage.sum())
+    x, y = float((coverage @ axis).sum()) / total, float((axis @ coverage).sum()) / total
+    return total * (2 / size) ** 2, x, y
+
+
+@cache
+def _ground(background: str, image_size: int) -> Array:
+    return np.tile(np.float32(COLOURS[background]), (image_size, image_size, 1))
+
+
+def draw(objects: Sequence[Object], background: str, image_size: int) -> Image:
+    """Paint the objects in order on a plain background: uint8 (image_size, image_size, 3)."""
+    canvas = _ground(background, image_size).copy()
+    for thing in objects:
+        rows, columns, coverage = cover(thing.shape, thing.x, thing.y, thing.radius, image_size)
+        window = canvas[rows, columns]
+        window += coverage[..., None] * (np.float32(COLOURS[thing.colour]) - window)
+    return np.rint(canvas).astype(np.uint8)

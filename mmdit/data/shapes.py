@@ -1,0 +1,307 @@
+"""Captioned toy pictures drawn on the fly: a world small enough to learn on a laptop.
+
+Each sample is a pure function of (seed, split, index). It follows one of the six tasks of GenEval
+(Ghosh et al. 2023), and some combinations never occur in training, so that a model can be asked
+whether it composes or remembers.
+"""
+
+import bisect
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from mmdit.data.captions import (
+    NUMBERS,
+    RELATIONS,
+    TASKS,
+    Scene,
+    rich_caption,
+    short_caption,
+    words_of,
+)
+from mmdit.data.checks import expect, one_of
+from mmdit.data.composition import Kind, hold_out
+from mmdit.data.drawing import COLOURS, SHAPES, Image, Object, draw
+
+__all__ = ["SPLITS", "Kind", "Object", "Sample", "Scene", "Shapes", "short_caption"]
+
+SPLITS = ("train", "validation", "held_out")
+PAIR_TASKS = ("two_object", "position", "colour_attribution")
+DEFAULT_SIZES = {"medium": (0.16, 0.20)}
+DEFAULT_WEIGHTS = dict(zip(TASKS, (1.0, 1.0, 1.0, 1.0, 2.0, 2.0), strict=True))
+# Half a pixel at 32 pixels: two objects stay a whole pixel apart, so they can be told apart.
+MARGIN = 1 / 64
+INDICES = 1 << 56  # indices of one split (and task): room for 32 such spaces below 2**61
+
+T = TypeVar("T")
+
+
+class Sample(NamedTuple):
+    """A picture, uint8 (h, w, 3), with its caption and the scene both were made from."""
+
+    image: Image
+    caption: str
+    scene: Scene
+
+
+class Shapes:
+    """An endless dataset of captioned shapes; indices run from 0 to 2**56 - 1.
+
+    Objects sit in distinct cells of a `grid` x `grid` layout, within `jitter` of the cell's centre,
+    and neither overlap nor leave the canvas. All lengths are fractions of the image side, so the
+    same index is the same scene at every `image_size`.
+
+    Held out of the splits train and validation, by `seed`: about `held_out_fraction` of the kinds
+    (every colour and every shape is still seen), and of the pairs of remaining kinds of different
+    shape (both are seen, never together). The split held_out draws only those: a held-out kind for
+    tasks of one kind, a held-out pair for tasks of two. The random streams of the splits are keyed
+    by disjoint ranges, so train and validation share scenes only by chance.
+
+    Args:
+        split: 'train', 'validation' or 'held_out'.
+        image_size: side in pixels, a multiple of 32.
+        seed: of everything random, the choice of what is held out included.
+        shapes, colours: names known to `mmdit.data.drawing`, at least two of each.
+        sizes: name -> (least, greatest) radius. Captions name sizes only if there are several.
+        backgrounds: colours of the ground. Captions name them only if there are several.
+        grid: rows and columns of the layout.
+        jitter: greatest offset of an object from its cell's centre, along x and along y.
+        max_count: most objects of the counting task; `grid**2` by default.
+        task_weights: task -> relative frequency; a task left out has none.
+        rich_fraction: share of captions that name everything instead of just what the task asks.
+        held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
+
+    Raises:
+        ValueError: an argument is out of range, or the arguments do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        image_size: int = 32,
+        seed: int = 0,
+        shapes: Sequence[str] = ("circle", "square", "triangle"),
+        colours: Sequence[str] = ("red", "green", "blue", "yellow", "purple", "cyan"),
+        sizes: Mapping[str, tuple[float, float]] = DEFAULT_SIZES,
+        backgrounds: Sequence[str] = ("white",),
+        grid: int = 2,
+        jitter: float = 0.03,
+        max_count: int | None = None,
+        task_weights: Mapping[str, float] = DEFAULT_WEIGHTS,
+        rich_fraction: float = 0.5,
+        held_out_fraction: float = 0.125,
+    ) -> None:
+        self.split, self.image_size, self.seed = split, image_size, seed
+        self.shapes, self.colours = tuple(shapes), tuple(colours)
+        self.backgrounds = tuple(backgrounds)
+        self.sizes = {name: (float(least), float(most)) for name, (least, most) in sizes.items()}
+        self.grid, self.jitter = grid, jitter
+        self.max_count = min(grid**2, len(NUMBERS) - 1) if max_count is None else max_count
+        self.task_weights = {task: float(weight) for task, weight in task_weights.items()}
+        self.rich_fraction, self.held_out_fraction = rich_fraction, held_out_fraction
+        self._check()
+        # Keyed by the seed alone, outside the spaces of the indices: the same for every split.
+        rng = _stream(self.seed, 2**64 - 1)
+        self._composition = hold_out(rng, self.colours, self.shapes, held_out_fraction)
+        self._choices = {task: self._choices_of(task) for task in TASKS}
+        for task, weight in self.task_weights.items():
+            if weight:
+                self._require(task)
+        self._thresholds = list(itertools.accumulate(self.task_weights.values()))
+
+    def __getitem__(self, index: int) -> Sample:
+        scene, caption = self._draw(None, index)
+        return Sample(self.render(scene), caption, scene)
+
+    def scene(self, index: int) -> Scene:
+        """The scene of a sample, not drawn."""
+        return self._draw(None, index)[0]
+
+    def caption(self, index: int) -> str:
+        """The caption of a sample, without drawing it."""
+        return self._draw(None, index)[1]
+
+    def scene_for_task(self, task: str, index: int) -> Scene:
+        """The `index`-th scene of this split for one task, from a stream of its own.
+
+        Raises:
+            ValueError: the task is unknown, or cannot be posed in this dataset.
+        """
+        one_of("task", task, TASKS)
+        self._require(task)
+        return self._draw(task, index)[0]
+
+    def render(self, scene: Scene) -> Image:
+        """The picture of a scene at this dataset's resolution: uint8 (h, w, 3)."""
+        return draw(scene.objects, scene.background, self.image_size)
+
+    def batch(self, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
+        """Pictures as one uint8 tensor (b, h, w, 3), and their captions."""
+        samples = [self[index] for index in indices]
+        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+        return images, [sample.caption for sample in samples]
+
+    @property
+    def words(self) -> list[str]:
+        """Every word of every caption, sorted: the vocabulary of a word-level tokenizer."""
+        return words_of(
+            shapes=self.shapes,
+            colours=self.colours,
+            sizes=self.sizes,
+            backgrounds=self.backgrounds,
+            max_count=self.max_count,
+        )
+
+    @property
+    def held_out_kinds(self) -> frozenset[Kind]:
+        """Kinds that neither train nor validation ever shows."""
+        return frozenset(self._composition.held_out_kinds)
+
+    @property
+    def held_out_pairs(self) -> frozenset[frozenset[Kind]]:
+        """Pairs of shown kinds that neither train nor validation ever shows in one picture."""
+        return frozenset(map(frozenset, self._composition.held_out_pairs))
+
+    def _draw(self, task: str | None, index: int) -> tuple[Scene, str]:
+        rng = self._generator(task, index)
+        if task is None:
+            mark = rng.random() * self._thresholds[-1]
+            task = tuple(self.task_weights)[bisect.bisect_right(self._thresholds, mark)]
+        kinds = _pick(rng, self._choices[task])
+        relation = None
+        if task == "counting":
+            kinds = kinds * (2 + int(rng.random() * (self.max_count - 1)))
+        elif rng.random() < 0.5:
+            kinds = kinds[::-1]
+        if task == "position":
+            relation = _pick(rng, tuple(RELATIONS))
+            cells = self._aligned_cells(rng, relation)
+        else:
+            cells = self._distinct_cells(rng, len(kinds))
+        size_names = tuple(self.sizes)
+        sizes = [_pick(rng, size_names) for _ in kinds]
+        if task == "counting":  # "three small circles" is true of all three
+            sizes = sizes[:1] * len(kinds)
+        placed = zip(kinds, sizes, cells, strict=True)
+        objects = tuple(self._place(rng, kind, size, cell) for kind, size, cell in placed)
+        scene = Scene(task, objects, relation, _pick(rng, self.backgrounds))
+        # The words are drawn last: rich_fraction changes no scene.
+        rich, relate = rng.random() < self.rich_fraction, rng.random() < 0.5
+        if not rich:
+            return scene, short_caption(scene)
+        return scene, rich_caption(
+            scene,
+            grid=self.grid,
+            relate=relate,
+            name_sizes=len(self.sizes) > 1,
+            name_background=len(self.backgrounds) > 1,
+        )
+
+    def _generator(self, task: str | None, index: int) -> np.random.Generator:
+        """Philox keyed by (seed, space, index): each split has one space, and one for each task."""
+        index = operator.index(index)
+        if not 0 <= index < INDICES:
+            raise ValueError(f"index {index} must be from 0 to 2**56 - 1")
+        space = SPLITS.index(self.split) * 8 + (0 if task is None else 1 + TASKS.index(task))
+        return _stream(self.seed, space * INDICES + index)
+
+    def _place(
+        self, rng: np.random.Generator, kind: Kind, size: str, cell: tuple[int, int]
+    ) -> Object:
+        x, y = ((at + 0.5) / self.grid + _within(rng, -self.jitter, self.jitter) for at in cell)
+        return Object(kind.shape, kind.colour, size, x, y, _within(rng, *self.sizes[size]))
+
+    def _distinct_cells(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+        free = list(itertools.product(range(self.grid), repeat=2))
+        return [free.pop(int(rng.random() * len(free))) for _ in range(count)]
+
+    def _aligned_cells(self, rng: np.random.Generator, relation: str) -> list[tuple[int, int]]:
+        """Cells of one column or row, the first `relation` the second."""
+        x, y = RELATIONS[relation]
+        line = _pick(rng, range(self.grid))
+        low, high = _pick(rng, tuple(itertools.combinations(range(self.grid), 2)))
+        along = (low, high) if x + y < 0 else (high, low)
+        return [(step, line) if x else (line, step) for step in along]
+
+    def _choices_of(self, task: str) -> list[tuple[Kind, ...]]:
+        """The kinds, one or two, that this split may show for a task; none if it has no room."""
+        room = {"counting": self.max_count}.get(task, self.grid)
+        if room < 2 and task in ("counting", *PAIR_TASKS):
+            return []
+        held_out = self.split == "held_out"
+        if task not in PAIR_TASKS:
+            composition = self._composition
+            shown = composition.held_out_kinds if held_out else composition.kinds
+            return [(kind,) for kind in shown]
+        if held_out:
+            return list(self._composition.held_out_pairs)
+        return list(self._composition.pairs(different_shapes=task == "two_object"))
+
+    def _require(self, task: str) -> None:
+        if not self._choices[task]:
+            raise ValueError(
+                f"task {task!r} has nothing to show in split {self.split!r} with grid {self.grid}, "
+                f"max_count {self.max_count} and held_out_fraction {self.held_out_fraction}: "
+                "enlarge them, or leave the task out of task_weights"
+            )
+
+    def _check(self) -> None:
+        one_of("split", self.split, SPLITS)
+        for field, names, known in (
+            ("shapes", self.shapes, SHAPES),
+            ("colours", self.colours, COLOURS),
+            ("backgrounds", self.backgrounds, COLOURS),
+            ("task_weights", self.task_weights, TASKS),
+        ):
+            for name in names:
+                one_of(field, name, known)
+            expect(len(set(names)) == len(names), field, names, "must not repeat a name")
+        for field, names in (("shapes", self.shapes), ("colours", self.colours)):
+            expect(len(names) >= 2, field, names, "must name at least two")
+        both = set(self.colours) & set(self.backgrounds)
+        expect(not both, "backgrounds", self.backgrounds, "must share no colour with colours")
+        expect(bool(self.backgrounds), "backgrounds", self.backgrounds, "must name at least one")
+
+        size, most = self.image_size, self.max_count
+        expect(size > 0 and size % 32 == 0, "image_size", size, "must be a multiple of 32")
+        expect(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2**63 - 1")
+        expect(self.grid >= 1, "grid", self.grid, "must be at least 1")
+        expect(self.jitter >= 0, "jitter", self.jitter, "must not be negative")
+        room = min(self.grid**2, len(NUMBERS) - 1)
+        expect(1 <= most <= room, "max_count", most, f"must be from 1 to {room}")
+        expect(
+            0 <= self.rich_fraction <= 1, "rich_fraction", self.rich_fraction, "must be in [0, 1]"
+        )
+        fraction = self.held_out_fraction
+        expect(0 <= fraction <= 0.5, "held_out_fraction", fraction, "must be in [0, 0.5]")
+        weights = self.task_weights.values()
+        usable = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+        expect(usable, "task_weights", self.task_weights, "must be finite, >= 0 and not all zero")
+
+        expect(bool(self.sizes), "sizes", self.sizes, "must name at least one")
+        reach = 0.5 / self.grid - self.jitter - MARGIN
+        for name, radii in self.sizes.items():
+            fits = 0 < radii[0] <= radii[1] <= reach
+            expectation = (
+                "must be (least, greatest) radius above 0 and at most "
+                f"0.5 / grid - jitter - 1/64 = {reach:.4f}, or objects could touch"
+            )
+            expect(fits, f"sizes[{name!r}]", radii, expectation)
+
+
+def _stream(seed: int, position: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array((seed, position), np.uint64)))
+
+
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[int(rng.random() * len(options))]
+
+
+def _within(rng: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * rng.random()

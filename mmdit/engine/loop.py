@@ -1,0 +1,227 @@
+"""The training loop: one for the autoencoder and for the flow.
+
+A run is a pure function of its config and seed. Order, timesteps, noise and drop-out are keyed by
+(seed, step, sample), the learning rate by the step; so weights, averages, moments and the step are
+all there is to save, and a resumed run equals an unbroken one bit for bit on the CPU.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmdit.checkpoints.native import load_strictly, load_tensors
+from mmdit.checkpoints.runs import Checkpoint
+from mmdit.data.order import ShuffledOrder
+from mmdit.engine.ema import EMA
+from mmdit.engine.loggers import Logger, MetricsFile
+from mmdit.engine.optimizers import set_lr
+from mmdit.engine.pictures import plot_losses, save_grid
+from mmdit.engine.runs import RunFolder
+from mmdit.engine.tasks import Task
+from mmdit.errors import UserError
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it has been saved."""
+
+    def __init__(self, checkpoint: Checkpoint, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} after step {checkpoint.step}")
+        self.checkpoint, self.number = checkpoint, number
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into a wish that the loop looks at after each step.
+
+    A second signal of the same kind does what it did before: it ends the process at once.
+    """
+
+    def __enter__(self) -> Self:
+        self.received: int | None = None
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Settings(NamedTuple):
+    """How long to train, and how often to do what; see `configs/training`."""
+
+    steps: int
+    batch_size: int
+    clip: float  # greatest norm of the gradient
+    log_every: int
+    evaluate_every: int
+    save_every: int
+    keep: int  # checkpoints
+
+    def check(self) -> None:
+        """Raise UserError unless every field is a positive number, whole where it counts."""
+        for name, value in self._asdict().items():
+            kind, expected = (float | int, "a") if name == "clip" else (int, "a whole")
+            if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+                raise UserError(f"training.{name}={value} must be {expected} number above 0")
+
+
+def train(
+    task: Task,
+    *,
+    run: RunFolder,
+    settings: Settings,
+    samples: int,
+    seed: int,
+    schedule: Callable[[int], float],
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    logger: Logger,
+) -> Checkpoint:
+    """Train `task` up to `settings.steps` steps, from the newest checkpoint of `run` if it has one.
+
+    Args:
+        samples: size of the data set; its order is drawn anew each epoch.
+        schedule: factor of the optimizer's learning rate at each step.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the step was finished and saved.
+        UserError: the loss or the gradient is not finite. The last good checkpoint stays.
+    """
+    settings.check()
+    module = task.module
+    rates = [group["lr"] for group in optimizer.param_groups]
+    order = ShuffledOrder(size=samples, seed=seed)
+    start = restore(run, module, ema, optimizer)
+    metrics = MetricsFile(run.path / "metrics.jsonl", start_step=start)
+    figures: dict[str, float] = {}
+
+    def save(step: int) -> Checkpoint:
+        return run.save(
+            step=step,
+            finished=step >= settings.steps,
+            modules={"raw": module, "ema": ema.module},
+            optimizer=optimizer_tensors(module, optimizer),
+            keep=settings.keep,
+            figures=figures,
+        )
+
+    def report(step: int, figures: Mapping[str, float]) -> None:
+        metrics.log(step, figures)
+        logger.log(step, figures)
+
+    def look(step: int) -> None:
+        """Validation figures, EMA and raw, and pictures of what the average can do."""
+        for kind, which in (("ema", ema.module), ("raw", module)):
+            figures.update({f"{kind}/{k}": v for k, v in task.evaluate(which).items()})
+        report(step, figures)
+        picture = save_grid(
+            *task.picture(ema.module), path=run.path / "samples" / f"step_{step:08d}.png"
+        )
+        logger.picture(step, "samples", picture)
+        logger.picture(step, "curves", plot_losses(metrics.rows, run.path / "loss.png"))
+
+    checkpoint = run.latest()
+    if checkpoint is not None:
+        figures.update(checkpoint.figures)
+    bar = tqdm(total=settings.steps, initial=start, unit="step", desc=run.path.name, disable=None)
+    module.train()
+    with Signals() as signals:
+        seen, since, window = start, time.perf_counter(), torch.zeros(())
+        for step in range(start, settings.steps):
+            indices = order(step * settings.batch_size, settings.batch_size)
+            set_lr(optimizer, [rate * schedule(step) for rate in rates])
+            loss, norm = make_step(task, optimizer, step, indices, settings.clip)
+            ema.update(step + 1)
+            window += loss
+            bar.update()
+            done = step + 1
+
+            if done % settings.log_every == 0:
+                speed = (done - seen) * settings.batch_size / (time.perf_counter() - since)
+                mean = window.item() / (done - seen)
+                report(done, {"loss": mean, "gradient_norm": norm, "images_per_second": speed})
+                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} images/s")
+                window.zero_()
+            if done % settings.evaluate_every == 0 or done == settings.steps:
+                look(done)
+            if done % settings.save_every == 0 or done == settings.steps or signals.received:
+                checkpoint = save(done)
+            if done % settings.log_every == 0:
+                seen, since = done, time.perf_counter()
+            if signals.received and done < settings.steps:
+                bar.close()
+                metrics.close()
+                assert checkpoint is not None
+                raise Interrupted(checkpoint, signals.received)
+    bar.close()
+    metrics.close()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def make_step(
+    task: Task, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int], clip: float
+) -> tuple[Tensor, float]:
+    """Forward, backward, clip, update: the loss and the norm of the gradient before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    losses = task.loss(step, indices)
+    loss = losses.mean()
+    loss.backward()
+    weights = [weight for weight in task.module.parameters() if weight.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(weights, clip).item()
+    if not math.isfinite(norm) or not torch.isfinite(loss):
+        bad = [
+            i for i, value in zip(indices, losses.tolist(), strict=True) if not math.isfinite(value)
+        ]
+        raise UserError(
+            f"step {step}: the loss is {loss.item()} and the gradient norm {norm}"
+            + (f"; not finite for samples {bad[:10]}" if bad else "")
+            + ". The weights were not updated. Lower optimizer.lr, or set precision=fp32, and go on "
+            "from the last checkpoint with resume=auto"
+        )
+    optimizer.step()
+    return loss.detach(), norm
+
+
+def restore(run: RunFolder, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint of a run, if any; the number of steps already made."""
+    checkpoint = run.latest()
+    if checkpoint is None:
+        return 0
+    for name, target in (("raw", module), ("ema", ema.module)):
+        path = checkpoint.verified(f"{name}.safetensors")
+        load_strictly(target, load_tensors(path)[0], path)
+    moments = run.load_optimizer(checkpoint)
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            prefix = f"{name}:"
+            state = {k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)}
+            optimizer.state[weight] = state
+    return checkpoint.step
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`<weight>:<moment>` -> tensor, of every trained weight."""
+    return {
+        f"{name}:{moment}": value
+        for name, weight in module.named_parameters()
+        if weight in optimizer.state
+        for moment, value in optimizer.state[weight].items()
+    }
+
+
+def how_to_resume(run: Path, words: Sequence[str]) -> str:
+    """The command line that goes on with a run."""
+    kept = [word for word in words if not word.startswith("resume=")]
+    return " ".join(["python", "train.py", *kept, f"resume={run}"])

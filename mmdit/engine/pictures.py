@@ -1,0 +1,125 @@
+"""Pictures for people: grids of captioned samples, and curves of losses. Pillow only."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, FAINT, PAPER = (40, 40, 40), (215, 215, 215), (255, 255, 255)
+PALETTE = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
+
+
+def grid_image(
+    images: Tensor, captions: Sequence[str], *, columns: int = 8, side: int = 128
+) -> Image.Image:
+    """Images (n, h, w, 3) uint8, enlarged without smoothing, each above its caption."""
+    font = ImageFont.load_default(11)
+    columns = max(1, min(columns, len(images)))
+    scale = max(1, side // images.shape[2])
+    width, height = images.shape[2] * scale, images.shape[1] * scale
+    texts = [_wrapped(caption, width, font) for caption in captions]
+    below = 14 * max((len(lines) for lines in texts), default=1) + 6
+    rows = math.ceil(len(images) / columns)
+    page = Image.new("RGB", (columns * (width + 6) + 6, rows * (height + below) + 6), PAPER)
+    pen = ImageDraw.Draw(page)
+    for i, (pixels, lines) in enumerate(zip(images, texts, strict=True)):
+        x, y = 6 + (i % columns) * (width + 6), 6 + (i // columns) * (height + below)
+        picture = Image.fromarray(pixels.cpu().numpy())
+        page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x - 1, y - 1, x + width, y + height), outline=FAINT)
+        for row, line in enumerate(lines):
+            pen.text((x, y + height + 1 + 14 * row), line, fill=INK, font=font)
+    return page
+
+
+def save_grid(images: Tensor, captions: Sequence[str], *, path: Path) -> Path:
+    """Write `grid_image` and give its path back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid_image(images, captions).save(path)
+    return path
+
+
+def _wrapped(
+    text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[str]:
+    """Lines of at most `width` pixels, three at the most."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    while any(font.getlength(line) > width for line in lines):
+        lines = [line if font.getlength(line) <= width else line[:-2] + "…"[:1] for line in lines]
+        lines = [line[:-1] if font.getlength(line) > width else line for line in lines]
+    return lines if len(lines) <= 3 else [*lines[:2], lines[2].rstrip("…")[:-1] + "…"]
+
+
+def plot_losses(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
+    """The training loss and the validation losses against the step, as a PNG."""
+    names = ("loss", "ema/loss", "raw/loss", "ema/psnr")
+    curves = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+    curves = {name: points for name, points in curves.items() if points}
+    psnr = curves.pop("ema/psnr", [])
+    if psnr:
+        curves["ema/psnr (dB / 100)"] = [(step, value / 100) for step, value in psnr]
+    plot(curves, path, x_label="step", y_label="loss")
+    return path
+
+
+def plot(
+    curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, x_label: str, y_label: str
+) -> None:
+    """Named curves of (x, y) in one frame with ticks, a grid and a legend."""
+    width, height, left, right, top, bottom = 800, 480, 70, 20, 20, 50
+    page = Image.new("RGB", (width, height), PAPER)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        page.save(path)
+        return
+    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + across * (width - left - right), height - bottom - up * (
+            height - top - bottom
+        )
+
+    for x in x_ticks:
+        at = place(x, y_ticks[0])
+        pen.line((at, place(x, y_ticks[-1])), fill=FAINT)
+        pen.text((at[0], at[1] + 6), f"{x:g}", fill=INK, font=font, anchor="mt")
+    for y in y_ticks:
+        at = place(x_ticks[0], y)
+        pen.line((at, place(x_ticks[-1], y)), fill=FAINT)
+        pen.text((at[0] - 8, at[1]), f"{y:g}", fill=INK, font=font, anchor="rm")
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        if len(curve) > 1:
+            pen.line([place(*point) for point in curve], fill=colour, width=2, joint="curve")
+        for x, y in (place(*point) for point in curve[-1:] if len(curve) >= 1):
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+        pen.line(
+            (width - 180, top + 16 + 18 * i, width - 155, top + 16 + 18 * i), fill=colour, width=3
+        )
+        pen.text((width - 148, top + 16 + 18 * i), name, fill=INK, font=font, anchor="lm")
+    pen.text((width / 2, height - 16), x_label, fill=INK, font=font, anchor="mm")
+    pen.text((8, 4), y_label, fill=INK, font=font)
+    page.save(path)
+
+
+def ticks(low: float, high: float, about: int = 6) -> list[float]:
+    """Round values that cover [low, high]."""
+    if high <= low:
+        low, high = low - 0.5, low + 0.5
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= raw)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(i * step, 12) for i in range(first, last + 1)]

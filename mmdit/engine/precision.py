@@ -1,0 +1,46 @@
+"""Where bfloat16 pays, and how it is switched on. Autocast lives in engine and pipeline only."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mmdit.errors import UserError
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device called 'cpu', 'cuda', ..., or 'auto': cuda where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} is not available here: use device=cpu or auto") from error
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> Autocast:
+    """Context factory for `precision`: 'bf16', 'fp32', or 'auto' (bf16 where it pays).
+
+    Raises:
+        ValueError: `precision` is none of the three.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision {precision!r} must be 'auto', 'bf16' or 'fp32'")
+    if precision == "bf16" or (precision == "auto" and bf16_pays(device)):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext

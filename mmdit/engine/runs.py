@@ -1,0 +1,232 @@
+"""Run folders being written: one training run each, locked while in use (see checkpoints/runs.py)."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor, nn
+
+from mmdit.checkpoints.native import (
+    file_hash,
+    load_tensors,
+    save_module,
+    save_tensors,
+    write_atomically,
+)
+from mmdit.checkpoints.runs import Checkpoint, checkpoints_in
+from mmdit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What may differ between a run and its continuation: where and how often, never what is computed.
+FREE = (
+    *("run", "runs", "resume", "logger", "device"),
+    *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every", "keep")),
+)
+
+
+class RunFolder:
+    """A run folder held by this process alone.
+
+    Args:
+        path: made if it is not there.
+
+    Raises:
+        UserError: another process is using it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[str] = (path / ".lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "unknown"
+            raise UserError(
+                f"run folder {path} is in use by process {owner}: wait for it, stop it, "
+                "or choose another folder with run=<folder>"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.close()
+
+    def latest(self) -> Checkpoint | None:
+        """The complete checkpoint of the greatest step."""
+        found = checkpoints_in(self.path)
+        return found[-1] if found else None
+
+    def save(
+        self,
+        *,
+        step: int,
+        finished: bool,
+        modules: Mapping[str, nn.Module],
+        optimizer: Mapping[str, Tensor],
+        keep: int,
+        figures: Mapping[str, float],
+    ) -> Checkpoint:
+        """Write a checkpoint so that a kill at any moment leaves it whole or absent.
+
+        Args:
+            step: number of steps made.
+            finished: whether the run has reached its last step.
+            modules: file name -> registered module.
+            optimizer: tensors of the optimizer's state.
+            keep: how many checkpoints to keep, the newest ones.
+            figures: of the last evaluation.
+        """
+        folder = self.path / "checkpoints" / f"step_{step:08d}"
+        building = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        for name, module in modules.items():
+            save_module(building / f"{name}.safetensors", module)
+        save_tensors(building / "optimizer.safetensors", optimizer, {})
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+            for path in sorted(building.iterdir())
+        }
+        manifest = {
+            "step": step,
+            "finished": finished,
+            "finished_at": datetime.now(UTC).isoformat() if finished else None,
+            "figures": dict(figures),
+            "files": files,
+        }
+        write_atomically(building / "manifest.json", json.dumps(manifest, indent=1).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+        _flush(folder.parent)
+        for old in checkpoints_in(self.path)[:-keep]:
+            shutil.rmtree(old.folder)
+        return Checkpoint(folder, step, finished, dict(figures))
+
+    def load_optimizer(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        return load_tensors(checkpoint.verified("optimizer.safetensors"))[0]
+
+
+def _flush(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def numbered_runs(root: Path, name: str) -> list[Path]:
+    """The run folders `<name>-<number>` under `root`, in the order of their numbers."""
+    pattern = re.compile(re.escape(name) + r"-(\d{3,})")
+    found = [
+        (int(m[1]), path) for path in root.glob(f"{name}-*") if (m := pattern.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def next_run(root: Path, name: str) -> Path:
+    """A new folder `<name>-<number>`, made by this call alone."""
+    runs = numbered_runs(root, name)
+    number = int(runs[-1].name.rpartition("-")[2]) + 1 if runs else 1
+    while True:
+        path = root / f"{name}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def config_hash(config: Any) -> str:
+    """Eight hexadecimal digits of the content of a plain config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def open_run(
+    root: Path, *, name: str, run: str | None, resume: str | None, config: Mapping[str, Any]
+) -> RunFolder:
+    """The folder of this run: a new one, or the one to go on with.
+
+    Args:
+        root: folder of all runs.
+        name: of the experiment; new runs are called `<name>-<number>`.
+        run: folder to use instead.
+        resume: None, 'auto' (the newest run of this name that has steps left, or else a new one),
+            or a run folder.
+        config: plain config; kept in the folder, and compared when resuming.
+
+    Raises:
+        UserError: the folder is in use, holds another run, or is not there to resume.
+    """
+    steps = config["training"]["steps"]
+    if resume is None:
+        folder = RunFolder(Path(run)) if run else RunFolder(next_run(root, name))
+        if folder.latest() is not None:
+            raise UserError(
+                f"run folder {folder.path} already holds a run at step {folder.latest().step}: "  # type: ignore[union-attr]
+                f"go on with it with resume={folder.path}, or choose another folder"
+            )
+    elif resume == "auto":
+        candidates = [Path(run)] if run else numbered_runs(root, name)
+        left = [path for path in candidates if _step_of(path) < steps]
+        if not left:
+            log.info(
+                "resume=auto: no run %s has steps left, starting a new one", run or f"{name}-*"
+            )
+            return open_run(root, name=name, run=run, resume=None, config=config)
+        folder = RunFolder(left[-1])
+    else:
+        path = Path(resume)
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"resume={resume}: there is no run in that folder (it has no config.json); "
+                f"the runs here are {[str(p) for p in root.glob('*-*') if p.is_dir()] or 'none'}"
+            )
+        folder = RunFolder(path)
+    return _claim(folder, config)
+
+
+def _step_of(run: Path) -> int:
+    found = checkpoints_in(run)
+    return found[-1].step if found else 0
+
+
+def _claim(folder: RunFolder, config: Mapping[str, Any]) -> RunFolder:
+    """Keep the config in the folder, or compare it with the one that is there."""
+    path = folder.path / "config.json"
+    latest = folder.latest()
+    if latest is not None:
+        before, now = dict(_flat(json.loads(path.read_text()))), dict(_flat(config))
+        changed = [
+            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+            and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        ]
+        if changed:
+            raise UserError(
+                f"cannot go on with {folder.path}, whose config differs: {'; '.join(changed[:10])}. "
+                "Give the same settings, or start a new run without resume="
+            )
+        log.info("going on with %s at step %d", folder.path, latest.step)
+    write_atomically(path, json.dumps(config, indent=1).encode())
+    return folder
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

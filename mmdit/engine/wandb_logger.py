@@ -1,0 +1,50 @@
+"""Weights & Biases: the only file that imports wandb."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdit.errors import UserError
+
+
+class WandbLogger:
+    """Sends figures and pictures to W&B.
+
+    Args:
+        project: name of the W&B project.
+        mode: 'online' or 'offline' (written to the run folder; `wandb sync` sends it later).
+    """
+
+    def __init__(self, *, project: str = "mmdit", mode: str = "online") -> None:
+        if mode not in ("online", "offline"):
+            raise ValueError(f"logger.mode {mode!r} must be 'online' or 'offline'")
+        self.project, self.mode = project, mode
+
+    def start(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=self.project,
+                name=folder.name,
+                id=folder.name,
+                resume="allow",
+                dir=str(folder),
+                mode=self.mode,  # type: ignore[arg-type]
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"W&B did not start ({error}): log in with `wandb login`, or use logger.mode=offline"
+            ) from error
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

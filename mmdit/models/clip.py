@@ -1,0 +1,123 @@
+"""CLIP's text tower, as SD3 reads it: penultimate states and a pooled vector (App. B.2)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.errors import UserError
+from mmdit.nn.attention import attention, split_heads
+from mmdit.nn.mlp import MLP
+from mmdit.registry import register
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class CLIPOutput(NamedTuple):
+    """What the text tower says of a prompt."""
+
+    hidden: Tensor  # (b, n, d): penultimate layer, without the final LayerNorm
+    pooled: Tensor  # (b, p): final state at the end-of-text token, projected where a projection is
+
+
+class CLIPLayer(nn.Module):
+    """Pre-norm causal transformer layer."""
+
+    def __init__(self, width: int, num_heads: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, 4 * width, activation)
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
+        q, k, v = (
+            split_heads(part, self.num_heads)
+            for part in self.attention_in(self.norm1(x)).chunk(3, dim=-1)
+        )
+        x = x + self.attention_out(attention(q, k, v, causal=True))
+        return x + self.mlp(self.norm2(x))
+
+
+@register
+class CLIPTextModel(nn.Module):
+    """Text tower of CLIP-L/14 (quick-GELU, no projection) and of OpenCLIP bigG/14 (GELU, projection).
+
+    Args:
+        vocabulary_size: the end-of-text token is its last id, which the pooling relies on.
+        width, depth, num_heads: of the transformer.
+        length: number of positions; every prompt is padded or cut to it.
+        activation: 'quick_gelu' (CLIP-L) or 'gelu' (CLIP-G).
+        projection_width: of the pooled vector; None leaves it unprojected.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int = 49408,
+        width: int,
+        depth: int,
+        num_heads: int,
+        length: int = 77,
+        activation: str = "quick_gelu",
+        projection_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise UserError(f"CLIP: width {width} must be divisible by num_heads {num_heads}")
+        if depth < 2:
+            raise UserError(f"CLIP: depth {depth} must be at least 2 to have a penultimate layer")
+        if activation not in ACTIVATIONS:
+            raise UserError(f"CLIP: activation {activation!r} must be one of {list(ACTIVATIONS)}")
+        self.width, self.length = width, length
+        self.pooled_width = width if projection_width is None else projection_width
+        self.token_embedding = nn.Embedding(vocabulary_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(length, width))
+        self.layers = nn.ModuleList(
+            CLIPLayer(width, num_heads, ACTIVATIONS[activation]()) for _ in range(depth)
+        )
+        self.final_norm = nn.LayerNorm(width)
+        self.projection: nn.Module = nn.Identity()
+        if projection_width is not None:
+            self.projection = nn.Linear(width, projection_width, bias=False)
+        self.reset_parameters()
+
+    def forward(self, ids: Tensor) -> CLIPOutput:  # (b, n) int64
+        x = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        penultimate = x
+        final = self.final_norm(self.layers[-1](x))
+        # argmax finds the first end-of-text token, the highest id of the vocabulary.
+        end = final[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
+        return CLIPOutput(penultimate, self.projection(end))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """CLIP's initialization (Radford et al. 2021): residual branches shrink with depth."""
+        depth = len(self.layers)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.01)
+        branch = self.width**-0.5 * (2 * depth) ** -0.5
+        for layer in self.layers:
+            nn.init.normal_(layer.attention_in.weight, std=self.width**-0.5)
+            nn.init.normal_(layer.attention_out.weight, std=branch)
+            nn.init.normal_(layer.mlp.fc1.weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(layer.mlp.fc2.weight, std=branch)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(self.projection, nn.Linear):
+            nn.init.normal_(self.projection.weight, std=self.width**-0.5)

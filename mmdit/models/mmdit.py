@@ -1,0 +1,262 @@
+"""MM-DiT, the joint-attention transformer of Stable Diffusion 3 (Sec. 4, Fig. 2).
+
+Text and image are two streams of tokens, each with its own weights, which meet in one attention
+over both sequences. Timestep and pooled text steer every block through adaLN-zero modulation.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.errors import UserError
+from mmdit.nn.attention import attention, split_heads
+from mmdit.nn.embeddings import (
+    PatchEmbedding,
+    VectorEmbedding,
+    centre_crop,
+    position_table,
+    sinusoid,
+    unpatchify,
+)
+from mmdit.nn.mlp import MLP
+from mmdit.nn.modulation import Modulation, modulate
+from mmdit.nn.norms import LayerNorm, RMSNorm
+from mmdit.registry import register
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values of one stream, each (b, h, n, d)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class AttentionInput(nn.Module):
+    """Tokens to Q, K, V: one fused linear layer, and optionally RMSNorm on Q and K per head."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        head_width = width // num_heads
+        self.q_norm = RMSNorm(head_width) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_width) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Heads:
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return Heads(self.q_norm(q), self.k_norm(k), v)
+
+
+def joint_attention(text: Heads, image: Heads) -> tuple[Tensor, Tensor]:
+    """One attention over the concatenated sequences; each stream gets its own tokens back."""
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(text, image, strict=True))
+    length = text.q.shape[2]
+    attended = attention(q, k, v)  # (b, l + n, d)
+    return attended[:, :length], attended[:, length:]
+
+
+class Stream(nn.Module):
+    """What one modality owns in a joint block: everything but the attention itself (Fig. 2b)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.modulation = Modulation(width, 6)
+        self.norm1 = LayerNorm(width)
+        self.attention_in = AttentionInput(width, num_heads, qk_norm=qk_norm)
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = LayerNorm(width)
+        self.mlp = MLP(width, int(mlp_ratio * width), nn.GELU(approximate="tanh"))
+
+
+class JointBlock(nn.Module):
+    """Modulate, attend together, modulate, MLP: text and image side by side (Fig. 2b)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.text = Stream(width, num_heads, mlp_ratio, qk_norm=qk_norm)
+        self.image = Stream(width, num_heads, mlp_ratio, qk_norm=qk_norm)
+
+    def forward(self, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """c (b, l, d), x (b, n, d), y (b, d) -> c, x."""
+        text, image = self.text, self.image
+        c_shift1, c_scale1, c_gate1, c_shift2, c_scale2, c_gate2 = text.modulation(y)
+        x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = image.modulation(y)
+
+        c_attended, x_attended = joint_attention(
+            text.attention_in(modulate(text.norm1(c), c_shift1, c_scale1)),
+            image.attention_in(modulate(image.norm1(x), x_shift1, x_scale1)),
+        )
+        c = c + c_gate1 * text.attention_out(c_attended)
+        x = x + x_gate1 * image.attention_out(x_attended)
+
+        c = c + c_gate2 * text.mlp(modulate(text.norm2(c), c_shift2, c_scale2))
+        x = x + x_gate2 * image.mlp(modulate(image.norm2(x), x_shift2, x_scale2))
+        return c, x
+
+
+class LastTextStream(nn.Module):
+    """The text stream of the last block: it is read by the image and goes no further."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.modulation = Modulation(width, 2)
+        self.norm1 = LayerNorm(width)
+        self.attention_in = AttentionInput(width, num_heads, qk_norm=qk_norm)
+
+
+class LastJointBlock(nn.Module):
+    """The last block: a joint block whose text stops after attention."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.text = LastTextStream(width, num_heads, qk_norm=qk_norm)
+        self.image = Stream(width, num_heads, mlp_ratio, qk_norm=qk_norm)
+
+    def forward(self, c: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """c (b, l, d), x (b, n, d), y (b, d) -> x."""
+        text, image = self.text, self.image
+        c_shift, c_scale = text.modulation(y)
+        x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = image.modulation(y)
+
+        _, x_attended = joint_attention(
+            text.attention_in(modulate(text.norm1(c), c_shift, c_scale)),
+            image.attention_in(modulate(image.norm1(x), x_shift1, x_scale1)),
+        )
+        x = x + x_gate1 * image.attention_out(x_attended)
+        return x + x_gate2 * image.mlp(modulate(image.norm2(x), x_shift2, x_scale2))
+
+
+class OutputLayer(nn.Module):
+    """Modulated LayerNorm and a linear layer to the values of each patch."""
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(width, 2)
+        self.norm = LayerNorm(width)
+        self.linear = nn.Linear(width, patch_values)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        shift, scale = self.modulation(y)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+@register
+class MMDiT(nn.Module):
+    """The velocity (or another prediction) of a noised latent, given text.
+
+    Args:
+        depth: number of joint blocks.
+        width: of both token streams; the paper's models have 64 * depth.
+        num_heads: attention heads; the paper's models have `depth`, each of size 64.
+        mlp_ratio: hidden width of the MLPs over `width`.
+        latent_channels: channels c of the latent.
+        patch_size: side of the square patches p.
+        context_width: width of c_ctxt.
+        pooled_width: width p of c_vec.
+        qk_norm: RMSNorm on queries and keys (SD3.5; against the growth of logits, Fig. 5).
+        position_size, position_grid, position_base: side of the stored position table, side of the
+            grid at training resolution and span of coordinates, in patches (`position_table`).
+
+    Raises:
+        UserError: `width` does not split into `num_heads`, or into the four parts of a position.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        latent_channels: int = 16,
+        patch_size: int = 2,
+        context_width: int = 4096,
+        pooled_width: int = 2048,
+        qk_norm: bool = False,
+        position_size: int = 192,
+        position_grid: int = 64,
+        position_base: int = 16,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise UserError(f"MMDiT: depth {depth} must be at least 1")
+        if num_heads < 1 or width % num_heads:
+            raise UserError(f"MMDiT: width {width} must be divisible by num_heads {num_heads}")
+        if width % 4:
+            raise UserError(f"MMDiT: width {width} must be divisible by 4 (2D sin-cos positions)")
+        self.latent_channels, self.patch_size = latent_channels, patch_size
+        self.context_width, self.pooled_width = context_width, pooled_width
+        self._position = dict(size=position_size, grid=position_grid, base=position_base)
+
+        self.patch_embedding = PatchEmbedding(latent_channels, width, patch_size)
+        self.register_buffer("positions", position_table(width, **self._position))
+        self.timestep_embedding = VectorEmbedding(256, width)
+        self.pooled_embedding = VectorEmbedding(pooled_width, width)
+        self.context_embedding = nn.Linear(context_width, width)
+        self.blocks = nn.ModuleList(
+            JointBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth - 1)
+        )
+        self.last_block = LastJointBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm)
+        self.output = OutputLayer(width, patch_size**2 * latent_channels)
+        self.reset_parameters()
+
+    def forward(self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor) -> Tensor:
+        """One evaluation of the network (Fig. 2a).
+
+        Args:
+            z_t: noised latent (b, c, h, w).
+            t: time in [0, 1], 0 data and 1 noise, (b,).
+            c_vec: pooled text (b, p).
+            c_ctxt: text tokens (b, l, context_width).
+
+        Returns:
+            (b, c, h, w).
+        """
+        rows, columns = self.grid(*z_t.shape[-2:])
+        y = self.timestep_embedding(sinusoid(t)) + self.pooled_embedding(c_vec)
+        c = self.context_embedding(c_ctxt)
+        x = self.patch_embedding(z_t)
+        x = x + centre_crop(self.positions, rows, columns).to(x.dtype)
+        for block in self.blocks:
+            c, x = block(c, x, y)
+        x = self.last_block(c, x, y)
+        x = self.output(x, y)
+        return unpatchify(x, rows=rows, columns=columns, patch_size=self.patch_size)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (rows, columns) of a latent of height x width.
+
+        Raises:
+            UserError: a side is not a multiple of the patch, or exceeds the position table.
+        """
+        p, size = self.patch_size, self.positions.shape[0]
+        for name, side in (("height", height), ("width", width)):
+            if side % p or not 1 <= side // p <= size:
+                raise UserError(
+                    f"latent {name} {side} must be a multiple of patch_size {p}, "
+                    f"from {p} to {size * p} (the position table has {size} patches a side)"
+                )
+        return height // p, width // p
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialization of DiT (Peebles & Xie 2023), which the paper follows."""
+        self.positions.copy_(position_table(self.positions.shape[-1], **self._position))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                module.reset_parameters()
+        # Small first embeddings: y starts near zero, where SiLU is nearly linear.
+        for embedding in (self.timestep_embedding, self.pooled_embedding):
+            nn.init.normal_(embedding.fc1.weight, std=0.02)
+            nn.init.normal_(embedding.fc2.weight, std=0.02)
+        # Closed gates: every block starts as the identity (adaLN-zero).
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                module.reset_parameters()
+        # The untrained network predicts zero: the loss starts at E||target||^2.
+        nn.init.zeros_(self.output.linear.weight)

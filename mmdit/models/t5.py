@@ -1,0 +1,131 @@
+"""The encoder of T5 v1.1 (Raffel et al. 2020; gated GELU of Shazeer 2020)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmdit.errors import UserError
+from mmdit.nn.attention import attention, split_heads
+from mmdit.nn.norms import RMSNorm
+from mmdit.registry import register
+
+
+def relative_buckets(offset: Tensor, *, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
+    """Bucket of each relative position key - query, for an encoder that looks both ways.
+
+    Half of the buckets serve each direction; the nearer half of those count single steps, the
+    rest grow logarithmically up to `max_distance`.
+
+    Returns:
+        int64 of the shape of `offset`, in [0, num_buckets).
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    distance = offset.abs()
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(offset > 0, half, 0) + torch.where(distance < exact, distance, far)
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per bucket and head, added to the logits of every layer."""
+
+    def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.embedding = nn.Embedding(num_buckets, num_heads)
+
+    def forward(self, length: int) -> Tensor:  # -> (1, h, n, n)
+        position = torch.arange(length, device=self.embedding.weight.device)
+        buckets = relative_buckets(
+            position[None, :] - position[:, None],
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+        )
+        return rearrange(self.embedding(buckets), "q k h -> 1 h q k")
+
+
+class T5Layer(nn.Module):
+    """Pre-norm self-attention without scaling, then a gated MLP; no biases anywhere."""
+
+    def __init__(self, width: int, num_heads: int, head_width: int, hidden: int) -> None:
+        super().__init__()
+        inner = num_heads * head_width
+        self.num_heads = num_heads
+        self.norm1 = RMSNorm(width)
+        self.attention_in = nn.Linear(width, 3 * inner, bias=False)
+        self.attention_out = nn.Linear(inner, width, bias=False)
+        self.norm2 = RMSNorm(width)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # (b, n, d), (1, h, n, n) -> (b, n, d)
+        q, k, v = (
+            split_heads(part, self.num_heads)
+            for part in self.attention_in(self.norm1(x)).chunk(3, dim=-1)
+        )
+        x = x + self.attention_out(attention(q, k, v, bias=bias.to(q.dtype), scale=1.0))
+        normed = self.norm2(x)
+        return x + self.down(F.gelu(self.gate(normed), approximate="tanh") * self.up(normed))
+
+
+@register
+class T5Encoder(nn.Module):
+    """Text to hidden states. Padding is attended to, as everywhere in SD3.
+
+    Args:
+        vocabulary_size, width, depth, num_heads, head_width, hidden: 32128, 4096, 24, 64, 64, 10240
+            in T5-v1.1-XXL.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int = 32128,
+        width: int,
+        depth: int,
+        num_heads: int,
+        head_width: int = 64,
+        hidden: int,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise UserError(f"T5: depth {depth} must be at least 1")
+        self.width, self.head_width = width, head_width
+        self.token_embedding = nn.Embedding(vocabulary_size, width)
+        self.position_bias = RelativePositionBias(num_heads)
+        self.layers = nn.ModuleList(
+            T5Layer(width, num_heads, head_width, hidden) for _ in range(depth)
+        )
+        self.final_norm = RMSNorm(width)
+        self.reset_parameters()
+
+    def forward(self, ids: Tensor) -> Tensor:  # (b, n) int64 -> (b, n, d)
+        bias = self.position_bias(ids.shape[1])
+        x = self.token_embedding(ids)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.final_norm(x)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """T5's own scales: Q absorbs the missing 1/sqrt(head_width) of the attention."""
+        width, head_width = self.width, self.head_width
+        nn.init.normal_(self.token_embedding.weight, std=1.0)
+        nn.init.normal_(self.position_bias.embedding.weight, std=width**-0.5)
+        for layer in self.layers:
+            q, k, v = layer.attention_in.weight.chunk(3)
+            nn.init.normal_(q, std=(width * head_width) ** -0.5)
+            nn.init.normal_(k, std=width**-0.5)
+            nn.init.normal_(v, std=width**-0.5)
+            nn.init.normal_(layer.attention_out.weight, std=layer.attention_out.in_features**-0.5)
+            nn.init.normal_(layer.gate.weight, std=width**-0.5)
+            nn.init.normal_(layer.up.weight, std=width**-0.5)
+            nn.init.normal_(layer.down.weight, std=layer.down.in_features**-0.5)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.reset_parameters()

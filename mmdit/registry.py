@@ -1,0 +1,76 @@
+"""Names to classes: how plain data in a checkpoint becomes a module again.
+
+A checkpoint describes a module as `{"class": "MMDiT", "depth": 24, ...}`: data only. `build` looks
+the name up here, so that nothing found inside a file is ever imported by path.
+"""
+
+import difflib
+import functools
+import inspect
+from typing import Any, TypeVar
+
+from mmdit.errors import UserError
+
+T = TypeVar("T")
+_classes: dict[str, type] = {}
+
+
+def register(cls: type[T]) -> type[T]:
+    """Class decorator: make `cls` buildable by name, and let instances know their own arguments.
+
+    The arguments of the constructor (keyword-only; plain data or registered instances) are kept,
+    defaults included, so that `describe(instance)` can be stored as JSON and
+    `build(describe(instance))` gives the same architecture.
+    """
+    original = cls.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def remember(self: Any, **arguments: Any) -> None:
+        bound = signature.bind(self, **arguments)
+        bound.apply_defaults()
+        original(self, **arguments)
+        plain = {name: _plain(value) for name, value in bound.arguments.items() if name != "self"}
+        self._description = {"class": cls.__name__, **plain}
+
+    cls.__init__ = remember  # type: ignore[method-assign,assignment]
+    _classes[cls.__name__] = cls
+    return cls
+
+
+def describe(instance: Any) -> dict[str, Any]:
+    """`{"class": name, **arguments}` of an instance of a registered class."""
+    return dict(instance._description)
+
+
+def build(description: dict[str, Any]) -> Any:
+    """Instance of the registered class that `description` names.
+
+    Raises:
+        UserError: no class of that name is registered, or an argument does not fit it.
+    """
+    arguments = {key: _rebuilt(value) for key, value in description.items()}
+    name = arguments.pop("class", None)
+    if name not in _classes:
+        near = difflib.get_close_matches(str(name), _classes, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(_classes))}"
+        raise UserError(f"the checkpoint names the class {name!r}, which is not known here{hint}")
+    try:
+        return _classes[name](**arguments)
+    except TypeError as error:
+        raise UserError(f"the checkpoint's description of {name} does not fit: {error}") from error
+
+
+def _rebuilt(value: Any) -> Any:
+    return build(value) if isinstance(value, dict) and "class" in value else value
+
+
+def _plain(value: Any) -> Any:
+    """Registered instances as their descriptions, lists and dicts of any kind as Python's own."""
+    if hasattr(value, "_description"):
+        return describe(value)
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value]

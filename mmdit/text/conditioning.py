@@ -1,0 +1,123 @@
+"""Prompts to conditions: three encoders make c_vec and c_ctxt (App. B.2)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.flow.guidance import Condition
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.t5 import T5Encoder
+from mmdit.registry import register
+from mmdit.text.tokenizers import WordTokenizer
+
+
+class TokenIds(NamedTuple):
+    """A batch of prompts as each encoder reads them, each (b, length) int64."""
+
+    clip_l: Tensor
+    clip_g: Tensor
+    t5: Tensor
+
+
+@register
+class TextEncoder(nn.Module):
+    """A tokenizer and the network that reads its ids.
+
+    Raises:
+        ValueError: the network's vocabulary is smaller than the tokenizer's.
+    """
+
+    def __init__(self, *, tokenizer: WordTokenizer, model: CLIPTextModel | T5Encoder) -> None:
+        super().__init__()
+        size = model.token_embedding.num_embeddings
+        if tokenizer.vocabulary_size > size:
+            raise ValueError(
+                f"vocabulary_size {size} of {type(model).__name__} must be at least "
+                f"{tokenizer.vocabulary_size}, the size of its tokenizer's vocabulary"
+            )
+        self.tokenizer, self.model = tokenizer, model
+
+
+@register
+class TextConditioner(nn.Module):
+    """CLIP-L, CLIP-G and T5 side by side.
+
+    c_vec is the two pooled CLIP vectors, concatenated. c_ctxt is the sequence of the two CLIPs'
+    hidden states, concatenated channel-wise and zero-padded to T5's width, followed by T5's.
+    An encoder that is dropped contributes zeros.
+
+    Args:
+        clip_l, clip_g, t5: the encoders.
+        dropout: probability with which training drops each encoder, independently (Sec. B.3).
+    """
+
+    def __init__(
+        self, *, clip_l: TextEncoder, clip_g: TextEncoder, t5: TextEncoder, dropout: float = 0.464
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"text dropout {dropout} must lie in [0, 1]")
+        self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
+        self.dropout = dropout
+        self.context_width = t5.model.width
+        self.pooled_width = clip_l.model.pooled_width + clip_g.model.pooled_width
+        clip_width = clip_l.model.width + clip_g.model.width
+        if clip_width > self.context_width:
+            raise ValueError(
+                f"CLIP widths {clip_l.model.width} + {clip_g.model.width} must not exceed "
+                f"the width of T5, {self.context_width}"
+            )
+
+    def tokenize(self, prompts: Sequence[str]) -> TokenIds:
+        return TokenIds(
+            self.clip_l.tokenizer(prompts),
+            self.clip_g.tokenizer(prompts),
+            self.t5.tokenizer(prompts),
+        )
+
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """What the reader of these prompts should know: words not understood, text cut off."""
+        remarks = []
+        tokenizer = self.t5.tokenizer
+        for prompt in dict.fromkeys(prompts):
+            if unknown := tokenizer.unknown_words(prompt):
+                words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+                remarks.append(f"this model does not know {len(unknown)} of the words: {words}")
+            if excess := tokenizer.excess(prompt):
+                remarks.append(
+                    f"a prompt of {len(prompt)} characters is cut: its last {excess} tokens exceed "
+                    f"the {tokenizer.length} that the encoder reads"
+                )
+        return remarks
+
+    def draw_kept(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Which encoders each training sample keeps: bool (b, 3)."""
+        draws = torch.stack([torch.rand(3, generator=generator) for generator in generators])
+        return draws >= self.dropout
+
+    def forward(self, ids: TokenIds, kept: Tensor | None = None) -> Condition:
+        """Token ids to the condition; `kept` (b, 3) says which encoders speak, all when None."""
+        clip_l = self.clip_l.model(ids.clip_l)
+        clip_g = self.clip_g.model(ids.clip_g)
+        t5 = self.t5.model(ids.t5)
+        hidden_l, pooled_l, hidden_g, pooled_g = *clip_l, *clip_g
+        if kept is not None:
+            keep_l, keep_g, keep_t5 = kept.to(t5.dtype).unbind(dim=1)
+            pooled_l, hidden_l = pooled_l * keep_l[:, None], hidden_l * keep_l[:, None, None]
+            pooled_g, hidden_g = pooled_g * keep_g[:, None], hidden_g * keep_g[:, None, None]
+            t5 = t5 * keep_t5[:, None, None]
+        clip = torch.cat([hidden_l, hidden_g], dim=-1)
+        clip = F.pad(clip, (0, self.context_width - clip.shape[-1]))
+        return Condition(
+            torch.cat([pooled_l, pooled_g], dim=-1), torch.cat([clip, t5.to(clip.dtype)], dim=1)
+        )
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Condition of each prompt; an empty one is unconditional, all zeros as in training."""
+        device = next(self.parameters()).device
+        ids = TokenIds(*(part.to(device) for part in self.tokenize(prompts)))
+        spoken = torch.tensor([bool(prompt.strip()) for prompt in prompts], device=device)
+        return self(ids, spoken[:, None].expand(-1, 3))

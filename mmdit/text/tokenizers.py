@@ -1,0 +1,90 @@
+"""Text to token ids, one call for every tokenizer: `tokenizer(texts) -> (b, length) int64`."""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from mmdit.registry import register
+
+UNKNOWN = "[UNK]"
+
+
+class WordTokenizer:
+    """Word-level tokenizer over a closed vocabulary, for the toy encoders.
+
+    Case is folded, punctuation stands alone, other words become [UNK]. Prompts are cut and padded
+    to `length`, special tokens included.
+    """
+
+    def __init__(self, *, vocabulary: Sequence[str], template: str, pad: str, length: int) -> None:
+        if length < 3:
+            raise ValueError(f"tokenizer length {length} must be at least 3")
+        self.length = length
+        self.vocabulary_size = len(vocabulary)
+        ids = {token: i for i, token in enumerate(vocabulary)}
+        self._tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Lowercase()]
+        )
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = [(token, ids[token]) for token in template.split() if token in ids]
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+        self._tokenizer.enable_truncation(length)
+        self._tokenizer.enable_padding(length=length, pad_id=ids[pad], pad_token=pad)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:  # -> (b, length) int64
+        encoded = self._tokenizer.encode_batch(list(texts))
+        return torch.tensor([item.ids for item in encoded], dtype=torch.int64)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of `text` that the vocabulary lacks, in order, each once."""
+        folded = self._tokenizer.normalizer.normalize_str(text)
+        words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(folded)]
+        known = self._tokenizer.get_vocab()
+        return list(dict.fromkeys(word for word in words if word not in known))
+
+    def excess(self, text: str) -> int:
+        """Tokens of `text` beyond `length`, which are cut off."""
+        overflowing = self._tokenizer.encode(text).overflowing
+        return sum(sum(part.attention_mask) for part in overflowing)
+
+
+@register
+class CLIPWordTokenizer(WordTokenizer):
+    """CLIP's layout: start, words, end; the end token has the highest id.
+
+    Args:
+        words: the vocabulary.
+        length: of every row of ids.
+        pad_with_end: pad with the end token (CLIP-L) or with id 0 (CLIP-G).
+    """
+
+    def __init__(self, *, words: Sequence[str], length: int, pad_with_end: bool) -> None:
+        super().__init__(
+            vocabulary=["[PAD]", UNKNOWN, *words, "[START]", "[END]"],
+            template="[START] $A [END]",
+            pad="[END]" if pad_with_end else "[PAD]",
+            length=length,
+        )
+
+
+@register
+class T5WordTokenizer(WordTokenizer):
+    """T5's layout: words, end; pad is 0, end 1, unknown 2.
+
+    Args:
+        words: the vocabulary.
+        length: of every row of ids.
+    """
+
+    def __init__(self, *, words: Sequence[str], length: int) -> None:
+        super().__init__(
+            vocabulary=["[PAD]", "[END]", UNKNOWN, *words],
+            template="$A [END]",
+            pad="[PAD]",
+            length=length,
+        )

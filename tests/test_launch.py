@@ -1,0 +1,444 @@
+"""Text arrives as typed; a user's mistake ends in one message and code 2, a bug in a traceback."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from configs.launch import CONFIGS, Verbatim, explain, launch, nearest, split_arguments
+from mmdit.errors import UserError
+
+VERBATIM = ("prompt", "negative_prompt", "out")
+
+FILES = {
+    "app.yaml": """
+        defaults: [quiet, model: toy, objective/path: rectified_flow, _self_]
+        training: {steps: 10, root: "???", copy: "${.root}"}
+        optimizer: {_target_: targets.AdamW, _partial_: true, lr: 0.1}
+        broken: "${nowhere.at_all}"
+        action: nothing
+        hydra: {help: {header: "Draws shapes. prompt=... is the text to draw."}}
+        """,
+    "model/toy.yaml": "{_target_: targets.Model, width: 6, num_heads: 2}",
+    "model/small.yaml": "{_target_: targets.Model, width: 12, num_heads: 2}",
+    "objective/path/rectified_flow.yaml": "{name: rectified_flow}",
+    "experiment/row.yaml": "# @package _global_\ndefaults:\n  - override /model: smal\n",
+    "targets.py": """
+        from mmdit.errors import UserError
+        class Model:
+            def __init__(self, *, width, num_heads):
+                if width % num_heads:
+                    raise ValueError(f"width {width} must be divisible by num_heads {num_heads}")
+                if width > 100:
+                    raise UserError(f"width {width} is too large for this machine")
+                if num_heads == 1:
+                    dict(1)
+        class AdamW:
+            def __init__(self, params, *, lr):
+                if lr < 0:
+                    raise ValueError(f"lr {lr} must not be negative")
+        """,
+    "app.py": """
+        import sys
+        from pathlib import Path
+        from configs.launch import launch
+        from mmdit.errors import UserError
+        def job(config, text):
+            if config.action == "mistake":
+                raise UserError("the shapes ran out: draw fewer")
+            if config.action == "bug":
+                raise ZeroDivisionError("the sky fell")
+            if config.action == "interrupt":
+                raise KeyboardInterrupt
+            sys.stdout.buffer.write(text.get("prompt", "none").encode())
+        launch(job, config_name="app", verbatim=("prompt", "out"), config_dir=Path(__file__).parent)
+        """,
+}  # fmt: skip
+
+NASTY_LINES = """
+a red circle, a blue square
+"quoted"
+'single'
+it's 5 o'clock
+unclosed "quote
+(parenthesis
+) and ( again
+[a, b]
+[unclosed
+{brace: 1}
+}{
+# not a comment
+hey! stop!
+a=b
+=
+==a
+$HOME
+$$
+${oc.env:HOME}
+${training.steps}
+${unclosed
+back\\slash\\
+\\"escaped\\"
+~tilde
+1984
+3.14
+null
+None
+true
+???
++a
+--prompt
+a:b, c:d
+choice(a,b)
+range(1,3)
+*&^%@`|<>;
+赤い丸、青い四角
+🟥 next to 👩🏽‍🚀
+nul\\0 as typed
+key@package=value
+"""
+NASTY_TEXTS = [
+    *NASTY_LINES.strip().splitlines(),
+    "",
+    " ",
+    "  spaces around  ",
+    "two\nlines\n",
+    "tab\there",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory holding a tiny config folder, `targets` to build, and a script."""
+    (tmp_path / "quiet.yaml").write_text((CONFIGS / "quiet.yaml").read_text())
+    for name, content in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(line.removeprefix(" " * 8) for line in content.splitlines()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield tmp_path
+    root.handlers[:], root.level = handlers, level
+    sys.modules.pop("targets", None)
+
+
+@pytest.fixture
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., SimpleNamespace]:
+    """Launch in this process: `run(*arguments)` -> code, out, err, and what each job was given."""
+
+    def run(
+        *arguments: str, job: Callable[[DictConfig, Verbatim], None] = lambda config, text: None
+    ) -> SimpleNamespace:
+        calls: list[tuple[DictConfig, Verbatim]] = []
+
+        def recorded(config: DictConfig, text: Verbatim) -> None:
+            calls.append((config, text))
+            job(config, text)
+
+        monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
+        code: int | str | None = 0
+        try:
+            launch(recorded, config_name="app", verbatim=VERBATIM, config_dir=folder)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err, calls=calls)
+
+    return run
+
+
+def run_script(folder: Path, *arguments: str | bytes, **environment: str) -> SimpleNamespace:
+    """Run the script as a user would."""
+    path = f"{CONFIGS.parent}{os.pathsep}{folder}"
+    done = subprocess.run(
+        [sys.executable, "app.py", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        check=False,
+    )
+    out, err = done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+    return SimpleNamespace(code=done.returncode, out=out, err=err)
+
+
+def build_all(config: DictConfig, text: Verbatim) -> None:
+    instantiate(config.model)
+    instantiate(config.optimizer)([])
+
+
+# --- text as typed ---
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS)
+def test_text_is_taken_exactly_as_typed(text: str) -> None:
+    arguments = [f"prompt={text}", f"+out={text}", "training.steps=3", f"++negative_prompt={text}"]
+    rest, given = split_arguments(arguments, VERBATIM)
+    assert rest == ["training.steps=3"]
+    assert given == {"prompt": text, "out": text, "negative_prompt": text}
+
+
+def test_text_reaches_the_job_beside_the_config(run: Callable[..., SimpleNamespace]) -> None:
+    text = "\0".join(NASTY_TEXTS)
+    result = run("training.steps=3", f"prompt={text}", "model=small")
+    [(config, given)] = result.calls
+    assert (result.code, result.err, given) == (0, "", {"prompt": text})
+    assert config.training.steps == 3 and config.model.width == 12 and "prompt" not in config
+
+
+def test_text_survives_a_real_process(folder: Path) -> None:
+    text = " (a, \"b'#!=$ ${x} \\ 赤 🟥\n "
+    result = run_script(folder, f"prompt={text}", "out=")
+    assert (result.code, result.err, result.out) == (0, "", text)
+
+
+def test_undecodable_bytes_become_the_replacement_character(folder: Path) -> None:
+    assert run_script(folder, b"prompt=a\xffb").out == "a\ufffdb"
+
+
+def test_utf8_is_understood_in_an_ascii_locale() -> None:
+    argument = "prompt=赤".encode().decode("ascii", "surrogateescape")
+    assert split_arguments([argument], VERBATIM)[1] == {"prompt": "赤"}
+
+
+def test_text_is_constant_in_a_multirun(run: Callable[..., SimpleNamespace], folder: Path) -> None:
+    result = run("-m", "prompt=a, b", "training.steps=1,2")
+    assert [text for _, text in result.calls] == [{"prompt": "a, b"}] * 2
+    assert [config.training.steps for config, _ in result.calls] == [1, 2]
+    assert [path.name for path in (folder / "runs").rglob("*")] == ["multirun", "multirun.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["prompt=a", "+prompt=b"], "prompt is given twice"),
+        (["--prompt", "x"], 'write prompt="..."'),
+        (["--prompt=x"], 'write prompt="..."'),
+        (["-prompt", "x"], 'write prompt="..."'),
+        (["--negative-prompt", "x"], 'write negative_prompt="..."'),
+        (["prompt", "x"], 'write prompt="..."'),
+        (["prompt", "=", "x"], 'write prompt="..."'),
+        (["prompt=a", "red", "circle"], 'text with spaces needs quotes, prompt="a red ..."'),
+        (["--steps", "3"], "write key=value, without dashes"),
+        (["toy"], "unexpected 'toy': options are written key=value"),
+    ],
+)
+def test_slips_in_the_command_line_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        split_arguments(arguments, VERBATIM)
+    assert message in str(caught.value)
+
+
+def test_flags_may_stand_anywhere() -> None:
+    arguments = ["a=1", "-m", "b=2", "--package", "model", "prompt=x y", "~c", "--cfg=job"]
+    rest, text = split_arguments(arguments, VERBATIM)
+    assert rest == ["a=1", "b=2", "~c", "-m", "--package", "model", "--cfg=job"]
+    assert text == {"prompt": "x y"}
+
+
+# --- Hydra as its users know it ---
+
+
+def test_overrides_of_every_kind(run: Callable[..., SimpleNamespace], folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    result = run("model=small", "+x=1", "++training.steps=5", "~optimizer", "+training.new=[a,b]")
+    [(config, _)] = result.calls
+    assert config.model.width == 12 and config.x == 1 and "optimizer" not in config
+    assert config.training.steps == 5 and config.training.new == ["a", "b"]
+    assert sorted(folder.rglob("*")) == before and Path.cwd() == folder
+
+
+@pytest.mark.parametrize(
+    "arguments, shown",
+    [
+        (["--cfg", "job", "prompt=(a", "training.steps=7"], "steps: 7"),
+        (["--cfg", "hydra"], "output_subdir: null"),
+        (["--cfg", "job", "-p", "model"], "# @package model"),
+        (["--help"], "Draws shapes. prompt=... is the text to draw."),
+        (["--help"], "model: small, toy"),
+        (["--info", "defaults-tree"], "model: toy"),
+        (["-sc", "install=bash"], "hydra_bash_completion"),
+    ],
+)
+def test_printing_modes_print_and_run_nothing(
+    arguments: list[str], shown: str, run: Callable[..., SimpleNamespace]
+) -> None:
+    result = run(*arguments)
+    assert result.code == 0 and shown in result.out and result.calls == []
+
+
+def test_shell_completion_reads_past_a_prompt(
+    run: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "python app.py prompt='a, (b' model=s")
+    assert run("-sc", "query=bash").out.split() == ["model=small"]
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["training.step=3"], "unknown key 'training.step'. Did you mean training.steps?"),
+        (["optimiser.lr=3"], "unknown key 'optimiser.lr'. Did you mean optimizer.lr?"),
+        (["lr=3"], "Did you mean optimizer.lr?"),
+        (["promt=a"], "Did you mean prompt?"),
+        (["promt=a, (b"], 'Did you mean prompt="..."?'),
+        (["objective/pth=edm"], "Did you mean objective/path?"),
+        (["-m", "training.step=1,2"], "Did you mean training.steps?"),
+        (["model=tpy"], "model has no option 'tpy'. Did you mean model=toy? Available: small, toy"),
+        (["objective/path=rectified"], "Did you mean objective/path=rectified_flow?"),
+        (["-m", "model=toy,tpy"], "Did you mean model=toy?"),
+        (["+experiment=row"], "row.yaml). Did you mean model=small?"),
+        (["model=3"], "model=3"),
+        (["training.steps=a("], "cannot read 'training.steps=a('"),
+        (["training.steps=${"], "cannot read 'training.steps=${'"),
+        (["training.steps=1,2"], "Ambiguous value for argument 'training.steps=1,2'"),
+        (["hydra.job.chdir=perhaps"], "Value 'perhaps'"),
+        (["-cn", "ap"], "Cannot find primary config 'ap'"),
+        (["--resolve"], "--resolve"),
+        (["--cfg", "job", "--resolve"], "nowhere.at_all"),
+    ],
+)
+def test_mistakes_in_the_config_end_in_one_message(
+    arguments: list[str], message: str, run: Callable[..., SimpleNamespace]
+) -> None:
+    result = run(*arguments)
+    assert result.code == 2 and message in result.err and result.calls == []
+    assert "Traceback" not in result.err and "hydra.cc" not in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model.width=7"], "model: width 7 must be divisible by num_heads 2\n"),
+        (["model.width=200"], "model: width 200 is too large for this machine\n"),
+        (["+model.num_head=7"], "model.num_head: targets.Model takes no such argument. "
+         "Did you mean num_heads? It takes: width, num_heads\n"),
+        (["~model.width"], "missing 1 required keyword-only argument: 'width'\n"),
+        (["model._target_=targets.Modle"], "model._target_: cannot find 'targets.Modle'"),
+        (["optimizer.lr=-1"], "optimizer: lr -1 must not be negative\n"),
+        (["+optimizer.lrr=1"], "optimizer.lrr: targets.AdamW takes no such argument."),
+    ],
+)  # fmt: skip
+def test_values_that_a_constructor_refuses_are_explained(
+    arguments: list[str], message: str, run: Callable[..., SimpleNamespace]
+) -> None:
+    result = run(*arguments, job=build_all)
+    assert result.code == 2 and message in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("root", "training.root has no value and needs one: give training.root=...\n"),
+        ("copy", "training.root has no value and needs one: give training.root=...\n"),
+        ("broken", "broken: Interpolation key 'nowhere.at_all' not found\n"),
+    ],
+)
+def test_values_without_a_value_are_explained(
+    key: str, message: str, run: Callable[..., SimpleNamespace]
+) -> None:
+    result = run(job=lambda config, text: (config if key == "broken" else config.training)[key])
+    assert (result.code, result.err) == (2, message)
+
+
+def test_broken_yaml_names_the_file(run: Callable[..., SimpleNamespace], folder: Path) -> None:
+    (folder / "model/toy.yaml").write_text("{width: 3")
+    result = run()
+    assert result.code == 2 and "toy.yaml" in result.err
+
+
+def test_user_error_of_the_job_is_printed_as_is(folder: Path) -> None:
+    result = run_script(folder, "action=mistake")
+    assert (result.code, result.err) == (2, "the shapes ran out: draw fewer\n")
+
+
+def test_full_traceback_on_request(folder: Path) -> None:
+    result = run_script(folder, "action=mistake", HYDRA_FULL_ERROR="1")
+    assert result.code == 2 and "Traceback" in result.err and 'raise UserError("the' in result.err
+
+
+def test_user_error_in_a_multirun_ends_with_code_2(run: Callable[..., SimpleNamespace]) -> None:
+    def fail_at_first(config: DictConfig, text: Verbatim) -> None:
+        if config.training.steps == 1:
+            raise UserError("one step is too few")
+
+    result = run("-m", "training.steps=1,2", job=fail_at_first)
+    assert result.code == 2 and len(result.calls) == 2 and "Traceback" not in result.err
+    assert "job 0 (training.steps=1) failed" in result.err
+    assert result.err.endswith("\none step is too few\n")
+
+
+def test_interruption_ends_with_code_130(folder: Path) -> None:
+    result = run_script(folder, "action=interrupt")
+    assert (result.code, result.err) == (130, "interrupted\n")
+
+
+def test_exit_codes_of_the_job_pass_through(run: Callable[..., SimpleNamespace]) -> None:
+    assert run(job=lambda config, text: sys.exit(7)).code == 7
+
+
+# --- bugs ---
+
+
+def test_bug_keeps_its_traceback(folder: Path) -> None:
+    result = run_script(folder, "action=bug")
+    assert result.code == 1 and result.err.startswith("Traceback (most recent call last)")
+    assert 'raise ZeroDivisionError("the sky fell")' in result.err
+    assert "During handling" not in result.err and "Error executing job" not in result.err
+
+
+@pytest.mark.parametrize("bug", [ValueError, TypeError])
+def test_bug_in_the_job_is_raised(
+    bug: type[Exception], run: Callable[..., SimpleNamespace]
+) -> None:
+    def fail(config: DictConfig, text: Verbatim) -> None:
+        raise bug("unexpected keyword argument 'x'")
+
+    with pytest.raises(bug):
+        run(job=fail)
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_bug_in_a_multirun_is_raised(run: Callable[..., SimpleNamespace]) -> None:
+    with pytest.raises(KeyError):
+        run("-m", "training.steps=1", job=lambda config, text: {}["missing"])
+
+
+def test_type_error_inside_a_constructor_is_a_bug(run: Callable[..., SimpleNamespace]) -> None:
+    with pytest.raises(Exception, match="'int' object is not iterable"):
+        run("model.num_heads=1", job=build_all)
+
+
+def test_wrong_key_in_the_script_is_a_bug(run: Callable[..., SimpleNamespace]) -> None:
+    with pytest.raises(AttributeError):
+        run(job=lambda config, text: config.no_such_key)
+
+
+# --- parts ---
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), ValueError("x"), AssertionError()])
+def test_only_known_mistakes_are_explained(error: Exception) -> None:
+    assert explain(error, in_job=True) is None
+
+
+def test_nearest() -> None:
+    known = ["training.steps", "optimizer.lr", "scheduler.lr", "objective/path", "model"]
+    assert nearest("optimiser.lr", known) == "optimizer.lr"
+    assert nearest("step", known) == "training.steps"
+    assert nearest("modle", known) == "model"
+    assert nearest("zebra", known) is None
+    assert nearest("a", []) is None
