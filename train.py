@@ -44,18 +44,16 @@ def job(config: DictConfig, _: Verbatim) -> None:
         sys.exit(128 + stop.number)
     finally:
         logger.close()
-    log.info(
-        "finished %s in %.1f minutes\n  samples     %s\n  curves      %s\n  metrics     %s\n"
-        '  checkpoint  %s\npaint with it:  python sample.py prompt="a red circle above a blue square"\n'
-        "measure it:     python eval/compositional.py checkpoint=%s",
-        run.path,
-        (time.perf_counter() - began) / 60,
-        run.path / "samples" / f"{checkpoint.folder.name}.png",
-        run.path / "loss.png",
-        run.path / "metrics.jsonl",
-        checkpoint.folder,
-        run.path,
-    )
+    minutes = (time.perf_counter() - began) / 60
+    log.info("finished %s in %.1f minutes", run.path, minutes)
+    figures = checkpoint.figures
+    log.info("  loss        %.4f EMA, %.4f raw", figures["ema/loss"], figures["raw/loss"])
+    log.info("  samples     %s", run.path / "samples" / f"{checkpoint.folder.name}.png")
+    log.info("  curves      %s", run.path / "loss.png")
+    log.info("  metrics     %s", run.path / "metrics.jsonl")
+    log.info("  checkpoint  %s", checkpoint.folder)
+    log.info('paint with it:  python sample.py prompt="a red circle above a blue square"')
+    log.info("measure it:     python eval/compositional.py checkpoint=%s", run.path)
 
 
 def trained_autoencoder(config: DictConfig, plain: dict[str, Any]) -> Autoencoder:
@@ -76,6 +74,7 @@ def trained_autoencoder(config: DictConfig, plain: dict[str, Any]) -> Autoencode
 
 
 def train_autoencoder(config: DictConfig, run: RunFolder) -> Checkpoint:
+    """Build the autoencoder's task and train it."""
     recipe = config.autoencoder
     torch.manual_seed(config.seed)
     device = chosen_device(config.device)
@@ -104,6 +103,7 @@ def train_autoencoder(config: DictConfig, run: RunFolder) -> Checkpoint:
 def train_flow(
     config: DictConfig, autoencoder: Autoencoder, run: RunFolder, logger: Logger
 ) -> Checkpoint:
+    """Build the pipeline and its task, and train it on the autoencoder's latents."""
     torch.manual_seed(config.seed)
     text = instantiate(config.text)
     mmdit = instantiate(
@@ -142,7 +142,7 @@ def train_flow(
         samples=config.training.samples,
         seed=config.seed,
         schedule=WarmupConstant(warmup_steps=config.training.warmup_steps),
-        optimizer=instantiate(config.optimizer, pipeline),
+        optimizer=instantiate(config.optimizer)(pipeline),
         ema=EMA(pipeline, **config.training.ema),
         logger=logger,
     )

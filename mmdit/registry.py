@@ -22,7 +22,12 @@ def register(cls: type[T]) -> type[T]:
     defaults included, so that `describe(instance)` can be stored as JSON and
     `build(describe(instance))` gives the same architecture.
     """
-    original = cls.__init__
+    if cls.__init__ is object.__init__:  # no arguments: nothing to remember but the name
+        cls._description = {"class": cls.__name__}  # type: ignore[attr-defined]
+        _classes[cls.__name__] = cls
+        return cls
+    # object's own constructor claims to take anything.
+    original = _no_arguments if cls.__init__ is object.__init__ else cls.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -36,6 +41,10 @@ def register(cls: type[T]) -> type[T]:
     cls.__init__ = remember  # type: ignore[method-assign,assignment]
     _classes[cls.__name__] = cls
     return cls
+
+
+def _no_arguments(self: Any) -> None:
+    """Constructor of a class that has none."""
 
 
 def describe(instance: Any) -> dict[str, Any]:

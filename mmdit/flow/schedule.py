@@ -23,7 +23,8 @@ class Shift:
         self.alpha = alpha
 
     def __call__(self, t: Tensor) -> Tensor:
-        return self.alpha * t / (1.0 + (self.alpha - 1.0) * t)
+        # Eq. 23 with its denominator written so that t = 1 stays exactly 1 for every alpha.
+        return self.alpha * t / (self.alpha * t + (1.0 - t))
 
     def grid(self, steps: int) -> Tensor:
         """Falling times from 1 to 0 for `steps` steps: (steps + 1,), float64.

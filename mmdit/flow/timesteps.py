@@ -26,7 +26,7 @@ class TimestepDensity(ABC):
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         """n draws of t, float32 (n,)."""
-        # 1 - u keeps t off exactly zero where a density maps u = 0 to an infinite logit.
+        # Off exactly 0 and 1, which LogitNormal would map from an infinite logit.
         u = torch.rand(n, generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
         return self.from_uniform(u).float()
 

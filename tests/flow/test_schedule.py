@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from mmdit.flow.paths import RectifiedFlow
+from mmdit.flow.schedule import Shift
+
+INNER = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
+each_alpha = pytest.mark.parametrize("alpha", [0.1, 0.3, 1.0, math.sqrt(2.0), 3.0, 6.7])
+
+
+@each_alpha
+def test_log_snr_moves_by_minus_two_log_alpha(alpha):
+    log_snr = RectifiedFlow().log_snr
+    moved = log_snr(Shift(alpha=alpha)(INNER)) - log_snr(INNER)
+    torch.testing.assert_close(moved, torch.full_like(moved, -2 * math.log(alpha)))
+
+
+@each_alpha
+def test_one_over_alpha_undoes_alpha(alpha):
+    torch.testing.assert_close(Shift(alpha=1 / alpha)(Shift(alpha=alpha)(INNER)), INNER)
+
+
+@each_alpha
+@pytest.mark.parametrize("steps", [1, 2, 28])
+def test_grid_falls_from_exactly_one_to_exactly_zero(alpha, steps):
+    grid = Shift(alpha=alpha).grid(steps)
+    assert grid.shape == (steps + 1,)
+    assert grid[0] == 1.0 and grid[-1] == 0.0
+    assert (grid.diff() < 0).all()
+
+
+def test_without_shift_the_grid_is_linear():
+    grid = Shift(alpha=1.0).grid(4)
+    assert grid.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_paper_value_at_1024_pixels():
+    """Eq. 23: at alpha = 3 the middle of the path moves to t = 3/4, towards noise."""
+    assert Shift(alpha=3.0)(torch.tensor([0.5])).item() == 0.75
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0])
+def test_alpha_must_be_positive(alpha):
+    with pytest.raises(ValueError, match=f"alpha {alpha} must be positive"):
+        Shift(alpha=alpha)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_a_grid_needs_a_step(steps):
+    with pytest.raises(ValueError, match=f"steps {steps} must be at least 1"):
+        Shift().grid(steps)

@@ -1,0 +1,129 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit.flow.timesteps import CosMap, LogitNormal, Mode, TimestepDensity, Uniform
+
+DENSITIES = {
+    "uniform": Uniform(),
+    "lognorm(0, 1)": LogitNormal(m=0.0, s=1.0),
+    "lognorm(1, 0.6)": LogitNormal(m=1.0, s=0.6),
+    "lognorm(-0.5, 1)": LogitNormal(m=-0.5, s=1.0),
+    "lognorm(-1, 2.2)": LogitNormal(m=-1.0, s=2.2),
+    "mode(-1)": Mode(s=-1.0),
+    "mode(0)": Mode(s=0.0),
+    "mode(1.29)": Mode(s=1.29),
+    "cosmap": CosMap(),
+}
+each_density = pytest.mark.parametrize("density", DENSITIES.values(), ids=DENSITIES)
+
+
+def draw(density: TimestepDensity, n: int) -> Tensor:
+    return density.sample(n, torch.Generator().manual_seed(0))
+
+
+def midpoints(n: int) -> Tensor:
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+
+@each_density
+def test_pdf_integrates_to_one(density):
+    # The loosest is mode(-1), whose pdf has integrable poles at both ends.
+    assert density.pdf(midpoints(200_000)).double().mean() == pytest.approx(1.0, abs=1e-3)
+
+
+@each_density
+def test_samples_follow_the_pdf(density):
+    """Kolmogorov-Smirnov: the empirical distribution against the integral of the pdf."""
+    n, cells = 20_000, 100_000
+    t = draw(density, n).double().sort().values
+    cumulative = torch.cat([torch.zeros(1), density.pdf(midpoints(cells)).double().cumsum(0)])
+    expected = cumulative[(t * cells).round().long()] / cells
+    observed = (torch.arange(n) + 0.5) / n
+    assert (expected - observed).abs().max() < 1.95 / math.sqrt(n)  # exceeded once in a thousand
+
+
+@each_density
+def test_pdf_is_the_change_of_variables_of_the_map(density):
+    u = torch.linspace(0.02, 0.98, 49, dtype=torch.float64, requires_grad=True)
+    t = density.from_uniform(u)
+    (slope,) = torch.autograd.grad(t.sum(), u)
+    torch.testing.assert_close(density.pdf(t.detach()).double() * slope.abs(), torch.ones_like(u))
+
+
+@pytest.mark.parametrize(
+    ("density", "mean"),
+    [
+        (LogitNormal(m=1.0, s=1.0), 0.697),  # positive m favours noise: trap 1 gives 0.303
+        (LogitNormal(m=-1.0, s=1.0), 0.303),
+        (LogitNormal(m=0.0, s=1.0), 0.5),
+        (CosMap(), 0.5),  # trap 2 gives 0.648
+        (Mode(s=0.0), 0.5),
+        (Mode(s=1.29), 0.5),
+        (Uniform(), 0.5),
+    ],
+)
+def test_mean_time(density, mean):
+    n = 40_000
+    assert draw(density, n).mean().item() == pytest.approx(mean, abs=4 * 0.29 / math.sqrt(n))
+
+
+def test_logit_of_a_logit_normal_time_is_normal():
+    u = torch.logit(draw(LogitNormal(m=0.5, s=0.6), 40_000).double())
+    assert u.mean().item() == pytest.approx(0.5, abs=0.012)
+    assert u.std().item() == pytest.approx(0.6, abs=0.01)
+
+
+def test_mode_zero_is_uniform():
+    t = midpoints(100)
+    torch.testing.assert_close(Mode(s=0.0).pdf(t).double(), torch.ones_like(t))
+    torch.testing.assert_close(Mode(s=0.0).from_uniform(t), 1 - t)
+
+
+def test_mode_favours_the_middle_when_positive_and_the_ends_when_negative():
+    middle = torch.tensor([0.5])
+    assert Mode(s=1.0).pdf(middle) > 1 > Mode(s=-1.0).pdf(middle)
+
+
+def test_paper_values_of_the_pdfs():
+    """Sec. 3.1, evaluated by hand at t = 1/2 and t = 1/4."""
+    half, quarter = torch.tensor([0.5]), torch.tensor([0.25])
+    assert LogitNormal().pdf(half).item() == pytest.approx(4 / math.sqrt(2 * math.pi))
+    assert CosMap().pdf(half).item() == pytest.approx(4 / math.pi)
+    assert CosMap().pdf(quarter).item() == pytest.approx(2 / (math.pi * 0.625))
+
+
+@each_density
+def test_times_stay_inside_the_unit_interval(density):
+    t = draw(density, 20_000)
+    assert t.dtype == torch.float32 and t.shape == (20_000,)
+    assert (t > 0).all() and (t <= 1).all()  # float32 rounds the nearest to noise to 1
+    extremes = density.from_uniform(torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64))
+    assert (extremes >= 0).all() and (extremes <= 1).all()
+
+
+@each_density
+def test_draws_are_decided_by_the_generator_alone(density):
+    first = draw(density, 5)
+    torch.manual_seed(1)
+    assert torch.equal(draw(density, 5), first)
+    assert first.unique().numel() == 5
+
+
+@pytest.mark.parametrize("s", [0.0, -1.0])
+def test_a_logit_normal_needs_a_positive_scale(s):
+    with pytest.raises(ValueError, match=rf"LogitNormal: s {s} must be positive"):
+        LogitNormal(s=s)
+
+
+@pytest.mark.parametrize("s", [-1.01, 1.76])
+def test_mode_refuses_a_map_that_is_not_monotone(s):
+    with pytest.raises(ValueError, match=rf"Mode: s {s} must lie in"):
+        Mode(s=s)
+
+
+@pytest.mark.parametrize("s", [-1.0, 1.75])
+def test_mode_is_monotone_up_to_the_bounds_of_the_paper(s):
+    assert (Mode(s=s).from_uniform(midpoints(10_000)).diff() < 0).all()

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from mmdit import registry
+from mmdit.errors import UserError
+from mmdit.flow.objective import Objective
+from mmdit.flow.paths import RectifiedFlow
+from mmdit.flow.predictions import Velocity
+from mmdit.flow.schedule import Shift
+from mmdit.flow.timesteps import CosMap, LogitNormal, Mode, Uniform
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.mmdit import MMDiT
+from mmdit.models.t5 import T5Encoder
+from mmdit.registry import build, describe, register
+from mmdit.text.conditioning import TextEncoder
+from mmdit.text.tokenizers import T5WordTokenizer
+
+
+def instances() -> list[object]:
+    return [
+        *(Uniform(), LogitNormal(m=0.5, s=0.6), Mode(s=1.75), CosMap()),
+        *(RectifiedFlow(), Velocity(), Shift(alpha=3.0)),
+        Objective(
+            path=RectifiedFlow(),
+            timesteps=LogitNormal(m=1.0, s=0.6),
+            prediction=Velocity(),
+            shift=Shift(alpha=3.0),
+        ),
+        MMDiT(depth=1, width=8, num_heads=2, context_width=6, pooled_width=5, position_size=4),
+        Autoencoder(latent_channels=4, width=32, multipliers=(1, 1), blocks=0),
+        CLIPTextModel(vocabulary_size=5, width=8, depth=2, num_heads=2, length=4),
+        TextEncoder(
+            tokenizer=T5WordTokenizer(words=["red", "circle"], length=5),
+            model=T5Encoder(vocabulary_size=9, width=8, depth=1, num_heads=2, hidden=6),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("instance", instances(), ids=lambda i: type(i).__name__)
+def test_a_description_survives_json_and_builds_an_equal_instance(instance):
+    description = describe(instance)
+    rebuilt = build(json.loads(json.dumps(description)))
+    assert type(rebuilt) is type(instance)
+    assert describe(rebuilt) == description
+    if hasattr(instance, "state_dict"):
+        shapes, others = (
+            {key: value.shape for key, value in module.state_dict().items()}
+            for module in (instance, rebuilt)
+        )
+        assert shapes == others
+
+
+def test_a_description_holds_the_defaults_and_the_parts():
+    assert describe(Mode()) == {"class": "Mode", "s": 1.29}
+    objective = describe(instances()[7])
+    assert objective["timesteps"] == {"class": "LogitNormal", "m": 1.0, "s": 0.6}
+    assert objective["path"] == {"class": "RectifiedFlow"}
+
+
+def test_a_subclass_describes_itself_not_its_parent(monkeypatch):
+    monkeypatch.setattr(registry, "_classes", {})
+
+    @register
+    class Wider(Shift):
+        def __init__(self, *, factor: float) -> None:
+            super().__init__(alpha=2 * factor)
+
+    assert describe(Wider(factor=1.5)) == {"class": "Wider", "factor": 1.5}
+
+
+def test_an_unknown_class_is_named_with_its_nearest_neighbour():
+    with pytest.raises(UserError, match=r"'LogitNormall'.*did you mean 'LogitNormal'"):
+        build({"class": "LogitNormall"})
+
+
+@pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "mmdit.flow.paths.Path", None])
+def test_nothing_is_built_by_import_path(name):
+    with pytest.raises(UserError, match="not known here"):
+        build({"class": name, "in_features": 1, "out_features": 1})
+
+
+def test_an_argument_that_does_not_fit_is_a_users_mistake():
+    with pytest.raises(UserError, match=r"Mode does not fit.*'strength'"):
+        build({"class": "Mode", "strength": 1.0})
+    with pytest.raises(UserError, match=r"Uniform does not fit"):
+        build({"class": "Uniform", "s": 1.0})
+
+
+def test_constructors_take_keywords_only_and_refuse_misspelt_ones():
+    with pytest.raises(TypeError):
+        Shift(3.0)
+    with pytest.raises(TypeError, match="alhpa"):
+        Shift(alhpa=3.0)
+    with pytest.raises(TypeError, match="s"):
+        Uniform(s=0.0)
