@@ -1,9 +1,16 @@
 """Paint with a trained model: `python sample.py prompt="..."`, see `python sample.py --help`."""
 
+import os
+
+# Before torch starts its threads: ones that spin while they wait starve a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 import json
 import logging
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +74,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
                     [prompt for prompt, _ in batch],
                     seeds=[seed for _, seed in batch],
                     solver=instantiate(config.solver),
-                    progress=lambda size=len(batch): bar.update(size),
+                    progress=partial(bar.update, len(batch)),
                     **settings,
                 ).cpu()
             )
@@ -92,24 +99,23 @@ def read_prompts(text: Verbatim) -> list[str]:
 
 
 def check_numbers(config: DictConfig) -> None:
-    """Refuse numbers that make no sense, by name."""
-    whole = ("num_images", "steps", "height", "width", "batch_size")
-    for name in (*whole, "seed", "guidance"):
+    """Refuse numbers that make no sense, by name; None stands for the model's default."""
+    least = {"num_images": 1, "steps": 1, "height": 1, "width": 1, "batch_size": 1, "seed": 0}
+    for name, low in least.items():
         value = config[name]
-        if value is None:
+        if value is None and name in ("steps", "height", "width"):
             continue
-        kind: Any = (int, float) if name == "guidance" else int
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise UserError(
-                f"{name}={value} must be a {'number' if kind != int else 'whole number'}"
-            )
-        if (name in whole and value < 1) or (name == "seed" and not 0 <= value < 2**63):
-            raise UserError(
-                f"{name}={value} must be {'at least 1' if name in whole else '0 or more'}"
-            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise UserError(f"{name}={value} must be a whole number, at least {low}")
+    guidance = config.guidance
+    if guidance is not None and (
+        isinstance(guidance, bool) or not isinstance(guidance, int | float)
+    ):
+        raise UserError(f"guidance={guidance} must be a number")
 
 
 def find_weights(checkpoint: str | None, config: DictConfig) -> Path:
+    """The file to paint with: of `checkpoint`, or of the newest finished run."""
     source = Path(checkpoint) if checkpoint else newest_finished(Path(config.runs))
     if source is None:
         raise UserError(

@@ -29,13 +29,14 @@ from mmdit.errors import UserError
 Verbatim = dict[str, str]
 CONFIGS = Path(__file__).resolve().parent
 
-FLAGS_ALONE = (
-    "--help -h --hydra-help --version --resolve --run -r --multirun -m --shell-completion -sc --"
-).split()
-FLAGS_WITH_VALUE = (
-    "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --info -i "
-    "--experimental-rerun"
-).split()
+FLAGS_ALONE = {
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--shell-completion", "-sc", "--"),
+}
+FLAGS_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
+}
 
 
 class _JobFailed(BaseException):
@@ -84,7 +85,7 @@ def launch(
         sys.exit(130)
     except _JobFailed as stop:
         error = stop.__cause__ or stop
-    except Exception as failure:  # noqa: BLE001  raised again below, unless it is a user's mistake
+    except Exception as failure:  # raised again below, unless it is a user's mistake
         error = failure
     finally:
         sys.argv = command_line

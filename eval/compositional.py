@@ -8,6 +8,12 @@ of the same scenes (its own errors), and on the pictures of the other prompts of
 (chance).
 """
 
+import os
+
+# Before torch starts its threads: ones that spin while they wait starve a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 import json
 import logging
 import math
@@ -41,9 +47,13 @@ def job(config: DictConfig, text: Verbatim) -> None:
     n = config.prompts_per_task
     if isinstance(n, bool) or not isinstance(n, int) or n < 2:
         raise UserError(f"prompts_per_task={n} must be a whole number of at least 2")
-    source = Path(text["checkpoint"]) if text.get("checkpoint") else newest_finished(Path(config.runs))
+    source = (
+        Path(text["checkpoint"]) if text.get("checkpoint") else newest_finished(Path(config.runs))
+    )
     if source is None:
-        raise UserError(f"there is no finished run in {config.runs}/: give checkpoint=<run or file>")
+        raise UserError(
+            f"there is no finished run in {config.runs}/: give checkpoint=<run or file>"
+        )
     weights = weights_file(source, config.weights)
     device = chosen_device(config.device)
     pipe = mmdit.load_pipeline(weights).to(device)
@@ -149,7 +159,10 @@ def as_markdown(report: dict[str, Any]) -> str:
     """The figures of every split as a table."""
     lines = [f"{report['protocol']}: {report['weights']}", ""]
     for split, table in report["splits"].items():
-        lines += [f"| {split} | accuracy | detector on truth | shuffled prompts |", "|---|---|---|---|"]
+        lines += [
+            f"| {split} | accuracy | detector on truth | shuffled prompts |",
+            "|---|---|---|---|",
+        ]
         for task, row in table.items():
             cells = (
                 f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",

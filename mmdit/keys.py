@@ -14,5 +14,6 @@ def generator_for(*key: int | str) -> torch.Generator:
 
     Keys of different content never share a stream (up to a 64-bit hash collision).
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -26,25 +26,20 @@ def register(cls: type[T]) -> type[T]:
         cls._description = {"class": cls.__name__}  # type: ignore[attr-defined]
         _classes[cls.__name__] = cls
         return cls
-    # object's own constructor claims to take anything.
-    original = _no_arguments if cls.__init__ is object.__init__ else cls.__init__
+    original = cls.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def remember(self: Any, **arguments: Any) -> None:
+        original(self, **arguments)
         bound = signature.bind(self, **arguments)
         bound.apply_defaults()
-        original(self, **arguments)
         plain = {name: _plain(value) for name, value in bound.arguments.items() if name != "self"}
         self._description = {"class": cls.__name__, **plain}
 
     cls.__init__ = remember  # type: ignore[method-assign,assignment]
     _classes[cls.__name__] = cls
     return cls
-
-
-def _no_arguments(self: Any) -> None:
-    """Constructor of a class that has none."""
 
 
 def describe(instance: Any) -> dict[str, Any]:

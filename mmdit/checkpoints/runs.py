@@ -47,6 +47,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Facts of a checkpoint folder, written after all its other files."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         return manifest

@@ -118,7 +118,7 @@ def words_of(
 
 
 def vocabulary() -> list[str]:
-    """Every word of every grammar that `Shapes` can be configured to, for a word-level tokenizer."""
+    """Every word of any grammar of `Shapes`, for a word-level tokenizer."""
     return words_of(
         shapes=SHAPES,
         colours=COLOURS,

@@ -7,12 +7,12 @@ at 32 and at 64 pixels: only the width of the anti-aliased edge knows about pixe
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[np.float32]
+Array: TypeAlias = NDArray[np.floating[Any]]
 Image: TypeAlias = NDArray[np.uint8]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -130,7 +130,7 @@ def area_and_centroid(shape: str) -> tuple[float, float, float]:
 
 @cache
 def _ground(background: str, image_size: int) -> Array:
-    return np.tile(np.float32(COLOURS[background]), (image_size, image_size, 1))
+    return np.tile(np.array(COLOURS[background], np.float32), (image_size, image_size, 1))
 
 
 def draw(objects: Sequence[Object], background: str, image_size: int) -> Image:
@@ -139,5 +139,5 @@ def draw(objects: Sequence[Object], background: str, image_size: int) -> Image:
     for thing in objects:
         rows, columns, coverage = cover(thing.shape, thing.x, thing.y, thing.radius, image_size)
         window = canvas[rows, columns]
-        window += coverage[..., None] * (np.float32(COLOURS[thing.colour]) - window)
+        window += coverage[..., None] * (np.array(COLOURS[thing.colour], np.float32) - window)
     return np.rint(canvas).astype(np.uint8)

@@ -1,7 +1,8 @@
-"""The order of training samples: a pure function of (seed, position), so resuming needs no state."""
+"""The order of training samples: a pure function of (seed, position), with no state to save."""
 
 import torch
 
+from mmdit.errors import UserError
 from mmdit.keys import generator_for
 
 
@@ -15,7 +16,7 @@ class ShuffledOrder:
 
     def __init__(self, *, size: int, seed: int) -> None:
         if size < 1:
-            raise ValueError(f"size {size} must be at least 1")
+            raise UserError(f"size {size} must be at least 1")
         self.size, self.seed = size, seed
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)

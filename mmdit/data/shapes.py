@@ -15,15 +15,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from mmdit.data.captions import (
-    NUMBERS,
-    RELATIONS,
-    TASKS,
-    Scene,
-    rich_caption,
-    short_caption,
-    words_of,
-)
+from mmdit.data import captions
+from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
 from mmdit.data.checks import expect, one_of
 from mmdit.data.composition import Kind, hold_out
 from mmdit.data.drawing import COLOURS, SHAPES, Image, Object, draw
@@ -150,7 +143,7 @@ class Shapes:
     @property
     def words(self) -> list[str]:
         """Every word of every caption, sorted: the vocabulary of a word-level tokenizer."""
-        return words_of(
+        return captions.words_of(
             shapes=self.shapes,
             colours=self.colours,
             sizes=self.sizes,
@@ -184,8 +177,7 @@ class Shapes:
             cells = self._aligned_cells(rng, relation)
         else:
             cells = self._distinct_cells(rng, len(kinds))
-        size_names = tuple(self.sizes)
-        sizes = [_pick(rng, size_names) for _ in kinds]
+        sizes = [_pick(rng, tuple(self.sizes)) for _ in kinds]
         if task == "counting":  # "three small circles" is true of all three
             sizes = sizes[:1] * len(kinds)
         placed = zip(kinds, sizes, cells, strict=True)
@@ -195,7 +187,7 @@ class Shapes:
         rich, relate = rng.random() < self.rich_fraction, rng.random() < 0.5
         if not rich:
             return scene, short_caption(scene)
-        return scene, rich_caption(
+        return scene, captions.rich_caption(
             scene,
             grid=self.grid,
             relate=relate,
@@ -218,7 +210,8 @@ class Shapes:
         return Object(kind.shape, kind.colour, size, x, y, _within(rng, *self.sizes[size]))
 
     def _distinct_cells(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-        free = list(itertools.product(range(self.grid), repeat=2))
+        line = range(self.grid)
+        free = list(itertools.product(line, line))
         return [free.pop(int(rng.random() * len(free))) for _ in range(count)]
 
     def _aligned_cells(self, rng: np.random.Generator, relation: str) -> list[tuple[int, int]]:

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from mmdit.errors import UserError
+
 
 class EMA:
     """A shadow of the trainable weights of `module`; buffers and frozen weights are followed.
@@ -20,9 +22,9 @@ class EMA:
 
     def __init__(self, module: nn.Module, *, decay: float, every: int) -> None:
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ema.decay {decay} must lie in [0, 1)")
+            raise UserError(f"ema.decay {decay} must lie in [0, 1)")
         if every < 1:
-            raise ValueError(f"ema.every {every} must be at least 1")
+            raise UserError(f"ema.every {every} must be at least 1")
         self.decay, self.every = decay, every
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self._pairs = [

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class Settings(NamedTuple):
     """How long to train, and how often to do what; see `configs/training`."""
 
     steps: int
+    samples: int  # size of the training set; its order is drawn anew each epoch
     batch_size: int
     clip: float  # greatest norm of the gradient
     log_every: int
@@ -68,12 +69,27 @@ class Settings(NamedTuple):
     save_every: int
     keep: int  # checkpoints
 
-    def check(self) -> None:
-        """Raise UserError unless every field is a positive number, whole where it counts."""
-        for name, value in self._asdict().items():
-            kind, expected = (float | int, "a") if name == "clip" else (int, "a whole")
-            if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
-                raise UserError(f"training.{name}={value} must be {expected} number above 0")
+    @classmethod
+    def of(cls, config: Mapping[Any, Any], where: str) -> Self:
+        """The settings among the keys of a config section.
+
+        Raises:
+            UserError: a value is no positive number, or not whole where it counts something.
+        """
+        return cls(**{name: positive(config, name, where) for name in cls._fields})
+
+
+def positive(config: Mapping[Any, Any], name: str, where: str) -> Any:
+    """A value of a config section that counts something, or the real number `clip`.
+
+    Raises:
+        UserError: it is no number above 0, or not whole.
+    """
+    value = config[name]
+    kind, expected = (float | int, "a") if name == "clip" else (int, "a whole")
+    if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+        raise UserError(f"{where}.{name}={value} must be {expected} number above 0")
+    return value
 
 
 def train(
@@ -81,7 +97,6 @@ def train(
     *,
     run: RunFolder,
     settings: Settings,
-    samples: int,
     seed: int,
     schedule: Callable[[int], float],
     optimizer: torch.optim.Optimizer,
@@ -91,17 +106,16 @@ def train(
     """Train `task` up to `settings.steps` steps, from the newest checkpoint of `run` if it has one.
 
     Args:
-        samples: size of the data set; its order is drawn anew each epoch.
+        seed: of the order of samples.
         schedule: factor of the optimizer's learning rate at each step.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the step was finished and saved.
         UserError: the loss or the gradient is not finite. The last good checkpoint stays.
     """
-    settings.check()
     module = task.module
     rates = [group["lr"] for group in optimizer.param_groups]
-    order = ShuffledOrder(size=samples, seed=seed)
+    order = ShuffledOrder(size=settings.samples, seed=seed)
     start = restore(run, module, ema, optimizer)
     metrics = MetricsFile(run.path / "metrics.jsonl", start_step=start)
     figures: dict[str, float] = {}
@@ -187,8 +201,8 @@ def make_step(
         raise UserError(
             f"step {step}: the loss is {loss.item()} and the gradient norm {norm}"
             + (f"; not finite for samples {bad[:10]}" if bad else "")
-            + ". The weights were not updated. Lower optimizer.lr, or set precision=fp32, and go on "
-            "from the last checkpoint with resume=auto"
+            + ". The weights were not updated. Lower optimizer.lr, or set precision=fp32, and go "
+            "on from the last checkpoint with resume=auto"
         )
     optimizer.step()
     return loss.detach(), norm

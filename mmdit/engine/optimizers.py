@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mmdit.errors import UserError
+
 
 def adamw(
     module: nn.Module,
@@ -42,7 +44,7 @@ class WarmupConstant:
 
     def __init__(self, *, warmup_steps: int = 1000) -> None:
         if warmup_steps < 0:
-            raise ValueError(f"warmup_steps {warmup_steps} must not be negative")
+            raise UserError(f"warmup_steps {warmup_steps} must not be negative")
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int) -> float:

@@ -37,10 +37,10 @@ def autocast(device: torch.device, precision: str) -> Autocast:
     """Context factory for `precision`: 'bf16', 'fp32', or 'auto' (bf16 where it pays).
 
     Raises:
-        ValueError: `precision` is none of the three.
+        UserError: `precision` is none of the three.
     """
     if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision {precision!r} must be 'auto', 'bf16' or 'fp32'")
+        raise UserError(f"precision {precision!r} must be 'auto', 'bf16' or 'fp32'")
     if precision == "bf16" or (precision == "auto" and bf16_pays(device)):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext

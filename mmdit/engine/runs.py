@@ -1,4 +1,4 @@
-"""Run folders being written: one training run each, locked while in use (see checkpoints/runs.py)."""
+"""Run folders being written: one training run each, locked while in use."""
 
 import fcntl
 import hashlib
@@ -216,7 +216,7 @@ def _claim(folder: RunFolder, config: Mapping[str, Any]) -> RunFolder:
         ]
         if changed:
             raise UserError(
-                f"cannot go on with {folder.path}, whose config differs: {'; '.join(changed[:10])}. "
+                f"cannot go on with {folder.path}, its config differs: {'; '.join(changed[:10])}. "
                 "Give the same settings, or start a new run without resume="
             )
         log.info("going on with %s at step %d", folder.path, latest.step)

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.engine.precision import Autocast
+from mmdit.errors import UserError
+from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
 from mmdit.metrics.reconstruction import psnr
 from mmdit.metrics.validation import LEVELS, validation_loss
@@ -59,7 +61,7 @@ class AutoencoderTask:
         autocast: Autocast,
     ) -> None:
         if kl_weight < 0:
-            raise ValueError(f"kl_weight {kl_weight} must not be negative")
+            raise UserError(f"kl_weight {kl_weight} must not be negative")
         self.module, self.data, self.kl_weight = module, data, kl_weight
         self.seed, self.autocast = seed, autocast
         self.device = next(module.parameters()).device
@@ -86,23 +88,26 @@ class AutoencoderTask:
         assert isinstance(module, Autoencoder)
         self._measure_latents(module)
         with self.autocast():
-            reconstruction = module.decode(module.encode(from_pixels(self._truth)))
-        return {"psnr": psnr(to_pixels(reconstruction), self._truth)}
+            reconstruction = module.decode(module.encode(from_pixels(self._truth).to(self.device)))
+        return {"psnr": psnr(to_pixels(reconstruction).cpu(), self._truth)}
 
     @torch.no_grad()
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
         assert isinstance(module, Autoencoder)
         truth = self._truth[:8]
+        x = from_pixels(truth).to(self.device)
         with self.autocast():
-            reconstruction = to_pixels(module.decode(module.encode(from_pixels(truth))))
-        return torch.cat([truth, reconstruction]), ["image"] * 8 + ["reconstruction"] * 8
+            reconstruction = to_pixels(module.decode(module.encode(x)))
+        return torch.cat([truth, reconstruction.cpu()]), ["image"] * 8 + ["reconstruction"] * 8
 
     def _measure_latents(self, module: Autoencoder, count: int = 1024) -> None:
         """Set the scale and shift of `module` from the raw latents of `count` training images."""
         with self.autocast():
             raw = torch.cat(
                 [
-                    module.posterior(from_pixels(self.data.batch(range(i, i + 128))[0])).mean
+                    module.posterior(
+                        from_pixels(self.data.batch(range(i, i + 128))[0]).to(self.device)
+                    ).mean
                     for i in range(0, count, 128)
                 ]
             )
@@ -137,7 +142,8 @@ class FlowTask:
         self.seed, self.autocast = seed, autocast
         images, self._validation_captions = validation.batch(range(validation_size))
         with torch.no_grad(), autocast():
-            self._validation_latents = module.autoencoder.encode(from_pixels(images))
+            x = from_pixels(images).to(module.device)
+            self._validation_latents = module.autoencoder.encode(x)
         self._prompts = [
             short_caption(validation.scene_for_task(task, i)) for task in TASKS for i in range(4)
         ]
@@ -146,8 +152,8 @@ class FlowTask:
         module = self.module
         x_0 = self.latents[list(indices)].float()
         generators = [generator_for(self.seed, "flow", step, index) for index in indices]
-        draw = module.objective.draw(tuple(x_0.shape[1:]), generators)
-        kept = module.text.draw_kept(generators)
+        draw = Draw(*(d.to(x_0.device) for d in module.objective.draw(x_0.shape[1:], generators)))
+        kept = module.text.draw_kept(generators).to(x_0.device)
         ids = module.text.tokenize([self.captions[index] for index in indices])
         with self.autocast():
             c_vec, c_ctxt = module.text(ids, kept)
@@ -155,6 +161,7 @@ class FlowTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """The validation loss at each level, and its mean over all but the last."""
         assert isinstance(module, Pipeline)
         with self.autocast():
             levels = validation_loss(
@@ -168,7 +175,7 @@ class FlowTask:
         assert isinstance(module, Pipeline)
         module.autocast = self.autocast
         images = module(self._prompts, seeds=range(len(self._prompts)))
-        return images, self._prompts
+        return images.cpu(), self._prompts
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class WandbLogger:
             )
         except wandb.Error as error:
             raise UserError(
-                f"W&B did not start ({error}): log in with `wandb login`, or use logger.mode=offline"
+                f"W&B did not start ({error}): log in by `wandb login`, or set logger.mode=offline"
             ) from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
-"""The training loss (Eq. 12): the one place that draws t, forms z_t, calls the model and compares."""
+"""The training loss (Eq. 12): the one place that draws t, forms z_t and compares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,10 +39,12 @@ class Objective:
         self.path, self.timesteps, self.prediction = path, timesteps, prediction
         self.shift = shift
 
-    def draw(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> Draw:
+    def draw(self, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Draw:
         """t ~ pi(t), shifted, and epsilon ~ N(0, I): each sample from its own generator."""
         t = torch.cat([self.timesteps.sample(1, generator) for generator in generators])
-        epsilon = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        epsilon = torch.stack(
+            [torch.randn(*shape, generator=generator) for generator in generators]
+        )
         return Draw(self.shift(t), epsilon)
 
     def __call__(

@@ -31,6 +31,7 @@ class Posterior(NamedTuple):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 

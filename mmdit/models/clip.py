@@ -51,7 +51,7 @@ class CLIPLayer(nn.Module):
 
 @register
 class CLIPTextModel(nn.Module):
-    """Text tower of CLIP-L/14 (quick-GELU, no projection) and of OpenCLIP bigG/14 (GELU, projection).
+    """Text tower of CLIP-L/14 (quick-GELU, unprojected) and OpenCLIP bigG/14 (GELU, projected).
 
     Args:
         vocabulary_size: the end-of-text token is its last id, which the pooling relies on.

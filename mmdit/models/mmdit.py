@@ -188,7 +188,7 @@ class MMDiT(nn.Module):
             raise UserError(f"MMDiT: width {width} must be divisible by 4 (2D sin-cos positions)")
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.context_width, self.pooled_width = context_width, pooled_width
-        self._position = dict(size=position_size, grid=position_grid, base=position_base)
+        self._position = {"size": position_size, "grid": position_grid, "base": position_base}
 
         self.patch_embedding = PatchEmbedding(latent_channels, width, patch_size)
         self.register_buffer("positions", position_table(width, **self._position))

@@ -1,4 +1,4 @@
-"""adaLN-zero: the timestep and the pooled text speak to every block through scale, shift and gate."""
+"""adaLN-zero: timestep and pooled text speak to every block through scale, shift and gate."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -71,12 +71,15 @@ class TextConditioner(nn.Module):
                 f"the width of T5, {self.context_width}"
             )
 
+    @property
+    def encoders(self) -> tuple[TextEncoder, TextEncoder, TextEncoder]:
+        """CLIP-L, CLIP-G, T5."""
+        return self.clip_l, self.clip_g, self.t5
+
     def tokenize(self, prompts: Sequence[str]) -> TokenIds:
-        return TokenIds(
-            self.clip_l.tokenizer(prompts),
-            self.clip_g.tokenizer(prompts),
-            self.t5.tokenizer(prompts),
-        )
+        """Ids of the prompts for each encoder, on the encoders' device."""
+        device = next(self.parameters()).device
+        return TokenIds(*(encoder.tokenizer(prompts).to(device) for encoder in self.encoders))
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
         """What the reader of these prompts should know: words not understood, text cut off."""
@@ -86,10 +89,11 @@ class TextConditioner(nn.Module):
             if unknown := tokenizer.unknown_words(prompt):
                 words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
                 remarks.append(f"this model does not know {len(unknown)} of the words: {words}")
-            if excess := tokenizer.excess(prompt):
+            shortest = min(self.encoders, key=lambda encoder: encoder.tokenizer.length).tokenizer
+            if excess := shortest.excess(prompt):
                 remarks.append(
                     f"a prompt of {len(prompt)} characters is cut: its last {excess} tokens exceed "
-                    f"the {tokenizer.length} that the encoder reads"
+                    f"the {shortest.length} that the encoder reads"
                 )
         return remarks
 
@@ -105,10 +109,13 @@ class TextConditioner(nn.Module):
         t5 = self.t5.model(ids.t5)
         hidden_l, pooled_l, hidden_g, pooled_g = *clip_l, *clip_g
         if kept is not None:
-            keep_l, keep_g, keep_t5 = kept.to(t5.dtype).unbind(dim=1)
-            pooled_l, hidden_l = pooled_l * keep_l[:, None], hidden_l * keep_l[:, None, None]
-            pooled_g, hidden_g = pooled_g * keep_g[:, None], hidden_g * keep_g[:, None, None]
-            t5 = t5 * keep_t5[:, None, None]
+            # Filled rather than multiplied: zero times an overflow would not be zero.
+            drop_l, drop_g, drop_t5 = (~kept).unbind(dim=1)
+            pooled_l = pooled_l.masked_fill(drop_l[:, None], 0)
+            pooled_g = pooled_g.masked_fill(drop_g[:, None], 0)
+            hidden_l = hidden_l.masked_fill(drop_l[:, None, None], 0)
+            hidden_g = hidden_g.masked_fill(drop_g[:, None, None], 0)
+            t5 = t5.masked_fill(drop_t5[:, None, None], 0)
         clip = torch.cat([hidden_l, hidden_g], dim=-1)
         clip = F.pad(clip, (0, self.context_width - clip.shape[-1]))
         return Condition(
@@ -117,7 +124,6 @@ class TextConditioner(nn.Module):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Condition of each prompt; an empty one is unconditional, all zeros as in training."""
-        device = next(self.parameters()).device
-        ids = TokenIds(*(part.to(device) for part in self.tokenize(prompts)))
-        spoken = torch.tensor([bool(prompt.strip()) for prompt in prompts], device=device)
+        ids = self.tokenize(prompts)
+        spoken = torch.tensor([bool(p.strip()) for p in prompts], device=ids.t5.device)
         return self(ids, spoken[:, None].expand(-1, 3))

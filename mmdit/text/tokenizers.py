@@ -50,7 +50,8 @@ class WordTokenizer:
     def excess(self, text: str) -> int:
         """Tokens of `text` beyond `length`, which are cut off."""
         overflowing = self._tokenizer.encode(text).overflowing
-        return sum(sum(part.attention_mask) for part in overflowing)
+        # Each overflowing part carries start, end and padding of its own.
+        return sum(part.special_tokens_mask.count(0) for part in overflowing)
 
 
 @register

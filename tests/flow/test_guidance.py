@@ -4,8 +4,12 @@ import torch
 from mmdit.flow.guidance import ClassifierFreeGuidance, Condition
 
 GENERATOR = torch.Generator().manual_seed(0)
-POSITIVE = Condition(torch.randn(2, 3, generator=GENERATOR), torch.randn(2, 4, 5, generator=GENERATOR))
-NEGATIVE = Condition(torch.randn(2, 3, generator=GENERATOR), torch.randn(2, 4, 5, generator=GENERATOR))
+POSITIVE = Condition(
+    torch.randn(2, 3, generator=GENERATOR), torch.randn(2, 4, 5, generator=GENERATOR)
+)
+NEGATIVE = Condition(
+    torch.randn(2, 3, generator=GENERATOR), torch.randn(2, 4, 5, generator=GENERATOR)
+)
 Z = torch.randn(2, 3, 4, 4, generator=GENERATOR)
 TIME = 0.7
 

@@ -1,0 +1,76 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from mmdit.nn.attention import attention, split_heads
+
+B, H, N, D = 2, 3, 5, 4
+BIAS = torch.randn(1, H, N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+CASES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "bias": {"bias": BIAS},
+    "scale": {"scale": 1.0},
+    "bias and scale": {"bias": BIAS, "scale": 0.3},
+    "causal and scale": {"causal": True, "scale": 0.3},
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def qkv(requires_grad: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(3, B, H, N, D, generator=generator, dtype=torch.float64)
+    return [part.clone().requires_grad_(requires_grad) for part in parts]
+
+
+def fused(q, k, v, *, bias=None, causal=False, scale=None):
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+@each_case
+def test_the_path_written_out_equals_the_fused_kernel_in_outputs_and_gradients(case):
+    ours, theirs = qkv(True), qkv(True)
+    out, expected = attention(*ours, **case), fused(*theirs, **case)
+    torch.testing.assert_close(out, expected)
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    gradients = torch.autograd.grad(out, ours, towards)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, theirs, towards))
+
+
+@each_case
+def test_inference_equals_training(case):
+    torch.testing.assert_close(attention(*qkv(False), **case), attention(*qkv(True), **case))
+
+
+def test_the_bias_gets_its_gradient():
+    bias, other = (BIAS.clone().requires_grad_() for _ in range(2))
+    (gradient,) = torch.autograd.grad(attention(*qkv(True), bias=bias).square().sum(), bias)
+    (expected,) = torch.autograd.grad(fused(*qkv(True), bias=other).square().sum(), other)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_equal_keys_average_the_values(requires_grad):
+    q, k, v = qkv(requires_grad)
+    out = attention(q, k[:, :, :1].expand(-1, -1, N, -1), v)
+    average = rearrange(v.mean(dim=2, keepdim=True), "b h n d -> b n (h d)")
+    torch.testing.assert_close(out, average.expand(-1, N, -1))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_causal_position_never_sees_what_follows(requires_grad):
+    q, k, v = qkv(requires_grad)
+    before = attention(q, k, v, causal=True)
+    k, v = (torch.cat([part[:, :, :3], part[:, :, 3:] + 1], dim=2) for part in (k, v))
+    after = attention(q, k, v, causal=True)
+    torch.testing.assert_close(after[:, :3], before[:, :3], rtol=0, atol=0)
+    assert (after[:, 3:] != before[:, 3:]).all()
+
+
+def test_heads_are_neighbouring_columns():
+    x = torch.arange(2 * 3 * 8).reshape(2, 3, 8)
+    heads = split_heads(x, 2)
+    assert heads.shape == (2, 2, 3, 4)
+    assert torch.equal(heads[:, 1], x[..., 4:])

@@ -1,0 +1,104 @@
+"""A user's mistake ends in one message that says what, where and what to do, with exit code 2."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from configs.launch import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+Told = Callable[..., str]
+
+
+def script(name: str) -> object:
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Told:
+    """`told(script, *words)`: what stderr says when the script refuses its command line."""
+
+    def refuse(name: str, *words: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        GlobalHydra.instance().clear()
+        module = script(name)
+        verbatim = getattr(module, "VERBATIM", ())
+        with pytest.raises(SystemExit) as stop:
+            launch(module.job, config_name=Path(name).stem, verbatim=verbatim)  # type: ignore[attr-defined]
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("training.step=3",), ("training.step", "training.steps")),
+        (("model=tpy",), ("tpy", "toy")),
+        (("objective/timesteps=lognormal",), ("logit_normal",)),
+        (("training.steps=abc",), ("training.steps=abc", "whole")),
+        (("training.steps=0",), ("training.steps=0", "above 0")),
+        (("training.batch_size=1.5",), ("training.batch_size=1.5", "whole")),
+        (("model.width=190",), ("width 190", "num_heads 3")),
+        (("image_size=36",), ("image_size", "36", "32")),
+        (("objective.timesteps.s=-1",), ("s -1", "positive")),
+        (("objective.shift.alpha=0",), ("alpha 0", "positive")),
+        (("precision=fp17",), ("precision", "fp17", "bf16")),
+        (("device=gpu",), ("device=gpu", "cpu")),
+        (("resume=runs/nowhere",), ("runs/nowhere", "no run")),
+        (("text.dropout=1.5",), ("dropout 1.5", "[0, 1]")),
+        (("text.clip_l.model.vocabulary_size=8",), ("vocabulary_size 8", "at least")),
+        (("training.samples=0",), ("samples", "0")),
+        (("model.colour=red",), ("model.colour",)),
+        (("+model.heads=2",), ("heads", "num_heads")),
+    ],
+)
+def test_train_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    message = told("train.py", "experiment=smoke", *words)
+    assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), ("prompt=",)),
+        (("prompt=a", "prompt_file=b"), ("either",)),
+        (("prompt_file=missing.txt",), ("missing.txt",)),
+        (("prompt=a",), ("no finished run", "train.py")),
+        (("prompt=a", "checkpoint=runs/none"), ("runs/none", "no such")),
+        (("prompt=a", "num_images=0"), ("num_images=0", "at least 1")),
+        (("prompt=a", "steps=many"), ("steps=many", "whole")),
+        (("prompt=a", "seed=-1"), ("seed=-1",)),
+        (("prompt=a", "guidance=strong"), ("guidance=strong", "number")),
+        (("prompt=a", "weights=best", "checkpoint=."), ("weights=best", "ema")),
+        (("prompt=a", "solver=eulr"), ("eulr", "euler")),
+        (("prompt=a", "out=picture.png"), ("picture.png", "folder")),
+        (("--prompt", "a"), ("prompt=",)),
+        (("promt=a",), ("promt", "prompt")),
+    ],
+)
+def test_sample_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    message = told("sample.py", *words)
+    assert all(part in message for part in expected), message
+
+
+def test_checkpoint_that_is_no_safetensors(told: Told, tmp_path: Path) -> None:
+    (tmp_path / "page.safetensors").write_text("<html>not found</html>")
+    message = told("sample.py", "prompt=a", "checkpoint=page.safetensors")
+    assert "page.safetensors" in message
+    assert "no safetensors file" in message

@@ -1,0 +1,108 @@
+"""Configs mirror objects: one yaml is one class, and every key is an argument of it."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from hydra.utils import instantiate
+
+import mmdit.flow.paths
+import mmdit.flow.predictions
+import mmdit.flow.solvers
+import mmdit.flow.timesteps
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+VARIANTS = {
+    "objective/path": mmdit.flow.paths,
+    "objective/timesteps": mmdit.flow.timesteps,
+    "objective/prediction": mmdit.flow.predictions,
+    "solver": mmdit.flow.solvers,
+}
+
+
+def variants(module: ModuleType) -> dict[str, Any]:
+    """Concrete public classes and functions that a module defines, by their name in snake_case."""
+    return {
+        re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower(): value
+        for name, value in vars(module).items()
+        if (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+        and not inspect.isabstract(value)
+    }
+
+
+@pytest.mark.parametrize("group", VARIANTS)
+def test_a_variant_group_and_its_module_are_the_same_set(group):
+    classes = variants(VARIANTS[group])
+    files = {
+        file.stem: yaml.safe_load(file.read_text()) for file in (CONFIGS / group).glob("*.yaml")
+    }
+    assert files.keys() == classes.keys()
+    for name, config in files.items():
+        assert resolve(config["_target_"]) is classes[name]
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def nodes(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node with a `_target_`, and where it stands."""
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield place, config
+        for key, value in config.items():
+            yield from nodes(value, f"{place}.{key}")
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            yield from nodes(value, f"{place}[{i}]")
+
+
+def arguments(node: dict[str, Any]) -> list[str]:
+    """Its keys, and the groups that its defaults list fills in."""
+    filled = [
+        group for entry in node.get("defaults", ()) if isinstance(entry, dict) for group in entry
+    ]
+    directives = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_", "defaults"}
+    return [*filled, *(key for key in node if key not in directives)]
+
+
+NODES = [
+    pytest.param(node, id=place)
+    for file in FILES
+    for place, node in nodes(yaml.safe_load(file.read_text()), str(file.relative_to(CONFIGS)))
+]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_target_exists_and_takes_the_keys_of_its_yaml(node):
+    signature = inspect.signature(resolve(node["_target_"]))
+    # Scripts may add what one part tells another, so not every argument must be here.
+    signature.bind_partial(**dict.fromkeys(arguments(node)))
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds  # would swallow a misspelt key
+
+
+@pytest.mark.parametrize(
+    "group", [f"objective/{part}" for part in ("path", "timesteps", "prediction")]
+)
+def test_every_variant_of_the_objective_builds_as_its_yaml_says(group):
+    for file in (CONFIGS / group).glob("*.yaml"):
+        config = yaml.safe_load(file.read_text())
+        resolve(config.pop("_target_"))(**config)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "text").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_text_config_builds(file):
+    text = instantiate(yaml.safe_load(file.read_text()))
+    assert text.encode([""]).c_vec.shape == (1, text.pooled_width)

@@ -1,0 +1,197 @@
+"""The recipe end to end, at its smallest: trained, stopped, killed, resumed, painted, measured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 8
+
+
+def command(script: str, *words: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *words]
+
+
+def run(folder: Path, script: str, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        command(script, *words), cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert code == 1 or "Traceback" not in result.stderr
+    return result
+
+
+def train(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    fixed = ("experiment=smoke", "precision=fp32", "training.save_every=2")
+    return run(folder, "train.py", *fixed, *words, code=code)
+
+
+def rows(run_folder: Path) -> dict[int, float]:
+    """step -> training loss."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
+
+
+def tensors(run_folder: Path, name: str = "raw") -> dict[str, torch.Tensor]:
+    newest = sorted((run_folder / "checkpoints").glob("step_*"))[-1]
+    return load_file(newest / f"{name}.safetensors")
+
+
+def assert_same_run(resumed: Path, unbroken: Path) -> None:
+    assert rows(resumed) == rows(unbroken)
+    for name in ("raw", "ema", "optimizer"):
+        ours, theirs = tensors(resumed, name), tensors(unbroken, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run, `runs/smoke-001`, of STEPS steps."""
+    folder = tmp_path_factory.mktemp("work")
+    result = train(folder, f"training.steps={STEPS}")
+    assert "PSNR" in result.stdout
+    assert "finished runs/smoke-001" in result.stdout
+    return folder
+
+
+def test_run_leaves_what_it_promises(folder: Path) -> None:
+    done = folder / "runs" / "smoke-001"
+    with (
+        Image.open(done / "loss.png") as plot,
+        Image.open(next(done.glob("samples/*.png"))) as grid,
+    ):
+        assert plot.size == (800, 480)
+        assert grid.width > 500
+    last = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()][-1]
+    levels = [f"ema/loss_t{(i + 1) / 8:.3f}" for i in range(8)]
+    assert last["ema/loss"] == pytest.approx(sum(last[name] for name in levels[:-1]) / 7)
+    assert {"raw/loss", "step"} <= last.keys()
+
+
+def test_autoencoder_is_reused(folder: Path) -> None:
+    result = train(folder, f"training.steps={STEPS}", "training.batch_size=2")
+    assert "reusing the autoencoder" in result.stdout
+
+
+def test_n_steps_and_n_more_equal_2n(folder: Path) -> None:
+    half = ("run=runs/halves", f"training.steps={STEPS // 2}")
+    train(folder, *half)
+    train(folder, "resume=runs/halves", f"training.steps={STEPS}")
+    assert_same_run(folder / "runs" / "halves", folder / "runs" / "smoke-001")
+
+
+def start_and_wait(folder: Path, name: str, steps: int) -> subprocess.Popen[str]:
+    words = ("experiment=smoke", "precision=fp32", "training.save_every=2")
+    process = subprocess.Popen(
+        command("train.py", *words, f"run=runs/{name}", "resume=auto", "training.steps=100000"),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("gradient_norm") >= steps):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+def test_sigterm_saves_and_says_how_to_go_on(folder: Path) -> None:
+    process = start_and_wait(folder, "stopped", 3)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in told
+    assert "resume=runs/stopped" in told
+    made = max(rows(folder / "runs" / "stopped"))
+    final = max(STEPS, made)
+    train(folder, "resume=runs/stopped", f"training.steps={final}")
+    ours, unbroken = rows(folder / "runs" / "stopped"), rows(folder / "runs" / "smoke-001")
+    assert {step: ours[step] for step in unbroken} == unbroken
+
+
+def test_kill_9_loses_at_most_one_interval(folder: Path) -> None:
+    for steps in (3, 6):
+        process = start_and_wait(folder, "killed", steps)
+        process.kill()
+        process.communicate()
+    ours = rows(folder / "runs" / "killed")
+    final = max(STEPS, max(ours))
+    train(folder, "resume=runs/killed", f"training.steps={final}")
+    ours, unbroken = rows(folder / "runs" / "killed"), rows(folder / "runs" / "smoke-001")
+    assert sorted(ours) == list(range(1, final + 1))
+    assert {step: ours[step] for step in unbroken} == unbroken
+
+
+def test_run_folder_in_use_is_refused(folder: Path) -> None:
+    process = start_and_wait(folder, "busy", 1)
+    try:
+        told = train(folder, "resume=runs/busy", code=2).stderr
+        assert f"in use by process {process.pid}" in told
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_samples_carry_what_reproduces_them(folder: Path) -> None:
+    prompt = 'a "red" circle, (above) #1 a=b ${x} [null] 1984! 赤い丸 🔴'
+    words = ("num_images=2", "steps=3", "guidance=2.5", "seed=5")
+    listed = run(folder, "sample.py", f"prompt={prompt}", *words, "out=one").stdout.splitlines()
+    paths = [folder / line for line in listed[-3:]]
+    assert [path.exists() for path in paths] == [True] * 3
+    with Image.open(paths[1]) as picture:
+        facts = json.loads(picture.text["mmdit"])  # type: ignore[attr-defined]
+        assert picture.text["prompt"] == facts["prompt"] == prompt  # type: ignore[attr-defined]
+        pixels = picture.tobytes()
+    assert facts["seed"] == 6
+    again = run(
+        folder,
+        "sample.py",
+        f"prompt={facts['prompt']}",
+        f"checkpoint={facts['weights']}",
+        "num_images=1",
+        "out=two",
+        *(f"{key}={facts[key]}" for key in ("seed", "steps", "guidance", "height", "width")),
+    ).stdout.splitlines()
+    with Image.open(folder / again[-2]) as picture:
+        assert picture.tobytes() == pixels
+
+
+def test_evaluation_writes_table_and_pictures(folder: Path) -> None:
+    told = run(folder, "eval/compositional.py", "prompts_per_task=3", "steps=2").stdout
+    out = folder / told.splitlines()[-1]
+    report = json.loads(out.with_suffix(".json").read_text())
+    for split in ("validation", "held_out"):
+        table = report["splits"][split]
+        assert table["overall"]["detector_on_truth"] == 1.0
+        tasks = [row["accuracy"] for name, row in table.items() if name != "overall"]
+        assert table["overall"]["accuracy"] == pytest.approx(sum(tasks) / 6)
+    assert out.exists()
+
+
+def test_truncated_checkpoint_is_named(folder: Path) -> None:
+    train(folder, "run=runs/short", "training.steps=2")
+    weights = sorted((folder / "runs" / "short").glob("checkpoints/*/ema.safetensors"))[-1]
+    os.truncate(weights, weights.stat().st_size // 2)
+    for script, words in (
+        ("sample.py", ("prompt=a circle", "checkpoint=runs/short")),
+        ("sample.py", ("prompt=a circle", f"checkpoint={weights}")),
+        (
+            "train.py",
+            ("experiment=smoke", "precision=fp32", "training.steps=4", "resume=runs/short"),
+        ),
+    ):
+        told = run(folder, script, *words, code=2).stderr
+        assert "damaged" in told
+        assert "ema.safetensors" in told
