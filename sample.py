@@ -2,8 +2,8 @@
 
 import os
 
-# Before torch starts its threads: ones that spin while they wait starve a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch starts its threads: ones that spin long while they wait starve a busy machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 import json

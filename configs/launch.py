@@ -155,7 +155,7 @@ def _checked_flag(argument: str, verbatim: Sequence[str]) -> str:
     if key in verbatim:
         raise UserError(f'unknown option {argument!r}: write {key}="...", without dashes')
     value_attached = argument[:2] in ("-c", "-p", "-i") and len(argument) > 2
-    if not value_attached and not _is_flag(argument, FLAGS_ALONE + FLAGS_WITH_VALUE):
+    if not value_attached and not _is_flag(argument, FLAGS_ALONE | FLAGS_WITH_VALUE):
         raise UserError(
             f"unknown option {argument!r}: write key=value, without dashes (see --help)"
         )

@@ -10,8 +10,8 @@ of the same scenes (its own errors), and on the pictures of the other prompts of
 
 import os
 
-# Before torch starts its threads: ones that spin while they wait starve a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch starts its threads: ones that spin long while they wait starve a busy machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 import json

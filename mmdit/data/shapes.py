@@ -210,8 +210,7 @@ class Shapes:
         return Object(kind.shape, kind.colour, size, x, y, _within(rng, *self.sizes[size]))
 
     def _distinct_cells(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-        line = range(self.grid)
-        free = list(itertools.product(line, line))
+        free = list(itertools.product(range(self.grid), range(self.grid)))
         return [free.pop(int(rng.random() * len(free))) for _ in range(count)]
 
     def _aligned_cells(self, rng: np.random.Generator, relation: str) -> list[tuple[int, int]]:

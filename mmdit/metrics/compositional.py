@@ -68,7 +68,8 @@ def _surrounded(label: NDArray[np.intp]) -> Mask:
     colour (half black on white is grey)."""
     padded = np.pad(label, 1, mode="edge")
     around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    return np.equal(around, label).all(axis=0)
+    same: Mask = np.logical_and.reduce([neighbour == label for neighbour in around])
+    return same
 
 
 def _elect(votes: NDArray[np.intp]) -> NDArray[np.intp]:
