@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def split_arguments(
     return overrides + flags, text
 
 
-def _is_flag(argument: str, flags: Sequence[str]) -> bool:
+def _is_flag(argument: str, flags: Collection[str]) -> bool:
     """Whether argparse reads `argument` as one of `flags`; it accepts an unfinished `--multi`."""
     name = argument.partition("=")[0]
     unfinished = len(name) > 2 and any(flag.startswith(name) for flag in flags if flag[:2] == "--")

@@ -113,7 +113,7 @@ class Pipeline(nn.Module):
         return torch.stack(draws).to(self.device)
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | Sequence[str],
         *,

@@ -37,7 +37,7 @@ def register(cls: type[T]) -> type[T]:
         plain = {name: _plain(value) for name, value in bound.arguments.items() if name != "self"}
         self._description = {"class": cls.__name__, **plain}
 
-    cls.__init__ = remember  # type: ignore[method-assign,assignment]
+    cls.__init__ = remember  # type: ignore[method-assign]
     _classes[cls.__name__] = cls
     return cls
 

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.errors import UserError
 
@@ -42,6 +42,6 @@ class EMA:
             return
         updates = step // self.every
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        averages = [average for average, _ in self._pairs]
+        averages: list[Tensor] = [average for average, _ in self._pairs]
         weights = [weight.float() for _, weight in self._pairs]
         torch._foreach_lerp_(averages, weights, 1 - decay)

@@ -33,7 +33,8 @@ def adamw(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    beta_1, beta_2 = betas
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2), eps=eps, fused=True)
 
 
 class WarmupConstant:

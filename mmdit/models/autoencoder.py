@@ -179,6 +179,9 @@ class Autoencoder(nn.Module):
         scale, shift: latent = (z - shift) * scale. Training a new autoencoder measures both.
     """
 
+    scale: Tensor  # buffers, scalars
+    shift: Tensor
+
     def __init__(
         self,
         *,

@@ -110,6 +110,7 @@ class CLIPTextModel(nn.Module):
         nn.init.normal_(self.position_embedding, std=0.01)
         branch = self.width**-0.5 * (2 * depth) ** -0.5
         for layer in self.layers:
+            assert isinstance(layer, CLIPLayer)
             nn.init.normal_(layer.attention_in.weight, std=self.width**-0.5)
             nn.init.normal_(layer.attention_out.weight, std=branch)
             nn.init.normal_(layer.mlp.fc1.weight, std=(2 * self.width) ** -0.5)

@@ -163,6 +163,8 @@ class MMDiT(nn.Module):
         UserError: `width` does not split into `num_heads`, or into the four parts of a position.
     """
 
+    positions: Tensor  # buffer (size, size, d)
+
     def __init__(
         self,
         *,

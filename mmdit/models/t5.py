@@ -118,6 +118,7 @@ class T5Encoder(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=1.0)
         nn.init.normal_(self.position_bias.embedding.weight, std=width**-0.5)
         for layer in self.layers:
+            assert isinstance(layer, T5Layer)
             q, k, v = layer.attention_in.weight.chunk(3)
             nn.init.normal_(q, std=(width * head_width) ** -0.5)
             nn.init.normal_(k, std=width**-0.5)

@@ -62,12 +62,17 @@ class TextConditioner(nn.Module):
             raise ValueError(f"text dropout {dropout} must lie in [0, 1]")
         self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
         self.dropout = dropout
-        self.context_width = t5.model.width
-        self.pooled_width = clip_l.model.pooled_width + clip_g.model.pooled_width
-        clip_width = clip_l.model.width + clip_g.model.width
-        if clip_width > self.context_width:
+        clips = [clip_l.model, clip_g.model]
+        towers = [clip for clip in clips if isinstance(clip, CLIPTextModel)]
+        if towers != clips or not isinstance(t5.model, T5Encoder):
             raise ValueError(
-                f"CLIP widths {clip_l.model.width} + {clip_g.model.width} must not exceed "
+                "text.clip_l and text.clip_g must hold a CLIPTextModel, t5 a T5Encoder"
+            )
+        self.context_width = t5.model.width
+        self.pooled_width = sum(clip.pooled_width for clip in towers)
+        if sum(clip.width for clip in towers) > self.context_width:
+            raise ValueError(
+                f"CLIP widths {' + '.join(str(clip.width) for clip in towers)} must not exceed "
                 f"the width of T5, {self.context_width}"
             )
 
@@ -107,7 +112,7 @@ class TextConditioner(nn.Module):
         clip_l = self.clip_l.model(ids.clip_l)
         clip_g = self.clip_g.model(ids.clip_g)
         t5 = self.t5.model(ids.t5)
-        hidden_l, pooled_l, hidden_g, pooled_g = *clip_l, *clip_g
+        (hidden_l, pooled_l), (hidden_g, pooled_g) = clip_l, clip_g
         if kept is not None:
             # Filled rather than multiplied: zero times an overflow would not be zero.
             drop_l, drop_g, drop_t5 = (~kept).unbind(dim=1)
