@@ -112,7 +112,7 @@ def train_or_find_autoencoder(
     config: DictConfig,
     plain: dict[str, Any],
     pipeline: Pipeline,
-    ema: EMA,
+    ema: EMA[Pipeline],
     data: dict[str, Shapes],
     precision: Autocast,
 ) -> None:

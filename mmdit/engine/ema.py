@@ -1,14 +1,17 @@
 """Exponential moving average of a module's weights, in float32."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
 
+M = TypeVar("M", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[M]):
     """A shadow of the trainable weights of `module`; buffers and frozen weights are followed.
 
     The paper averages every 100 batches with decay 0.99 (Sec. B.3). Early on, when few updates
@@ -20,7 +23,7 @@ class EMA:
         every: steps between two updates.
     """
 
-    def __init__(self, module: nn.Module, *, decay: float, every: int) -> None:
+    def __init__(self, module: M, *, decay: float, every: int) -> None:
         if not 0.0 <= decay < 1.0:
             raise UserError(f"ema.decay {decay} must lie in [0, 1)")
         if every < 1:

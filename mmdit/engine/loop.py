@@ -100,7 +100,7 @@ def train(
     seed: int,
     schedule: Callable[[int], float],
     optimizer: torch.optim.Optimizer,
-    ema: EMA,
+    ema: EMA[Any],
     logger: Logger,
 ) -> Checkpoint:
     """Train `task` up to `settings.steps` steps, from the newest checkpoint of `run` if it has one.
@@ -208,7 +208,9 @@ def make_step(
     return loss.detach(), norm
 
 
-def restore(run: RunFolder, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+def restore(
+    run: RunFolder, module: nn.Module, ema: EMA[Any], optimizer: torch.optim.Optimizer
+) -> int:
     """Load the newest checkpoint of a run, if any; the number of steps already made."""
     checkpoint = run.latest()
     if checkpoint is None:

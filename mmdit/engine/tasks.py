@@ -22,7 +22,9 @@ from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 class Task(Protocol):
     """A module to train, with its loss and its evaluation."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
 
     def loss(self, step: int, indices: Sequence[int]) -> Tensor:
         """Loss of each sample (b,), drawn with keys (seed, step, sample index)."""
