@@ -5,25 +5,20 @@ before Hydra parses it, because Hydra's grammar gives a meaning to commas, quote
 more. And a user's mistake ends in one message and exit code 2, while a bug keeps its traceback.
 """
 
-import difflib
 import functools
-import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
-import hydra.errors as hydra_errors
-import omegaconf.errors as omegaconf_errors
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from configs.messages import explain, first_line
 from mmdit.errors import UserError
 
 Verbatim = dict[str, str]
@@ -104,7 +99,7 @@ def _report_failed_job(failure: Exception) -> None:
     """Say at once which job of a sweep failed: Hydra goes on, and raises the first at the end."""
     job = HydraConfig.get()
     which = f"job {job.job.num} ({' '.join(job.overrides.task)})"
-    print(f"{which} failed: {type(failure).__name__}: {_first_line(failure)}", file=sys.stderr)
+    print(f"{which} failed: {type(failure).__name__}: {first_line(failure)}", file=sys.stderr)
 
 
 # --- the command line ---
@@ -179,155 +174,3 @@ def _without_verbatim(command_line: str, verbatim: Sequence[str]) -> str:
     keys = "|".join(map(re.escape, verbatim))
     value = r"""(?:"[^"]*"|'[^']*'|\\.|[^\s"'])*"""
     return re.sub(rf"\s\+*(?:{keys})={value}(?=\s)", "", command_line) if keys else command_line
-
-
-# --- messages ---
-
-
-def explain(
-    error: BaseException, *, in_job: bool, verbatim: Sequence[str] = (), config_dir: Path = CONFIGS
-) -> str | None:
-    """What to tell the user about `error`, None if it is no user's mistake; has a job begun?"""
-    match error:
-        case UserError():
-            return str(error)
-        case hydra_errors.InstantiationException():
-            return _explain_instantiation(error)
-        case hydra_errors.MissingConfigException():
-            return _explain_missing_config(error, config_dir)
-        case hydra_errors.HydraException():
-            return _explain_composition(error, verbatim, config_dir)
-        case (
-            omegaconf_errors.MissingMandatoryValue()
-            | omegaconf_errors.InterpolationToMissingValueError()
-        ):
-            key = _first_line(error).rpartition(": ")[2]
-            return f"{key} has no value and needs one: give {key}=..."
-        case (
-            omegaconf_errors.InterpolationResolutionError()
-            | omegaconf_errors.GrammarParseError()
-            | omegaconf_errors.ValidationError()
-        ):
-            return f"{error.full_key or 'config'}: {_first_line(error)}"
-        case omegaconf_errors.OmegaConfBaseException() | yaml.YAMLError() if not in_job:
-            return str(error)
-        case ValueError() if not in_job:
-            return f"{error}\n(command line: {' '.join(sys.argv[1:])})"
-    return _explain_partial(error)
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The name in `known` most like `word`, as a whole or in its last part; None if none is."""
-
-    def likeness(name: str) -> tuple[float, float]:
-        last, last_known = re.split(r"[./]", word)[-1], re.split(r"[./]", name)[-1]
-        whole = difflib.SequenceMatcher(None, word, name).ratio()
-        return max(whole, 0.9 * difflib.SequenceMatcher(None, last, last_known).ratio()), whole
-
-    best = max(sorted(known), key=likeness, default="")
-    return best if best and likeness(best)[0] > 0.65 else None
-
-
-def _did_you_mean(name: str | None) -> str:
-    return f" Did you mean {name}?" if name else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-def _dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _dotted_keys(value, f"{prefix}{key}.")
-
-
-def _explain_missing_config(error: hydra_errors.MissingConfigException, config_dir: Path) -> str:
-    if not error.options:
-        names = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml")))
-        return f"{_first_line(error)} Configs in {config_dir}: {names}"
-    group, _, option = str(error.missing_cfg_file).rpartition("/")
-    asks = re.compile(rf"{re.escape(group)}(@\S+)?:\s*{re.escape(option)}\s*$", re.MULTILINE)
-    files = [
-        str(path) for path in config_dir.rglob("*.yaml") if asks.search(path.read_text("utf-8"))
-    ]
-    where = f" (asked for in {', '.join(files)})" if files else ""
-    near = nearest(option, error.options)
-    hint = _did_you_mean(f"{group}={near}" if near else None)
-    return f"{group} has no option {option!r}{where}.{hint} Available: {', '.join(error.options)}"
-
-
-def _explain_composition(
-    error: hydra_errors.HydraException, verbatim: Sequence[str], config_dir: Path
-) -> str:
-    """Mistakes in overrides and defaults lists; finds the key nearest to an unknown one."""
-    cause = error.__cause__
-    message = re.sub(r"\s*See https://\S+ for details", "", str(error)).strip()
-    unknown = re.match(r"Could not override '(.+?)'", message)
-    node = getattr(cause, "parent_node", None)
-    if unknown and node is not None:
-        key = unknown[1]
-        known = {*_dotted_keys(OmegaConf.to_container(node._get_root())), *verbatim}
-        known |= {p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()}
-        known = {name for name in known if key.startswith("hydra") or not name.startswith("hydra")}
-        hint = _did_you_mean(nearest(key, known))
-        return f"unknown key {key!r}.{hint} (+{key}=... adds a new key)"
-    if isinstance(error, hydra_errors.OverrideParseException):
-        quoted = f"""'{error.override.partition("=")[0]}="..."'"""
-        advice = f"special characters need quotes inside the shell's quotes, {quoted}"
-        message = f"cannot read {error.override!r}: {message.splitlines()[-1]}; {advice}"
-    elif isinstance(cause, omegaconf_errors.OmegaConfBaseException):
-        message = f"{message}\n{_first_line(cause)}".strip()
-    written = re.search(r"'\+*([^'=]+)=", message)
-    close = difflib.get_close_matches(written[1], verbatim, 1, 0.75) if written else []
-    return message + _did_you_mean(f'{close[0]}="..."' if close else None)
-
-
-def _explain_instantiation(error: hydra_errors.InstantiationException) -> str | None:
-    text, cause = str(error), error.__cause__
-    if isinstance(cause, hydra_errors.InstantiationException):
-        return _explain_instantiation(cause)
-    where = re.search(r"full_key: (.+)", text)
-    key = where[1] if where else "config"
-    if cause is None:
-        return f"{key}: {text.partition(chr(10) + 'full_key')[0]}"
-    if called := re.match(r"Error in call to target '(.+?)'", text):
-        return _explain_call(cause, key, called[1])
-    located, reason = re.match(r"Error locating target '(.+?)'", text), cause.__cause__
-    if located and (reason is None or isinstance(reason, AttributeError | ModuleNotFoundError)):
-        return f"{key}._target_: cannot find {located[1]!r}: {reason or cause}"
-    return None
-
-
-def _explain_partial(error: BaseException) -> str | None:
-    """The job calls a `_partial_` node itself, and Hydra wraps no exception: see the traceback."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        partial = frame.f_locals.get("self")
-        if isinstance(partial, functools.partial) and hasattr(partial, "_hydra_full_key"):
-            from_config = any(repr(name) in str(error) for name in partial.keywords)
-            if from_config or not isinstance(error, TypeError):
-                name = f"{partial.func.__module__}.{partial.func.__qualname__}"
-                return _explain_call(error, partial._hydra_full_key, name)
-    return None
-
-
-def _explain_call(cause: BaseException, key: str, target: str) -> str | None:
-    """`target`, named by the config node `key`, raised `cause`: was it handed something wrong?"""
-    if isinstance(cause, UserError):
-        return f"{key}: {cause}"
-    if isinstance(cause, ValueError):
-        return f"{key}: {cause}\n(HYDRA_FULL_ERROR=1 shows where this was raised)"
-    frames = traceback.extract_tb(cause.__traceback__)
-    by_hydra = frames and Path(hydra.__file__).parent in Path(frames[-1].filename).parents
-    if not isinstance(cause, TypeError) or not by_hydra:  # raised inside `target`: a bug
-        return None
-    unexpected = re.search(r"unexpected keyword argument '(.+?)'", str(cause))
-    if not unexpected:
-        return f"{key}: {cause}"
-    try:
-        taken = list(inspect.signature(hydra.utils.get_object(target)).parameters)
-    except (ImportError, TypeError, ValueError):  # a decorated or built-in target
-        taken = []
-    hint = _did_you_mean(nearest(unexpected[1], taken))
-    hint += f" It takes: {', '.join(taken)}" if taken else ""
-    return f"{key}.{unexpected[1]}: {target} takes no such argument.{hint}"

@@ -31,6 +31,11 @@ def register(cls: type[T]) -> type[T]:
 
     @functools.wraps(original)
     def remember(self: Any, **arguments: Any) -> None:
+        for name in arguments:
+            if name not in signature.parameters:
+                near = difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.4)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"{cls.__name__} has no argument {name!r}{hint}")
         original(self, **arguments)
         bound = signature.bind(self, **arguments)
         bound.apply_defaults()

@@ -12,7 +12,8 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from configs.launch import CONFIGS, Verbatim, explain, launch, nearest, split_arguments
+from configs.launch import CONFIGS, Verbatim, launch, split_arguments
+from configs.messages import explain, nearest
 from mmdit.errors import UserError
 
 VERBATIM = ("prompt", "negative_prompt", "out")
@@ -432,7 +433,7 @@ def test_wrong_key_in_the_script_is_a_bug(run: Callable[..., SimpleNamespace]) -
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), ValueError("x"), AssertionError()])
 def test_only_known_mistakes_are_explained(error: Exception) -> None:
-    assert explain(error, in_job=True) is None
+    assert explain(error, in_job=True, config_dir=CONFIGS) is None
 
 
 def test_nearest() -> None:

@@ -127,7 +127,7 @@ def test_the_reader_is_told_once_of_unknown_words_and_of_text_cut_off():
     assert "2 of the words: zebra, lion" in unknown
     (cut,) = text.remarks(["a " * 10])
     assert f"its last 5 tokens exceed the {LENGTH}" in cut
-    (many,) = text.remarks([" ".join(f"x{i}" for i in range(8))])
+    many = text.remarks([" ".join(f"x{i}" for i in range(8))])[0]
     assert many.endswith("x6, x7")
 
 
