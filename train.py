@@ -8,6 +8,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     device = chosen_device(config.device)
     precision = autocast(device, config.precision)
     data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
-    pipeline = build_pipeline(config, data["train"]).to(device)
+    pipeline = build_pipeline(config).to(device)
     optimizer = instantiate(config.optimizer)(pipeline)
     ema = EMA(pipeline, **config.training.ema)
     schedule = WarmupConstant(warmup_steps=config.training.warmup_steps)
@@ -84,7 +85,22 @@ def job(config: DictConfig, _: Verbatim) -> None:
     tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)
 
 
-def build_pipeline(config: DictConfig, data: Shapes) -> Pipeline:
+def describe(config: DictConfig) -> Iterator[str]:
+    """How large the model is; built on the meta device, where weights take no memory."""
+    with torch.device("meta"):
+        paper, pipeline = instantiate(config.model), build_pipeline(config)
+    yield f"{count(paper):,} parameters in the MMDiT, with the paper's text encoders"
+    yield f"{count(pipeline.mmdit):,} in the MMDiT, with the text encoders of this config"
+    yield f"{count(pipeline.text):,} in the text encoders"
+    yield f"{count(pipeline.autoencoder):,} in the autoencoder"
+
+
+def count(module: torch.nn.Module) -> int:
+    """Number of parameters; the position table is no parameter."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def build_pipeline(config: DictConfig) -> Pipeline:
     """The untrained model; its weights follow from the seed."""
     torch.manual_seed(config.seed)
     autoencoder = instantiate(config.autoencoder.model)
@@ -104,7 +120,7 @@ def build_pipeline(config: DictConfig, data: Shapes) -> Pipeline:
         steps=config.sampling.steps,
         guidance=config.sampling.guidance,
     )
-    pipeline.latent_size(data.image_size, data.image_size)
+    pipeline.latent_size(config.image_size, config.image_size)
     return pipeline
 
 
@@ -177,4 +193,4 @@ def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    launch(job, config_name="train")
+    launch(job, config_name="train", describe=describe)

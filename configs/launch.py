@@ -10,10 +10,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -43,12 +45,14 @@ def launch(
     *,
     config_name: str,
     verbatim: tuple[str, ...] = (),
+    describe: Callable[[DictConfig], Iterable[str]] | None = None,
     config_dir: Path = CONFIGS,
 ) -> None:
     """Run `job(config, text)` as the command line asks: once, or once per job of a multirun.
 
     `verbatim` names the keys whose values are taken as typed and stay out of the config: `text`
-    holds those that were given. Exits with 2 after a user's mistake, with 130 after Ctrl-C, and
+    holds those that were given. `describe(config)` gives lines that `--cfg job` prints as comments
+    above the config. Exits with 2 after a user's mistake, with 130 after Ctrl-C, and
     raises any other exception of the job.
     """
     command_line, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -73,6 +77,11 @@ def launch(
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
         if "COMP_LINE" in os.environ:
             os.environ["COMP_LINE"] = _without_verbatim(os.environ["COMP_LINE"], verbatim)
+        if describe is not None and _shows_config(arguments):
+            with initialize_config_dir(str(config_dir), version_base="1.3"):
+                overrides = [a for a in arguments if "=" in a or a.startswith("~")]
+                for line in describe(compose(config_name, overrides)):
+                    print(f"# {line}")
         hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(task)()
         return
     except KeyboardInterrupt:
@@ -93,6 +102,12 @@ def launch(
         traceback.print_exception(error)
     print(message, file=sys.stderr)
     sys.exit(2)
+
+
+def _shows_config(arguments: Sequence[str]) -> bool:
+    """Whether Hydra is asked to print the whole config of the job: `--cfg job` without `-p`."""
+    shown = any(pair in (("--cfg", "job"), ("-c", "job")) for pair in pairwise(arguments))
+    return shown and not {"-p", "--package"} & set(arguments)
 
 
 def _report_failed_job(failure: Exception) -> None:

@@ -91,7 +91,7 @@ def test_an_argument_that_does_not_fit_is_a_users_mistake():
 def test_constructors_take_keywords_only_and_refuse_misspelt_ones():
     with pytest.raises(TypeError):
         Shift(3.0)
-    with pytest.raises(TypeError, match="alhpa"):
+    with pytest.raises(UserError, match="did you mean 'alpha'"):
         Shift(alhpa=3.0)
     with pytest.raises(TypeError, match="s"):
         Uniform(s=0.0)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmdit.checkpoints.native import write_atomically
+
 
 class Logger(Protocol):
     """A place that receives figures and pictures."""
@@ -47,20 +49,19 @@ class MetricsFile:
     def __init__(self, path: Path, *, start_step: int) -> None:
         self.path = path
         self.rows = [row for row in read_metrics(path) if row["step"] <= start_step]
-        self._file = path.open("w")
-        for row in self.rows:
-            self._write(row)
+        kept = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(path, kept.encode())
+        self._file = path.open("a")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Append one line."""
         row = {"step": step, **figures}
         self.rows.append(row)
-        self._write(row)
-
-    def _write(self, row: Mapping[str, float]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Nothing is logged after this."""
         self._file.close()
 
 

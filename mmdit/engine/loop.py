@@ -5,7 +5,9 @@ A run is a pure function of its config and seed. Order, timesteps, noise and dro
 all there is to save, and a resumed run equals an unbroken one bit for bit on the CPU.
 """
 
+import logging
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,9 @@ from mmdit.engine.pictures import plot_losses, save_grid
 from mmdit.engine.runs import RunFolder
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
+
+log = logging.getLogger(__name__)
+MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr")
 
 
 class Interrupted(Exception):
@@ -139,6 +144,8 @@ def train(
         for kind, which in (("ema", ema.module), ("raw", module)):
             figures.update({f"{kind}/{k}": v for k, v in task.evaluate(which).items()})
         report(step, figures)
+        told = ", ".join(f"{name} {figures[name]:.4g}" for name in MAIN_FIGURES if name in figures)
+        log.info("%s: step %d of %d, %s", run.path.name, step, settings.steps, told)
         picture = save_grid(
             *task.picture(ema.module), path=run.path / "samples" / f"step_{step:08d}.png"
         )
@@ -238,6 +245,6 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def how_to_resume(run: Path, words: Sequence[str]) -> str:
-    """The command line that goes on with a run."""
-    kept = [word for word in words if not word.startswith("resume=")]
-    return " ".join(["python", "train.py", *kept, f"resume={run}"])
+    """The command line that goes on with a run started with `words`."""
+    kept = [word for word in words if not word.startswith(("resume=", "run="))]
+    return shlex.join(["python", "train.py", *kept, f"resume={run}"])
