@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 INK, FAINT, PAPER = (40, 40, 40), (215, 215, 215), (255, 255, 255)
 PALETTE = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
@@ -41,21 +44,27 @@ def save_grid(images: Tensor, captions: Sequence[str], *, path: Path) -> Path:
     return path
 
 
-def _wrapped(
-    text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> list[str]:
-    """Lines of at most `width` pixels, three at the most."""
+def _wrapped(text: str, width: int, font: Font, most: int = 3) -> list[str]:
+    """At most `most` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
-    while any(font.getlength(line) > width for line in lines):
-        lines = [line if font.getlength(line) <= width else line[:-2] + "…"[:1] for line in lines]
-        lines = [line[:-1] if font.getlength(line) > width else line for line in lines]
-    return lines if len(lines) <= 3 else [*lines[:2], lines[2].rstrip("…")[:-1] + "…"]
+    lines = [line for line in lines if line]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
+    return [_cut(line, width, font) for line in lines]
+
+
+def _cut(line: str, width: int, font: Font) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"
 
 
 def plot_losses(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
@@ -103,8 +112,8 @@ def plot(
         colour = PALETTE[i % len(PALETTE)]
         if len(curve) > 1:
             pen.line([place(*point) for point in curve], fill=colour, width=2, joint="curve")
-        for x, y in (place(*point) for point in curve[-1:] if len(curve) >= 1):
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+        x, y = place(*curve[-1])
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
         pen.line(
             (width - 180, top + 16 + 18 * i, width - 155, top + 16 + 18 * i), fill=colour, width=3
         )
