@@ -19,6 +19,7 @@ class WandbLogger:
         if mode not in ("online", "offline"):
             raise ValueError(f"logger.mode {mode!r} must be 'online' or 'offline'")
         self.project, self.mode = project, mode
+        self._run: Any = None
 
     def start(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -47,4 +48,5 @@ class WandbLogger:
         self._run.log({name: wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,157 @@
+"""The loop on a model of a few weights: a run is a pure function of its config and seed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmdit.checkpoints.runs import checkpoints_in
+from mmdit.engine.ema import EMA
+from mmdit.engine.loggers import NoLogger, read_metrics
+from mmdit.engine.loop import Settings, train
+from mmdit.engine.optimizers import WarmupConstant, adamw
+from mmdit.engine.runs import RunFolder
+from mmdit.errors import UserError
+from mmdit.keys import generator_for
+from mmdit.registry import register
+
+
+@register
+class Line(nn.Module):
+    """y = w x + b."""
+
+    def __init__(self, *, width: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+
+
+class Regression:
+    """Learns the sum of its inputs, which are keyed by (step, sample)."""
+
+    def __init__(self, poison: tuple[int, int] | None = None) -> None:
+        torch.manual_seed(0)
+        self.module = Line()
+        self.poison = poison  # (step, place in the batch) where the loss is not finite
+
+    def loss(self, step: int, indices: Sequence[int]) -> Tensor:
+        x = torch.stack([torch.randn(3, generator=generator_for("x", step, i)) for i in indices])
+        error = (self.module.linear(x)[:, 0] - x.sum(1)).square()
+        if self.poison is not None and self.poison[0] == step:
+            error = error * torch.tensor(
+                [float("nan") if i == self.poison[1] else 1.0 for i in range(len(indices))]
+            )
+        return error
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, Line)
+        return {"loss": (module.linear.weight - 1).square().sum().item()}
+
+    def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
+        return torch.zeros(1, 32, 32, 3, dtype=torch.uint8), ["nothing"]
+
+
+def go(folder: Path, steps: int, poison: tuple[int, int] | None = None) -> Regression:
+    task = Regression(poison)
+    run = RunFolder(folder)
+    try:
+        train(
+            task,
+            run=run,
+            settings=Settings(
+                steps=steps,
+                samples=10,
+                batch_size=4,
+                clip=1.0,
+                log_every=1,
+                evaluate_every=5,
+                save_every=2,
+                keep=3,
+            ),
+            seed=0,
+            schedule=WarmupConstant(warmup_steps=3),
+            optimizer=adamw(task.module, lr=0.05, weight_decay=0.1),
+            ema=EMA(task.module, decay=0.9, every=2),
+            logger=NoLogger(),
+        )
+    finally:
+        run.close()
+    return task
+
+
+def losses(folder: Path) -> dict[float, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_a_run_in_two_parts_equals_an_unbroken_one(tmp_path: Path, stop: int) -> None:
+    whole = go(tmp_path / "whole", 12)
+    go(tmp_path / "parts", stop)
+    parts = go(tmp_path / "parts", 12)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(parts.module.linear.weight, whole.module.linear.weight)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    task = go(tmp_path, 120)
+    assert (task.module.linear.weight - 1).abs().max() < 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 7: the loss is nan.*samples \[\d\]"):
+        go(tmp_path / "bad", 12, poison=(7, 2))
+    assert [c.step for c in checkpoints_in(tmp_path / "bad")] == [2, 4, 6]
+    go(tmp_path / "bad", 12)
+    go(tmp_path / "good", 12)
+    assert losses(tmp_path / "bad") == losses(tmp_path / "good")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    go(tmp_path, 9)
+    found = checkpoints_in(tmp_path)
+    assert [c.step for c in found] == [6, 8, 9]
+    assert [c.finished for c in found] == [False, False, True]
+
+
+def test_a_run_of_no_steps_left_trains_nothing(tmp_path: Path) -> None:
+    before = go(tmp_path, 6).module.linear.weight
+    again = go(tmp_path, 6).module.linear.weight
+    assert torch.equal(before, again)
+    assert max(losses(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("name", ["raw.safetensors", "ema.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
+def test_damage_is_named_and_nothing_is_trained(tmp_path: Path, name: str, fault: str) -> None:
+    go(tmp_path, 4)
+    path = checkpoints_in(tmp_path)[-1].folder / name
+    content = bytearray(path.read_bytes())
+    if fault == "missing":
+        path.unlink()
+    elif fault == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"damaged: {name}.*use an older one"):
+        go(tmp_path, 6)
+    assert checkpoints_in(tmp_path)[-1].step == 4
+
+
+def test_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
+    go(tmp_path, 4)
+    newest = checkpoints_in(tmp_path)[-1].folder
+    newest.rename(newest.with_name(newest.name + ".tmp"))
+    (newest.with_name(newest.name + ".tmp") / "manifest.json").unlink()
+    go(tmp_path, 6)
+    go(tmp_path / "whole", 6)
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_folder_in_use_is_refused(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    with pytest.raises(UserError, match="in use by process"):
+        RunFolder(tmp_path)
+    first.close()
+    RunFolder(tmp_path).close()
