@@ -12,7 +12,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class EMA(Generic[M]):
-    """A shadow of the trainable weights of `module`; buffers and frozen weights are followed.
+    """A shadow of the trainable weights of `module`; buffers and frozen weights stay as copied.
 
     The paper averages every 100 batches with decay 0.99 (Sec. B.3). Early on, when few updates
     have been seen, the decay is (1 + n) / (10 + n), so that the random start is soon forgotten.

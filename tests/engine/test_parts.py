@@ -44,12 +44,16 @@ def test_average_converges_to_constant_weights_at_its_decay() -> None:
 
 
 def test_average_follows_neither_frozen_weights_nor_buffers() -> None:
-    module = nn.BatchNorm1d(2).requires_grad_(False)
+    module = nn.BatchNorm1d(2)
+    module.weight.requires_grad_(False)
     ema = EMA(module, decay=0.5, every=1)
     with torch.no_grad():
-        module.weight += 1
+        for value in (module.weight, module.bias, module.running_mean):
+            value += 1
     ema.update(1)
     assert torch.equal(ema.module.weight, torch.ones(2))
+    assert torch.equal(ema.module.running_mean, torch.zeros(2))
+    assert (ema.module.bias > 0).all()
 
 
 def test_decay_is_for_matrices() -> None:
