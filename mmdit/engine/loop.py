@@ -208,8 +208,8 @@ def make_step(
         raise UserError(
             f"step {step}: the loss is {loss.item()} and the gradient norm {norm}"
             + (f"; not finite for samples {bad[:10]}" if bad else "")
-            + ". The weights were not updated: lower optimizer.lr, and go on from the last checkpoint "
-            "with resume=auto"
+            + ". The weights were not updated: lower optimizer.lr, and go on from the last "
+            "checkpoint with resume=auto"
         )
     optimizer.step()
     return loss.detach(), norm

@@ -1,5 +1,6 @@
 """EMA, optimizer, schedule, precision, pictures."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_ticks_cover_the_range_in_round_steps(low: float, high: float) -> None:
     assert found[0] <= low
     assert found[-1] >= high
     assert 2 <= len(found) <= 12
-    steps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(found)]
     assert max(steps) == pytest.approx(min(steps), rel=1e-3)
 
 
