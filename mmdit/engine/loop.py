@@ -158,22 +158,20 @@ def train(
     bar = tqdm(total=settings.steps, initial=start, unit="step", desc=run.path.name, disable=None)
     module.train()
     with Signals() as signals:
-        seen, since, window = start, time.perf_counter(), torch.zeros(())
+        seen, since = start, time.perf_counter()
         for step in range(start, settings.steps):
             indices = order(step * settings.batch_size, settings.batch_size)
             set_lr(optimizer, [rate * schedule(step) for rate in rates])
             loss, norm = make_step(task, optimizer, step, indices, settings.clip)
             ema.update(step + 1)
-            window += loss
             bar.update()
             done = step + 1
 
             if done % settings.log_every == 0:
                 speed = (done - seen) * settings.batch_size / (time.perf_counter() - since)
-                mean = window.item() / (done - seen)
-                report(done, {"loss": mean, "gradient_norm": norm, "images_per_second": speed})
-                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} images/s")
-                window.zero_()
+                # Of this step alone: a mean would depend on where a run was stopped.
+                report(done, {"loss": loss, "gradient_norm": norm, "images_per_second": speed})
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
             if done % settings.evaluate_every == 0 or done == settings.steps:
                 look(done)
             if done % settings.save_every == 0 or done == settings.steps or signals.received:
@@ -193,7 +191,7 @@ def train(
 
 def make_step(
     task: Task, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int], clip: float
-) -> tuple[Tensor, float]:
+) -> tuple[float, float]:
     """Forward, backward, clip, update: the loss and the norm of the gradient before clipping."""
     optimizer.zero_grad(set_to_none=True)
     losses = task.loss(step, indices)
@@ -212,7 +210,7 @@ def make_step(
             "checkpoint with resume=auto"
         )
     optimizer.step()
-    return loss.detach(), norm
+    return loss.item(), norm
 
 
 def restore(

@@ -52,7 +52,9 @@ class Regression:
         return torch.zeros(1, 32, 32, 3, dtype=torch.uint8), ["nothing"]
 
 
-def go(folder: Path, steps: int, poison: tuple[int, int] | None = None) -> Regression:
+def go(
+    folder: Path, steps: int, poison: tuple[int, int] | None = None, log_every: int = 1
+) -> Regression:
     task = Regression(poison)
     run = RunFolder(folder)
     try:
@@ -64,7 +66,7 @@ def go(folder: Path, steps: int, poison: tuple[int, int] | None = None) -> Regre
                 samples=10,
                 batch_size=4,
                 clip=1.0,
-                log_every=1,
+                log_every=log_every,
                 evaluate_every=5,
                 save_every=2,
                 keep=3,
@@ -91,6 +93,14 @@ def test_a_run_in_two_parts_equals_an_unbroken_one(tmp_path: Path, stop: int) ->
     parts = go(tmp_path / "parts", 12)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert torch.equal(parts.module.linear.weight, whole.module.linear.weight)
+
+
+def test_logged_losses_do_not_depend_on_where_a_run_stopped(tmp_path: Path) -> None:
+    go(tmp_path / "whole", 12, log_every=3)
+    go(tmp_path / "parts", 5, log_every=3)
+    go(tmp_path / "parts", 12, log_every=3)
+    assert sorted(losses(tmp_path / "whole")) == [3, 6, 9, 12]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_it_learns(tmp_path: Path) -> None:
