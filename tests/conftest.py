@@ -64,7 +64,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_renamed() -> Callable[[nn.Module, Mapping[str, Tensor], Sequence[Rule]], None]:
     """`load_renamed(module, tensors, rules)`: every rule renames, then everything must fit.
 
-    A new name may end in `#q`, `#k` or `#v`, the thirds of a fused matrix, or in `#swap`, the two
+    A new name may contain `#qkv`, a fused matrix of which we keep thirds, or `#swap`, the two
     halves exchanged. Shapes differ by a reshape at most (a convolution over patches is a matrix).
     """
 
@@ -75,10 +75,9 @@ def load_renamed() -> Callable[[nn.Module, Mapping[str, Tensor], Sequence[Rule]]
                 key = re.sub(pattern, replacement, key)
             if "#swap" in key:
                 value = torch.cat(value.chunk(2)[::-1])
-            ours[key.replace("#swap", "")] = value
-        for key in [key for key in ours if "#q" in key]:
-            thirds = [ours.pop(key.replace("#q", part)) for part in ("#q", "#k", "#v")]
-            ours[key.replace("#q", "")] = torch.cat(thirds)
+            parts = value.chunk(3) if "#qkv" in key else (value,)
+            for part, letter in zip(parts, "qkv", strict=False):
+                ours[key.replace("#swap", "").replace("#qkv", letter)] = part
         wanted = module.state_dict()
         assert ours.keys() == wanted.keys()
         module.load_state_dict({key: v.reshape(wanted[key].shape) for key, v in ours.items()})
@@ -120,7 +119,10 @@ def _mmdit(last: int) -> list[Rule]:
         (r"^joint_blocks\.", "blocks."),
         (r"\.context_block\.", ".text."),
         (r"\.x_block\.", ".image."),
-        (r"attn\.qkv", "attention_in.qkv"),
+        (r"attn\.qkv", "attention_in.#qkv"),
+        (r"attn2\.qkv", "attention2_in.#qkv"),
+        (r"attn2\.ln_([qk])", r"attention2_in.\1_norm"),
+        (r"attn2\.proj", "attention2_out"),
         (r"attn\.ln_([qk])", r"attention_in.\1_norm"),
         (r"attn\.proj", "attention_out"),
         (r"^final_layer", "output"),
@@ -153,7 +155,7 @@ CLIP: list[Rule] = [
     (r"^embeddings\.token_embedding", "token_embedding"),
     (r"^embeddings\.position_embedding\.weight", "position_embedding"),
     (r"^encoder\.", ""),
-    (r"self_attn\.([qkv])_proj\.(.*)", r"attention_in.\2#\1"),
+    (r"self_attn\.([qkv])_proj", r"attention_in.\1"),
     (r"self_attn\.out_proj", "attention_out"),
     (r"^final_layer_norm", "final_norm"),
     (r"layer_norm([12])", r"norm\1"),
@@ -167,7 +169,7 @@ T5: list[Rule] = [
     (r"^block\.(\d+)\.layer\.0\.layer_norm", r"layers.\1.norm1"),
     (r"^block\.(\d+)\.layer\.1\.layer_norm", r"layers.\1.norm2"),
     (r"^block\.(\d+)\.layer\.[01]", r"layers.\1"),
-    (r"SelfAttention\.([qkv])\.weight", r"attention_in.weight#\1"),
+    (r"SelfAttention\.([qkv])\.weight", r"attention_in.\1.weight"),
     (r"SelfAttention\.o", "attention_out"),
     (r"DenseReluDense\.wi_0", "gate"),
     (r"DenseReluDense\.wi_1", "up"),

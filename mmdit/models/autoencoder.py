@@ -68,7 +68,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (b, c, h, w) -> (b, c, h, w)
         normed = self.norm(x)
         q, k, v = (
-            rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v)
+            rearrange(layer(normed), "b c h w -> b (h w) 1 c") for layer in (self.q, self.k, self.v)
         )
         out = rearrange(attention(q, k, v), "b (h w) c -> b c h w", h=x.shape[-2])
         return x + self.proj(out)
@@ -212,7 +212,7 @@ class Autoencoder(nn.Module):
         for name, side in zip(("height", "width"), x.shape[-2:], strict=True):
             if side % self.factor:
                 raise UserError(f"image {name} {side} must be a multiple of {self.factor}")
-        mean, log_variance = self.encoder(x).float().chunk(2, dim=1)
+        mean, log_variance = self.encoder(x.to(self.dtype)).float().chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30.0, 20.0))
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -229,7 +229,13 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalized latent (b, c, h, w) -> image (b, 3, H, W), nominally in [-1, 1]."""
-        return self.decoder(latent / self.scale + self.shift).float()
+        z = latent / self.scale + self.shift
+        return self.decoder(z.to(self.dtype)).float()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; what enters the network is cast to it."""
+        return self.encoder.conv_in.weight.dtype
 
     @torch.no_grad()
     def normalize(self, mean: Tensor, std: Tensor) -> None:

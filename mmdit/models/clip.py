@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.nn.attention import attention, split_heads
+from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import MLP
 from mmdit.registry import register
 
@@ -33,18 +33,14 @@ class CLIPLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, activation: nn.Module) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width)
-        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_in = QKV(width, num_heads)
         self.attention_out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width, activation)
 
     def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
-        q, k, v = (
-            split_heads(part, self.num_heads)
-            for part in self.attention_in(self.norm1(x)).chunk(3, dim=-1)
-        )
+        q, k, v = self.attention_in(self.norm1(x))
         x = x + self.attention_out(attention(q, k, v, causal=True))
         return x + self.mlp(self.norm2(x))
 
@@ -111,7 +107,8 @@ class CLIPTextModel(nn.Module):
         branch = self.width**-0.5 * (2 * depth) ** -0.5
         for layer in self.layers:
             assert isinstance(layer, CLIPLayer)
-            nn.init.normal_(layer.attention_in.weight, std=self.width**-0.5)
+            for projection in layer.attention_in.children():
+                nn.init.normal_(projection.weight, std=self.width**-0.5)
             nn.init.normal_(layer.attention_out.weight, std=branch)
             nn.init.normal_(layer.mlp.fc1.weight, std=(2 * self.width) ** -0.5)
             nn.init.normal_(layer.mlp.fc2.weight, std=branch)

@@ -4,13 +4,14 @@ Text and image are two streams of tokens, each with its own weights, which meet 
 over both sequences. Timestep and pooled text steer every block through adaLN-zero modulation.
 """
 
-from typing import NamedTuple
+import copy
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.nn.attention import attention, split_heads
+from mmdit.nn.attention import QKV, Heads, attention
 from mmdit.nn.embeddings import (
     PatchEmbedding,
     VectorEmbedding,
@@ -25,34 +26,24 @@ from mmdit.nn.norms import LayerNorm, RMSNorm
 from mmdit.registry import register
 
 
-class Heads(NamedTuple):
-    """Queries, keys and values of one stream, each (b, h, n, d)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
-class AttentionInput(nn.Module):
-    """Tokens to Q, K, V: one fused linear layer, and optionally RMSNorm on Q and K per head."""
+class AttentionInput(QKV):
+    """Q, K and V of one stream, with RMSNorm on Q and K per head where `qk_norm` asks."""
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        super().__init__(width, num_heads)
         head_width = width // num_heads
         self.q_norm = RMSNorm(head_width) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_width) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Heads:
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+    def forward(self, x: Tensor) -> Heads:  # (b, n, d)
+        q, k, v = super().forward(x)
         return Heads(self.q_norm(q), self.k_norm(k), v)
 
 
 def joint_attention(text: Heads, image: Heads) -> tuple[Tensor, Tensor]:
     """One attention over the concatenated sequences; each stream gets its own tokens back."""
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(text, image, strict=True))
-    length = text.q.shape[2]
+    q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+    length = text.q.shape[1]
     attended = attention(q, k, v)  # (b, l + n, d)
     return attended[:, :length], attended[:, length:]
 
@@ -60,9 +51,11 @@ def joint_attention(text: Heads, image: Heads) -> tuple[Tensor, Tensor]:
 class Stream(nn.Module):
     """What one modality owns in a joint block: everything but the attention itself (Fig. 2b)."""
 
+    modulation_parts = 6  # shift, scale and gate, of attention and of the MLP
+
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
         super().__init__()
-        self.modulation = Modulation(width, 6)
+        self.modulation = Modulation(width, self.modulation_parts)
         self.norm1 = LayerNorm(width)
         self.attention_in = AttentionInput(width, num_heads, qk_norm=qk_norm)
         self.attention_out = nn.Linear(width, width)
@@ -90,6 +83,48 @@ class JointBlock(nn.Module):
         )
         c = c + c_gate1 * text.attention_out(c_attended)
         x = x + x_gate1 * image.attention_out(x_attended)
+
+        c = c + c_gate2 * text.mlp(modulate(text.norm2(c), c_shift2, c_scale2))
+        x = x + x_gate2 * image.mlp(modulate(image.norm2(x), x_shift2, x_scale2))
+        return c, x
+
+
+class DualStream(Stream):
+    """The image stream of MMDiT-X: a second attention, among image tokens only (SD3.5 Medium)."""
+
+    modulation_parts = 9  # the second attention's triple comes last
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
+        super().__init__(width, num_heads, mlp_ratio, qk_norm=qk_norm)
+        self.attention2_in = AttentionInput(width, num_heads, qk_norm=qk_norm)
+        self.attention2_out = nn.Linear(width, width)
+
+
+class DualAttentionBlock(nn.Module):
+    """A joint block in which the image also attends to itself alone, in parallel (MMDiT-X)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.text = Stream(width, num_heads, mlp_ratio, qk_norm=qk_norm)
+        self.image = DualStream(width, num_heads, mlp_ratio, qk_norm=qk_norm)
+
+    def forward(self, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """c (b, l, d), x (b, n, d), y (b, d) -> c, x."""
+        text, image = self.text, self.image
+        c_shift1, c_scale1, c_gate1, c_shift2, c_scale2, c_gate2 = text.modulation(y)
+        modulation = image.modulation(y)
+        x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = modulation[:6]
+        x_shift_alone, x_scale_alone, x_gate_alone = modulation[6:]
+
+        x_normed = image.norm1(x)
+        c_attended, x_attended = joint_attention(
+            text.attention_in(modulate(text.norm1(c), c_shift1, c_scale1)),
+            image.attention_in(modulate(x_normed, x_shift1, x_scale1)),
+        )
+        alone = image.attention2_in(modulate(x_normed, x_shift_alone, x_scale_alone))
+        c = c + c_gate1 * text.attention_out(c_attended)
+        x = x + x_gate1 * image.attention_out(x_attended)
+        x = x + x_gate_alone * image.attention2_out(attention(*alone))
 
         c = c + c_gate2 * text.mlp(modulate(text.norm2(c), c_shift2, c_scale2))
         x = x + x_gate2 * image.mlp(modulate(image.norm2(x), x_shift2, x_scale2))
@@ -128,6 +163,20 @@ class LastJointBlock(nn.Module):
         return x + x_gate2 * image.mlp(modulate(image.norm2(x), x_shift2, x_scale2))
 
 
+class SkippedBlock(nn.Module):
+    """Stands where a joint block was left out."""
+
+    def forward(self, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return c, x
+
+
+class SkippedLastBlock(nn.Module):
+    """Stands where the last block was left out."""
+
+    def forward(self, c: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return x
+
+
 class OutputLayer(nn.Module):
     """Modulated LayerNorm and a linear layer to the values of each patch."""
 
@@ -156,11 +205,14 @@ class MMDiT(nn.Module):
         context_width: width of c_ctxt.
         pooled_width: width p of c_vec.
         qk_norm: RMSNorm on queries and keys (SD3.5; against the growth of logits, Fig. 5).
+        dual_attention: indices of the blocks with a second attention among image tokens only;
+            0 to 12 in SD3.5 Medium (MMDiT-X).
         position_size, position_grid, position_base: side of the stored position table, side of the
             grid at training resolution and span of coordinates, in patches (`position_table`).
 
     Raises:
-        UserError: `width` does not split into `num_heads`, or into the four parts of a position.
+        UserError: `width` does not split into `num_heads`, or into the four parts of a position;
+            `dual_attention` names a block that is not there, or the last.
     """
 
     positions: Tensor  # buffer (size, size, d)
@@ -177,6 +229,7 @@ class MMDiT(nn.Module):
         context_width: int = 4096,
         pooled_width: int = 2048,
         qk_norm: bool = False,
+        dual_attention: Sequence[int] = (),
         position_size: int = 192,
         position_grid: int = 64,
         position_base: int = 16,
@@ -188,6 +241,11 @@ class MMDiT(nn.Module):
             raise UserError(f"MMDiT: width {width} must be divisible by num_heads {num_heads}")
         if width % 4:
             raise UserError(f"MMDiT: width {width} must be divisible by 4 (2D sin-cos positions)")
+        if not set(dual_attention) <= set(range(depth - 1)):
+            raise UserError(
+                f"MMDiT: dual_attention {list(dual_attention)} must name blocks before the last, "
+                f"from 0 to {depth - 2}"
+            )
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.context_width, self.pooled_width = context_width, pooled_width
         self._position = {"size": position_size, "grid": position_grid, "base": position_base}
@@ -198,7 +256,10 @@ class MMDiT(nn.Module):
         self.pooled_embedding = VectorEmbedding(pooled_width, width)
         self.context_embedding = nn.Linear(context_width, width)
         self.blocks = nn.ModuleList(
-            JointBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth - 1)
+            (DualAttentionBlock if i in dual_attention else JointBlock)(
+                width, num_heads, mlp_ratio, qk_norm=qk_norm
+            )
+            for i in range(depth - 1)
         )
         self.last_block = LastJointBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm)
         self.output = OutputLayer(width, patch_size**2 * latent_channels)
@@ -217,15 +278,43 @@ class MMDiT(nn.Module):
             (b, c, h, w).
         """
         rows, columns = self.grid(*z_t.shape[-2:])
-        y = self.timestep_embedding(sinusoid(t)) + self.pooled_embedding(c_vec)
-        c = self.context_embedding(c_ctxt)
-        x = self.patch_embedding(z_t)
-        x = x + centre_crop(self.positions, rows, columns).to(x.dtype)
+        y = self.vector(t, c_vec)
+        c = self.context_embedding(c_ctxt.to(self.dtype))
+        x = self.image_tokens(z_t)
         for block in self.blocks:
             c, x = block(c, x, y)
         x = self.last_block(c, x, y)
         x = self.output(x, y)
         return unpatchify(x, rows=rows, columns=columns, patch_size=self.patch_size)
+
+    def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
+        """y, by which timestep and pooled text steer every block: (b,), (b, p) -> (b, d)."""
+        return self.timestep_embedding(sinusoid(t)) + self.pooled_embedding(c_vec)
+
+    def image_tokens(self, z: Tensor) -> Tensor:
+        """Patches of a latent (b, c, h, w), with their positions: (b, n, d)."""
+        x = self.patch_embedding(z.to(self.dtype))
+        return x + centre_crop(self.positions, *self.grid(*z.shape[-2:])).to(x.dtype)
+
+    def skipping(self, layers: Collection[int]) -> "MMDiT":
+        """The same network, weights shared, with some blocks passed by (skip-layer guidance).
+
+        Raises:
+            UserError: there is no block of that index.
+        """
+        depth = len(self.blocks) + 1
+        if absent := sorted(set(layers) - set(range(depth))):
+            raise UserError(f"layers {absent} cannot be skipped: there are 0 to {depth - 1}")
+        kept = [SkippedBlock() if i in layers else b for i, b in enumerate(self.blocks)]
+        last = SkippedLastBlock() if depth - 1 in layers else self.last_block
+        view = copy.copy(self)
+        view._modules = {**self._modules, "blocks": nn.ModuleList(kept), "last_block": last}
+        return view
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; what enters the network is cast to it."""
+        return self.context_embedding.weight.dtype
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (rows, columns) of a latent of height x width.
@@ -250,6 +339,11 @@ class MMDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, AttentionInput):
+                # As thirds of one matrix, which they are in DiT.
+                for part in (module.q, module.k, module.v):
+                    nn.init.xavier_uniform_(part.weight, gain=0.5**0.5)
             elif isinstance(module, RMSNorm):
                 module.reset_parameters()
         # Small first embeddings: y starts near zero, where SiLU is nearly linear.

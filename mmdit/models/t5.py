@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.nn.attention import attention, split_heads
+from mmdit.nn.attention import QKV, attention
 from mmdit.nn.norms import RMSNorm
 from mmdit.registry import register
 
@@ -54,9 +54,8 @@ class T5Layer(nn.Module):
     def __init__(self, width: int, num_heads: int, head_width: int, hidden: int) -> None:
         super().__init__()
         inner = num_heads * head_width
-        self.num_heads = num_heads
         self.norm1 = RMSNorm(width)
-        self.attention_in = nn.Linear(width, 3 * inner, bias=False)
+        self.attention_in = QKV(width, num_heads, head_width=head_width, bias=False)
         self.attention_out = nn.Linear(inner, width, bias=False)
         self.norm2 = RMSNorm(width)
         self.gate = nn.Linear(width, hidden, bias=False)
@@ -64,10 +63,7 @@ class T5Layer(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # (b, n, d), (1, h, n, n) -> (b, n, d)
-        q, k, v = (
-            split_heads(part, self.num_heads)
-            for part in self.attention_in(self.norm1(x)).chunk(3, dim=-1)
-        )
+        q, k, v = self.attention_in(self.norm1(x))
         x = x + self.attention_out(attention(q, k, v, bias=bias.to(q.dtype), scale=1.0))
         normed = self.norm2(x)
         return x + self.down(F.gelu(self.gate(normed), approximate="tanh") * self.up(normed))
@@ -119,10 +115,9 @@ class T5Encoder(nn.Module):
         nn.init.normal_(self.position_bias.embedding.weight, std=width**-0.5)
         for layer in self.layers:
             assert isinstance(layer, T5Layer)
-            q, k, v = layer.attention_in.weight.chunk(3)
-            nn.init.normal_(q, std=(width * head_width) ** -0.5)
-            nn.init.normal_(k, std=width**-0.5)
-            nn.init.normal_(v, std=width**-0.5)
+            nn.init.normal_(layer.attention_in.q.weight, std=(width * head_width) ** -0.5)
+            nn.init.normal_(layer.attention_in.k.weight, std=width**-0.5)
+            nn.init.normal_(layer.attention_in.v.weight, std=width**-0.5)
             nn.init.normal_(layer.attention_out.weight, std=layer.attention_out.in_features**-0.5)
             nn.init.normal_(layer.gate.weight, std=width**-0.5)
             nn.init.normal_(layer.up.weight, std=width**-0.5)

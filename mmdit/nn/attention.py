@@ -1,14 +1,42 @@
 """The one door to attention: every network here calls `attention`."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(b, n, h*d) -> (b, h, n, d)."""
-    return rearrange(x, "b n (h d) -> b h n d", h=num_heads)
+class Heads(NamedTuple):
+    """Queries, keys and values of a sequence, each (b, n, h, d)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class QKV(nn.Module):
+    """Tokens to queries, keys and values, split into heads.
+
+    Three matrices rather than one fused: public files store them either way, and both are then
+    used where they lie in the file, uncopied (thirds of a fused matrix are contiguous rows). The
+    products take equally long.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, head_width: int | None = None, bias: bool = True
+    ) -> None:
+        super().__init__()
+        inner = width if head_width is None else num_heads * head_width
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, inner, bias=bias)
+        self.k = nn.Linear(width, inner, bias=bias)
+        self.v = nn.Linear(width, inner, bias=bias)
+
+    def forward(self, x: Tensor) -> Heads:  # (b, n, width)
+        parts = (self.q(x), self.k(x), self.v(x))
+        return Heads(*(rearrange(p, "b n (h d) -> b n h d", h=self.num_heads) for p in parts))
 
 
 def attention(
@@ -23,7 +51,7 @@ def attention(
     """Scaled dot-product attention over heads, merged back into one width.
 
     Args:
-        q, k, v: (b, h, n, d).
+        q, k, v: (b, n, h, d).
         bias: added to the logits, broadcastable to (b, h, n, n).
         causal: each position sees itself and what precedes it.
         scale: of the logits; 1/sqrt(d) when None.
@@ -31,6 +59,7 @@ def attention(
     Returns:
         (b, n, h*d).
     """
+    q, k, v = (rearrange(part, "b n h d -> b h n d") for part in (q, k, v))
     if q.device.type == "cpu" and q.requires_grad:
         out = _explicit(q, k, v, bias=bias, causal=causal, scale=scale)
     else:

@@ -76,9 +76,9 @@ def test_quick_gelu_is_not_gelu():
 def test_initialization_shrinks_residual_branches_with_depth():
     torch.manual_seed(0)
     layer = CLIPTextModel(vocabulary_size=5, width=64, depth=8, num_heads=4).layers[0]
-    assert layer.attention_in.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert layer.attention_in.q.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert layer.attention_out.weight.std().item() == pytest.approx(1 / 8 / 4, rel=0.05)
-    assert not layer.attention_in.bias.any()
+    assert not layer.attention_in.q.bias.any()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from mmdit.nn.attention import attention, split_heads
+from mmdit.nn.attention import QKV, attention
 
 B, H, N, D = 2, 3, 5, 4
 BIAS = torch.randn(1, H, N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -20,11 +20,12 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def qkv(requires_grad: bool) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    parts = torch.randn(3, B, H, N, D, generator=generator, dtype=torch.float64)
+    parts = torch.randn(3, B, N, H, D, generator=generator, dtype=torch.float64)
     return [part.clone().requires_grad_(requires_grad) for part in parts]
 
 
 def fused(q, k, v, *, bias=None, causal=False, scale=None):
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
     return rearrange(out, "b h n d -> b n (h d)")
 
@@ -54,8 +55,8 @@ def test_the_bias_gets_its_gradient():
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_equal_keys_average_the_values(requires_grad):
     q, k, v = qkv(requires_grad)
-    out = attention(q, k[:, :, :1].expand(-1, -1, N, -1), v)
-    average = rearrange(v.mean(dim=2, keepdim=True), "b h n d -> b n (h d)")
+    out = attention(q, k[:, :1].expand(-1, N, -1, -1), v)
+    average = rearrange(v.mean(dim=1, keepdim=True), "b n h d -> b n (h d)")
     torch.testing.assert_close(out, average.expand(-1, N, -1))
 
 
@@ -63,14 +64,16 @@ def test_equal_keys_average_the_values(requires_grad):
 def test_a_causal_position_never_sees_what_follows(requires_grad):
     q, k, v = qkv(requires_grad)
     before = attention(q, k, v, causal=True)
-    k, v = (torch.cat([part[:, :, :3], part[:, :, 3:] + 1], dim=2) for part in (k, v))
+    k, v = (torch.cat([part[:, :3], part[:, 3:] + 1], dim=1) for part in (k, v))
     after = attention(q, k, v, causal=True)
     torch.testing.assert_close(after[:, :3], before[:, :3], rtol=0, atol=0)
     assert (after[:, 3:] != before[:, 3:]).all()
 
 
 def test_heads_are_neighbouring_columns():
-    x = torch.arange(2 * 3 * 8).reshape(2, 3, 8)
-    heads = split_heads(x, 2)
-    assert heads.shape == (2, 2, 3, 4)
-    assert torch.equal(heads[:, 1], x[..., 4:])
+    layer = QKV(8, 2)
+    x = torch.randn(2, 3, 8)
+    q, k, v = layer(x)
+    assert q.shape == k.shape == v.shape == (2, 3, 2, 4)
+    for heads, linear in ((q, layer.q), (k, layer.k), (v, layer.v)):
+        assert torch.equal(heads[:, :, 1], linear(x)[..., 4:])
