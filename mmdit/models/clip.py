@@ -29,7 +29,9 @@ class CLIPOutput(NamedTuple):
 
 
 class CLIPLayer(nn.Module):
-    """Pre-norm causal transformer layer."""
+    """Pre-norm transformer layer, causal where it reads text."""
+
+    causal = True
 
     def __init__(self, width: int, num_heads: int, activation: nn.Module) -> None:
         super().__init__()
@@ -41,8 +43,23 @@ class CLIPLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
         q, k, v = self.attention_in(self.norm1(x))
-        x = x + self.attention_out(attention(q, k, v, causal=True))
+        x = x + self.attention_out(attention(q, k, v, causal=self.causal))
         return x + self.mlp(self.norm2(x))
+
+    def reset_parameters(self, depth: int) -> None:
+        """CLIP's initialization (Radford et al. 2021): residual branches shrink with depth."""
+        width = self.attention_out.in_features
+        branch = width**-0.5 * (2 * depth) ** -0.5
+        for part in (self.attention_in.q, self.attention_in.k, self.attention_in.v):
+            nn.init.normal_(part.weight, std=width**-0.5)
+        nn.init.normal_(self.attention_out.weight, std=branch)
+        nn.init.normal_(self.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.mlp.fc2.weight, std=branch)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
 
 @register
@@ -100,22 +117,12 @@ class CLIPTextModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """CLIP's initialization (Radford et al. 2021): residual branches shrink with depth."""
-        depth = len(self.layers)
+        """CLIP's initialization (Radford et al. 2021)."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
-        branch = self.width**-0.5 * (2 * depth) ** -0.5
         for layer in self.layers:
             assert isinstance(layer, CLIPLayer)
-            for projection in layer.attention_in.children():
-                nn.init.normal_(projection.weight, std=self.width**-0.5)
-            nn.init.normal_(layer.attention_out.weight, std=branch)
-            nn.init.normal_(layer.mlp.fc1.weight, std=(2 * self.width) ** -0.5)
-            nn.init.normal_(layer.mlp.fc2.weight, std=branch)
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            layer.reset_parameters(len(self.layers))
+        self.final_norm.reset_parameters()
         if isinstance(self.projection, nn.Linear):
             nn.init.normal_(self.projection.weight, std=self.width**-0.5)

@@ -60,7 +60,7 @@ class Stream(nn.Module):
         self.attention_in = AttentionInput(width, num_heads, qk_norm=qk_norm)
         self.attention_out = nn.Linear(width, width)
         self.norm2 = LayerNorm(width)
-        self.mlp = MLP(width, int(mlp_ratio * width), nn.GELU(approximate="tanh"))
+        self.mlp = MLP(width, round(mlp_ratio * width), nn.GELU(approximate="tanh"))
 
 
 class JointBlock(nn.Module):
@@ -191,6 +191,30 @@ class OutputLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
+@torch.no_grad()
+def reset_as_in_dit(network: nn.Module) -> None:
+    """Initialization of DiT (Peebles & Xie 2023), of all but a network's last linear layer."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, AttentionInput):
+            # As thirds of one matrix, which they are in DiT.
+            for part in (module.q, module.k, module.v):
+                nn.init.xavier_uniform_(part.weight, gain=0.5**0.5)
+        elif isinstance(module, RMSNorm):
+            module.reset_parameters()
+    for module in network.modules():
+        if isinstance(module, VectorEmbedding):
+            # Small first embeddings: y starts near zero, where SiLU is nearly linear.
+            nn.init.normal_(module.fc1.weight, std=0.02)
+            nn.init.normal_(module.fc2.weight, std=0.02)
+        elif isinstance(module, Modulation):
+            # Closed gates: every block starts as the identity (adaLN-zero).
+            module.reset_parameters()
+
+
 @register
 class MMDiT(nn.Module):
     """The velocity (or another prediction) of a noised latent, given text.
@@ -277,24 +301,33 @@ class MMDiT(nn.Module):
         Returns:
             (b, c, h, w).
         """
-        rows, columns = self.grid(*z_t.shape[-2:])
         y = self.vector(t, c_vec)
-        c = self.context_embedding(c_ctxt.to(self.dtype))
+        c = self.text_tokens(c_ctxt)
         x = self.image_tokens(z_t)
         for block in self.blocks:
             c, x = block(c, x, y)
         x = self.last_block(c, x, y)
-        x = self.output(x, y)
-        return unpatchify(x, rows=rows, columns=columns, patch_size=self.patch_size)
+        return self.prediction(x, y, *z_t.shape[-2:])
 
     def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
         """y, by which timestep and pooled text steer every block: (b,), (b, p) -> (b, d)."""
         return self.timestep_embedding(sinusoid(t)) + self.pooled_embedding(c_vec)
 
+    def text_tokens(self, c_ctxt: Tensor) -> Tensor:
+        """Text of the encoders (b, l, context_width) in the width of the network: (b, l, d)."""
+        return self.context_embedding(c_ctxt.to(self.dtype))
+
     def image_tokens(self, z: Tensor) -> Tensor:
         """Patches of a latent (b, c, h, w), with their positions: (b, n, d)."""
+        positions = centre_crop(self.positions, *self.grid(*z.shape[-2:]))
         x = self.patch_embedding(z.to(self.dtype))
-        return x + centre_crop(self.positions, *self.grid(*z.shape[-2:])).to(x.dtype)
+        return x + positions.to(x.dtype)
+
+    def prediction(self, x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
+        """What the final image tokens (b, n, d) say of a latent: (b, c, height, width)."""
+        rows, columns = self.grid(height, width)
+        x = self.output(x, y)
+        return unpatchify(x, rows=rows, columns=columns, patch_size=self.patch_size)
 
     def skipping(self, layers: Collection[int]) -> "MMDiT":
         """The same network, weights shared, with some blocks passed by (skip-layer guidance).
@@ -333,26 +366,8 @@ class MMDiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialization of DiT (Peebles & Xie 2023), which the paper follows."""
+        """As in DiT, which the paper follows; the position table is computed anew."""
         self.positions.copy_(position_table(self.positions.shape[-1], **self._position))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, AttentionInput):
-                # As thirds of one matrix, which they are in DiT.
-                for part in (module.q, module.k, module.v):
-                    nn.init.xavier_uniform_(part.weight, gain=0.5**0.5)
-            elif isinstance(module, RMSNorm):
-                module.reset_parameters()
-        # Small first embeddings: y starts near zero, where SiLU is nearly linear.
-        for embedding in (self.timestep_embedding, self.pooled_embedding):
-            nn.init.normal_(embedding.fc1.weight, std=0.02)
-            nn.init.normal_(embedding.fc2.weight, std=0.02)
-        # Closed gates: every block starts as the identity (adaLN-zero).
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                module.reset_parameters()
+        reset_as_in_dit(self)
         # The untrained network predicts zero: the loss starts at E||target||^2.
         nn.init.zeros_(self.output.linear.weight)
