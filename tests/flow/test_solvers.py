@@ -5,10 +5,17 @@ import torch
 from torch import Tensor
 
 from mmdit.flow.schedule import Shift
-from mmdit.flow.solvers import euler, heun, midpoint
+from mmdit.flow.solvers import dpmpp_2m, dpmpp_2m_log_snr, euler, heun, midpoint
 
-SOLVERS = [euler, heun, midpoint]
-each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.__name__)
+ONE_STEP = [euler, heun, midpoint]
+TWO_STEP = [dpmpp_2m, dpmpp_2m_log_snr]
+
+
+def each(solvers):
+    return pytest.mark.parametrize("solver", solvers, ids=lambda solver: solver.__name__)
+
+
+each_solver = each([*ONE_STEP, *TWO_STEP])
 
 
 class Counted:
@@ -36,20 +43,31 @@ def test_straight_paths_are_followed_exactly(solver, steps):
     torch.testing.assert_close(reached, x_0)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (midpoint, 2)])
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [(euler, 1), (heun, 2), (midpoint, 2), (dpmpp_2m, 2), (dpmpp_2m_log_snr, 2)],
+)
 def test_order_of_convergence(solver, order):
+    """Between inner times: towards the ends the clocks of DPM-Solver++ take ever longer steps."""
     z = torch.ones(1, dtype=torch.float64)
 
     def error(steps: int) -> float:
-        reached = solver(growth, z, Shift(alpha=1.0).grid(steps))
-        return abs(reached.item() - math.exp(-1.5))
+        grid = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64)
+        return abs(solver(growth, z, grid).item() - math.exp(-1.2))
 
-    assert math.log2(error(64) / error(128)) == pytest.approx(order, abs=0.1)
+    assert math.log2(error(128) / error(256)) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("solver", "steps", "evaluations"),
-    [(euler, 5, 5), (heun, 5, 9), (heun, 1, 1), (midpoint, 5, 10)],
+    [
+        (euler, 5, 5),
+        (heun, 5, 9),
+        (heun, 1, 1),
+        (midpoint, 5, 10),
+        (dpmpp_2m, 5, 5),
+        (dpmpp_2m_log_snr, 5, 5),
+    ],
 )
 def test_number_of_evaluations(solver, steps, evaluations):
     velocity = Counted(growth)
@@ -74,15 +92,51 @@ def test_progress_is_told_of_every_step(solver):
 
 
 @each_solver
+def test_a_grid_of_one_time_is_no_step(solver):
+    z = torch.ones(2)
+    assert torch.equal(solver(growth, z, torch.zeros(1)), z)
+
+
+@each_solver
 def test_the_starting_noise_is_left_as_it_was(solver):
     z = torch.ones(2, 3)
     solver(growth, z, Shift().grid(3))
     assert torch.equal(z, torch.ones(2, 3))
 
 
-@each_solver
+@each(ONE_STEP)
 def test_half_a_grid_then_the_other_half_is_the_whole(solver):
     grid = Shift(alpha=3.0).grid(6)
     z = torch.ones(1, dtype=torch.float64)
     halves = solver(growth, solver(growth, z, grid[:4]), grid[3:])
     assert torch.equal(halves, solver(growth, z, grid))
+
+
+@each(TWO_STEP)
+def test_one_step_is_eulers(solver):
+    z = torch.ones(1, dtype=torch.float64)
+    for grid in (Shift().grid(1), torch.tensor([0.8, 0.3])):
+        torch.testing.assert_close(solver(growth, z, grid), euler(growth, z, grid))
+
+
+def test_the_second_step_extrapolates_half_a_step_along_minus_log_t():
+    grid = torch.tensor([0.8, 0.4, 0.1], dtype=torch.float64)
+    z = torch.ones(1, dtype=torch.float64)
+    half_way = euler(growth, z, grid[:2])
+    first, second = (z_t - t * growth(z_t, t) for z_t, t in ((z, 0.8), (half_way, 0.4)))
+    guess = second + (second - first)  # log(0.4 / 0.1) is twice log(0.8 / 0.4)
+    torch.testing.assert_close(dpmpp_2m(growth, z, grid), 0.25 * half_way + 0.75 * guess)
+
+
+def test_the_log_snr_form_agrees_with_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    for steps in (1, 2, 5, 20):
+        theirs = diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        theirs.set_timesteps(steps)
+        z = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+        ours = dpmpp_2m_log_snr(growth, z, theirs.sigmas.double())
+        for timestep, t in zip(theirs.timesteps, theirs.sigmas[:-1].tolist(), strict=True):
+            z = theirs.step(growth(z, t), timestep, z).prev_sample
+        torch.testing.assert_close(ours, z, rtol=0, atol=2e-6)
