@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 
 import mmdit.flow.paths
 import mmdit.flow.predictions
+import mmdit.flow.schedule
 import mmdit.flow.solvers
 import mmdit.flow.timesteps
 
@@ -24,6 +25,7 @@ VARIANTS = {
     "objective/path": mmdit.flow.paths,
     "objective/timesteps": mmdit.flow.timesteps,
     "objective/prediction": mmdit.flow.predictions,
+    "objective/shift": mmdit.flow.schedule,
     "solver": mmdit.flow.solvers,
 }
 
@@ -94,7 +96,7 @@ def test_every_target_exists_and_takes_the_keys_of_its_yaml(node):
 
 
 @pytest.mark.parametrize(
-    "group", [f"objective/{part}" for part in ("path", "timesteps", "prediction")]
+    "group", [f"objective/{part}" for part in ("path", "timesteps", "prediction", "shift")]
 )
 def test_every_variant_of_the_objective_builds_as_its_yaml_says(group):
     for file in (CONFIGS / group).glob("*.yaml"):

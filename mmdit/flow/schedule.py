@@ -35,3 +35,32 @@ class Shift:
         if steps < 1:
             raise ValueError(f"steps {steps} must be at least 1")
         return self(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))
+
+    def remaining(self, steps: int, *, strength: float) -> Tensor:
+        """The last part of `grid`, for a picture that is repainted by `strength` in [0, 1].
+
+        It begins at step int(steps * (1 - strength)), as in the reference. diffusers counts
+        int(steps - steps * strength), which rounding puts one step later at a few points (40 steps
+        and strength 0.8: 8 instead of 7).
+
+        Raises:
+            ValueError: fewer than one step.
+        """
+        return self.grid(steps)[int(steps * (1.0 - strength)) :]
+
+
+@register
+class PublishedShift(Shift):
+    """The shift of the published SD3 samplers, whose grid passes through it twice.
+
+    The reference and diffusers space their times linearly between end points that are shifted
+    already, t = 1 and the least training time 1/1000, shift them again and append 0. At alpha = 3
+    the last step therefore begins at 0.0089; shifted once, 1/1000 would be 0.0030.
+    """
+
+    def grid(self, steps: int) -> Tensor:
+        if steps < 1:
+            raise ValueError(f"steps {steps} must be at least 1")
+        least = self(torch.tensor(1e-3, dtype=torch.float64)).item()
+        times = self(torch.linspace(1.0, least, steps, dtype=torch.float64))
+        return torch.cat([times, times.new_zeros(1)])

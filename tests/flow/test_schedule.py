@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmdit.flow.paths import RectifiedFlow
-from mmdit.flow.schedule import Shift
+from mmdit.flow.schedule import PublishedShift, Shift
+from mmdit.registry import build, describe
 
 INNER = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
 each_alpha = pytest.mark.parametrize("alpha", [0.1, 0.3, 1.0, math.sqrt(2.0), 3.0, 6.7])
@@ -47,7 +48,57 @@ def test_alpha_must_be_positive(alpha):
         Shift(alpha=alpha)
 
 
+@pytest.mark.parametrize("kind", [Shift, PublishedShift])
 @pytest.mark.parametrize("steps", [0, -3])
-def test_a_grid_needs_a_step(steps):
+def test_a_grid_needs_a_step(steps, kind):
     with pytest.raises(ValueError, match=f"steps {steps} must be at least 1"):
-        Shift().grid(steps)
+        kind().grid(steps)
+
+
+@pytest.mark.parametrize("source", ["stability", "diffusers"])
+def test_the_published_grid_is_that_of_the_reference_and_of_diffusers(golden, source):
+    case = golden("sigmas")
+    for alpha in case.config["shifts"]:
+        for steps in case.config["steps"]:
+            grid = PublishedShift(alpha=alpha).grid(steps)
+            case.check(f"{source}.sigmas_shift{alpha}_steps{steps}", grid.float())
+            exact = case.outputs[f"exact64.sigmas_shift{alpha}_steps{steps}"]
+            torch.testing.assert_close(grid, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 28])
+def test_the_published_grid_is_that_of_the_installed_diffusers(alpha, steps):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=alpha)
+    theirs.set_timesteps(steps)
+    grid = PublishedShift(alpha=alpha).grid(steps)
+    assert grid[0] == 1.0 and grid[-1] == 0.0 and len(grid) == steps + 1
+    torch.testing.assert_close(grid.float(), theirs.sigmas, rtol=0, atol=1e-6)
+
+
+def test_the_published_shift_moves_single_times_as_any_other():
+    assert torch.equal(PublishedShift(alpha=3.0)(INNER), Shift(alpha=3.0)(INNER))
+
+
+def test_a_checkpoint_remembers_which_shift_it_was():
+    description = describe(PublishedShift(alpha=3.0))
+    assert description == {"class": "PublishedShift", "alpha": 3.0}
+    assert type(build(description)) is PublishedShift
+
+
+def test_what_remains_is_the_end_of_the_grid(golden):
+    """Start indices of the reference; at some of them diffusers starts one step later."""
+    table = golden("img2img").config["table"]
+    assert any(row["stability_start"] != row["diffusers_start"] for row in table)
+    for row in table:
+        shift = PublishedShift(alpha=row["shift"])
+        remaining = shift.remaining(row["steps"], strength=row["denoise"])
+        assert torch.equal(remaining, shift.grid(row["steps"])[row["stability_start"] :])
+
+
+@pytest.mark.parametrize("kind", [Shift, PublishedShift])
+def test_all_remains_at_strength_one_and_nothing_but_data_at_zero(kind):
+    shift = kind(alpha=3.0)
+    assert torch.equal(shift.remaining(7, strength=1.0), shift.grid(7))
+    assert shift.remaining(7, strength=0.0).tolist() == [0.0]
