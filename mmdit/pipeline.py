@@ -1,6 +1,6 @@
 """Prompt to picture: text, noise, guided flow, decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,7 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.flow.guidance import ClassifierFreeGuidance, Condition
+from mmdit.flow.condition import Condition
+from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.objective import Objective
 from mmdit.flow.solvers import Progress, VelocityFunction, euler
 from mmdit.models.autoencoder import Autoencoder
@@ -17,6 +18,7 @@ from mmdit.registry import register
 from mmdit.text.conditioning import TextConditioner
 
 Solver = Callable[[VelocityFunction, Tensor, Tensor, Progress | None], Tensor]
+Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -31,6 +33,54 @@ def from_pixels(pixels: Tensor) -> Tensor:
     slower in that layout on CPU.
     """
     return rearrange(pixels, "b h w c -> b c h w").contiguous().float() / 127.5 - 1.0
+
+
+def one_per_prompt(image: Tensor, prompts: int, height: int | None, width: int | None) -> Tensor:
+    """Pictures to start from, as a batch (1 or prompts, h, w, 3).
+
+    Args:
+        image: uint8 (h, w, 3), or one for each prompt (prompts, h, w, 3).
+        height, width: what the sides must be; None is any.
+
+    Raises:
+        UserError: another type, shape or number.
+    """
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+        kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise UserError(f"image is {kind}, but must be a torch tensor of type uint8")
+    batch = image[None] if image.ndim == 3 else image
+    if batch.ndim != 4 or batch.shape[-1] != 3 or len(batch) not in (1, prompts):
+        raise UserError(
+            f"image of shape {tuple(image.shape)} must be (height, width, 3), or one for each "
+            f"prompt: ({prompts}, height, width, 3)"
+        )
+    wanted = (("height", height, batch.shape[1]), ("width", width, batch.shape[2]))
+    for name, asked, has in wanted:
+        if asked not in (None, has):
+            raise UserError(
+                f"{name}={asked} was asked for, but image has {has}: leave {name} out, or scale "
+                "the image first"
+            )
+    return batch
+
+
+class NetworkVelocity:
+    """dz/dt as a network predicts it: what guidance strengthens and solvers integrate."""
+
+    def __init__(self, network: MMDiT, objective: Objective, autocast: Autocast) -> None:
+        self.network, self.objective, self.autocast = network, objective, autocast
+
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
+        """At one time for a batch; float32."""
+        times = torch.full((len(z_t),), t, device=z_t.device)
+        with self.autocast():
+            output = self.network(z_t, times, condition.c_vec, condition.c_ctxt)
+        objective = self.objective
+        return objective.prediction.velocity(objective.path, output.float(), z_t, times)
+
+    def skipping(self, layers: Collection[int]) -> "NetworkVelocity":
+        """Without these blocks of the network."""
+        return NetworkVelocity(self.network.skipping(layers), self.objective, self.autocast)
 
 
 @register
@@ -72,19 +122,11 @@ class Pipeline(nn.Module):
         self.mmdit, self.text, self.autoencoder = mmdit, text, autoencoder
         self.objective = objective
         self.image_size, self.steps, self.guidance = image_size, steps, guidance
-        self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.autocast: Autocast = nullcontext
 
     @property
     def device(self) -> torch.device:
         return next(self.mmdit.parameters()).device
-
-    def velocity(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
-        """dz/dt of the network at one time for a batch; float32."""
-        times = torch.full((len(z_t),), t, device=z_t.device)
-        with self.autocast():
-            output = self.mmdit(z_t, times, condition.c_vec, condition.c_ctxt)
-        objective = self.objective
-        return objective.prediction.velocity(objective.path, output.float(), z_t, times)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent (h, w) of an image of height x width pixels.
@@ -112,17 +154,29 @@ class Pipeline(nn.Module):
         draws = [torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(draws).to(self.device)
 
+    def noised(self, image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t of pictures, uint8 (n, h, w, 3), each for an equal share of the noises (b, c, h, w).
+
+        Their latents are the means of the posterior; the reference draws samples of it.
+        """
+        with self.autocast():
+            x_0 = self.autoencoder.encode(from_pixels(image.to(self.device)))
+        x_0 = x_0.repeat_interleave(len(noise) // len(x_0), dim=0)
+        return self.objective.path.interpolate(x_0, noise, t.to(noise))
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | None = None,
+        image: Tensor | None = None,
+        strength: float | None = None,
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Guidance | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         solver: Solver = euler,
@@ -133,9 +187,14 @@ class Pipeline(nn.Module):
         Args:
             prompt: one or several; an empty one is legal and means unconditional.
             negative_prompt: what guidance moves away from; None is unconditional.
+            image: to start from instead of noise: uint8 (h, w, 3), or one for each prompt.
+            strength: how much of `image` is repainted, from 0 (it is encoded and decoded) to 1
+                (nothing is kept); `Shift.remaining` says which steps are left to do.
             num_images: pictures per prompt; picture i of a prompt starts from seed + i.
-            height, width: in pixels; the training size by default.
-            steps, guidance: of the solver and of classifier-free guidance (1 turns it off).
+            height, width: in pixels; that of `image`, or the training size, by default.
+            steps: of the solver.
+            guidance: scale of classifier-free guidance (1 turns it off), or an object of
+                `mmdit.flow.guidance`.
             seed: of the first picture; `seeds` gives one for each picture instead.
             solver: a function of `mmdit.flow.solvers`.
             progress: called after every solver step.
@@ -144,7 +203,7 @@ class Pipeline(nn.Module):
             uint8 (len(prompt) * num_images, height, width, 3), prompts outermost.
 
         Raises:
-            UserError: an impossible size or number.
+            UserError: an impossible size or number, or an image that does not fit them.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_images < 1:
@@ -152,17 +211,32 @@ class Pipeline(nn.Module):
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise UserError(f"steps={steps} must be at least 1")
-        prompts = [text for text in prompts for _ in range(num_images)]
+        if (image is None) != (strength is None):
+            raise UserError("image and strength belong together: give both or neither")
+        if strength is not None and not 0.0 <= strength <= 1.0:
+            raise UserError(f"strength={strength} must lie in [0, 1]")
+        count = len(prompts) * num_images
         if seeds is None:
-            seeds = [seed + i % num_images for i in range(len(prompts))]
-        height, width = height or self.image_size, width or self.image_size
+            seeds = [seed + i % num_images for i in range(count)]
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one for each")
+        if image is not None:
+            image = one_per_prompt(image, len(prompts), height, width)
+            height, width = image.shape[1:3]
+        height = self.image_size if height is None else height
+        width = self.image_size if width is None else width
 
         z = self.noise(seeds, height, width)
+        grid = self.objective.shift.remaining(steps, strength=1.0 if strength is None else strength)
+        if image is not None:
+            z = self.noised(image, z, grid[:1])
         with self.autocast():
-            positive = self.text.encode(prompts)
-            negative = self.text.encode([negative_prompt or ""] * len(prompts))
-        guide = ClassifierFreeGuidance(scale=self.guidance if guidance is None else guidance)
-        velocity = guide(self.velocity, positive, negative)
-        z = solver(velocity, z, self.objective.shift.grid(steps), progress)
+            positive = self.text.encode([text for text in prompts for _ in range(num_images)])
+            negative = self.text.encode([negative_prompt or ""] * count)
+        guidance = self.guidance if guidance is None else guidance
+        if not isinstance(guidance, Guidance):
+            guidance = ClassifierFreeGuidance(scale=guidance)
+        network = NetworkVelocity(self.mmdit, self.objective, self.autocast)
+        z = solver(guidance(network, positive, negative, grid, steps), z, grid, progress)
         with self.autocast():
             return to_pixels(self.autoencoder.decode(z))

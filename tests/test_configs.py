@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hydra.utils import instantiate
 
+import mmdit.flow.guidance
 import mmdit.flow.paths
 import mmdit.flow.predictions
 import mmdit.flow.schedule
@@ -27,6 +28,7 @@ VARIANTS = {
     "objective/prediction": mmdit.flow.predictions,
     "objective/shift": mmdit.flow.schedule,
     "solver": mmdit.flow.solvers,
+    "guide": mmdit.flow.guidance,
 }
 
 

@@ -1,0 +1,228 @@
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from mmdit.errors import UserError
+from mmdit.flow.condition import Condition
+from mmdit.flow.guidance import SkipLayerGuidance
+from mmdit.flow.objective import Objective
+from mmdit.flow.paths import RectifiedFlow
+from mmdit.flow.predictions import Velocity
+from mmdit.flow.schedule import PublishedShift
+from mmdit.flow.solvers import dpmpp_2m
+from mmdit.flow.timesteps import LogitNormal
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline import Pipeline, from_pixels, to_pixels
+from mmdit.registry import register
+
+
+@register
+class Letters(nn.Module):
+    """All that the pipeline asks of a conditioner: two widths and `encode`."""
+
+    context_width, pooled_width = 6, 5
+
+    def encode(self, prompts):
+        counts = [[prompt.count(letter) for letter in "abcde"] for prompt in prompts]
+        c_vec = torch.tensor(counts, dtype=torch.float32)
+        return Condition(c_vec, c_vec[:, :4, None].expand(-1, -1, 6))
+
+
+@pytest.fixture
+def pipe(randomize):
+    """A pipeline that paints 8 x 8 pictures, or up to 16 x 16, in four steps."""
+    pipe = Pipeline(
+        mmdit=MMDiT(
+            depth=3,
+            width=16,
+            num_heads=2,
+            latent_channels=4,
+            context_width=6,
+            pooled_width=5,
+            position_size=4,
+            position_grid=2,
+            position_base=2,
+        ),
+        text=Letters(),
+        autoencoder=Autoencoder(latent_channels=4, width=32, multipliers=(1, 1), blocks=0),
+        objective=Objective(
+            path=RectifiedFlow(),
+            timesteps=LogitNormal(),
+            prediction=Velocity(),
+            shift=PublishedShift(alpha=3.0),
+        ),
+        image_size=8,
+        steps=4,
+        guidance=2.0,
+    )
+    return randomize(pipe, 0)
+
+
+@pytest.fixture
+def batches(pipe):
+    """(batch size, time) of every evaluation of the network."""
+    seen = []
+    pipe.mmdit.register_forward_pre_hook(
+        lambda module, inputs: seen.append((len(inputs[0]), inputs[1][0].item()))
+    )
+    return seen
+
+
+def picture(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (*shape, 3), generator=generator, dtype=torch.uint8)
+
+
+def test_painted_pictures_are_uint8_prompts_outermost(pipe):
+    images = pipe(["a", "b"], num_images=2, height=8, width=12)
+    assert images.shape == (4, 8, 12, 3) and images.dtype == torch.uint8
+    alone = pipe("b", height=8, width=12, seed=1)
+    assert (images[3].int() - alone[0].int()).abs().max() <= 1
+    assert not torch.equal(images[1], images[3])
+
+
+@pytest.mark.parametrize(("guidance", "size"), [(None, 2), (7.0, 2), (1.0, 1)])
+def test_the_network_sees_every_time_of_the_grid_and_twice_the_batch_if_guided(
+    pipe, batches, guidance, size
+):
+    pipe("a", guidance=guidance)
+    grid = pipe.objective.shift.grid(4).float()
+    assert batches == [(size, t) for t in grid[:-1].tolist()]
+
+
+def test_strength_zero_encodes_and_decodes(pipe, batches):
+    image = picture(8, 12)
+    latent = pipe.autoencoder.encode(from_pixels(image[None]))
+    expected = to_pixels(pipe.autoencoder.decode(latent))
+    assert torch.equal(pipe("a", image=image, strength=0.0), expected)
+    assert batches == []
+
+
+def test_strength_one_keeps_nothing(pipe):
+    images = [pipe("a", image=picture(8, 8, seed=seed), strength=1.0) for seed in (0, 1)]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], pipe("a"))
+
+
+def test_strength_says_how_many_steps_are_left(pipe, batches):
+    told = []
+    pipe("a", image=picture(8, 8), strength=0.3, steps=10, progress=lambda: told.append(None))
+    assert len(batches) == len(told) == 3
+    assert batches[0][1] == pytest.approx(pipe.objective.shift.grid(10)[7].item())
+
+
+def test_the_picture_is_mixed_with_the_noise_of_its_seed(pipe):
+    """A solver that does nothing shows where the path begins."""
+    image = picture(8, 8)
+    begun = []
+
+    def solver(velocity, z, grid, progress):
+        begun.append((z, grid[0].item()))
+        return z
+
+    pipe("a", image=image, strength=0.5, seed=3, solver=solver)
+    z, t = begun[0]
+    x_0 = pipe.autoencoder.encode(from_pixels(image[None]))
+    noise = pipe.noise([3], 8, 8)
+    torch.testing.assert_close(z, (1 - t) * x_0 + t * noise)
+    assert 0 < t < 1
+
+
+def test_each_prompt_has_its_picture_or_all_share_one(pipe):
+    images = picture(2, 8, 8)
+    painted = pipe(["a", "b"], image=images, strength=0.0, num_images=2)
+    alone = [pipe("a", image=image, strength=0.0)[0] for image in images]
+    for i, expected in enumerate([alone[0], alone[0], alone[1], alone[1]]):
+        assert (painted[i].int() - expected.int()).abs().max() <= 1
+    shared = pipe(["a", "b"], image=images[0], strength=0.0)
+    assert (shared.int() - alone[0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": picture(8, 8)}, "image and strength belong together"),
+        ({"strength": 0.5}, "image and strength belong together"),
+        ({"image": picture(8, 8), "strength": 1.5}, r"strength=1.5 must lie in \[0, 1\]"),
+        ({"image": picture(8, 8), "strength": float("nan")}, "strength=nan"),
+        ({"image": picture(8, 10), "strength": 0.5}, "width=10 must be a multiple of 4"),
+        ({"image": picture(20, 8), "strength": 0.5}, "height=20 .* from 4 to 16"),
+        ({"image": picture(8, 8), "strength": 0.5, "width": 12}, "width=12 .* image has 8"),
+        ({"image": picture(8, 8).float(), "strength": 0.5}, "float32.* uint8"),
+        ({"image": picture(8, 8).numpy(), "strength": 0.5}, "ndarray.* uint8"),
+        ({"image": picture(8, 8)[..., 0], "strength": 0.5}, r"\(8, 8\) must be \(height, width"),
+        ({"image": picture(3, 8, 8), "strength": 0.5}, r"\(1, height, width, 3\)"),
+        ({"height": 0}, "height=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"num_images": 0}, "num_images=0"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 pictures"),
+    ],
+)
+def test_what_cannot_be_painted_is_refused(pipe, arguments, message):
+    with pytest.raises(UserError, match=message):
+        pipe("a", **arguments)
+
+
+def test_guidance_may_be_an_object_that_skips_layers(pipe, batches):
+    guide = SkipLayerGuidance(scale=2.0, skip_scale=2.5, layers=(1,), start=0.0, end=0.6)
+    skipping = pipe("a", guidance=guide, solver=dpmpp_2m)
+    assert [size for size, _ in batches] == [2, 2, 1, 2, 1, 2]  # steps 1 and 2 of 0 to 3
+    assert not torch.equal(skipping, pipe("a", solver=dpmpp_2m))
+    guide.skip_scale = 0.0
+    assert torch.equal(pipe("a", guidance=guide), pipe("a"))
+
+
+def test_layers_that_do_not_exist_are_refused(pipe):
+    with pytest.raises(UserError, match="7"):
+        pipe("a", guidance=SkipLayerGuidance())
+
+
+def test_state_and_guidance_stay_float32_while_networks_are_bfloat16(pipe):
+    dtypes = set()
+
+    def solver(velocity, z, grid, progress):
+        dtypes.update((z.dtype, velocity(z, 0.9).dtype))
+        return z
+
+    expected = pipe("aab", image=picture(8, 8), strength=0.7)
+    pipe.mmdit.bfloat16()
+    pipe.autoencoder.bfloat16()
+    pipe("aab", image=picture(8, 8), strength=0.7, solver=solver)
+    assert dtypes == {torch.float32}
+    close = pipe("aab", image=picture(8, 8), strength=0.7)
+    assert (close.float() - expected.float()).abs().mean() < 4
+
+
+def test_networks_run_inside_autocast_and_the_flow_outside(pipe):
+    inside = []
+
+    @contextmanager
+    def autocast():
+        inside.append("network")
+        yield
+        inside.append("flow")
+
+    pipe.autocast = autocast
+
+    def solver(velocity, z, grid, progress):
+        assert inside[-1] == "flow"
+        velocity(z, 0.5)
+        assert inside[-2:] == ["network", "flow"]
+        return z
+
+    pipe("a", solver=solver)
+
+
+@pytest.mark.parametrize("direction", ["process_in", "process_out"])
+def test_latents_are_normalized_as_in_the_reference(golden, monkeypatch, direction):
+    """With an encoder and a decoder that do nothing, scale and shift are all that is left."""
+    case = golden("latent_format")
+    x = case.inputs["x"]
+    autoencoder = Autoencoder(width=32, multipliers=(1,), blocks=0)
+    monkeypatch.setattr(autoencoder.encoder, "forward", lambda x: torch.cat([x, x], dim=1))
+    monkeypatch.setattr(autoencoder.decoder, "forward", lambda z: z)
+    run = {"process_in": autoencoder.encode, "process_out": autoencoder.decode}[direction]
+    case.check(direction, run(x))
