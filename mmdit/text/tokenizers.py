@@ -1,57 +1,76 @@
 """Text to token ids, one call for every tokenizer: `tokenizer(texts) -> (b, length) int64`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.registry import register
 
 UNKNOWN = "[UNK]"
 
 
-class WordTokenizer:
-    """Word-level tokenizer over a closed vocabulary, for the toy encoders.
+class PromptTokenizer(ABC):
+    """Cuts and pads prompts to `length` ids, special tokens included.
 
-    Case is folded, punctuation stands alone, other words become [UNK]. Prompts are cut and padded
-    to `length`, special tokens included.
+    Args:
+        tokenizer: text to ids with their special tokens, neither cut nor padded.
+        pad: the token that fills a row.
+        length: of every row of ids.
+
+    Raises:
+        UserError: the length leaves no room for a word.
     """
 
-    def __init__(self, *, vocabulary: Sequence[str], template: str, pad: str, length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, pad: str, length: int) -> None:
         if length < 3:
-            raise ValueError(f"tokenizer length {length} must be at least 3")
+            raise UserError(f"tokenizer length {length} must be at least 3")
         self.length = length
-        self.vocabulary_size = len(vocabulary)
-        ids = {token: i for i, token in enumerate(vocabulary)}
-        self._tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFKC(), normalizers.Lowercase()]
-        )
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = [(token, ids[token]) for token in template.split() if token in ids]
-        self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=special
-        )
-        self._tokenizer.enable_truncation(length)
-        self._tokenizer.enable_padding(length=length, pad_id=ids[pad], pad_token=pad)
+        self.vocabulary_size: int = tokenizer.get_vocab_size()
+        self._tokenizer = tokenizer
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:  # -> (b, length) int64
         encoded = self._tokenizer.encode_batch(list(texts))
         return torch.tensor([item.ids for item in encoded], dtype=torch.int64)
-
-    def unknown_words(self, text: str) -> list[str]:
-        """Words of `text` that the vocabulary lacks, in order, each once."""
-        folded = self._tokenizer.normalizer.normalize_str(text)
-        words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(folded)]
-        known = self._tokenizer.get_vocab()
-        return list(dict.fromkeys(word for word in words if word not in known))
 
     def excess(self, text: str) -> int:
         """Tokens of `text` beyond `length`, which are cut off."""
         overflowing = self._tokenizer.encode(text).overflowing
         # Each overflowing part carries start, end and padding of its own.
         return sum(part.special_tokens_mask.count(0) for part in overflowing)
+
+    @abstractmethod
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of `text` that ids cannot tell from others, in order, each once."""
+
+
+class WordTokenizer(PromptTokenizer):
+    """Word-level tokenizer over a closed vocabulary, for the toy encoders.
+
+    Case is folded, punctuation stands alone, other words become [UNK].
+    """
+
+    def __init__(self, *, vocabulary: Sequence[str], template: str, pad: str, length: int) -> None:
+        ids = {token: i for i, token in enumerate(vocabulary)}
+        tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = [(token, ids[token]) for token in template.split() if token in ids]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+        super().__init__(tokenizer, pad=pad, length=length)
+
+    def unknown_words(self, text: str) -> list[str]:
+        folded = self._tokenizer.normalizer.normalize_str(text)
+        words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(folded)]
+        known = self._tokenizer.get_vocab()
+        return list(dict.fromkeys(word for word in words if word not in known))
 
 
 @register

@@ -1,0 +1,165 @@
+"""CLIP's byte-level BPE, as CLIP-L and CLIP-G read prompts (Radford et al. 2021)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from mmdit.errors import UserError
+from mmdit.registry import register
+from mmdit.text.tokenizers import PromptTokenizer
+from mmdit.text.vocabularies import read_json, read_text, unfit, write_json
+
+START, END, ZERO = "<|startoftext|>", "<|endoftext|>", "!"
+# Contractions, runs of letters, single digits, runs of anything else but space.
+WORD = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+)
+ORIGIN = (
+    "`tokenizer/` and `tokenizer_2/` of a diffusers folder of SD3, "
+    "and in openai/clip-vit-large-patch14 on the hub"
+)
+
+Merges = list[tuple[str, str]]
+
+
+@register
+class CLIPTokenizer(PromptTokenizer):
+    """The tokenizer of the public CLIP-L and CLIP-G.
+
+    A prompt is read as one string. The reference splits it at spaces first, takes (word:1.3) for a
+    weight, drops such brackets, and cuts a long prompt between words instead of tokens; otherwise
+    the ids are the same. As in the reference, CLIP-G reads an exclamation mark as what it is;
+    diffusers takes it for padding there, so that its id becomes 0. The text <|endoftext|> in a
+    prompt is the end token in all three.
+
+    Args:
+        vocabulary: path of vocab.json, or of a tokenizer.json, which holds the merges as well.
+        merges: path of merges.txt; None with a tokenizer.json.
+        length: of every row of ids.
+        pad_with_end: pad with the end token (CLIP-L) or with id 0 (CLIP-G).
+
+    Raises:
+        UserError: a file is missing, damaged, or of another tokenizer.
+    """
+
+    def __init__(
+        self, *, vocabulary: str, merges: str | None, length: int = 77, pad_with_end: bool
+    ) -> None:
+        if merges is None:
+            self._vocabulary, self._merges = _read_tokenizer_json(vocabulary)
+        else:
+            self._vocabulary = read_json(vocabulary, ORIGIN)
+            self._merges = _read_merges(merges)
+        _check_vocabulary(self._vocabulary, vocabulary)
+        # Its symbols: each byte, alone or at the end of a word; one for each merge; start and end.
+        needed = len(self._vocabulary) - 2 * 256 - 2
+        if len(self._merges) != needed:
+            fault = (
+                f"it holds {len(self._merges)} merges, but the {len(self._vocabulary)} tokens of "
+                f"{vocabulary} need {needed}"
+            )
+            raise unfit(merges or vocabulary, fault, ORIGIN)
+        try:
+            model = models.BPE(self._vocabulary, self._merges, end_of_word_suffix="</w>")
+        except Exception as error:  # the library raises nothing narrower
+            raise unfit(merges or vocabulary, str(error), ORIGIN) from error
+
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.add_special_tokens([START, END])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A {END}",
+            special_tokens=[(token, self._vocabulary[token]) for token in (START, END)],
+        )
+        self._pad = END if pad_with_end else ZERO
+        super().__init__(tokenizer, pad=self._pad, length=length)
+
+    def unknown_words(self, text: str) -> list[str]:
+        return []  # every byte has its token
+
+    def save(self, folder: Path) -> None:
+        """Write the files of a `tokenizer/` folder, which transformers opens as CLIPTokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self._pad}
+        write_json(folder / "vocab.json", self._vocabulary)
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json(folder / "special_tokens_map.json", special)
+        write_json(
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, **special},
+        )
+
+
+def clip_tokenizer_in(folder: str | Path, *, pad_with_end: bool, length: int = 77) -> CLIPTokenizer:
+    """The tokenizer of a folder with vocab.json and merges.txt, or with a tokenizer.json alone.
+
+    Raises:
+        UserError: files are missing or damaged.
+    """
+    vocabulary, merges, both = (
+        Path(folder) / name for name in ("vocab.json", "merges.txt", "tokenizer.json")
+    )
+    missing = [file.name for file in (vocabulary, merges) if not file.is_file()]
+    if not missing:
+        return CLIPTokenizer(
+            vocabulary=str(vocabulary),
+            merges=str(merges),
+            length=length,
+            pad_with_end=pad_with_end,
+        )
+    if both.is_file():
+        return CLIPTokenizer(
+            vocabulary=str(both), merges=None, length=length, pad_with_end=pad_with_end
+        )
+    raise UserError(
+        f"{folder} holds no CLIP tokenizer: {' and '.join(missing)} missing, and no tokenizer.json "
+        f"to replace them. Such files are in {ORIGIN}"
+    )
+
+
+def _read_merges(path: str) -> Merges:
+    lines = [line for line in read_text(path, ORIGIN).split("\n") if line.strip()]
+    return _pairs([line for line in lines if not line.startswith("#version")], path)
+
+
+def _read_tokenizer_json(path: str) -> tuple[dict[str, int], Merges]:
+    model = read_json(path, ORIGIN).get("model")
+    match model:
+        case {"vocab": dict(vocabulary), "merges": list(merges)}:
+            return vocabulary, _pairs(merges, path)
+    raise unfit(path, "it is no tokenizer.json of CLIP: it has no BPE merges", ORIGIN)
+
+
+def _pairs(merges: Sequence[str | Sequence[str]], path: str) -> Merges:
+    pairs: Merges = []
+    for merge in merges:
+        match merge.split() if isinstance(merge, str) else merge:
+            case [str(left), str(right)]:
+                pairs.append((left, right))
+            case _:
+                raise unfit(path, f"the merge {merge!r} is no pair of symbols", ORIGIN)
+    return pairs
+
+
+def _check_vocabulary(ids: dict[str, int], path: str) -> None:
+    absent = [token for token in (START, END, ZERO) if token not in ids]
+    if absent:
+        raise unfit(path, f"it is no vocabulary of CLIP: it lacks {', '.join(absent)}", ORIGIN)
+    symbols = pre_tokenizers.ByteLevel.alphabet()
+    if any(symbol not in ids or f"{symbol}</w>" not in ids for symbol in symbols):
+        raise unfit(path, "it is no vocabulary of CLIP: it lacks some bytes", ORIGIN)
+    last = len(ids) - 1
+    numbers = [number for number in ids.values() if isinstance(number, int)]
+    if sorted(numbers) != list(range(len(ids))) or ids[ZERO] != 0 or ids[END] != last:
+        raise unfit(path, f"its ids must run from 0 ({ZERO}) to {last} ({END}), each once", ORIGIN)

@@ -1,0 +1,164 @@
+"""T5's unigram tokenizer (Kudo & Richardson 2018, Raffel et al. 2020)."""
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from mmdit.errors import UserError
+from mmdit.registry import register
+from mmdit.text.tokenizers import PromptTokenizer
+from mmdit.text.vocabularies import read_file, read_json, unfit, write_json
+
+PAD, END, UNKNOWN = SPECIAL = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
+SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]  # the ids after all others
+ORIGIN = "`tokenizer_3/` of a diffusers folder of SD3, and in google/t5-v1_1-xxl on the hub"
+
+
+class Unigrams(NamedTuple):
+    """What a sentencepiece model consists of."""
+
+    pieces: list[tuple[str, float]]  # with their scores; the place is the id
+    character_map: bytes  # how characters are normalized, in sentencepiece's compiled form
+
+
+@register
+class T5Tokenizer(PromptTokenizer):
+    """The tokenizer of T5 v1.1.
+
+    It reads sentencepiece's file but splits as the `tokenizers` library does, like the reference:
+    stacked accents and the names of special tokens come out differently. A prompt is read as one
+    string and cut at `length`; the reference takes (word:1.3) for a weight, drops such brackets,
+    and cuts after 226 characters instead.
+
+    Args:
+        model: path of spiece.model, or of a tokenizer.json.
+        length: of every row of ids. The weights do not tell it: SD3's paper and the reference have
+            77, diffusers has 256.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another tokenizer.
+    """
+
+    def __init__(self, *, model: str, length: int) -> None:
+        read = _read_tokenizer_json if model.endswith(".json") else _read_sentencepiece
+        pieces, character_map = read(model)
+        if [piece for piece, _ in pieces[:3]] != SPECIAL:
+            raise unfit(model, f"its first three pieces are not {', '.join(SPECIAL)}", ORIGIN)
+        try:
+            tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+            tokenizer.normalizer = normalizers.Precompiled(character_map)
+        except Exception as error:  # the library raises nothing narrower
+            raise unfit(model, str(error), ORIGIN) from error
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.WhitespaceSplit(),
+                pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"),
+            ]
+        )
+        tokenizer.add_special_tokens([*SPECIAL, *SENTINELS])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}", special_tokens=[(END, 1)]
+        )
+        self._sentencepiece = None if model.endswith(".json") else read_file(model, ORIGIN)
+        super().__init__(tokenizer, pad=PAD, length=length)
+
+    def unknown_words(self, text: str) -> list[str]:
+        words = dict.fromkeys(text.split())
+        return [word for word in words if 2 in self._tokenizer.encode(word).ids]
+
+    def save(self, folder: Path) -> None:
+        """Write the files of a `tokenizer_3/` folder, which transformers opens as T5TokenizerFast.
+
+        Without spiece.model if this tokenizer was read from a tokenizer.json.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._sentencepiece is not None:
+            (folder / "spiece.model").write_bytes(self._sentencepiece)
+        # Its reader chooses the length.
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        special = {
+            "eos_token": END,
+            "unk_token": UNKNOWN,
+            "pad_token": PAD,
+            "additional_special_tokens": SENTINELS[::-1],
+        }
+        write_json(folder / "special_tokens_map.json", special)
+        write_json(
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "T5Tokenizer", "model_max_length": self.length, **special},
+        )
+
+
+def t5_tokenizer_in(folder: str | Path, *, length: int) -> T5Tokenizer:
+    """The tokenizer of a folder with spiece.model, or with a tokenizer.json alone.
+
+    Raises:
+        UserError: both are missing, or the one that is there is damaged.
+    """
+    for name in ("spiece.model", "tokenizer.json"):
+        if (Path(folder) / name).is_file():
+            return T5Tokenizer(model=str(Path(folder) / name), length=length)
+    raise UserError(
+        f"{folder} holds no T5 tokenizer: spiece.model and tokenizer.json are both missing. "
+        f"Such files are in {ORIGIN}"
+    )
+
+
+def _read_sentencepiece(path: str) -> Unigrams:
+    data = read_file(path, ORIGIN)
+    try:
+        model = SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise unfit(path, "it is no sentencepiece model", ORIGIN) from error
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    # The library does not hand out the map: field 2 of the normalizer, field 3 of the model.
+    normalizer = dict(_fields(data)).get(3, b"")
+    character_map = dict(_fields(normalizer)).get(2)
+    if not character_map:
+        raise unfit(path, "it ends before the map of characters", ORIGIN)
+    return Unigrams(pieces, character_map)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Fields of a protocol-buffers message that hold bytes: their numbers and contents."""
+    position = 0
+
+    def varint() -> int:  # seven bits a byte, the lowest first; the last byte is below 128
+        nonlocal position
+        value, shift = 0, 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            varint()
+            continue
+        size = {1: 8, 2: 0, 5: 4}[kind] or varint()
+        if kind == 2:
+            yield number, message[position : position + size]
+        position += size
+
+
+def _read_tokenizer_json(path: str) -> Unigrams:
+    content = read_json(path, ORIGIN)
+    try:
+        pieces = [(str(piece), float(score)) for piece, score in content["model"]["vocab"]]
+        normalizer = content["normalizer"]
+        steps = normalizer.get("normalizers", [normalizer])
+        (precompiled,) = [step for step in steps if step["type"] == "Precompiled"]
+        return Unigrams(pieces, base64.b64decode(precompiled["precompiled_charsmap"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise unfit(path, "it is no tokenizer.json of T5", ORIGIN) from error
