@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.errors import UserError
 from mmdit.flow.guidance import Condition
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.t5 import T5Encoder
 from mmdit.registry import register
-from mmdit.text.tokenizers import WordTokenizer
+from mmdit.text.tokenizers import PromptTokenizer
+
+EMPTY_PROMPTS = ("zeros", "encoded")
 
 
 class TokenIds(NamedTuple):
@@ -22,23 +25,81 @@ class TokenIds(NamedTuple):
     t5: Tensor
 
 
+class Encoding(NamedTuple):
+    """What one encoder says of a batch of prompts."""
+
+    hidden: Tensor  # (b, length, d)
+    pooled: Tensor  # (b, p); T5 pools nothing: p = 0
+
+
 @register
 class TextEncoder(nn.Module):
     """A tokenizer and the network that reads its ids.
 
     Raises:
-        ValueError: the network's vocabulary is smaller than the tokenizer's.
+        UserError: the network has too few ids or positions for the tokenizer.
     """
 
-    def __init__(self, *, tokenizer: WordTokenizer, model: CLIPTextModel | T5Encoder) -> None:
+    def __init__(self, *, tokenizer: PromptTokenizer, model: CLIPTextModel | T5Encoder) -> None:
         super().__init__()
-        size = model.token_embedding.num_embeddings
+        name, size = type(model).__name__, model.token_embedding.num_embeddings
         if tokenizer.vocabulary_size > size:
-            raise ValueError(
-                f"vocabulary_size {size} of {type(model).__name__} must be at least "
+            raise UserError(
+                f"vocabulary_size {size} of {name} must be at least "
                 f"{tokenizer.vocabulary_size}, the size of its tokenizer's vocabulary"
             )
+        self.pooled_width = 0
+        if isinstance(model, CLIPTextModel):
+            if tokenizer.length > model.length:
+                raise UserError(
+                    f"length {model.length} of {name} must be at least {tokenizer.length}, "
+                    "the length of its tokenizer"
+                )
+            self.pooled_width = model.pooled_width
+        self.width, self.length = model.width, tokenizer.length
         self.tokenizer, self.model = tokenizer, model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.token_embedding.weight.device
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:  # -> (b, length) int64
+        return self.tokenizer(prompts).to(self.device)
+
+    def forward(self, ids: Tensor) -> Encoding:  # (b, length) int64
+        if isinstance(self.model, CLIPTextModel):
+            return Encoding(*self.model(ids))
+        hidden = self.model(ids)
+        return Encoding(hidden, hidden.new_empty(len(ids), 0))
+
+
+@register
+class AbsentEncoder(nn.Module):
+    """Stands where an encoder is left out: zeros, as if it were always dropped (Sec. B.3).
+
+    Args:
+        width: of the hidden states of the encoder left out.
+        pooled_width: of its pooled vector; 0 for T5.
+        length: of its rows of ids.
+    """
+
+    def __init__(self, *, width: int, pooled_width: int = 0, length: int) -> None:
+        super().__init__()
+        self.width, self.pooled_width, self.length = width, pooled_width, length
+        self.place: Tensor
+        # Holds nothing, but follows the module to its device and dtype.
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:  # -> (b, length) int64, all zeros
+        return torch.zeros(len(prompts), self.length, dtype=torch.int64, device=self.device)
+
+    def forward(self, ids: Tensor) -> Encoding:  # (b, length) int64
+        hidden = self.place.new_zeros(*ids.shape, self.width)
+        return Encoding(hidden, self.place.new_zeros(len(ids), self.pooled_width))
 
 
 @register
@@ -47,54 +108,80 @@ class TextConditioner(nn.Module):
 
     c_vec is the two pooled CLIP vectors, concatenated. c_ctxt is the sequence of the two CLIPs'
     hidden states, concatenated channel-wise and zero-padded to T5's width, followed by T5's.
-    An encoder that is dropped contributes zeros.
+    An encoder that is dropped contributes zeros, and so does an absent one.
+
+    Encoders may differ in dtype and device. The condition has one dtype, the widest among them
+    (float32 for CLIP in float32 beside T5 in bfloat16), which rounds nobody's values; the network
+    casts it to its own. It lies on the device of `clip_l`.
 
     Args:
         clip_l, clip_g, t5: the encoders.
         dropout: probability with which training drops each encoder, independently (Sec. B.3).
+        empty_prompt: how `encode` reads an empty prompt: 'zeros', as if all encoders were dropped
+            (the paper's training), or 'encoded' like any other (the public weights' guidance).
+
+    Raises:
+        UserError: the encoders do not fit each other or their places, or an impossible argument.
     """
 
     def __init__(
-        self, *, clip_l: TextEncoder, clip_g: TextEncoder, t5: TextEncoder, dropout: float = 0.464
+        self,
+        *,
+        clip_l: TextEncoder | AbsentEncoder,
+        clip_g: TextEncoder | AbsentEncoder,
+        t5: TextEncoder | AbsentEncoder,
+        dropout: float = 0.464,
+        empty_prompt: str = "zeros",
     ) -> None:
         super().__init__()
         if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"text dropout {dropout} must lie in [0, 1]")
+            raise UserError(f"text dropout {dropout} must lie in [0, 1]")
+        if empty_prompt not in EMPTY_PROMPTS:
+            raise UserError(f"empty_prompt {empty_prompt!r} must be one of {list(EMPTY_PROMPTS)}")
+        if not (clip_l.pooled_width and clip_g.pooled_width) or t5.pooled_width:
+            raise UserError(
+                "text.clip_l and text.clip_g must hold a CLIPTextModel, which has a pooled vector, "
+                "t5 a T5Encoder, which has none; their pooled_width are "
+                f"{clip_l.pooled_width}, {clip_g.pooled_width}, {t5.pooled_width}"
+            )
+        if clip_l.length != clip_g.length:
+            raise UserError(
+                f"length {clip_l.length} of text.clip_l and {clip_g.length} of text.clip_g must be "
+                "the same: their states lie side by side"
+            )
+        if clip_l.width + clip_g.width > t5.width:
+            raise UserError(
+                f"CLIP widths {clip_l.width} + {clip_g.width} must not exceed the width of T5, "
+                f"{t5.width}"
+            )
         self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
-        self.dropout = dropout
-        clips = [clip_l.model, clip_g.model]
-        towers = [clip for clip in clips if isinstance(clip, CLIPTextModel)]
-        if towers != clips or not isinstance(t5.model, T5Encoder):
-            raise ValueError(
-                "text.clip_l and text.clip_g must hold a CLIPTextModel, t5 a T5Encoder"
-            )
-        self.context_width = t5.model.width
-        self.pooled_width = sum(clip.pooled_width for clip in towers)
-        if sum(clip.width for clip in towers) > self.context_width:
-            raise ValueError(
-                f"CLIP widths {' + '.join(str(clip.width) for clip in towers)} must not exceed "
-                f"the width of T5, {self.context_width}"
-            )
+        self.dropout, self.empty_prompt = dropout, empty_prompt
+        self.context_width = t5.width
+        self.pooled_width = clip_l.pooled_width + clip_g.pooled_width
 
     @property
-    def encoders(self) -> tuple[TextEncoder, TextEncoder, TextEncoder]:
+    def encoders(self) -> tuple[TextEncoder | AbsentEncoder, ...]:
         """CLIP-L, CLIP-G, T5."""
         return self.clip_l, self.clip_g, self.t5
 
     def tokenize(self, prompts: Sequence[str]) -> TokenIds:
-        """Ids of the prompts for each encoder, on the encoders' device."""
-        device = next(self.parameters()).device
-        return TokenIds(*(encoder.tokenizer(prompts).to(device) for encoder in self.encoders))
+        """Ids of the prompts for each encoder, on its device."""
+        return TokenIds(*(encoder.tokenize(prompts) for encoder in self.encoders))
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
         """What the reader of these prompts should know: words not understood, text cut off."""
+        tokenizers = [
+            encoder.tokenizer for encoder in self.encoders if isinstance(encoder, TextEncoder)
+        ]
+        if not tokenizers:
+            return []
         remarks = []
-        tokenizer = self.t5.tokenizer
+        shortest = min(tokenizers, key=lambda tokenizer: tokenizer.length)
         for prompt in dict.fromkeys(prompts):
-            if unknown := tokenizer.unknown_words(prompt):
+            first, *others = [tokenizer.unknown_words(prompt) for tokenizer in tokenizers]
+            if unknown := [word for word in first if all(word in words for words in others)]:
                 words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
                 remarks.append(f"this model does not know {len(unknown)} of the words: {words}")
-            shortest = min(self.encoders, key=lambda encoder: encoder.tokenizer.length).tokenizer
             if excess := shortest.excess(prompt):
                 remarks.append(
                     f"a prompt of {len(prompt)} characters is cut: its last {excess} tokens exceed "
@@ -109,26 +196,26 @@ class TextConditioner(nn.Module):
 
     def forward(self, ids: TokenIds, kept: Tensor | None = None) -> Condition:
         """Token ids to the condition; `kept` (b, 3) says which encoders speak, all when None."""
-        clip_l = self.clip_l.model(ids.clip_l)
-        clip_g = self.clip_g.model(ids.clip_g)
-        t5 = self.t5.model(ids.t5)
-        (hidden_l, pooled_l), (hidden_g, pooled_g) = clip_l, clip_g
-        if kept is not None:
-            # Filled rather than multiplied: zero times an overflow would not be zero.
-            drop_l, drop_g, drop_t5 = (~kept).unbind(dim=1)
-            pooled_l = pooled_l.masked_fill(drop_l[:, None], 0)
-            pooled_g = pooled_g.masked_fill(drop_g[:, None], 0)
-            hidden_l = hidden_l.masked_fill(drop_l[:, None, None], 0)
-            hidden_g = hidden_g.masked_fill(drop_g[:, None, None], 0)
-            t5 = t5.masked_fill(drop_t5[:, None, None], 0)
-        clip = torch.cat([hidden_l, hidden_g], dim=-1)
+        device = self.clip_l.device
+        hidden, pooled = [], []
+        for i, (encoder, own_ids) in enumerate(zip(self.encoders, ids, strict=True)):
+            states, vector = (part.to(device) for part in encoder(own_ids))
+            if kept is not None:
+                # Filled rather than multiplied: zero times an overflow would not be zero.
+                drop = ~kept[:, i].to(device)
+                states = states.masked_fill(drop[:, None, None], 0)
+                vector = vector.masked_fill(drop[:, None], 0)
+            hidden.append(states)
+            pooled.append(vector)
+        clip = torch.cat(hidden[:2], dim=-1)
         clip = F.pad(clip, (0, self.context_width - clip.shape[-1]))
-        return Condition(
-            torch.cat([pooled_l, pooled_g], dim=-1), torch.cat([clip, t5.to(clip.dtype)], dim=1)
-        )
+        # Concatenation promotes to the widest dtype; T5's empty vector gives c_vec a say in T5's.
+        return Condition(torch.cat(pooled, dim=-1), torch.cat([clip, hidden[2]], dim=1))
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Condition of each prompt; an empty one is unconditional, all zeros as in training."""
+        """Condition of each prompt; `empty_prompt` says what an empty one means."""
         ids = self.tokenize(prompts)
-        spoken = torch.tensor([bool(p.strip()) for p in prompts], device=ids.t5.device)
+        if self.empty_prompt == "encoded":
+            return self(ids)
+        spoken = torch.tensor([bool(prompt.strip()) for prompt in prompts])
         return self(ids, spoken[:, None].expand(-1, 3))

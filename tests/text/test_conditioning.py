@@ -2,10 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.t5 import T5Encoder
-from mmdit.text.conditioning import TextConditioner, TextEncoder, TokenIds
+from mmdit.registry import build, describe
+from mmdit.text.clip_tokenizer import clip_tokenizer_in
+from mmdit.text.conditioning import AbsentEncoder, TextConditioner, TextEncoder, TokenIds
+from mmdit.text.t5_tokenizer import t5_tokenizer_in
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
 
 WORDS = ["a", "red", "blue", "circle", "square", "and"]
@@ -13,7 +17,25 @@ L_WIDTH, G_WIDTH, T5_WIDTH, LENGTH, T5_LENGTH = 8, 12, 32, 7, 9
 PROMPTS = ["a red circle", "a blue square"]
 
 
-def conditioner(*, dropout: float = 0.464, t5_width: int = T5_WIDTH) -> TextConditioner:
+NAMES = ["clip_l", "clip_g", "t5"]
+
+ABSENT = {
+    "clip_l": {"width": L_WIDTH, "pooled_width": L_WIDTH, "length": LENGTH},
+    "clip_g": {"width": G_WIDTH, "pooled_width": 10, "length": LENGTH},
+    "t5": {"width": T5_WIDTH, "length": T5_LENGTH},
+}
+
+
+def without(text: TextConditioner, *names: str) -> TextConditioner:
+    """The same encoders, but for those named."""
+    parts = {name: getattr(text, name) for name in NAMES}
+    absent = {name: AbsentEncoder(**ABSENT[name]) for name in names}
+    return TextConditioner(**{**parts, **absent})
+
+
+def conditioner(
+    *, dropout: float = 0.464, t5_width: int = T5_WIDTH, empty_prompt: str = "zeros"
+) -> TextConditioner:
     def clip(width: int, *, pad_with_end: bool, projection_width: int | None) -> TextEncoder:
         return TextEncoder(
             tokenizer=CLIPWordTokenizer(words=WORDS, length=LENGTH, pad_with_end=pad_with_end),
@@ -35,6 +57,7 @@ def conditioner(*, dropout: float = 0.464, t5_width: int = T5_WIDTH) -> TextCond
             model=T5Encoder(vocabulary_size=12, width=t5_width, depth=1, num_heads=2, hidden=16),
         ),
         dropout=dropout,
+        empty_prompt=empty_prompt,
     )
 
 
@@ -72,10 +95,9 @@ def test_layout(text):
 @torch.no_grad()
 def test_a_dropped_encoder_contributes_zeros_and_the_others_are_unmoved(text, dropped):
     ids = text.tokenize(PROMPTS)
-    names = ["clip_l", "clip_g", "t5"]
-    kept = torch.tensor([[name != dropped for name in names], [True] * 3])
+    kept = torch.tensor([[name != dropped for name in NAMES], [True] * 3])
     before, after = parts(*text(ids)), parts(*text(ids, kept))
-    for name in names:
+    for name in NAMES:
         for whole, part in zip(before[name], after[name], strict=True):
             assert torch.equal(part[1], whole[1])  # the other sample keeps all
             if name == dropped:
@@ -90,7 +112,7 @@ def test_a_dropped_encoder_gets_no_gradient(text):
     (c_vec.square().sum() + c_ctxt.square().sum()).backward()
     grads = {
         name: [p.grad for p in getattr(text, name).parameters() if p.grad is not None]
-        for name in ("clip_l", "clip_g", "t5")
+        for name in NAMES
     }
     assert not any(grad.any() for grad in grads["clip_g"])
     assert any(grad.any() for grad in grads["clip_l"])
@@ -105,6 +127,90 @@ def test_an_empty_prompt_is_all_zeros_and_leaves_the_others_alone(text, empty):
     alone = text.encode(PROMPTS[:1])
     torch.testing.assert_close(c_vec[1:], alone.c_vec)
     torch.testing.assert_close(c_ctxt[1:], alone.c_ctxt)
+
+
+SUBSETS = [
+    [name for i, name in enumerate(NAMES) if mask >> i & 1] for mask in range(2 ** len(NAMES))
+]
+
+
+@pytest.mark.parametrize("absent", SUBSETS, ids=" ".join)
+@torch.no_grad()
+def test_an_absent_encoder_is_one_that_is_always_dropped(text, absent):
+    fewer = without(text, *absent)
+    kept = torch.tensor([[name not in absent for name in NAMES]] * 2)
+    dropped = text(text.tokenize(PROMPTS), kept)
+    for one, other in zip(fewer.encode(PROMPTS), dropped, strict=True):
+        assert torch.equal(one, other)
+    assert (fewer.context_width, fewer.pooled_width) == (text.context_width, text.pooled_width)
+    assert set(fewer.state_dict()) == {
+        key for key in text.state_dict() if key.split(".")[0] not in absent
+    }
+
+
+@torch.no_grad()
+def test_absent_encoders_are_described_and_built_again(text):
+    fewer = without(text, "clip_g", "t5")
+    again = build(describe(fewer))
+    again.load_state_dict(fewer.state_dict())
+    for one, other in zip(again.encode(PROMPTS), fewer.encode(PROMPTS), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_only_present_encoders_remark_on_prompts():
+    text = conditioner()
+    long = "zebra " * 8  # with one end token, the length of T5; two tokens too many for CLIP
+    assert len(text.remarks([long])) == 2
+    assert len(without(text, "clip_l", "clip_g").remarks([long])) == 1
+    assert without(text, *NAMES).remarks([long]) == []
+
+
+def test_a_word_that_one_encoder_knows_is_known(clip_files):
+    text = conditioner()
+    assert "zoo" in text.remarks(["a zoo"])[0]
+    spelling = clip_tokenizer_in(clip_files, pad_with_end=True, length=LENGTH)
+    text.clip_l.tokenizer = spelling
+    assert text.remarks(["a zoo"]) == []
+
+
+@pytest.mark.parametrize("empty", ["", "  \n"])
+@torch.no_grad()
+def test_an_empty_prompt_can_be_encoded_like_any_other(randomize, empty):
+    text = randomize(conditioner(empty_prompt="encoded"), 0)
+    encoded = text.encode([empty, PROMPTS[0]])
+    for one, other in zip(encoded, text(text.tokenize(["", PROMPTS[0]])), strict=True):
+        assert torch.equal(one, other)
+    # CLIP's contexts, its pooled vectors and T5's states all speak.
+    assert all(part.any() for part in (*encoded.c_vec[0].split([L_WIDTH, 10]), *encoded.c_ctxt[0]))
+
+
+@pytest.mark.parametrize("narrow", NAMES)
+@torch.no_grad()
+def test_the_condition_has_the_widest_dtype_and_rounds_no_encoder(text, narrow):
+    getattr(text, narrow).bfloat16()
+    condition = text.encode(PROMPTS)
+    assert condition.c_vec.dtype == condition.c_ctxt.dtype == torch.float32
+    ids = text.tokenize(PROMPTS)
+    for name, spoken in parts(*condition).items():
+        own = getattr(text, name)(getattr(ids, name))
+        assert own.hidden.dtype == (torch.bfloat16 if name == narrow else torch.float32)
+        assert torch.equal(spoken[-1], own.hidden.float())
+
+
+@torch.no_grad()
+def test_a_condition_of_narrow_encoders_is_narrow(text):
+    for part in (text, without(text, "t5"), without(text, *NAMES)):
+        c_vec, c_ctxt = part.bfloat16().encode(PROMPTS)
+        assert c_vec.dtype == c_ctxt.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_every_encoder_gets_its_ids_where_it_is_and_clip_l_gathers_the_condition(text):
+    apart = without(text, "clip_l")
+    apart.clip_l.to("meta")
+    devices = [ids.device.type for ids in apart.tokenize(PROMPTS)]
+    assert devices == ["meta", "cpu", "cpu"]
+    assert all(part.device.type == "meta" for part in apart.encode(PROMPTS))
 
 
 @torch.no_grad()
@@ -170,6 +276,30 @@ def test_clip_must_fit_beside_itself_into_the_context():
         conditioner(t5_width=16)
 
 
+def test_encoders_in_the_wrong_place_are_refused(text):
+    with pytest.raises(UserError, match=r"t5 a T5Encoder.* pooled_width are 8, 10, 10"):
+        TextConditioner(clip_l=text.clip_l, clip_g=text.clip_g, t5=text.clip_g)
+    with pytest.raises(UserError, match=r"must hold a CLIPTextModel.* pooled_width are 0, 10, 0"):
+        TextConditioner(clip_l=text.t5, clip_g=text.clip_g, t5=text.t5)
+
+
+def test_clips_of_unequal_length_are_refused(text):
+    shorter = AbsentEncoder(width=G_WIDTH, pooled_width=10, length=LENGTH - 1)
+    with pytest.raises(UserError, match=r"length 7 of text.clip_l and 6 of text.clip_g"):
+        TextConditioner(clip_l=text.clip_l, clip_g=shorter, t5=text.t5)
+
+
+def test_an_unknown_reading_of_the_empty_prompt_is_refused():
+    with pytest.raises(UserError, match=r"empty_prompt 'empty' must be one of \['zeros'"):
+        conditioner(empty_prompt="empty")
+
+
+def test_more_tokens_than_clip_has_positions_are_refused():
+    tokenizer = CLIPWordTokenizer(words=WORDS, length=LENGTH + 1, pad_with_end=True)
+    with pytest.raises(UserError, match="length 7 of CLIPTextModel must be at least 8"):
+        TextEncoder(tokenizer=tokenizer, model=conditioner().clip_l.model)
+
+
 def test_a_vocabulary_smaller_than_its_tokenizers_is_refused():
     tokenizer = T5WordTokenizer(words=WORDS, length=5)
     with pytest.raises(ValueError, match="vocabulary_size 8 of T5Encoder must be at least 9"):
@@ -221,3 +351,106 @@ def test_condition_matches_the_reference(golden, load_original):
     case.check("context_333", text(long).c_ctxt)
     without_t5 = torch.tensor([[True, True, False]] * 2)
     case.check("context_no_t5_333", text(long, without_t5).c_ctxt)
+    absent = AbsentEncoder(width=sizes["d_model"], length=256)
+    fewer = TextConditioner(clip_l=text.clip_l, clip_g=text.clip_g, t5=absent)
+    case.check("context_no_t5_333", fewer(long).c_ctxt)
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+@torch.no_grad()
+def test_condition_matches_diffusers(
+    load_original, randomize, clip_files, t5_files, tmp_path, with_t5
+):
+    transformers = pytest.importorskip("transformers")
+    diffusers = pytest.importorskip("diffusers")
+    prompts = ["a photo of a red cat", "", "the dog's red ball " * 9]
+    length, t5_length, width = 20, 30, 48
+    peers = {}
+
+    def clip(i: int, activation: str, *, pad_with_end: bool, projection: int) -> TextEncoder:
+        tokenizer = clip_tokenizer_in(clip_files, pad_with_end=pad_with_end, length=length)
+        tokenizer.save(tmp_path / f"tokenizer{i}")
+        peer = transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(
+                vocab_size=tokenizer.vocabulary_size,
+                hidden_size=16,
+                intermediate_size=64,
+                projection_dim=projection,
+                num_hidden_layers=2 + i,
+                num_attention_heads=2,
+                max_position_embeddings=length,
+                hidden_act=activation,
+                bos_token_id=tokenizer.vocabulary_size - 2,
+                eos_token_id=tokenizer.vocabulary_size - 1,
+            )
+        )
+        model = CLIPTextModel(
+            vocabulary_size=tokenizer.vocabulary_size,
+            width=16,
+            depth=2 + i,
+            num_heads=2,
+            length=length,
+            activation=activation,
+            projection_width=projection,
+        )
+        load_original(model, randomize(peer, i).state_dict())
+        suffix = f"_{i}" if i > 1 else ""
+        peers[f"text_encoder{suffix}"] = peer
+        peers[f"tokenizer{suffix}"] = transformers.CLIPTokenizer.from_pretrained(
+            tmp_path / f"tokenizer{i}"
+        )
+        return TextEncoder(tokenizer=tokenizer, model=model)
+
+    def t5() -> TextEncoder:
+        tokenizer = t5_tokenizer_in(t5_files, length=t5_length)
+        tokenizer.save(tmp_path / "tokenizer3")
+        peer = transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=tokenizer.vocabulary_size,
+                d_model=width,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        model = T5Encoder(
+            vocabulary_size=tokenizer.vocabulary_size,
+            width=width,
+            depth=2,
+            num_heads=2,
+            head_width=8,
+            hidden=64,
+        )
+        load_original(model, randomize(peer, 3).state_dict())
+        peers["text_encoder_3"] = peer
+        peers["tokenizer_3"] = transformers.T5TokenizerFast.from_pretrained(tmp_path / "tokenizer3")
+        return TextEncoder(tokenizer=tokenizer, model=model)
+
+    text = TextConditioner(
+        clip_l=clip(1, "quick_gelu", pad_with_end=True, projection=16),
+        clip_g=clip(2, "gelu", pad_with_end=False, projection=12),
+        t5=t5() if with_t5 else AbsentEncoder(width=width, length=t5_length),
+        empty_prompt="encoded",
+    )
+    transformer = diffusers.SD3Transformer2DModel(
+        num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=width
+    )
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKL(norm_num_groups=1, block_out_channels=(4,)),
+        **{"text_encoder_3": None, "tokenizer_3": None, **peers},
+    )
+    theirs = pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=t5_length
+    )
+    c_vec, c_ctxt = text.encode(prompts)
+    assert relative_error(c_ctxt, theirs[0]) <= 1e-5
+    assert relative_error(c_vec, theirs[2]) <= 1e-5
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return ((actual - expected).norm() / expected.norm()).item()
