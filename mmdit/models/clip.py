@@ -103,7 +103,8 @@ class CLIPTextModel(nn.Module):
         self.projection: nn.Module = nn.Identity()
         if projection_width is not None:
             self.projection = nn.Linear(width, projection_width, bias=False)
-        self.reset_parameters()
+        if not self.position_embedding.is_meta:  # where there is nothing to fill
+            self.reset_parameters()
 
     def forward(self, ids: Tensor) -> CLIPOutput:  # (b, n) int64
         x = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]

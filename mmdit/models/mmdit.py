@@ -275,7 +275,7 @@ class MMDiT(nn.Module):
         self._position = {"size": position_size, "grid": position_grid, "base": position_base}
 
         self.patch_embedding = PatchEmbedding(latent_channels, width, patch_size)
-        self.register_buffer("positions", position_table(width, **self._position))
+        self.register_buffer("positions", torch.empty(position_size, position_size, width))
         self.timestep_embedding = VectorEmbedding(256, width)
         self.pooled_embedding = VectorEmbedding(pooled_width, width)
         self.context_embedding = nn.Linear(context_width, width)
@@ -287,7 +287,8 @@ class MMDiT(nn.Module):
         )
         self.last_block = LastJointBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm)
         self.output = OutputLayer(width, patch_size**2 * latent_channels)
-        self.reset_parameters()
+        if not self.positions.is_meta:  # where there is nothing to fill
+            self.reset_parameters()
 
     def forward(self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor) -> Tensor:
         """One evaluation of the network (Fig. 2a).

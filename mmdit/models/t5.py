@@ -98,7 +98,8 @@ class T5Encoder(nn.Module):
             T5Layer(width, num_heads, head_width, hidden) for _ in range(depth)
         )
         self.final_norm = RMSNorm(width)
-        self.reset_parameters()
+        if not self.final_norm.weight.is_meta:  # where there is nothing to fill
+            self.reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:  # (b, n) int64 -> (b, n, d)
         bias = self.position_bias(ids.shape[1])

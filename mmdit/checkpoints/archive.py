@@ -1,0 +1,226 @@
+"""Safetensors files, opened but not read: what tensors there are, and each of them when asked for.
+
+A tensor is a view of the memory-mapped file. Nothing is copied until somebody converts it.
+"""
+
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmdit.errors import UserError
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4}
+BYTES |= {"F32": 4, "F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+class Info(NamedTuple):
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: F16, BF16, F8_E4M3, ...
+
+
+class Archive:
+    """Tensors by key, in one file or in several.
+
+    Attributes:
+        infos: shape and dtype of every tensor.
+        metadata: text entries of the headers.
+        name: of the file, or of the folder of the shards, for messages.
+    """
+
+    def __init__(self, paths: Sequence[Path], name: Path | None = None) -> None:
+        self.name = paths[0] if name is None else name
+        self.paths = list(paths)
+        self.infos: dict[str, Info] = {}
+        self.metadata: dict[str, str] = {}
+        self._place: dict[str, Any] = {}
+        for path in paths:
+            infos, metadata = read_header(path)
+            if twice := self.infos.keys() & infos.keys():
+                raise UserError(f"{path} repeats {sorted(twice)[0]}, which another shard holds too")
+            try:
+                opened = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}): download or copy it again") from None
+            self.infos |= infos
+            self.metadata |= metadata
+            self._place |= dict.fromkeys(infos, opened)
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor: Tensor = self._place[key].get_tensor(key)
+        return tensor
+
+
+class PickleArchive(Archive):
+    """Tensors of a pickled state dict, read with `weights_only`: no code in it is run."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise UserError(
+                f"{path} cannot be read as a pickled state dict of tensors ({first_line(error)})"
+            ) from None
+        content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+        tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+        if not tensors:
+            raise UserError(f"{path} holds no state dict of tensors")
+        self.name, self.paths, self.metadata, self._place = path, [path], {}, tensors
+        dtypes = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+        self.infos = {
+            k: Info(tuple(v.shape), dtypes.get(v.dtype, str(v.dtype))) for k, v in tensors.items()
+        }
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._place[key]
+
+
+def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
+    """The tensors of one file.
+
+    Raises:
+        UserError: there is no such file; it is no safetensors file, is cut off, or is a pickle and
+            `allow_pickle` is not set.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    if path.suffix.lower() in PICKLES:
+        if allow_pickle:
+            return PickleArchive(path)
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is opened: use the .safetensors file, "
+            "or allow_pickle=true to read its tensors alone (weights_only)"
+        )
+    return Archive([path])
+
+
+def open_shards(index: Path) -> Archive:
+    """The tensors that an index file (`*.safetensors.index.json`) spreads over shards.
+
+    Raises:
+        UserError: the index is no index, shards are missing or lie outside its folder, or a tensor
+            is not where the index says.
+    """
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{index} is no index of shards: it has no JSON "weight_map"') from None
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} points to {name!r}, which is no .safetensors file beside it")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards: "
+            f"{', '.join(missing[:10])}; download them again"
+        )
+    archive = Archive([index.parent / name for name in names], name=index.parent)
+    if absent := sorted(weight_map.keys() - archive.infos.keys()):
+        raise UserError(
+            f"{index} lists {len(absent)} tensors that its shards lack: {', '.join(absent[:10])}"
+        )
+    return archive
+
+
+def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
+    """Tensors and metadata that the header of a safetensors file lists, checked against its size.
+
+    Raises:
+        UserError: saying what the file is instead, as far as can be told.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        if not 2 <= length <= min(size - 8, 100_000_000) or start[8:9] != b"{":
+            raise UserError(f"{path} is no safetensors file: {_what_it_is(start, size)}")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            infos = {k: Info(tuple(v["shape"]), v["dtype"]) for k, v in header.items()}
+            needed = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} has a damaged header: download or copy it again") from None
+    if size < needed:
+        raise UserError(
+            f"{path} is cut off: it has {size:,} bytes and should have {needed:,}; "
+            "download it again"
+        )
+    return infos, metadata
+
+
+def _what_it_is(start: bytes, size: int) -> str:
+    head = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page; the download asked for a login or failed"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "it is a pickle (.ckpt, .pt) under another name"
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file, whose quantized weights are not read here"
+    if size == 0:
+        return "it is empty"
+    return f"its first bytes are no header ({size:,} bytes); download or copy it again"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, which is often a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def write_archive(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a file that appears whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    save_file(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+        beside,
+        metadata={"format": "pt", **(metadata or {})},
+    )
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def write_shards(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor], *, max_bytes: int = 10_000_000_000
+) -> None:
+    """Write `stem.safetensors`, or numbered shards of at most `max_bytes` each and their index."""
+    for stale in folder.glob("*.safetensors*"):
+        if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", stale.name):
+            stale.unlink()
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_bytes
+    for key, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_bytes
+        shards[-1][key] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        write_archive(folder / f"{stem}.safetensors", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_archive(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,248 @@
+"""Folders in diffusers' layout: a subfolder per model, each with its config.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmdit.checkpoints.archive import write_shards
+from mmdit.checkpoints.formats import Description
+from mmdit.checkpoints.public import exported, kind_of
+from mmdit.errors import UserError
+from mmdit.registry import describe
+
+SUBFOLDERS = {
+    "mmdit": "transformer",
+    "autoencoder": "vae",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5": "text_encoder_3",
+}
+CLASSES = {
+    "controlnet": "SD3ControlNetModel",
+    "mmdit": "SD3Transformer2DModel",
+    "autoencoder": "AutoencoderKL",
+    "clip_l": "CLIPTextModelWithProjection",
+    "clip_g": "CLIPTextModelWithProjection",
+    "t5": "T5EncoderModel",
+}
+# The version of diffusers that first had all of SD3.5.
+VERSION = "0.32.0"
+
+Config = dict[str, Any]
+
+
+def read_config(folder: Path) -> Config:
+    """The config.json of a model's folder; empty when there is none.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return config
+
+
+def hints_of(kind: str, config: Config) -> Description:
+    """What a config.json tells that shapes do not, as arguments of our classes."""
+    names = {
+        "mmdit": {"num_attention_heads": "num_heads"},
+        "autoencoder": {"scaling_factor": "scale", "shift_factor": "shift"},
+        "controlnet": {"num_attention_heads": "num_heads"},
+        "clip_l": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
+        "clip_g": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
+    }.get(kind, {})
+    return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+
+
+def check_config(kind: str, module: nn.Module, config: Config, folder: Path) -> None:
+    """Compare config.json with the architecture that the weights have.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    ours = config_of(kind, module)
+    differing = [
+        f"{key} is {config[key]}, but the weights have {value}"
+        for key, value in ours.items()
+        if not key.startswith("_") and config.get(key, value) not in (value, None)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder / 'config.json'} contradicts the weights beside it: {'; '.join(differing)}"
+        )
+
+
+def config_of(kind: str, module: nn.Module) -> Config:
+    """The fields of config.json that follow from the architecture."""
+    a = describe(module)
+    match kind:
+        case "mmdit":
+            return {
+                "_class_name": CLASSES[kind],
+                "attention_head_dim": a["width"] // a["num_heads"],
+                "caption_projection_dim": a["width"],
+                "dual_attention_layers": list(a["dual_attention"]),
+                "in_channels": a["latent_channels"],
+                "joint_attention_dim": a["context_width"],
+                "num_attention_heads": a["num_heads"],
+                "num_layers": a["depth"],
+                "out_channels": a["latent_channels"],
+                "patch_size": a["patch_size"],
+                "pooled_projection_dim": a["pooled_width"],
+                "pos_embed_max_size": a["position_size"],
+                "qk_norm": "rms_norm" if a["qk_norm"] else None,
+            }
+        case "autoencoder":
+            widths = [a["width"] * multiplier for multiplier in a["multipliers"]]
+            return {
+                "_class_name": CLASSES[kind],
+                "block_out_channels": widths,
+                "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+                "latent_channels": a["latent_channels"],
+                "layers_per_block": a["blocks"],
+                "norm_num_groups": 32,
+                # As decimals that float32 rounds to the same number.
+                "scaling_factor": float(f"{module.scale:.7g}"),
+                "shift_factor": float(f"{module.shift:.7g}"),
+                "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+                "use_post_quant_conv": False,
+                "use_quant_conv": False,
+            }
+        case "controlnet":
+            return {
+                "_class_name": CLASSES[kind],
+                "attention_head_dim": a["width"] // a["num_heads"],
+                "in_channels": a["latent_channels"],
+                "joint_attention_dim": None,
+                "num_attention_heads": a["num_heads"],
+                "num_layers": a["depth"],
+                "out_channels": a["latent_channels"],
+                "patch_size": a["patch_size"],
+                "pooled_projection_dim": a["pooled_width"],
+                "pos_embed_max_size": None,
+                "pos_embed_type": None,
+                "use_pos_embed": False,
+            }
+        case "clip_l" | "clip_g":
+            projection = a["projection_width"] or a["width"]
+            return {
+                "hidden_act": a["activation"],
+                "hidden_size": a["width"],
+                "intermediate_size": 4 * a["width"],
+                "max_position_embeddings": a["length"],
+                "model_type": "clip_text_model",
+                "num_attention_heads": a["num_heads"],
+                "num_hidden_layers": a["depth"],
+                "projection_dim": projection,
+                "vocab_size": a["vocabulary_size"],
+            }
+        case "t5":
+            return {
+                "d_ff": a["hidden"],
+                "d_kv": a["head_width"],
+                "d_model": a["width"],
+                "feed_forward_proj": "gated-gelu",
+                "layer_norm_epsilon": 1e-6,
+                "model_type": "t5",
+                "num_heads": a["num_heads"],
+                "num_layers": a["depth"],
+                "relative_attention_max_distance": 128,
+                "relative_attention_num_buckets": 32,
+                "vocab_size": a["vocabulary_size"],
+            }
+    raise UserError(f"{kind} has no config.json")
+
+
+# What diffusers and transformers want to read besides, and we do not.
+HABITS: dict[str, Config] = {
+    "mmdit": {"_diffusers_version": VERSION, "sample_size": 128},
+    "controlnet": {
+        "_diffusers_version": VERSION,
+        "caption_projection_dim": 2048,
+        "force_zeros_for_pooled_projection": False,
+    },
+    "autoencoder": {
+        "_diffusers_version": VERSION,
+        "act_fn": "silu",
+        "force_upcast": True,
+        "in_channels": 3,
+        "out_channels": 3,
+        "sample_size": 1024,
+    },
+    "clip_l": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "layer_norm_eps": 1e-5},
+    "clip_g": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "layer_norm_eps": 1e-5},
+    "t5": {
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def write_model(module: nn.Module, folder: Path, *, max_bytes: int = 10_000_000_000) -> None:
+    """Write one model with its config.json, as diffusers or transformers names the files."""
+    kind = kind_of(module)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Config = {**HABITS[kind], **config_of(kind, module)}
+    if "_class_name" not in config:  # transformers' way to say it
+        config["architectures"] = [CLASSES[kind]]
+        config["torch_dtype"] = str(next(module.parameters()).dtype).removeprefix("torch.")
+    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    write_shards(folder, stem, dict(exported(module, "diffusers")), max_bytes=max_bytes)
+    write_json(folder / "config.json", config)
+
+
+def write_folder(
+    models: Mapping[str, nn.Module], folder: Path, *, shift: float, tokenizers: Mapping[str, Any]
+) -> None:
+    """Write a whole pipeline: models, tokenizers, scheduler, and the index that names them.
+
+    Args:
+        models: by kind; an encoder left out is left out in the folder, too.
+        shift: of the timesteps.
+        tokenizers: by kind of the encoder; each has `save(folder)`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": VERSION,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    for kind, subfolder in SUBFOLDERS.items():
+        library = "diffusers" if kind in ("mmdit", "autoencoder") else "transformers"
+        present = kind in models
+        index[subfolder] = [library, CLASSES[kind]] if present else [None, None]
+        if present:
+            write_model(models[kind], folder / subfolder)
+        if library == "transformers":
+            name = subfolder.replace("text_encoder", "tokenizer")
+            fitting = "T5TokenizerFast" if kind == "t5" else "CLIPTokenizer"
+            index[name] = ["transformers", fitting] if kind in tokenizers else [None, None]
+            if kind in tokenizers:
+                tokenizers[kind].save(folder / name)
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": 1000,
+        "shift": shift,
+    }
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Sorted and indented, as the libraries write it."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

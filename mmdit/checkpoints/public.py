@@ -1,0 +1,267 @@
+"""Public files to models and back: match the format, build on meta, check every key, assign.
+
+Nothing is read before all keys and shapes have been found right, and nothing is copied from the
+mapped file unless another dtype is asked for.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mmdit.checkpoints.archive import Archive, Info
+from mmdit.checkpoints.diagnosis import NAMES, Faults, explain_faults, explain_stranger
+from mmdit.checkpoints.formats import FORMATS, Description, Format
+from mmdit.checkpoints.tables import Slot, correspondence
+from mmdit.errors import UserError
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.controlnet import ControlNet
+from mmdit.models.mmdit import MMDiT
+from mmdit.models.t5 import T5Encoder
+from mmdit.registry import build, describe
+
+log = logging.getLogger("mmdit.checkpoints")
+
+FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
+ENTRY = "mmdit.descriptions"  # of the header's metadata, in the files we write
+PREFIXES = {prefix for format in FORMATS for prefix in format.prefixes if prefix}
+# Scalars that trainers leave beside the text encoders, and nothing reads.
+STRAY = re.compile(r"text_encoders\.\w+\.logit_scale")
+
+
+class Match(NamedTuple):
+    """A model found in an archive."""
+
+    archive: Archive
+    format: Format
+    prefix: str
+
+    def infos(self) -> dict[str, Info]:
+        """What stands under the prefix, the prefix stripped.
+
+        Keys under no known prefix belong to no model; they are in here too, to be reported.
+        """
+        others = tuple(PREFIXES - {self.prefix})
+        return {
+            key.removeprefix(self.prefix): info
+            for key, info in self.archive.infos.items()
+            if not (self.prefix and key.startswith(others)) and not STRAY.fullmatch(key)
+        }
+
+    def tensor(self, key: str) -> Tensor:
+        return self.archive[self.prefix + key]
+
+
+def find(archive: Archive, kind: str) -> Match | None:
+    """Where a model of this kind stands in the archive, if it does."""
+    for format in FORMATS:
+        if format.kind == kind:
+            prefix = format.prefix_in(archive.infos)
+            if prefix is not None:
+                return Match(archive, format, prefix)
+    return None
+
+
+def load(
+    archive: Archive,
+    kind: str,
+    *,
+    hints: Description | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of this kind in the archive: in eval mode, on the CPU, its weights mapped.
+
+    Args:
+        kind: see `Format.kind`.
+        hints: what shapes do not tell (num_heads, activation, scale, shift).
+        dtype: of the weights; None keeps the file's, except that 8-bit floats become bfloat16.
+
+    Raises:
+        UserError: the archive holds no such model; keys are missing, unexpected or misshapen;
+            weights are not finite.
+    """
+    match = find(archive, kind)
+    if match is None:
+        raise UserError(explain_stranger(archive, kind))
+    infos = without_identity(match)
+    own = json.loads(archive.metadata.get(ENTRY, "{}")).get(kind, {})
+    stored = {
+        argument.name: argument.read(match.tensor(key))
+        for key, argument in match.format.arguments.items()
+        if key in infos
+    }
+    hints = {**own, **stored, **(hints or {})}
+    description = {**match.format.describe(infos, hints), **hints}
+    with torch.device("meta"), Unfilled():
+        module: nn.Module = build(description)
+    load_into(module, match, dtype=dtype)
+    return module.eval()
+
+
+class Unfilled(TorchFunctionMode):
+    """Turns `nn.init` off: on meta there is nothing to fill, and trying takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def load_into(module: nn.Module, match: Match, *, dtype: torch.dtype | None = None) -> None:
+    """Give a module, on meta or not, the tensors of the match, or leave it untouched.
+
+    Raises:
+        UserError: as in `load`.
+    """
+    format, infos = match.format, without_identity(match)
+    slots = slots_of(module, format)
+    sources = dict(zip(slots, slots, strict=True))
+    for copy, primary in format.copies.items():
+        if primary in slots and primary not in infos and copy in infos:
+            sources[primary] = copy
+    check(match, type(module).__name__, slots, sources, infos)
+    tensors: dict[str, Tensor] = {}
+    for key, slot in slots.items():
+        theirs = converted(match.tensor(sources[key]), dtype)
+        if not is_finite(theirs):
+            raise UserError(
+                f"{match.archive.name}: {match.prefix + key} has values that are NaN or infinite: "
+                "the training that wrote it diverged, or the file is damaged. Nothing was loaded"
+            )
+        tensors |= slot.read(theirs)
+    for name in format.constants:
+        tensors[name] = torch.tensor(float(describe(module)[name]))
+    module.load_state_dict(tensors, assign=True)
+
+
+def slots_of(module: nn.Module, format: Format) -> dict[str, Slot]:
+    """The tensors that a format stores of a module, by their key without prefix."""
+    stored = {k: v for k, v in module.state_dict().items() if k not in format.constants}
+    return correspondence(stored, format.rules(describe(module)))
+
+
+def without_identity(match: Match) -> dict[str, Info]:
+    """What stands in the match, but for a projection that is the identity: it means none."""
+    infos, key = match.infos(), match.format.identity
+    if key in infos and len(shape := infos[key].shape) == 2 and shape[0] == shape[1]:
+        if torch.equal(match.tensor(key).float(), torch.eye(shape[0])):
+            log.info("%s: %s is the identity, which is left out", match.archive.name, key)
+            del infos[key]
+        else:
+            log.info("%s: %s is applied to the pooled vector", match.archive.name, key)
+    return infos
+
+
+def check(
+    match: Match,
+    name: str,
+    slots: Mapping[str, Slot],
+    sources: Mapping[str, str],
+    infos: Mapping[str, Info],
+) -> None:
+    """Compare the keys, shapes and dtypes of a file with what a module needs.
+
+    Raises:
+        UserError: they differ.
+    """
+    copies = match.format.copies
+    extras = re.compile("|".join(match.format.extras) or r"(?!)")
+    known = {*sources.values(), *copies, *match.format.arguments}
+    there = {key: infos[source] for key, source in sources.items() if source in infos}
+    faults = Faults(
+        missing=[key for key, source in sources.items() if source not in infos],
+        unexpected=[key for key in infos if key not in known and not extras.fullmatch(key)],
+        misshapen={
+            key: (info.shape, slots[key].shape)
+            for key, info in there.items()
+            if info.shape != slots[key].shape
+        },
+        mistyped={key: info.dtype for key, info in there.items() if info.dtype not in FLOATS},
+    )
+    if not faults:
+        for copy, key in copies.items():
+            if copy in infos and key in infos and not same(match.tensor(copy), match.tensor(key)):
+                raise UserError(
+                    f"{match.archive.name}: {copy} and {key} are one tensor stored twice, but they "
+                    "differ: the file was edited or is damaged. Nothing was loaded"
+                )
+        return
+    what = f"the {NAMES[match.format.kind]} ({name}, {match.format.layout} layout)"
+    raise UserError(explain_faults(match.archive.name, what, faults, slots, infos))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equality bit for bit, of 8-bit floats too."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes as integers."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in the dtype asked for; 8-bit floats, in which nothing computes, at least bf16."""
+    if dtype is None:
+        dtype = torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
+    return tensor.to(dtype)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass: both survive in the sum."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+# Saving
+
+
+def kind_of(module: nn.Module) -> str:
+    """Which model of the public formats a module is.
+
+    Raises:
+        UserError: none.
+    """
+    match module:
+        case MMDiT():
+            return "mmdit"
+        case Autoencoder():
+            return "autoencoder"
+        case CLIPTextModel():
+            return "clip_l" if describe(module)["activation"] == "quick_gelu" else "clip_g"
+        case T5Encoder():
+            return "t5"
+        case ControlNet():
+            return "controlnet"
+    raise UserError(f"a {type(module).__name__} has no public format")
+
+
+def exported(
+    module: nn.Module, layout: str, *, prefixed: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The module's tensors under the keys of a layout, in its own dtype."""
+    kind = kind_of(module)
+    format = next(f for f in FORMATS if f.kind == kind and f.layout == layout)
+    prefix = format.prefixes[0] if prefixed else ""
+    ours = module.state_dict()
+    tensors = {key: slot.write(ours) for key, slot in slots_of(module, format).items()}
+    if layout == "diffusers" and format.identity and format.identity not in tensors:
+        assert isinstance(module, CLIPTextModel)
+        weight = module.final_norm.weight
+        tensors[format.identity] = torch.eye(module.width, dtype=weight.dtype)
+    for key, argument in format.arguments.items():
+        tensors[key] = argument.write(describe(module)[argument.name])
+    for copy, primary in format.copies.items():
+        tensors[copy] = tensors[primary].clone()  # safetensors stores no tensor twice
+    yield from ((prefix + key, tensor) for key, tensor in tensors.items())
+
+
+def descriptions(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Metadata entry by which our files tell what shapes do not."""
+    return {ENTRY: json.dumps({kind: describe(module) for kind, module in modules.items()})}

@@ -1,0 +1,143 @@
+"""Where weights come from: a file, a folder, or a model on the Hugging Face hub."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmdit.checkpoints.archive import Archive, first_line, open_file, open_shards
+from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
+from mmdit.checkpoints.public import find, load
+from mmdit.errors import UserError
+
+log = logging.getLogger("mmdit.checkpoints")
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Names of the encoders' own files, beside the single files of the hub's repositories.
+STANDALONE = {
+    "clip_l": ("clip_l.safetensors",),
+    "clip_g": ("clip_g.safetensors",),
+    "t5": ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
+}
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?"
+)
+
+
+def local(source: str | Path, folders: Sequence[str]) -> Path:
+    """The file or folder that a source names; of a hub id, the named folders are downloaded.
+
+    Raises:
+        UserError: there is no such file, folder or model, or it may not or cannot be fetched.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(str(source)) or path.suffix in (".safetensors", ".ckpt", ".pt"):
+        raise UserError(f"{source}: there is no such file or folder")
+    return download(str(source), folders)
+
+
+def download(repository: str, folders: Sequence[str]) -> Path:
+    """Snapshot of a hub repository's folders, from the local cache where it has them."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", *(f"{folder}/*" for folder in folders)]
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                allow_patterns=patterns,
+                ignore_patterns=["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.fp16-*"],
+            )
+        )
+    except Exception as error:  # its own classes and those of the http client beneath
+        raise UserError(_hub_message(repository, error)) from None
+
+
+def _hub_message(repository: str, error: Exception) -> str:
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "GatedRepoError" in names:
+        return (
+            f"{repository} is gated: accept its license at https://huggingface.co/{repository}, "
+            "then log in with `hf auth login` (or set HF_TOKEN)"
+        )
+    if "RepositoryNotFoundError" in names or "HFValidationError" in names:
+        return (
+            f"{repository}: there is no such file or folder here, nor such a model on the hub "
+            "(a private one needs `hf auth login`)"
+        )
+    return (
+        f"{repository}: there is no such file or folder here, it is not in the hub's cache, and "
+        f"the hub could not be reached ({first_line(error)}). Download it where there is a "
+        f"network (`hf download {repository}`), or give the path of a file or folder"
+    )
+
+
+def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Archive, Path]:
+    """The archive in which a model of this kind is to be found, and the folder it lies in.
+
+    Args:
+        path: a file; a folder in diffusers' layout, or one of its subfolders; a folder with the
+            encoders' own files.
+
+    Raises:
+        UserError: no weights are there, or more than one candidate.
+    """
+    if path.is_file():
+        if path.name.endswith(".index.json"):
+            return open_shards(path), path.parent
+        return open_file(path, allow_pickle=allow_pickle), path.parent
+    for folder in (path / SUBFOLDERS[kind] if kind in SUBFOLDERS else path, path):
+        found = sorted(f.name for f in folder.glob("*") if WEIGHTS.fullmatch(f.name))
+        if found:
+            plain = [name for name in found if WEIGHTS.fullmatch(name)[2] is None] or found  # type: ignore[index]
+            index = [name for name in plain if name.endswith(".json")]
+            chosen = folder / (index or plain)[0]
+            if index:
+                return open_shards(chosen), folder
+            return open_file(chosen), folder
+    for folder in (path, path / "text_encoders"):
+        for name in STANDALONE.get(kind, ()):
+            if (folder / name).is_file():
+                return open_file(folder / name), folder
+    files = sorted(path.glob("*.safetensors"))
+    holding = [a for f in files if find(a := open_file(f), kind) is not None]
+    if len(holding) == 1:
+        return holding[0], path
+    if len(holding) > 1:
+        names = ", ".join(archive.name.name for archive in holding)
+        raise UserError(f"{path} holds several models of this kind: name one of {names}")
+    lacking = SUBFOLDERS.get(kind, "a model")
+    raise UserError(
+        f"{path} holds no weights of this kind: neither {lacking}/ with *.safetensors in it, nor a "
+        "single file. Incomplete downloads show as *.incomplete or *.part"
+    )
+
+
+def load_model(
+    source: str | Path,
+    kind: str,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    **hints: Any,
+) -> nn.Module:
+    """One model from a file, a folder or the hub; see `mmdit.checkpoints.public.load`.
+
+    A config.json beside the weights is read for what shapes do not tell, and compared with them.
+
+    Raises:
+        UserError: nothing of the kind is there, or it does not fit.
+    """
+    path = local(source, [SUBFOLDERS[kind]] if kind in SUBFOLDERS else ["*"])
+    archive, folder = weights_of(path, kind, allow_pickle=allow_pickle)
+    in_layout = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
+    config = read_config(folder) if in_layout else {}
+    module = load(archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype)
+    check_config(kind, module, config, folder)
+    return module
