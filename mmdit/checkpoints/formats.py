@@ -47,6 +47,7 @@ class Format:
         arguments: their key -> the argument of the model that it holds; it may be missing.
         copies: their key -> their key of which it is an exact copy.
         identity: their key of a projection that they store as the identity where we have none.
+        wide: regular expression of keys whose tensors overflow in float16; float32 instead.
         extras: keys that published files may carry and no model needs; dropped by name.
     """
 
@@ -60,6 +61,7 @@ class Format:
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
+    wide: str = r"(?!)"
     extras: tuple[str, ...] = ()
 
     def prefix_in(self, keys: Iterable[str]) -> str | None:
@@ -537,6 +539,7 @@ FORMATS = [
         mark=r"encoder\.block\.\d+\.layer\.",
         describe=read_t5,
         rules=t5,
+        wide=r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight",
         copies={"encoder.embed_tokens.weight": "shared.weight"},
     ),
     Format(
@@ -546,6 +549,7 @@ FORMATS = [
         mark=r"encoder\.block\.\d+\.layer\.",
         describe=read_t5,
         rules=t5,
+        wide=r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight",
     ),
     Format(
         kind="controlnet",

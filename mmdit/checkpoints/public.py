@@ -129,6 +129,8 @@ def load_into(module: nn.Module, match: Match, *, dtype: torch.dtype | None = No
     tensors: dict[str, Tensor] = {}
     for key, slot in slots.items():
         theirs = converted(match.tensor(sources[key]), dtype)
+        if theirs.dtype == torch.float16 and re.fullmatch(format.wide, key):
+            theirs = theirs.float()
         if not is_finite(theirs):
             raise UserError(
                 f"{match.archive.name}: {match.prefix + key} has values that are NaN or infinite: "
@@ -245,12 +247,16 @@ def kind_of(module: nn.Module) -> str:
 def exported(
     module: nn.Module, layout: str, *, prefixed: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The module's tensors under the keys of a layout, in its own dtype."""
+    """The module's tensors under the keys of a layout."""
     kind = kind_of(module)
     format = next(f for f in FORMATS if f.kind == kind and f.layout == layout)
     prefix = format.prefixes[0] if prefixed else ""
     ours = module.state_dict()
     tensors = {key: slot.write(ours) for key, slot in slots_of(module, format).items()}
+    dtype = next(iter(tensors.values())).dtype
+    for key in tensors:
+        if re.fullmatch(format.wide, key):
+            tensors[key] = tensors[key].to(dtype)  # float32 only to compute with
     if layout == "diffusers" and format.identity and format.identity not in tensors:
         assert isinstance(module, CLIPTextModel)
         weight = module.final_norm.weight

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdit.checkpoints.archive import Archive, first_line, open_file, open_shards
+from mmdit.checkpoints.archive import PICKLES, Archive, first_line, open_file, open_shards
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
 from mmdit.checkpoints.public import find, load
 from mmdit.errors import UserError
@@ -37,7 +37,8 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if not HUB_ID.fullmatch(str(source)) or path.suffix in (".safetensors", ".ckpt", ".pt"):
+    like_a_path = path.suffix in (".safetensors", *PICKLES) or path.parent.is_dir()
+    if like_a_path or not HUB_ID.fullmatch(str(source)):
         raise UserError(f"{source}: there is no such file or folder")
     return download(str(source), folders)
 

@@ -237,6 +237,14 @@ class Autoencoder(nn.Module):
         """Of the weights; what enters the network is cast to it."""
         return self.encoder.conv_in.weight.dtype
 
+    def _apply(self, fn, recurse=True):  # what .to(), .cuda() and .half() go through
+        """Scale and shift stay float32, whatever the weights become: 1.5305 is 1.53125 in bf16."""
+        exact = {name: getattr(self, name) for name in ("scale", "shift")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
     @torch.no_grad()
     def normalize(self, mean: Tensor, std: Tensor) -> None:
         """Set shift and scale from the statistics of raw latents over a data set (App. B.2)."""

@@ -63,10 +63,14 @@ class T5Layer(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # (b, n, d), (1, h, n, n) -> (b, n, d)
-        q, k, v = self.attention_in(self.norm1(x))
+        normed = self.norm1(x).to(self.attention_in.q.weight.dtype)
+        q, k, v = self.attention_in(normed)
         x = x + self.attention_out(attention(q, k, v, bias=bias.to(q.dtype), scale=1.0))
-        normed = self.norm2(x)
-        return x + self.down(F.gelu(self.gate(normed), approximate="tanh") * self.up(normed))
+        normed = self.norm2(x).to(self.gate.weight.dtype)
+        # In float16 the hidden values overflow: `down` is float32 then (`load_t5` sees to it).
+        wide = self.down.weight.dtype
+        gate, up = F.gelu(self.gate(normed), approximate="tanh").to(wide), self.up(normed).to(wide)
+        return x + self.down(gate * up)
 
 
 @register
@@ -104,6 +108,8 @@ class T5Encoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:  # (b, n) int64 -> (b, n, d)
         bias = self.position_bias(ids.shape[1])
         x = self.token_embedding(ids)
+        if x.dtype == torch.float16:
+            x = x.float()  # the stream outgrows float16 within a few layers
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)

@@ -1,0 +1,322 @@
+"""Published models as pipelines: presets, the parts of a pipeline, and saving them again."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mmdit.checkpoints.archive import write_archive
+from mmdit.checkpoints.folders import SUBFOLDERS, write_folder, write_model
+from mmdit.checkpoints.public import descriptions, exported, kind_of
+from mmdit.checkpoints.sources import load_model, local
+from mmdit.errors import UserError
+from mmdit.flow.objective import Objective
+from mmdit.flow.paths import RectifiedFlow
+from mmdit.flow.predictions import Velocity
+from mmdit.flow.schedule import PublishedShift
+from mmdit.flow.timesteps import LogitNormal
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.mmdit import MMDiT
+from mmdit.models.t5 import T5Encoder
+from mmdit.pipeline import Pipeline
+from mmdit.registry import describe
+from mmdit.text.clip_tokenizer import CLIPTokenizer, clip_tokenizer_in
+from mmdit.text.conditioning import AbsentEncoder, TextConditioner, TextEncoder
+from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
+
+log = logging.getLogger("mmdit")
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+
+
+class Preset(NamedTuple):
+    """How a published model is meant to be used.
+
+    Attributes:
+        hub: its repository.
+        depth, qk_norm, dual: what tells its architecture.
+        steps, guidance, shift: for sampling; guidance 1 is none.
+        t5_length: tokens that T5 reads.
+    """
+
+    hub: str
+    depth: int
+    qk_norm: bool
+    dual: bool
+    steps: int
+    guidance: float
+    shift: float = 3.0
+    t5_length: int = 256
+
+
+PRESETS = {
+    "sd3-medium": Preset(
+        "stabilityai/stable-diffusion-3-medium-diffusers", 24, False, False, 28, 7.0
+    ),
+    "sd3.5-medium": Preset("stabilityai/stable-diffusion-3.5-medium", 24, True, True, 28, 4.5),
+    "sd3.5-large": Preset("stabilityai/stable-diffusion-3.5-large", 38, True, False, 28, 3.5),
+    "sd3.5-large-turbo": Preset(
+        "stabilityai/stable-diffusion-3.5-large-turbo", 38, True, False, 4, 1.0
+    ),
+}
+
+
+def load_published(
+    source: str | Path,
+    *,
+    preset: str | None = None,
+    dtype: torch.dtype | None = None,
+    use_clip_l: bool = True,
+    use_clip_g: bool = True,
+    use_t5: bool = True,
+    t5_length: int | None = None,
+    encoders: str | Path | None = None,
+    tokenizers: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> Pipeline:
+    """A pipeline from public weights, in eval mode on the CPU.
+
+    Args:
+        source: single file, folder in diffusers' layout, hub id, or the name of a preset.
+        preset: name in `PRESETS`; told from the architecture and the source's name when None.
+        dtype: of all weights; None keeps the files'.
+        use_clip_l, use_clip_g, use_t5: an encoder left out contributes zeros, and is not loaded.
+        t5_length: tokens that T5 reads; the preset's when None.
+        encoders: where the text encoders are, when not in `source`.
+        tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not in `source`.
+        allow_pickle: read .ckpt and .pt files, tensors only.
+
+    Raises:
+        UserError: a part is missing, damaged, or does not fit the others.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"preset={preset} must be one of {', '.join(PRESETS)}")
+    if str(source) in PRESETS and not Path(source).exists():
+        preset = preset or str(source)
+        source = PRESETS[str(source)].hub
+    used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
+    wanted = ["mmdit", "autoencoder", *(kind for kind, use in used.items() if use)]
+    folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[k] for k in wanted[2:]]
+    path = local(source, [*folders, "scheduler"])
+    root = path if path.is_dir() else path.parent
+
+    load: dict[str, Any] = {"dtype": dtype, "allow_pickle": allow_pickle}
+    mmdit = load_model(path, "mmdit", **load)
+    assert isinstance(mmdit, MMDiT)
+    name = chosen_preset(mmdit, str(source), preset)
+    chosen = PRESETS[name]
+    autoencoder = load_model(path, "autoencoder", **load)
+    assert isinstance(autoencoder, Autoencoder)
+    text = load_text(
+        mmdit,
+        used,
+        t5_length=chosen.t5_length if t5_length is None else t5_length,
+        encoders=path if encoders is None else local(encoders, folders),
+        tokenizers=root if tokenizers is None else local(tokenizers, folders),
+        load=load,
+    )
+    unit = autoencoder.factor * mmdit.patch_size
+    return Pipeline(
+        mmdit=mmdit,
+        text=text,
+        autoencoder=autoencoder,
+        objective=published_objective(stored_shift(root, chosen.shift)),
+        image_size=min(1024, unit * mmdit.positions.shape[0]),
+        steps=chosen.steps,
+        guidance=chosen.guidance,
+    ).eval()
+
+
+def published_objective(shift: float) -> Objective:
+    """What SD3 was trained with (Sec. 3.1, 5.3.2), and the grid it is sampled on."""
+    return Objective(
+        path=RectifiedFlow(),
+        timesteps=LogitNormal(),
+        prediction=Velocity(),
+        shift=PublishedShift(alpha=shift),
+    )
+
+
+def chosen_preset(mmdit: MMDiT, source: str, asked: str | None) -> str:
+    """The preset asked for, checked against the architecture, or the one that fits it.
+
+    Raises:
+        UserError: the model is of another architecture than the preset.
+    """
+    a = describe(mmdit)
+    fitting = [
+        name
+        for name, p in PRESETS.items()
+        if (p.depth, p.qk_norm, p.dual) == (a["depth"], a["qk_norm"], bool(a["dual_attention"]))
+    ]
+    if asked is not None:
+        if fitting and asked not in fitting:
+            raise UserError(
+                f"preset={asked} does not fit {source}: this is {fitting[0]}; use preset="
+                f"{fitting[0]}, or leave preset out"
+            )
+        return asked
+    if not fitting:
+        log.info("%s is none of the published sizes: sampled like sd3.5-medium", source)
+        return "sd3.5-medium"
+    turbo = [name for name in fitting if "turbo" in name]
+    chosen = turbo[0] if turbo and "turbo" in source.lower() else fitting[0]
+    if turbo and chosen != turbo[0]:
+        log.info("sampled like %s; %s has the same shapes, say preset= for it", chosen, turbo[0])
+    return chosen
+
+
+def stored_shift(root: Path, default: float) -> float:
+    """The shift of scheduler/scheduler_config.json, where there is one."""
+    path = root / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return default
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8")).get("shift", default))
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(f'{path} must be a JSON object with a number for "shift"') from None
+
+
+def load_text(
+    mmdit: MMDiT,
+    used: Mapping[str, bool],
+    *,
+    t5_length: int,
+    encoders: Path,
+    tokenizers: Path,
+    load: Mapping[str, Any],
+) -> TextConditioner:
+    """The encoders that are used, and zeros for the others.
+
+    Raises:
+        UserError: an encoder or a tokenizer that is used is not there.
+    """
+    parts: dict[str, TextEncoder] = {}
+    for kind in (kind for kind in ENCODERS if used[kind]):
+        try:
+            model = load_model(encoders, kind, **load)
+        except UserError as error:
+            raise UserError(
+                f"{error}. Give the encoders with text.encoders=<folder or file>, or do without "
+                f"this one: text.use_{kind}=false"
+            ) from None
+        assert isinstance(model, CLIPTextModel | T5Encoder)
+        folder = tokenizers / TOKENIZERS[kind]
+        tokenizer = (
+            t5_tokenizer_in(folder, length=t5_length)
+            if kind == "t5"
+            else clip_tokenizer_in(folder, pad_with_end=kind == "clip_l")
+        )
+        parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
+    three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, t5_length)}
+    return TextConditioner(**three, empty_prompt="encoded")
+
+
+def zeros_for(
+    mmdit: MMDiT, present: Mapping[str, TextEncoder], t5_length: int
+) -> dict[str, AbsentEncoder]:
+    """Stand-ins for the encoders that are not present, of the widths they would have.
+
+    A CLIP tower's states are as wide as its pooled vector, which tells one absent tower's width
+    from the other's. Two absent ones share the published proportion.
+    """
+    lengths = [part.length for kind, part in present.items() if kind != "t5"]
+    length = lengths[0] if lengths else 77
+    pooled = mmdit.pooled_width - sum(part.pooled_width for part in present.values())
+    absent = {}
+    clips = [kind for kind in ("clip_l", "clip_g") if kind not in present]
+    widths = [pooled] if len(clips) == 1 else [pooled * 768 // 2048, pooled - pooled * 768 // 2048]
+    for kind, width in zip(clips, widths, strict=False):
+        absent[kind] = AbsentEncoder(width=width, pooled_width=width, length=length)
+    if "t5" not in present:
+        absent["t5"] = AbsentEncoder(width=mmdit.context_width, length=t5_length)
+    return absent
+
+
+def without(pipeline: Pipeline, kinds: list[str]) -> None:
+    """Leave encoders out of a pipeline: zeros from now on."""
+    old = pipeline.text
+    parts: dict[str, Any] = {kind: getattr(old, kind) for kind in ENCODERS}
+    for kind in kinds:
+        had = parts[kind]
+        parts[kind] = AbsentEncoder(
+            width=had.width, pooled_width=had.pooled_width, length=had.length
+        ).to(old.clip_l.device)
+    description = describe(old)
+    options = {name: description[name] for name in ("dropout", "empty_prompt")}
+    pipeline.text = TextConditioner(**parts, **options)
+
+
+# Saving
+
+
+def models_of(thing: nn.Module) -> dict[str, nn.Module]:
+    """The models of a pipeline, or the one model, by kind."""
+    if not isinstance(thing, Pipeline):
+        return {kind_of(thing): thing}
+    models: dict[str, nn.Module] = {"mmdit": thing.mmdit, "autoencoder": thing.autoencoder}
+    for kind in ENCODERS:
+        encoder = getattr(thing.text, kind)
+        if isinstance(encoder, TextEncoder):
+            models[kind] = encoder.model
+    return models
+
+
+def save_single_file(thing: nn.Module, path: str | Path) -> Path:
+    """Write a model, or all models of a pipeline, in the original single-file layout.
+
+    A transformer stands under `model.diffusion_model.`, other models alone stand bare, as
+    published. ComfyUI, diffusers (`from_single_file`) and this project read it.
+
+    Args:
+        thing: MMDiT, Autoencoder, CLIPTextModel, T5Encoder, ControlNet, or a Pipeline.
+        path: of the file, `.safetensors`.
+
+    Raises:
+        UserError: it has no public format, or the path is not that of a safetensors file.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} must end in .safetensors")
+    models = models_of(thing)
+    tensors: dict[str, torch.Tensor] = {}
+    for kind, model in models.items():
+        prefixed = kind == "mmdit" or len(models) > 1
+        tensors |= exported(model, "original", prefixed=prefixed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_archive(path, tensors, descriptions(models))
+    return path
+
+
+def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
+    """Write a model (its files and config.json), or a whole pipeline, in diffusers' layout.
+
+    Args:
+        thing: as in `save_single_file`.
+        folder: of the model, or of the pipeline with its subfolders.
+
+    Raises:
+        UserError: it has no public format.
+    """
+    folder = Path(folder)
+    if not isinstance(thing, Pipeline):
+        write_model(thing, folder)
+        return folder
+    tokenizers: dict[str, Any] = {}
+    for kind in ENCODERS:
+        encoder = getattr(thing.text, kind)
+        if isinstance(encoder, TextEncoder):
+            if not isinstance(encoder.tokenizer, CLIPTokenizer | T5Tokenizer):
+                raise UserError(
+                    f"the tokenizer of {kind} is a {type(encoder.tokenizer).__name__}, which has "
+                    "no public format; save the models one by one"
+                )
+            tokenizers[kind] = encoder.tokenizer
+    write_folder(models_of(thing), folder, shift=thing.objective.shift.alpha, tokenizers=tokenizers)
+    return folder
