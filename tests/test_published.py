@@ -1,6 +1,7 @@
 """Pipelines of public weights: against the reference, against diffusers, and saved again."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,308 @@ from mmdit.checkpoints.archive import open_file
 from mmdit.checkpoints.public import load
 from mmdit.errors import UserError
 from mmdit.flow.guidance import ClassifierFreeGuidance, SkipLayerGuidance
-from mmdit.flow.condition import Condition
 from mmdit.flow.solvers import dpmpp_2m, euler
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.pipeline import NetworkVelocity, to_pixels
-from mmdit.published import published_objective
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.mmdit import MMDiT
+from mmdit.models.t5 import T5Encoder
+from mmdit.pipeline import NetworkVelocity, Pipeline
+from mmdit.published import PRESETS, chosen_preset, published_objective
+from mmdit.text.clip_tokenizer import CLIPTokenizer
 from mmdit.text.conditioning import TextConditioner, TextEncoder, TokenIds
+from mmdit.text.t5_tokenizer import t5_tokenizer_in
+from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
 
 
 def hints(model: dict[str, Any]) -> dict[str, Any]:
     """What the shapes of a golden case do not tell."""
-    names = {"num_heads": "num_heads", "num_attention_heads": "num_heads", "hidden_act": "activation"}
+    names = {
+        "num_heads": "num_heads",
+        "num_attention_heads": "num_heads",
+        "hidden_act": "activation",
+    }
     return {ours: model[theirs] for theirs, ours in names.items() if theirs in model}
 
 
+# The reference
+
+
 @torch.no_grad()
-def test_whole_pipeline_matches_the_reference(golden, tmp_path):
+def test_the_whole_way_from_tokens_to_pixels_matches_the_reference(golden, tmp_path):
     case = golden("pipeline")
     models, calls = case.config["model"], case.config["call"]
-    # The case has no VAE encoder: one of ours fills the file.
+    # The case has no encoder of images: one of ours fills the file.
     spare = Autoencoder(width=32, multipliers=[1, 1], blocks=1)
-    mmdit.save_single_file(spare, tmp_path / "vae.safetensors")
-    whole = {
-        f"first_stage_model.{key}": open_file(tmp_path / "vae.safetensors")[key]
-        for key in open_file(tmp_path / "vae.safetensors").infos
-    }
-    save_file({**whole, **case.weights}, tmp_path / "all.safetensors")
-    archive = open_file(tmp_path / "all.safetensors")
-    parts = {
-        kind: load(archive, kind, hints=hints(models[kind])) for kind in ("clip_l", "clip_g", "t5")
-    }
+    vae = open_file(mmdit.save_single_file(spare, tmp_path / "vae.safetensors"))
+    image_encoder = {f"first_stage_model.{key}": vae[key] for key in vae.infos}
+    save_file({**image_encoder, **case.weights}, tmp_path / "whole.safetensors")
+
+    archive = open_file(tmp_path / "whole.safetensors")
     network = load(archive, "mmdit", hints=hints(models["mmdit"]))
     autoencoder = load(archive, "autoencoder")
-    print(case.inputs.keys())
+    text = conditioner(
+        {k: load(archive, k, hints=hints(models[k])) for k in ("clip_l", "clip_g", "t5")}
+    )
+    positive, negative = (
+        text(TokenIds(*(case.inputs[f"tokens_{name}_{side}"] for name in ("l", "g", "t5"))))
+        for side in ("cond", "uncond")
+    )
+    for side, condition in (("cond", positive), ("uncond", negative)):
+        case.check(f"pooled_{side}", condition.c_vec)
+        case.check(f"context_{side}", condition.c_ctxt)
+
+    objective = published_objective(calls["shift"])
+    for run in calls["runs"]:
+        name, steps, slg = run["name"], run["steps"], run.get("slg", {})
+        grid = objective.shift.grid(steps)
+        case.check(f"{name}.sigmas", grid.float())
+        guide = ClassifierFreeGuidance(scale=run["cfg"])
+        if slg:
+            window = {"start": slg["start"], "end": slg["end"], "layers": slg["layers"]}
+            guide = SkipLayerGuidance(scale=run["cfg"], skip_scale=slg["scale"], **window)
+        velocity = NetworkVelocity(network, objective, torch.no_grad)
+        solver = {"euler": euler, "dpmpp_2m": dpmpp_2m}[run["sampler"]]
+        guided = guide(velocity, positive, negative, grid, steps)
+        trajectory = [case.inputs["noise"]]
+
+        def followed(z, t, guided=guided, trajectory=trajectory):
+            trajectory.append(z)
+            return guided(z, t)
+
+        z = solver(followed, case.inputs["noise"], grid, None)
+        case.check(f"{name}.x", torch.stack([*trajectory[1:], z]))
+        case.check(f"{name}.image", autoencoder.decode(z))
+
+
+def conditioner(models: dict[str, Any]) -> TextConditioner:
+    """A conditioner that is given token ids, so that its tokenizers hardly matter."""
+    parts = {}
+    for kind, model in models.items():
+        tokenizer = (
+            T5WordTokenizer(words=["a"], length=77)
+            if kind == "t5"
+            else CLIPWordTokenizer(words=["a"], length=77, pad_with_end=kind == "clip_l")
+        )
+        parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
+    return TextConditioner(**parts, empty_prompt="encoded")
+
+
+# A tiny model of every part
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, clip_files, t5_files) -> Path:
+    """A whole MMDiT-X pipeline of tiny random models, as a folder in diffusers' layout."""
+    torch.manual_seed(0)
+    clip_l = CLIPTokenizer(
+        vocabulary=str(clip_files / "vocab.json"),
+        merges=str(clip_files / "merges.txt"),
+        pad_with_end=True,
+    )
+    clip_g = CLIPTokenizer(
+        vocabulary=str(clip_files / "vocab.json"),
+        merges=str(clip_files / "merges.txt"),
+        pad_with_end=False,
+    )
+    t5 = t5_tokenizer_in(t5_files, length=20)
+    towers = {"vocabulary_size": 520, "depth": 3}
+    pipe = Pipeline(
+        mmdit=MMDiT(
+            depth=3,
+            width=64,
+            num_heads=4,
+            context_width=48,
+            pooled_width=40,
+            qk_norm=True,
+            dual_attention=[0],
+            position_size=12,
+            position_grid=8,
+        ),
+        text=TextConditioner(
+            clip_l=TextEncoder(
+                tokenizer=clip_l, model=CLIPTextModel(width=16, num_heads=2, **towers)
+            ),
+            clip_g=TextEncoder(
+                tokenizer=clip_g,
+                model=CLIPTextModel(
+                    width=24, num_heads=3, activation="gelu", projection_width=24, **towers
+                ),
+            ),
+            t5=TextEncoder(
+                tokenizer=t5,
+                model=T5Encoder(
+                    vocabulary_size=t5.vocabulary_size,
+                    width=48,
+                    depth=2,
+                    num_heads=4,
+                    head_width=8,
+                    hidden=64,
+                ),
+            ),
+            empty_prompt="encoded",
+        ),
+        autoencoder=Autoencoder(width=32, multipliers=[1, 2], blocks=1),
+        objective=published_objective(3.0),
+        image_size=32,
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in pipe.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim < 2:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return mmdit.save_diffusers(pipe, tmp_path_factory.mktemp("published") / "tiny")
+
+
+PAINT = {"steps": 8, "guidance": 4.5, "height": 32, "width": 24, "seed": 3}
+
+
+def latents(pipe: Pipeline, prompt: str, **settings: Any) -> torch.Tensor:
+    """What the pipeline would decode."""
+    seen = []
+    handle = pipe.autoencoder.decoder.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    pipe(prompt, **{**PAINT, **settings})
+    handle.remove()
+    return (seen[0] - pipe.autoencoder.shift) * pipe.autoencoder.scale
+
+
+@pytest.mark.parametrize("negative", [None, "a blue dog"])
+@pytest.mark.parametrize("use_t5", [True, False])
+def test_eight_guided_steps_match_diffusers(tiny, negative, use_t5):
+    diffusers = pytest.importorskip("diffusers")
+    ours = mmdit.load_pipeline(tiny, t5_length=20, use_t5=use_t5)
+    absent = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(tiny, **absent)
+    theirs.set_progress_bar_config(disable=True)
+    prompt = "a photo of a red cat"
+    expected = theirs(
+        prompt,
+        negative_prompt=negative,
+        num_inference_steps=PAINT["steps"],
+        guidance_scale=PAINT["guidance"],
+        height=PAINT["height"],
+        width=PAINT["width"],
+        latents=ours.noise([PAINT["seed"]], PAINT["height"], PAINT["width"]),
+        max_sequence_length=20,
+        output_type="latent",
+    ).images
+    actual = latents(ours, prompt, negative_prompt=negative)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_single_file_with_its_tokenizers_beside_it_paints_the_same(tiny, tmp_path):
+    folder = mmdit.load_pipeline(tiny, t5_length=20)
+    path = mmdit.save_single_file(folder, tmp_path / "whole.safetensors")
+    whole = mmdit.load_pipeline(path, t5_length=20, tokenizers=tiny)
+    assert torch.equal(latents(whole, "two cats"), latents(folder, "two cats"))
+    assert whole.state_dict().keys() == folder.state_dict().keys()
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, folder.state_dict()[key]), key
+
+
+def test_a_saved_folder_is_saved_again_bit_for_bit(tiny, tmp_path):
+    again = mmdit.save_diffusers(mmdit.load_pipeline(tiny, t5_length=20), tmp_path / "again")
+    files = {p.relative_to(tiny) for p in tiny.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(again) for p in again.rglob("*") if p.is_file()}
+    for file in files:
+        assert (again / file).read_bytes() == (tiny / file).read_bytes(), file
+
+
+# What a user asks for
+
+
+def test_an_encoder_left_out_is_neither_needed_nor_loaded(tiny, tmp_path):
+    pipe = mmdit.load_pipeline(tiny, t5_length=20)
+    short = mmdit.save_diffusers(pipe.mmdit, tmp_path / "short" / "transformer").parent
+    mmdit.save_diffusers(pipe.autoencoder, short / "vae")
+    bare = mmdit.load_pipeline(
+        short, use_clip_l=False, use_clip_g=False, use_t5=False, t5_length=20
+    )
+    assert not any(bare.text.parameters())
+    condition = bare.text.encode(["a cat"])
+    assert condition.c_ctxt.shape == (1, 77 + 20, 48) and not condition.c_ctxt.any()
+    assert latents(bare, "a cat").isfinite().all()
+    with pytest.raises(UserError, match=r"text\.encoders=.*text\.use_t5=false"):
+        mmdit.load_pipeline(short, use_clip_l=False, use_clip_g=False)
+
+
+def test_each_encoder_left_out_speaks_zeros_in_its_place(tiny):
+    full = mmdit.load_pipeline(tiny, t5_length=20).text.encode(["a red cat"])
+    zeroed = {"clip_l": (slice(0, 77), slice(0, 16)), "clip_g": (slice(0, 77), slice(16, 40))}
+    zeroed["t5"] = (slice(77, None), slice(None))
+    pooled = {"clip_l": slice(0, 16), "clip_g": slice(16, 40), "t5": slice(0, 0)}
+    for name, (tokens, channels) in zeroed.items():
+        text = mmdit.load_pipeline(tiny, t5_length=20, **{f"use_{name}": False}).text
+        expected_ctxt, expected_vec = full.c_ctxt.clone(), full.c_vec.clone()
+        expected_ctxt[:, tokens, channels] = 0
+        expected_vec[:, pooled[name]] = 0
+        said = text.encode(["a red cat"])
+        assert torch.equal(said.c_ctxt, expected_ctxt) and torch.equal(said.c_vec, expected_vec)
+
+
+def test_the_empty_prompt_is_encoded_not_zero(tiny):
+    assert mmdit.load_pipeline(tiny, t5_length=20).text.encode([""]).c_vec.any()
+
+
+def test_a_dtype_is_that_of_every_weight_but_not_of_the_latent_scale(tiny):
+    pipe = mmdit.load_pipeline(tiny, t5_length=20, dtype=torch.bfloat16)
+    assert {p.dtype for p in pipe.parameters()} == {torch.bfloat16}
+    assert pipe.autoencoder.scale.item() == pytest.approx(1.5305, abs=1e-7)
+    half = latents(pipe, "a red cat").float()
+    single = latents(mmdit.load_pipeline(tiny, t5_length=20), "a red cat")
+    assert (half - single).abs().mean() < 0.1 * single.abs().mean()
+
+
+def test_t5_in_float16_keeps_its_wide_layer_in_float32(tiny):
+    t5 = mmdit.load_t5(tiny, dtype=torch.float16)
+    assert {layer.down.weight.dtype for layer in t5.layers} == {torch.float32}
+    assert t5.token_embedding.weight.dtype == torch.float16
+    with torch.no_grad():
+        t5.token_embedding.weight.mul_(2000)  # beyond float16 after one layer
+        assert t5(torch.tensor([[5, 6, 1]])).isfinite().all()
+
+
+def test_the_published_sizes_choose_their_preset():
+    def of(name: str) -> MMDiT:
+        preset = PRESETS[name]
+        with torch.device("meta"):
+            return MMDiT(
+                depth=preset.depth,
+                width=64 * preset.depth,
+                num_heads=preset.depth,
+                qk_norm=preset.qk_norm,
+                dual_attention=range(13) if preset.dual else (),
+            )
+
+    for name in PRESETS:
+        assert chosen_preset(of(name), f"some/{name}.safetensors", None) == name
+        assert chosen_preset(of(name), "some/model.safetensors", name) == name
+    with pytest.raises(UserError, match=r"this is sd3\.5-medium; use preset=sd3\.5-medium"):
+        chosen_preset(of("sd3.5-medium"), "a.safetensors", "sd3-medium")
+
+
+def test_a_preset_that_is_none_is_named(tiny):
+    with pytest.raises(UserError, match=r"preset=sd4 must be one of sd3-medium, sd3\.5-medium"):
+        mmdit.load_pipeline(tiny, preset="sd4")
+
+
+def test_the_shift_is_the_folders_own(tiny, tmp_path):
+    assert mmdit.load_pipeline(tiny, t5_length=20).objective.shift.alpha == 3.0
+    copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"shift": 2.5}))
+    assert mmdit.load_pipeline(copy, t5_length=20).objective.shift.alpha == 2.5
+    path.write_text("[]")
+    with pytest.raises(UserError, match='a number for "shift"'):
+        mmdit.load_pipeline(copy, t5_length=20)
+
+
+def test_two_towers_in_one_source_must_be_told_apart(tiny):
+    with pytest.raises(UserError, match="which='clip_l' or which='clip_g'"):
+        mmdit.load_clip(tiny)
+    assert mmdit.load_clip(tiny, "clip_g").pooled_width == 24
+    assert mmdit.load_clip(tiny / "text_encoder").pooled_width == 16
