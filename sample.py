@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
-from PIL import Image
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -26,11 +27,14 @@ from configs.launch import Verbatim, launch
 from mmdit.checkpoints.native import file_hash
 from mmdit.checkpoints.runs import newest_finished, weights_file
 from mmdit.engine.pictures import save_grid
-from mmdit.engine.precision import autocast, chosen_device
+from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.errors import UserError
 
 log = logging.getLogger("mmdit.sample")
-VERBATIM = ("prompt", "negative_prompt", "prompt_file", "checkpoint", "out")
+VERBATIM = (
+    *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
+    *("text.encoders", "text.tokenizers"),
+)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
@@ -40,39 +44,51 @@ def job(config: DictConfig, text: Verbatim) -> None:
     out = Path(text.get("out") or "samples")
     if out.suffix.lower() == ".png" or out.is_file():
         raise UserError(f"out={out} must be a folder: each picture gets a name of its own in it")
-    weights = find_weights(text.get("checkpoint"), config)
+    if ("image" in text) != (config.strength is not None):
+        raise UserError("image=<file> and strength=<0 to 1> belong together: give both or neither")
+    source = find_source(text.get("checkpoint"), config)
     device = chosen_device(config.device)
-    pipe = mmdit.load_pipeline(weights).to(device)
-    pipe.autocast = autocast(device, config.precision)
+    pipe = load(source, config, text, device)
     for remark in pipe.text.remarks(prompts):
         log.warning("note: %s", remark)
 
+    image = read_image(Path(text["image"]), pipe, config) if "image" in text else None
+    size = (pipe.image_size, pipe.image_size) if image is None else image.shape[:2]
     settings: dict[str, Any] = {
         "negative_prompt": text.get("negative_prompt", ""),
         "steps": pipe.steps if config.steps is None else config.steps,
-        "guidance": pipe.guidance if config.guidance is None else config.guidance,
-        "height": pipe.image_size if config.height is None else config.height,
-        "width": pipe.image_size if config.width is None else config.width,
+        "height": size[0] if config.height is None else config.height,
+        "width": size[1] if config.width is None else config.width,
+        "strength": config.strength,
     }
+    scale = pipe.guidance if config.guidance is None else config.guidance
     pipe.latent_size(settings["height"], settings["width"])
     facts = {
         **settings,
+        "guidance": scale,
+        "guide": OmegaConf.to_container(config.guide),
+        "image": text.get("image"),
         "solver": instantiate(config.solver).func.__name__,
         "precision": config.precision,
         "batch_size": config.batch_size,
-        "weights": str(weights),
-        "weights_sha256": file_hash(weights),
+        "text": OmegaConf.to_container(config.text),
+        "weights": str(source),
+        "weights_sha256": file_hash(source) if isinstance(source, Path) else None,
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__},
     }
     wishes = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     pictures = []
-    with tqdm(total=len(wishes) * settings["steps"], unit="step", disable=None) as bar:
+    strength = 1.0 if config.strength is None else config.strength
+    steps = len(pipe.objective.shift.remaining(settings["steps"], strength=strength)) - 1
+    with tqdm(total=len(wishes) * steps, unit="step", disable=None) as bar:
         for start in range(0, len(wishes), config.batch_size):
             batch = wishes[start : start + config.batch_size]
             pictures.append(
                 pipe(
                     [prompt for prompt, _ in batch],
                     seeds=[seed for _, seed in batch],
+                    image=image,
+                    guidance=instantiate(config.guide, scale=scale),
                     solver=instantiate(config.solver),
                     progress=partial(bar.update, len(batch)),
                     **settings,
@@ -107,22 +123,72 @@ def check_numbers(config: DictConfig) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise UserError(f"{name}={value} must be a whole number, at least {low}")
-    guidance = config.guidance
-    if guidance is not None and (
-        isinstance(guidance, bool) or not isinstance(guidance, int | float)
-    ):
-        raise UserError(f"guidance={guidance} must be a number")
+    for name in ("guidance", "strength"):
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise UserError(f"{name}={value} must be a number")
 
 
-def find_weights(checkpoint: str | None, config: DictConfig) -> Path:
-    """The file to paint with: of `checkpoint`, or of the newest finished run."""
+def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
+    """What to paint with: a weight file of this project, or the name of public weights."""
+    if checkpoint and not mmdit.is_native(checkpoint):
+        if Path(checkpoint).is_dir() and not any(Path(checkpoint).rglob("*.safetensors")):
+            return weights_file(Path(checkpoint), config.weights)  # which says what it lacks
+        return checkpoint
     source = Path(checkpoint) if checkpoint else newest_finished(Path(config.runs))
     if source is None:
         raise UserError(
             f"there is no finished run in {config.runs}/: train one with `python train.py`, "
-            "or give checkpoint=<run folder or file>"
+            "or give checkpoint=<run folder, file or hub id>"
         )
     return weights_file(source, config.weights)
+
+
+def load(
+    source: Path | str, config: DictConfig, text: Verbatim, device: torch.device
+) -> mmdit.Pipeline:
+    """The pipeline on its device. Public weights are cast; those of a run compute in autocast."""
+    flags = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ("clip_l", "clip_g", "t5")}
+    public = {
+        "preset": config.preset,
+        "t5_length": config.text.t5_length,
+        "encoders": text.get("text.encoders"),
+        "tokenizers": text.get("text.tokenizers"),
+        "allow_pickle": config.allow_pickle,
+    }
+    if isinstance(source, Path):
+        pipe = mmdit.load_pipeline(source, device=device, **flags, **public)
+        pipe.autocast = autocast(device, config.precision)
+        return pipe
+    dtype = chosen_dtype(device, config.precision)
+    return mmdit.load_pipeline(source, device=device, dtype=dtype, **flags, **public)
+
+
+def read_image(path: Path, pipe: mmdit.Pipeline, config: DictConfig) -> torch.Tensor:
+    """The picture to start from, uint8 (h, w, 3): upright, on white, of a size that fits.
+
+    It is scaled to height and width where they are given, and cut at its edges to multiples of
+    what the model needs where not.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            layer = picture.convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image={path} cannot be read as a picture: {error}") from error
+    flat = Image.new("RGBA", layer.size, "white")
+    flat.alpha_composite(layer)
+    unit = pipe.autoencoder.factor * pipe.mmdit.patch_size
+    height = config.height or flat.height // unit * unit
+    width = config.width or flat.width // unit * unit
+    pipe.latent_size(height, width)
+    if config.height or config.width:
+        flat = flat.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (flat.width - width) // 2, (flat.height - height) // 2
+    cut = flat.convert("RGB").crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.array(cut))
 
 
 def write(

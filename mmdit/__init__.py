@@ -28,6 +28,7 @@ from mmdit.published import load_published, save_diffusers, save_single_file, wi
 
 __version__ = "0.1.0"
 __all__ = [
+    "Pipeline",
     "UserError",
     "__version__",
     "load_autoencoder",

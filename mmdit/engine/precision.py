@@ -39,8 +39,18 @@ def autocast(device: torch.device, precision: str) -> Autocast:
     Raises:
         UserError: `precision` is none of the three.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"precision {precision!r} must be 'auto', 'bf16' or 'fp32'")
-    if precision == "bf16" or (precision == "auto" and bf16_pays(device)):
+    if chosen_dtype(device, precision) == torch.bfloat16:
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
+
+
+def chosen_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """The dtype of `precision`: 'bf16', 'fp32', or 'auto' (bf16 where it pays).
+
+    Raises:
+        UserError: `precision` is none of the three.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision {precision!r} must be 'auto', 'bf16' or 'fp32'")
+    pays = precision == "bf16" or (precision == "auto" and bf16_pays(device))
+    return torch.bfloat16 if pays else torch.float32
