@@ -33,7 +33,7 @@ from mmdit.errors import UserError
 log = logging.getLogger("mmdit.sample")
 VERBATIM = (
     *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
-    *("text.encoders", "text.tokenizers"),
+    *("autoencoder", "text.encoders", "text.tokenizers"),
 )
 
 
@@ -152,6 +152,7 @@ def load(
     public = {
         "preset": config.preset,
         "t5_length": config.text.t5_length,
+        "autoencoder": text.get("autoencoder"),
         "encoders": text.get("text.encoders"),
         "tokenizers": text.get("text.tokenizers"),
         "allow_pickle": config.allow_pickle,

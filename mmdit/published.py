@@ -76,6 +76,7 @@ def load_published(
     use_clip_g: bool = True,
     use_t5: bool = True,
     t5_length: int | None = None,
+    autoencoder: str | Path | None = None,
     encoders: str | Path | None = None,
     tokenizers: str | Path | None = None,
     allow_pickle: bool = False,
@@ -88,6 +89,7 @@ def load_published(
         dtype: of all weights; None keeps the files'.
         use_clip_l, use_clip_g, use_t5: an encoder left out contributes zeros, and is not loaded.
         t5_length: tokens that T5 reads; the preset's when None.
+        autoencoder: where it is, when not in `source`.
         encoders: where the text encoders are, when not in `source`.
         tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not in `source`.
         allow_pickle: read .ckpt and .pt files, tensors only.
@@ -111,8 +113,11 @@ def load_published(
     assert isinstance(mmdit, MMDiT)
     name = chosen_preset(mmdit, str(source), preset)
     chosen = PRESETS[name]
-    autoencoder = load_model(path, "autoencoder", **load)
-    assert isinstance(autoencoder, Autoencoder)
+    try:
+        vae = load_model(path if autoencoder is None else autoencoder, "autoencoder", **load)
+    except UserError as error:
+        raise UserError(f"{error}. Say where it is with autoencoder=<file or folder>") from None
+    assert isinstance(vae, Autoencoder)
     text = load_text(
         mmdit,
         used,
@@ -121,11 +126,11 @@ def load_published(
         tokenizers=root if tokenizers is None else local(tokenizers, folders),
         load=load,
     )
-    unit = autoencoder.factor * mmdit.patch_size
+    unit = vae.factor * mmdit.patch_size
     return Pipeline(
         mmdit=mmdit,
         text=text,
-        autoencoder=autoencoder,
+        autoencoder=vae,
         objective=published_objective(stored_shift(root, chosen.shift)),
         image_size=min(1024, unit * mmdit.positions.shape[0]),
         steps=chosen.steps,
@@ -208,11 +213,14 @@ def load_text(
             ) from None
         assert isinstance(model, CLIPTextModel | T5Encoder)
         folder = tokenizers / TOKENIZERS[kind]
-        tokenizer = (
-            t5_tokenizer_in(folder, length=t5_length)
-            if kind == "t5"
-            else clip_tokenizer_in(folder, pad_with_end=kind == "clip_l")
-        )
+        tokenizer: CLIPTokenizer | T5Tokenizer
+        try:
+            if kind == "t5":
+                tokenizer = t5_tokenizer_in(folder, length=t5_length)
+            else:
+                tokenizer = clip_tokenizer_in(folder, pad_with_end=kind == "clip_l")
+        except UserError as error:
+            raise UserError(f"{error}. Say where with text.tokenizers=<folder>") from None
         parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
     three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, t5_length)}
     return TextConditioner(**three, empty_prompt="encoded")

@@ -101,6 +101,9 @@ def load(
     with torch.device("meta"), Unfilled():
         module: nn.Module = build(description)
     load_into(module, match, dtype=dtype)
+    if key := match.format.identity:
+        said = "projected" if key in infos else "not projected, or by the identity"
+        log.info("%s: the pooled vector is %s", archive.name, said)
     return module.eval()
 
 
@@ -153,10 +156,7 @@ def without_identity(match: Match) -> dict[str, Info]:
     infos, key = match.infos(), match.format.identity
     if key in infos and len(shape := infos[key].shape) == 2 and shape[0] == shape[1]:
         if torch.equal(match.tensor(key).float(), torch.eye(shape[0])):
-            log.info("%s: %s is the identity, which is left out", match.archive.name, key)
             del infos[key]
-        else:
-            log.info("%s: %s is applied to the pooled vector", match.archive.name, key)
     return infos
 
 
