@@ -20,6 +20,7 @@ from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
+from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "load_autoencoder",
     "load_clip",
+    "load_clip_image",
     "load_controlnet",
     "load_mmdit",
     "load_pipeline",
@@ -91,6 +93,7 @@ def load_mmdit(
     dtype: torch.dtype | None = None,
     num_heads: int | None = None,
     allow_pickle: bool = False,
+    verify: bool = False,
 ) -> MMDiT:
     """The transformer alone; its architecture is read from the file.
 
@@ -98,11 +101,14 @@ def load_mmdit(
         source, weights, dtype: as in `load_pipeline`.
         num_heads: where neither the file nor a config.json tells it.
         allow_pickle: read .ckpt and .pt files, tensors only.
+        verify: compare files with the hashes that are known of them (seconds for gigabytes).
     """
     if is_native(source):
         return load_pipeline(source, weights=weights, dtype=dtype).mmdit
     hints = {} if num_heads is None else {"num_heads": num_heads}
-    module = load_model(source, "mmdit", dtype=dtype, allow_pickle=allow_pickle, **hints)
+    module = load_model(
+        source, "mmdit", dtype=dtype, allow_pickle=allow_pickle, verify=verify, **hints
+    )
     assert isinstance(module, MMDiT)
     return module
 
@@ -113,6 +119,7 @@ def load_autoencoder(
     weights: str = "ema",
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
+    verify: bool = False,
 ) -> Autoencoder:
     """The autoencoder alone, of a text-to-image model or of a run that trained one."""
     if is_native(source):
@@ -123,7 +130,9 @@ def load_autoencoder(
         if not isinstance(module, Autoencoder):
             raise UserError(f"{path} holds a {type(module).__name__}, not an autoencoder")
         return module.to(dtype=dtype)
-    public = load_model(source, "autoencoder", dtype=dtype, allow_pickle=allow_pickle)
+    public = load_model(
+        source, "autoencoder", dtype=dtype, allow_pickle=allow_pickle, verify=verify
+    )
     assert isinstance(public, Autoencoder)
     return public
 
@@ -134,6 +143,7 @@ def load_clip(
     *,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
+    verify: bool = False,
 ) -> CLIPTextModel:
     """A CLIP text tower: `clip(ids) -> (penultimate hidden (b, 77, d), pooled (b, p))`.
 
@@ -148,7 +158,7 @@ def load_clip(
         raise UserError(f"which={which} must be clip_l or clip_g")
     if which is None:
         which = _only_clip(source)
-    module = load_model(source, which, dtype=dtype, allow_pickle=allow_pickle)
+    module = load_model(source, which, dtype=dtype, allow_pickle=allow_pickle, verify=verify)
     assert isinstance(module, CLIPTextModel)
     return module
 
@@ -169,20 +179,45 @@ def _only_clip(source: str | Path) -> str:
     return "clip_l"
 
 
-def load_t5(
+def load_clip_image(
     source: str | Path, *, dtype: torch.dtype | None = None, allow_pickle: bool = False
+) -> CLIPImageModel:
+    """CLIP's image tower, as in openai/clip-vit-large-patch14: `(b, 3, 224, 224) -> (b, p)`."""
+    module = load_model(source, "clip_image", dtype=dtype, allow_pickle=allow_pickle)
+    assert isinstance(module, CLIPImageModel)
+    return module
+
+
+def load_t5(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    verify: bool = False,
 ) -> T5Encoder:
     """The T5 encoder: `t5(ids) -> hidden (b, l, d)`."""
-    module = load_model(source, "t5", dtype=dtype, allow_pickle=allow_pickle)
+    module = load_model(source, "t5", dtype=dtype, allow_pickle=allow_pickle, verify=verify)
     assert isinstance(module, T5Encoder)
     return module
 
 
 def load_controlnet(
-    source: str | Path, *, dtype: torch.dtype | None = None, allow_pickle: bool = False
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    control_type: str | None = None,
+    allow_pickle: bool = False,
+    verify: bool = False,
 ) -> ControlNet:
-    """A ControlNet of SD3.5 Large; `mmdit.models.controlnet.ControlledMMDiT` joins it to a base."""
-    module = load_model(source, "controlnet", dtype=dtype, allow_pickle=allow_pickle)
+    """A ControlNet of SD3.5 Large; `mmdit.models.controlnet.ControlledMMDiT` joins it to a base.
+
+    Args:
+        control_type: 'blur', 'canny' or 'depth'; None takes what the file tells.
+    """
+    hints = {} if control_type is None else {"control_type": control_type}
+    module = load_model(
+        source, "controlnet", dtype=dtype, allow_pickle=allow_pickle, verify=verify, **hints
+    )
     assert isinstance(module, ControlNet)
     return module
 

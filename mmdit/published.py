@@ -80,6 +80,7 @@ def load_published(
     encoders: str | Path | None = None,
     tokenizers: str | Path | None = None,
     allow_pickle: bool = False,
+    verify: bool = False,
 ) -> Pipeline:
     """A pipeline from public weights, in eval mode on the CPU.
 
@@ -93,6 +94,7 @@ def load_published(
         encoders: where the text encoders are, when not in `source`.
         tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not in `source`.
         allow_pickle: read .ckpt and .pt files, tensors only.
+        verify: compare files with the hashes that are known of them (seconds for gigabytes).
 
     Raises:
         UserError: a part is missing, damaged, or does not fit the others.
@@ -108,7 +110,7 @@ def load_published(
     path = local(source, [*folders, "scheduler"])
     root = path if path.is_dir() else path.parent
 
-    load: dict[str, Any] = {"dtype": dtype, "allow_pickle": allow_pickle}
+    load: dict[str, Any] = {"dtype": dtype, "allow_pickle": allow_pickle, "verify": verify}
     mmdit = load_model(path, "mmdit", **load)
     assert isinstance(mmdit, MMDiT)
     name = chosen_preset(mmdit, str(source), preset)

@@ -2,8 +2,7 @@
 
 import io
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +13,10 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
-from mmdit.models.autoencoder import Autoencoder
-from mmdit.models.clip import CLIPTextModel
-from mmdit.models.mmdit import MMDiT
-from mmdit.models.t5 import T5Encoder
+from mmdit.checkpoints.formats import FORMATS
+from mmdit.checkpoints.public import kind_of, slots_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
 class GoldenCase(NamedTuple):
@@ -64,121 +59,29 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def load_renamed() -> Callable[[nn.Module, Mapping[str, Tensor], Sequence[Rule]], None]:
-    """`load_renamed(module, tensors, rules)`: every rule renames, then everything must fit.
-
-    A new name may contain `#qkv`, a fused matrix of which we keep thirds, or `#swap`, the two
-    halves exchanged. Shapes differ by a reshape at most (a convolution over patches is a matrix).
-    """
-
-    def load(module: nn.Module, tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> None:
-        ours: dict[str, Tensor] = {}
-        for key, value in tensors.items():
-            for pattern, replacement in rules:
-                key = re.sub(pattern, replacement, key)
-            if "#swap" in key:
-                value = torch.cat(value.chunk(2)[::-1])
-            parts = value.chunk(3) if "#qkv" in key else (value,)
-            for part, letter in zip(parts, "qkv", strict=False):
-                ours[key.replace("#swap", "").replace("#qkv", letter)] = part
-        wanted = module.state_dict()
-        assert ours.keys() == wanted.keys()
-        module.load_state_dict({key: v.reshape(wanted[key].shape) for key, v in ours.items()})
-
-    return load
+def load_original() -> Callable[[nn.Module, Mapping[str, Tensor]], None]:
+    """`load_original(module, tensors)`: weights in the layout of the published single files."""
+    return lambda module, tensors: load_public(module, tensors, "original")
 
 
 @pytest.fixture
-def load_original(load_renamed) -> Callable[[nn.Module, Mapping[str, Tensor]], None]:
-    """`load_original(module, tensors)`: weights in the layout of the published single files."""
-
-    def load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        match module:
-            case MMDiT():
-                load_renamed(module, tensors, _mmdit(last=len(module.blocks)))
-            case Autoencoder():
-                constants = {"scale": module.scale, "shift": module.shift}
-                load_renamed(module, {**tensors, **constants}, _autoencoder(module))
-            case CLIPTextModel():
-                load_renamed(module, tensors, CLIP)
-            case T5Encoder():
-                # The file stores the embedding twice.
-                once = {k: v for k, v in tensors.items() if k != "shared.weight"}
-                load_renamed(module, once, T5)
-
-    return load
+def load_diffusers() -> Callable[[nn.Module, Mapping[str, Tensor]], None]:
+    """`load_diffusers(module, tensors)`: the state dict of a model of diffusers or transformers."""
+    return lambda module, tensors: load_public(module, tensors, "diffusers")
 
 
-def _mmdit(last: int) -> list[Rule]:
-    return [
-        (r"^x_embedder\.proj", "patch_embedding.proj"),
-        (r"^pos_embed$", "positions"),
-        (r"^t_embedder\.mlp\.0", "timestep_embedding.fc1"),
-        (r"^t_embedder\.mlp\.2", "timestep_embedding.fc2"),
-        (r"^y_embedder\.mlp\.0", "pooled_embedding.fc1"),
-        (r"^y_embedder\.mlp\.2", "pooled_embedding.fc2"),
-        (r"^context_embedder", "context_embedding"),
-        (rf"^joint_blocks\.{last}\.", "last_block."),
-        (r"^joint_blocks\.", "blocks."),
-        (r"\.context_block\.", ".text."),
-        (r"\.x_block\.", ".image."),
-        (r"attn\.qkv", "attention_in.#qkv"),
-        (r"attn2\.qkv", "attention2_in.#qkv"),
-        (r"attn2\.ln_([qk])", r"attention2_in.\1_norm"),
-        (r"attn2\.proj", "attention2_out"),
-        (r"attn\.ln_([qk])", r"attention_in.\1_norm"),
-        (r"attn\.proj", "attention_out"),
-        (r"^final_layer", "output"),
-        (r"adaLN_modulation\.1", "modulation.linear"),
-    ]
-
-
-def _autoencoder(module: Autoencoder) -> list[Rule]:
-    top = len(module.decoder.levels) - 1
-    blocks = len(module.encoder.levels[-1])
-
-    def level(match: re.Match[str]) -> str:  # counted from full resolution there, from z here
-        return f"levels.{top - int(match[1])}"
-
-    return [
-        (r"\bdown\.(\d+)\.block", r"levels.\1"),
-        (r"\bdown\.(\d+)\.downsample", rf"levels.\1.{blocks}"),
-        (r"\bup\.(\d+)\.block", level),
-        (r"\bup\.(\d+)\.upsample", lambda match: f"{level(match)}.{blocks + 1}"),
-        (r"\bmid\.block_1", "middle.0"),
-        (r"\bmid\.attn_1", "middle.1"),
-        (r"\bmid\.block_2", "middle.2"),
-        (r"nin_shortcut", "shortcut"),
-        (r"proj_out", "proj"),
-    ]
-
-
-CLIP: list[Rule] = [
-    (r"^text_model\.", ""),
-    (r"^embeddings\.token_embedding", "token_embedding"),
-    (r"^embeddings\.position_embedding\.weight", "position_embedding"),
-    (r"^encoder\.", ""),
-    (r"self_attn\.([qkv])_proj", r"attention_in.\1"),
-    (r"self_attn\.out_proj", "attention_out"),
-    (r"^final_layer_norm", "final_norm"),
-    (r"layer_norm([12])", r"norm\1"),
-    (r"^text_projection", "projection"),
-]
-
-T5: list[Rule] = [
-    (r"^encoder\.", ""),
-    (r"^embed_tokens", "token_embedding"),
-    (r"^block\.0\.layer\.0\.SelfAttention\.relative_attention_bias", "position_bias.embedding"),
-    (r"^block\.(\d+)\.layer\.0\.layer_norm", r"layers.\1.norm1"),
-    (r"^block\.(\d+)\.layer\.1\.layer_norm", r"layers.\1.norm2"),
-    (r"^block\.(\d+)\.layer\.[01]", r"layers.\1"),
-    (r"SelfAttention\.([qkv])\.weight", r"attention_in.\1.weight"),
-    (r"SelfAttention\.o", "attention_out"),
-    (r"DenseReluDense\.wi_0", "gate"),
-    (r"DenseReluDense\.wi_1", "up"),
-    (r"DenseReluDense\.wo", "down"),
-    (r"^final_layer_norm", "final_norm"),
-]
+def load_public(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> None:
+    """Through the project's own tables; every key must be used."""
+    kind = kind_of(module)
+    format = next(f for f in FORMATS if f.kind == kind and f.layout == layout)
+    slots = slots_of(module, format)
+    beside = {*format.copies, *format.arguments, format.identity}
+    assert tensors.keys() - beside == slots.keys() - beside
+    ours = {
+        name: part for key, slot in slots.items() for name, part in slot.read(tensors[key]).items()
+    }
+    constants = {name: getattr(module, name) for name in format.constants}
+    module.load_state_dict({**ours, **constants})
 
 
 @pytest.fixture

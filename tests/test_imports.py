@@ -17,7 +17,7 @@ FLOORS = [
     {"models"},
     {"text", "checkpoints"},
     {"pipeline"},
-    {"metrics"},
+    {"metrics", "published"},
     {"engine", "mmdit"},  # `mmdit` is the package's own __init__.py: what users import
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

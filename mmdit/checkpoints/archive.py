@@ -3,10 +3,14 @@
 A tensor is a view of the memory-mapped file. Nothing is copied until somebody converts it.
 """
 
+import functools
+import hashlib
 import json
+import logging
 import os
 import re
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +22,19 @@ from torch import Tensor
 
 from mmdit.errors import UserError
 
+log = logging.getLogger("mmdit.checkpoints")
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4}
-BYTES |= {"F32": 4, "F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+HASH = "modelspec.hash_sha256"  # of the header's metadata: of all bytes after the header
+NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
 
 class Info(NamedTuple):
@@ -67,19 +81,26 @@ class PickleArchive(Archive):
 
     def __init__(self, path: Path) -> None:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
         except Exception as error:
             raise UserError(
                 f"{path} cannot be read as a pickled state dict of tensors ({first_line(error)})"
             ) from None
         content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-        tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+        tensors = {
+            str(key): value
+            for key, value in content.items()
+            if isinstance(value, Tensor) and value.layout == torch.strided
+        }
         if not tensors:
             raise UserError(f"{path} holds no state dict of tensors")
+        if others := [str(key) for key in content if str(key) not in tensors]:
+            log.warning("%s: left out, being no tensors: %s", path, ", ".join(others[:10]))
         self.name, self.paths, self.metadata, self._place = path, [path], {}, tensors
-        dtypes = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
         self.infos = {
-            k: Info(tuple(v.shape), dtypes.get(v.dtype, str(v.dtype))) for k, v in tensors.items()
+            k: Info(tuple(v.shape), NAMES.get(v.dtype, str(v.dtype))) for k, v in tensors.items()
         }
 
     def __getitem__(self, key: str) -> Tensor:
@@ -114,8 +135,8 @@ def open_shards(index: Path) -> Archive:
     """
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = sorted({str(name) for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{index} is no index of shards: it has no JSON "weight_map"') from None
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -139,23 +160,29 @@ def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
     Raises:
         UserError: saying what the file is instead, as far as can be told.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(512)
-        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000) or start[8:9] != b"{":
-            raise UserError(f"{path} is no safetensors file: {_what_it_is(start, size)}")
-        file.seek(8)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            if not 2 <= length <= LONGEST_HEADER or start[8:9] != b"{":
+                raise UserError(f"{path} is no safetensors file: {_what_it_is(start, size)}")
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    needed = 8 + length
+    if size >= needed:
         try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            infos = {k: Info(tuple(v["shape"]), v["dtype"]) for k, v in header.items()}
-            needed = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            header = json.loads(text)
+            metadata = {k: str(v) for k, v in header.pop("__metadata__", {}).items()}
+            infos = {k: Info(tuple(v["shape"]), str(v["dtype"])) for k, v in header.items()}
+            needed += max((v["data_offsets"][1] for v in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise UserError(f"{path} has a damaged header: download or copy it again") from None
     if size < needed:
         raise UserError(
-            f"{path} is cut off: it has {size:,} bytes and should have {needed:,}; "
+            f"{path} is cut off: it has {size:,} bytes and should have at least {needed:,}; "
             "download it again"
         )
     return infos, metadata
@@ -184,20 +211,79 @@ def first_line(error: Exception) -> str:
 def write_archive(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a file that appears whole or not at all."""
+    """Write tensors to a file that appears whole or not at all, with their hash in its header.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
     beside = path.with_name(path.name + ".tmp")
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-        beside,
-        metadata={"format": "pt", **(metadata or {})},
-    )
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.rename(path)
+    unknown = "0x" + 64 * "0"
+    try:
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+            beside,
+            metadata={"format": "pt", **(metadata or {}), HASH: unknown},
+        )
+        with beside.open("r+b") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length))
+            header["__metadata__"][HASH] = "0x" + hashlib.file_digest(file, "sha256").hexdigest()
+            # Sorted, because the library's order is another each time.
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= length, "the hash has the length that was kept for it"
+            file.seek(8)
+            file.write(text.ljust(length))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({first_line(error)})") from None
+
+
+def verify_hashes(archive: Archive) -> None:
+    """Compare the content of an archive's files with the hashes that are known of them.
+
+    Known are: of a file in the hub's cache, its name there; of any other, what its header says.
+
+    Raises:
+        UserError: a file has another content.
+    """
+    for path in archive.paths:
+        blob = path.resolve()
+        _, metadata = ({}, {}) if path.suffix in PICKLES else read_header(path)
+        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+            expected, offset = blob.name, 0
+        elif re.fullmatch(r"0x[0-9a-fA-F]{64}", stated := metadata.get(HASH, "")):
+            with path.open("rb") as file:
+                expected, offset = stated[2:].lower(), 8 + struct.unpack("<Q", file.read(8))[0]
+        else:
+            log.info("%s: no hash is known that it could be compared with", path)
+            continue
+        stat = path.stat()
+        if content_hash(path, offset, stat.st_size, stat.st_mtime_ns) != expected:
+            raise UserError(
+                f"{path} is damaged: its content is not what was published or written (its SHA-256 "
+                f"is not {expected[:16]}...). Delete {blob} and download or copy it again"
+            )
+
+
+@functools.cache
+def content_hash(path: Path, offset: int, size: int, changed: int) -> str:
+    """SHA-256 of what follows `offset`; once for the five models of one unchanged file."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shards(
-    folder: Path, stem: str, tensors: Mapping[str, Tensor], *, max_bytes: int = 10_000_000_000
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    max_bytes: int = 10_000_000_000,
 ) -> None:
     """Write `stem.safetensors`, or numbered shards of at most `max_bytes` each and their index."""
     for stale in folder.glob("*.safetensors*"):
@@ -212,12 +298,12 @@ def write_shards(
         shards[-1][key] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        write_archive(folder / f"{stem}.safetensors", shards[0])
+        write_archive(folder / f"{stem}.safetensors", shards[0], metadata)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_archive(folder / name, shard)
+        write_archive(folder / name, shard, metadata)
         weight_map |= dict.fromkeys(shard, name)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 from mmdit.checkpoints.archive import Archive, Info
 from mmdit.checkpoints.tables import Slot
 
@@ -15,52 +17,96 @@ NAMES = {
     "clip_g": "CLIP-G text tower",
     "t5": "T5 encoder",
     "controlnet": "SD3.5 ControlNet",
+    "clip_image": "CLIP image tower",
 }
 
-# Keys that give away what a file is when it is not what was asked for.
-STRANGERS = [
-    (
-        r"lora_|\.lora[._]|\.(lokr|hada)_|\.dora_scale$",
-        "a LoRA or another adapter: it changes a model and is none; load the model itself",
+
+class Trace(NamedTuple):
+    """Keys that give away what a file is, or what was added to it."""
+
+    pattern: str  # searched in the keys
+    what: str
+    own: str = ""  # the formats, as "kind layout", of which it is no stranger
+
+
+UNET = r"^(model\.diffusion_model\.)?(input_blocks|output_blocks|middle_block)\."
+FLUX = r"^(model\.diffusion_model\.)?(double_blocks|single_blocks|single_transformer_blocks)\."
+CODES = "absmax|quant_map|quant_state|qweight|qzeros|SCB|comfy_quant"
+SCALES = "scale_(weight|input)|(weight|input)_scale"
+TRACES = [
+    Trace(
+        r"lora_|\.lora\.|\.(lokr|hada)_|\.dora_scale$",
+        "a LoRA or another adapter, which changes a model and is none",
     ),
-    (
-        r"\.(absmax|quant_map|qweight|qzeros|scale_weight|weight_scale|comfy_quant)\b|^scaled_fp8$",
-        "a quantized model, whose weights are codes; use the fp16, bf16 or plain fp8 file",
+    Trace(
+        rf"\.({CODES}|{SCALES})\b|(^|\.)scaled_fp8$",
+        "a quantized model, whose weights are codes: use the fp16, bf16 or plain fp8 file",
     ),
-    (r"conditioner\.embedders\.", "Stable Diffusion XL (a U-Net), which is another architecture"),
-    (
-        r"(model\.diffusion_model\.)?(input_blocks|output_blocks|middle_block)\.|^(down|up)_blocks\.",
+    Trace(
+        r"(^|\.)exp_avg(_sq)?(\.|$)|^optimizer\.", "the state of an optimizer, which is no model"
+    ),
+    Trace(r"^conditioner\.embedders\.", "Stable Diffusion XL, which is another architecture"),
+    Trace(
+        rf"{UNET}|^(down|mid|up)_blocks?\.|^control_model\.",
         "a U-Net (Stable Diffusion 1, 2 or XL), which is another architecture",
     ),
-    (
-        r"(double_blocks|single_blocks|single_transformer_blocks)\.",
-        "Flux, which is another architecture",
+    Trace(FLUX, "Flux, which is another architecture"),
+    Trace(
+        r"^controlnet_blocks\.",
+        "a ControlNet: load it with load_controlnet",
+        "controlnet original, controlnet diffusers",
     ),
-    (r"controlnet_blocks\.|control_add_embedding\.", "a ControlNet: load it as one"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "the SD3 transformer (original layout)"),
-    (
-        r"transformer_blocks\.\d+\.(attn\.add_|norm1_context)",
+    Trace(
+        r"^(model\.diffusion_model\.)?joint_blocks\.",
+        "the SD3 transformer (original layout)",
+        "mmdit original",
+    ),
+    Trace(
+        r"^transformer_blocks\.\d+\.(attn\.add_|norm1_context\.|ff_context\.)",
         "the SD3 transformer (diffusers layout)",
+        "mmdit diffusers",
     ),
-    (r"vision_model\.|visual\.", "a CLIP image tower"),
-    (r"decoder\.block\.\d+\.layer\.|lm_head\.", "a whole T5 with its decoder: use the encoder"),
-    (r"(text_encoders\.t5xxl\.)?(transformer\.)?encoder\.block\.", "the T5 encoder"),
-    (r"(text_encoders\.clip_[lg]\.)?(transformer\.)?text_model\.", "a CLIP text tower"),
-    (
-        r"(first_stage_model\.)?(encoder\.(down|mid)|decoder\.(up|mid))[._]",
-        "an autoencoder",
+    Trace(r"^(vision_model|visual|visual_projection)\.", "a CLIP image tower: use the text tower"),
+    Trace(r"^(transformer\.)?resblocks\.", "a CLIP in the layout of OpenCLIP: convert it first"),
+    Trace(r"^decoder\.block\.\d+\.layer\.|^lm_head\.", "a T5 decoder: use a file of the encoder"),
+    Trace(
+        r"^(text_encoders\.t5xxl\.transformer\.)?encoder\.block\.\d+\.layer\.",
+        "the T5 encoder",
+        "t5 original, t5 diffusers",
     ),
-    (r"(exp_avg|exp_avg_sq|optimizer)\b", "the state of an optimizer, which is no model"),
+    Trace(
+        r"^(text_encoders\.clip_[lg]\.transformer\.)?text_model\.",
+        "a CLIP text tower",
+        "clip_l original, clip_l diffusers, clip_g original, clip_g diffusers",
+    ),
+    Trace(
+        r"^(first_stage_model\.)?(encoder\.(down|mid)|decoder\.(up|mid))\.",
+        "an autoencoder (original layout)",
+        "autoencoder original",
+    ),
+    Trace(
+        r"^(encoder\.(down|mid)|decoder\.(up|mid))_blocks?\.",
+        "an autoencoder (diffusers layout)",
+        "autoencoder diffusers",
+    ),
 ]
+# Attributes of training wrappers, which stand before every key of what they wrap.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "transformer.", "diffusion_model.", "ema.")
+
+BLOCK = re.compile(r"(?:blocks?|layers|down|up)\.(\d+)\.")
+# What the text stream of every block has, but for that of the last one.
+TEXT_GOES_ON = re.compile(
+    r"blocks\.(\d+)\.(context_block\.(mlp|attn\.proj)\.|ff_context\.|attn\.to_add_out\.)"
+)
+TEXT_MODULATION = re.compile(r"blocks\.(\d+)\.(context_block\.adaLN_modulation|norm1_context)\.")
 
 
 class Faults(NamedTuple):
-    """What does not fit, each as it is shown."""
+    """What does not fit, by key."""
 
     missing: list[str]
     unexpected: list[str]
-    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # key: (is, should be)
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # (is, should be)
     mistyped: dict[str, str]
 
     def __bool__(self) -> bool:
@@ -73,33 +119,62 @@ def explain_stranger(archive: Archive, kind: str) -> str:
     what = f"{archive.name} holds no {NAMES[kind]}"
     if not keys:
         return f"{what}: it holds no tensors at all"
-    for wrapper in WRAPPERS:
-        bare = [key.removeprefix(wrapper) for key in keys]
-        if all(key.startswith(wrapper) for key in keys) and (found := recognize(bare)):
+    if found := recognize(keys):
+        return f"{what}; what it holds is {found}"
+    wrapper = ""
+    while more := next((w for w in WRAPPERS if all(k.startswith(wrapper + w) for k in keys)), ""):
+        wrapper += more
+        if found := recognize(key.removeprefix(wrapper) for key in keys):
             return (
                 f"{what} under a known name: all keys begin with {wrapper!r}, as training wrappers "
-                f"leave them; without that prefix it would be {found}. Strip it and save again"
+                f"leave them; without it, it would be {found}. Strip that prefix and save again"
             )
-    if found := recognize(keys):
-        return f"{what}; it looks like {found}"
     return f"{what}, nor anything known; its keys begin with {', '.join(sorted(keys)[:5])}"
 
 
-def recognize(keys: Iterable[str]) -> str | None:
-    """What a file with these keys probably is."""
+def recognize(keys: Iterable[str], own: str = "") -> str | None:
+    """What keys are probably those of, if not of the format `own`."""
     keys = list(keys)
-    for pattern, what in STRANGERS:
-        compiled = re.compile(pattern)
-        if any(compiled.search(key) if "^" in pattern else compiled.match(key) for key in keys):
-            return what
-    compiled = re.compile(STRANGERS[0][0])
-    return STRANGERS[0][1] if any(compiled.search(key) for key in keys) else None
+    for trace in TRACES:
+        compiled = re.compile(trace.pattern)
+        if own not in trace.own.split(", ") and any(compiled.search(key) for key in keys):
+            return trace.what
+    return None
+
+
+def explain_infinite(name: object, keys: Sequence[str], dtype: torch.dtype | None) -> str:
+    """Message for weights that are not finite, or not in the `dtype` that they were asked for."""
+    what = f"{name}: {len(keys)} tensors have values that are"
+    told = f"{', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}"
+    if dtype is not None:
+        return (
+            f"{what} too large for {str(dtype).removeprefix('torch.')}: {told}. "
+            "Use bfloat16 or float32. Nothing was loaded"
+        )
+    return (
+        f"{what} NaN or infinite: {told}. The training that wrote them diverged, or the file is "
+        "damaged. Nothing was loaded"
+    )
 
 
 def explain_faults(
-    source: object, what: str, faults: Faults, slots: Mapping[str, Slot], infos: Mapping[str, Info]
+    source: object,
+    what: str,
+    own: str,
+    faults: Faults,
+    slots: Mapping[str, Slot],
+    infos: Mapping[str, Info],
 ) -> str:
-    """The first ten keys of each fault, and the likely cause."""
+    """The first ten keys of each fault, and the likely cause.
+
+    Args:
+        source: the file.
+        what: the model that it should be.
+        own: its format, "kind layout".
+        faults: what differs.
+        slots: what the model needs.
+        infos: what the file has.
+    """
     shown = {
         "missing": faults.missing,
         "unexpected": faults.unexpected,
@@ -114,38 +189,33 @@ def explain_faults(
         for fault, keys in shown.items()
         if keys
     )
-    cause = likely_cause(faults, slots, infos)
+    if stranger := recognize(faults.unexpected, own):
+        cause = f"The unexpected keys are those of {stranger}"
+    else:
+        cause = likely_cause(faults, slots, infos)
     return f"{source} does not fit {what}: {told}. {cause}. Nothing was loaded"
 
 
 def likely_cause(faults: Faults, slots: Mapping[str, Slot], infos: Mapping[str, Info]) -> str:
     """One sentence: what probably happened to the file."""
-    for pattern, what in STRANGERS[:2]:
-        if any(re.search(pattern, key) for key in faults.unexpected):
-            return f"The unexpected keys are those of {what}"
     if faults.mistyped:
         return "Its weights are integers or codes: a quantized model is not read here"
     if renamed := _renamed(faults, infos, slots):
         return "It looks as if keys were renamed: " + ", ".join(
             f"{new} for {old}" for old, new in renamed[:3]
         )
-    transposed = [k for k, (has, needs) in faults.misshapen.items() if has == needs[::-1]]
-    if transposed and len(transposed) == len(faults.misshapen):
-        return f"{'It is' if len(transposed) == 1 else 'They are'} transposed"
-    if cut := _last_block(faults):
-        return cut
-    if faults.missing and not faults.unexpected and not faults.misshapen:
-        blocks = sorted({m[0] for key in faults.missing if (m := re.search(r"blocks?\.\d+", key))})
-        if len(blocks) == 1:
-            return f"The file is incomplete: tensors of {blocks[0]} were left out when it was saved"
-        if len(faults.missing) > 0.9 * len(slots):
-            return "Nearly all is missing: it is another model, or a part of one"
-        return "The file is incomplete: tensors were left out when it was saved"
-    if faults.unexpected and not faults.missing and not faults.misshapen:
+    if cause := _ends(faults, slots):
+        return cause
+    missing, unexpected, misshapen = (bool(part) for part in faults[:3])
+    if missing and not unexpected and not misshapen:
+        return _incomplete(faults.missing, slots)
+    if unexpected and not missing and not misshapen:
         first = faults.unexpected[0].split(".")[0]
         return f"Something was added to the model ({first}...), which it would not use"
-    if faults.misshapen and not faults.missing and not faults.unexpected:
-        return "Tensors of another model, or resized ones, are mixed in"
+    if misshapen and not missing and not unexpected:
+        return _resized(faults)
+    if missing and misshapen and not unexpected:
+        return f"{_incomplete(faults.missing, slots)}, and others are those of another model"
     return "It is another variant of the model, or a mixture of two"
 
 
@@ -153,7 +223,7 @@ def _renamed(
     faults: Faults, infos: Mapping[str, Info], slots: Mapping[str, Slot]
 ) -> list[tuple[str, str]]:
     """Pairs (missing key, unexpected key of the same shape and nearly the same name)."""
-    if not faults.missing or len(faults.missing) != len(faults.unexpected):
+    if faults.misshapen or len(faults.missing) != len(faults.unexpected):
         return []
     pairs = []
     for key in faults.missing[:50]:
@@ -165,18 +235,46 @@ def _renamed(
     return pairs
 
 
-def _last_block(faults: Faults) -> str | None:
-    """The text stream of the last block is short; a longer one says that blocks are missing."""
-    longer: Sequence[str] = [
-        key
-        for key in faults.unexpected
-        if re.search(
-            r"blocks\.\d+\.(context_block\.(mlp|attn\.proj)|ff_context|attn\.to_add_out)", key
-        )
-    ]
-    if longer and (match := re.search(r"blocks\.(\d+)\.", longer[0])):
+def _ends(faults: Faults, slots: Mapping[str, Slot]) -> str | None:
+    """The text stream of the last block is short, which tells where the last block was."""
+    last = max((int(m[1]) for key in slots if (m := BLOCK.search(key))), default=0)
+    goes_on = {int(m[1]) for key in faults.unexpected if (m := TEXT_GOES_ON.search(key))}
+    stops = {int(m[1]) for key in faults.missing if (m := TEXT_GOES_ON.search(key))}
+    short = {int(m[1]) for key in faults.misshapen if (m := TEXT_MODULATION.search(key))}
+    if inner := sorted(i for i in stops & short if i < last):
         return (
-            f"Block {match[1]} is the last one there but not a last block (its text goes on): "
-            "the blocks after it are missing"
+            f"Block {inner[0]} is a last block (its text ends there), but another follows it: "
+            "blocks were added, or put in another order"
+        )
+    if last in goes_on:
+        return (
+            f"Block {last} is the last one there but not a last block (its text goes on): the "
+            "blocks after it are missing"
         )
     return None
+
+
+def _incomplete(missing: Sequence[str], slots: Mapping[str, Slot]) -> str:
+    if len(missing) > 0.9 * len(slots):
+        return "Nearly all is missing: it is another model, or a part of one"
+    blocks = {key[: m.end() - 1] for key in missing if (m := BLOCK.search(key))}
+    if len(blocks) != 1 or not all(BLOCK.search(key) for key in missing):
+        return "The file is incomplete: tensors were left out when it was saved"
+    block = blocks.pop()
+    if len(missing) == sum(key.startswith(f"{block}.") for key in slots):
+        return f"The file is incomplete: {block} is missing altogether"
+    return f"The file is incomplete: tensors of {block} were left out when it was saved"
+
+
+def _resized(faults: Faults) -> str:
+    shapes = list(faults.misshapen.values())
+    if all(len(has) > 1 and has == needs[::-1] for has, needs in shapes):
+        return f"{'It is' if len(shapes) == 1 else 'They are'} transposed"
+    if all(
+        key.endswith("pos_embed") and has[-1:] == needs[-1:]
+        for key, (has, needs) in faults.misshapen.items()
+    ):
+        return "The position table is not square: it was cropped or resized"
+    if all(has[1:] == needs[1:] and has[:1] < needs[:1] for has, needs in shapes):
+        return "Rows were cut off: the tensors are a part of the model's, or a smaller model's"
+    return "Tensors of another model, or resized ones, are mixed in"

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdit.checkpoints.archive import write_shards
 from mmdit.checkpoints.formats import Description
-from mmdit.checkpoints.public import exported, kind_of
+from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.errors import UserError
 from mmdit.registry import describe
 
@@ -61,7 +61,14 @@ def hints_of(kind: str, config: Config) -> Description:
         "clip_l": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
         "clip_g": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
     }.get(kind, {})
-    return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    hints = {}
+    for theirs, ours in names.items():
+        value = config.get(theirs)
+        if theirs in config and not isinstance(value, str if ours == "activation" else int | float):
+            raise UserError(f"config.json: {theirs} is {value!r}, which is no {ours}")
+        if theirs in config:
+            hints[ours] = value
+    return hints
 
 
 def check_config(kind: str, module: nn.Module, config: Config, folder: Path) -> None:
@@ -74,7 +81,7 @@ def check_config(kind: str, module: nn.Module, config: Config, folder: Path) -> 
     differing = [
         f"{key} is {config[key]}, but the weights have {value}"
         for key, value in ours.items()
-        if not key.startswith("_") and config.get(key, value) not in (value, None)
+        if not key.startswith("_") and config.get(key, value) != value
     ]
     if differing:
         raise UserError(
@@ -123,14 +130,11 @@ def config_of(kind: str, module: nn.Module) -> Config:
                 "_class_name": CLASSES[kind],
                 "attention_head_dim": a["width"] // a["num_heads"],
                 "in_channels": a["latent_channels"],
-                "joint_attention_dim": None,
                 "num_attention_heads": a["num_heads"],
                 "num_layers": a["depth"],
                 "out_channels": a["latent_channels"],
                 "patch_size": a["patch_size"],
                 "pooled_projection_dim": a["pooled_width"],
-                "pos_embed_max_size": None,
-                "pos_embed_type": None,
                 "use_pos_embed": False,
             }
         case "clip_l" | "clip_g":
@@ -170,6 +174,9 @@ HABITS: dict[str, Config] = {
         "_diffusers_version": VERSION,
         "caption_projection_dim": 2048,
         "force_zeros_for_pooled_projection": False,
+        "joint_attention_dim": None,
+        "pos_embed_max_size": None,
+        "pos_embed_type": None,
     },
     "autoencoder": {
         "_diffusers_version": VERSION,
@@ -200,7 +207,8 @@ def write_model(module: nn.Module, folder: Path, *, max_bytes: int = 10_000_000_
         config["architectures"] = [CLASSES[kind]]
         config["torch_dtype"] = str(next(module.parameters()).dtype).removeprefix("torch.")
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
-    write_shards(folder, stem, dict(exported(module, "diffusers")), max_bytes=max_bytes)
+    tensors, metadata = dict(exported(module, "diffusers")), descriptions({kind: module})
+    write_shards(folder, stem, tensors, metadata, max_bytes=max_bytes)
     write_json(folder / "config.json", config)
 
 

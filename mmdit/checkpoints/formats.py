@@ -5,6 +5,7 @@ prefix (`model.diffusion_model.`, `first_stage_model.`, ...) or stands bare in a
 "diffusers" is the layout of folders with one subfolder per model.
 """
 
+import logging
 import math
 import re
 from collections import Counter
@@ -19,6 +20,8 @@ from mmdit.checkpoints.archive import Info
 from mmdit.checkpoints.tables import SWAPPED, Rule, reshaped, rows
 from mmdit.errors import UserError
 from mmdit.models.controlnet import CONTROL_RANGES
+
+log = logging.getLogger("mmdit.checkpoints")
 
 Infos = Mapping[str, Info]
 Description = dict[str, Any]
@@ -85,42 +88,68 @@ def mmdit_reader(names: Mapping[str, str]) -> Callable[[Infos, Description], Des
     """
 
     def describe(infos: Infos, hints: Description) -> Description:
-        widths = [
+        widths = Counter(
             shape[axis]
-            for key, axis in (("patch", 0), ("context", 0), ("fc2", 0), ("output", 1))
-            for shape in shapes(infos, names[key])
-        ]
+            for key, axis, dims in (
+                ("patch", 0, 4),
+                ("context", 0, 2),
+                ("fc2", 0, 2),
+                ("output", 1, 2),
+            )
+            for shape in shapes(infos, names[key], dims)
+        )
         if not widths:
             raise UserError("none of the tensors that tell an MMDiT's width is there")
-        width = Counter(widths).most_common(1)[0][0]
-        patches = [shape for shape in shapes(infos, names["patch"]) if len(shape) == 4]
+        width = widths.most_common(1)[0][0]
+        patches = shapes(infos, names["patch"], 4)
         _, channels, p, _ = patches[0] if patches else (width, 16, 2, 2)
-        depth = 1 + max(int(key) for key in numbers(infos, names["block"]))
-        sides = [math.isqrt(shape[-2]) for shape in shapes(infos, names["positions"])]
-        norms = Counter(shape[0] for shape in shapes(infos, names["q_norm"]))
-        hidden = Counter(shape[0] for shape in shapes(infos, names["mlp"]))
+        depth = count(infos, names["block"])
+        sides = [math.isqrt(shape[-2]) for shape in shapes(infos, names["positions"], 3)]
+        norms = Counter(shape[0] for shape in shapes(infos, names["q_norm"], 1))
+        qk_norm = norms.total() > 2 * depth  # of the 4 that every block has then
+        hidden = Counter(shape[0] for shape in shapes(infos, names["mlp"], 2))
+        # A second attention shows in its own tensors and in the nine parts of the modulation.
+        dual = {int(key) for key in numbers(infos, names["dual"])} | {
+            int(match[1])
+            for key, info in infos.items()
+            if (match := re.fullmatch(names["modulation"], key)) and info.shape[:1] == (9 * width,)
+        }
         return {
             "class": "MMDiT",
             "depth": depth,
             "width": width,
-            "num_heads": heads("MMDiT", width, depth, norms, hints),
+            "num_heads": heads("MMDiT", width, depth, norms if qk_norm else {}, hints),
             "mlp_ratio": hidden.most_common(1)[0][0] / width if hidden else 4.0,
             "latent_channels": channels,
             "patch_size": p,
-            "context_width": next((s[1] for s in shapes(infos, names["context"])), 4096),
-            "pooled_width": next((s[1] for s in shapes(infos, names["pooled"])), 2048),
-            "qk_norm": bool(norms),
-            "dual_attention": sorted({int(key) for key in numbers(infos, names["dual"])}),
+            "context_width": next((s[1] for s in shapes(infos, names["context"], 2)), 4096),
+            "pooled_width": next((s[1] for s in shapes(infos, names["pooled"], 2)), 2048),
+            "qk_norm": qk_norm,
+            "dual_attention": sorted(i for i in dual if i < depth - 1),
             "position_size": sides[0] if sides else 192,
         }
 
     return describe
 
 
-def shapes(infos: Infos, pattern: str) -> list[tuple[int, ...]]:
-    """Shapes of the tensors whose whole key matches."""
+def shapes(infos: Infos, pattern: str, dims: int) -> list[tuple[int, ...]]:
+    """Shapes of the tensors whose whole key matches, but for empty ones and those of other dims."""
     compiled = re.compile(pattern)
-    return [info.shape for key, info in infos.items() if compiled.fullmatch(key)]
+    return [
+        info.shape
+        for key, info in infos.items()
+        if len(info.shape) == dims and all(info.shape) and compiled.fullmatch(key)
+    ]
+
+
+def count(infos: Infos, pattern: str) -> int:
+    """How many blocks there are, by the number in their keys.
+
+    A number is believed when at least half of those up to it are there: a block that is missing
+    still counts, a stray `blocks.999999` does not.
+    """
+    there = sorted({int(number) for number in numbers(infos, pattern)})
+    return 1 + max((n for i, n in enumerate(there, start=1) if n < 2 * i), default=0)
 
 
 def numbers(infos: Infos, pattern: str) -> list[str]:
@@ -131,10 +160,10 @@ def numbers(infos: Infos, pattern: str) -> list[str]:
 
 def heads(name: str, width: int, depth: int, norms: Mapping[int, int], hints: Description) -> int:
     """Number of attention heads: no shape tells it, unless the heads are normalized."""
-    if "num_heads" in hints:
-        return int(hints["num_heads"])
     if norms:
-        return width // max(norms, key=lambda size: norms[size])
+        return max(1, width // max(norms, key=lambda size: norms[size]))
+    if "num_heads" in hints:
+        return hints["num_heads"]
     if width == 64 * depth:  # the paper's rule (Sec. 4)
         return depth
     raise UserError(
@@ -218,18 +247,16 @@ def autoencoder_reader(level: str, block: str) -> Callable[[Infos, Description],
     """Reader of an autoencoder's architecture, given what a format calls levels and blocks."""
 
     def describe(infos: Infos, hints: Description) -> Description:
-        width = next((s[0] for s in shapes(infos, r"encoder\.conv_in\.weight")), 128)
-        channels = next((s[0] // 2 for s in shapes(infos, r"encoder\.conv_out\.weight")), 16)
-        top = max(int(i) for i in numbers(infos, rf"encoder\.{level}\.(\d+)\."))
-        multipliers = [
-            max(
-                (s[0] for s in shapes(infos, rf"encoder\.{level}\.{i}\.{block}\.\d+\.conv1\.bias")),
-                default=width,
-            )
-            // width
-            for i in range(top + 1)
+        width = next((s[0] for s in shapes(infos, r"encoder\.conv_in\.weight", 4)), 128)
+        channels = next((s[0] // 2 for s in shapes(infos, r"encoder\.conv_out\.weight", 4)), 16)
+        convolutions = [
+            shapes(infos, rf"encoder\.{level}\.{i}\.{block}\.\d+\.conv1\.weight", 4)
+            for i in range(count(infos, rf"encoder\.{level}\.(\d+)\."))
         ]
-        blocks = [int(j) for j in numbers(infos, rf"encoder\.{level}\.\d+\.{block}\.(\d+)\.")]
+        multipliers = [
+            max(1, Counter(s[0] for s in level or [(width,)]).most_common(1)[0][0] // width)
+            for level in convolutions
+        ]
         if channels != 16 and "scale" not in hints:
             raise UserError(
                 f"an autoencoder of {channels} channels: the file tells neither scale nor shift of "
@@ -240,7 +267,7 @@ def autoencoder_reader(level: str, block: str) -> Callable[[Infos, Description],
             "latent_channels": channels,
             "width": width,
             "multipliers": multipliers,
-            "blocks": 1 + max(blocks, default=1),
+            "blocks": count(infos, rf"encoder\.{level}\.\d+\.{block}\.(\d+)\."),
             "scale": hints.get("scale", 1.5305),
             "shift": hints.get("shift", 0.0609),
         }
@@ -297,11 +324,13 @@ MATRIX = reshaped(lambda ours: ours[:2])
 
 def read_clip(infos: Infos, hints: Description) -> Description:
     """Architecture of a text tower. Activation and heads leave no trace in the shapes."""
-    positions = shapes(infos, r"text_model\.embeddings\.position_embedding\.weight")
-    tokens = shapes(infos, r"text_model\.embeddings\.token_embedding\.weight")
-    norms = shapes(infos, r"text_model\.encoder\.layers\.\d+\.layer_norm1\.weight")
-    projections = shapes(infos, r"text_projection\.weight")
-    width = Counter([shape[0] for shape in norms]).most_common(1)[0][0]
+    positions = shapes(infos, r"text_model\.embeddings\.position_embedding\.weight", 2)
+    tokens = shapes(infos, r"text_model\.embeddings\.token_embedding\.weight", 2)
+    norms = shapes(infos, r"text_model\.encoder\.layers\.\d+\.layer_norm1\.weight", 1)
+    projections = shapes(infos, r"text_projection\.weight", 2)
+    if not norms:
+        raise UserError("none of the tensors that tell a CLIP text tower's width is there")
+    width = Counter(shape[0] for shape in norms).most_common(1)[0][0]
     known = {768: "quick_gelu", 1280: "gelu"}
     if "activation" not in hints and width not in known:
         raise UserError(
@@ -312,8 +341,8 @@ def read_clip(infos: Infos, hints: Description) -> Description:
         "class": "CLIPTextModel",
         "vocabulary_size": tokens[0][0] if tokens else 49408,
         "width": width,
-        "depth": 1 + max(int(i) for i in numbers(infos, r"text_model\.encoder\.layers\.(\d+)\.")),
-        "num_heads": hints.get("num_heads", width // 64),
+        "depth": count(infos, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_heads": hints.get("num_heads", max(1, width // 64)),
         "length": positions[0][0] if positions else 77,
         "activation": hints.get("activation", known.get(width)),
         "projection_width": projections[0][0] if projections else None,
@@ -334,24 +363,60 @@ def clip(_: Description) -> list[Rule]:
     ]
 
 
+def read_clip_image(infos: Infos, hints: Description) -> Description:
+    """Architecture of the image tower."""
+    patches = shapes(infos, r"vision_model\.embeddings\.patch_embedding\.weight")
+    positions = shapes(infos, r"vision_model\.embeddings\.position_embedding\.weight")
+    projections = shapes(infos, r"visual_projection\.weight")
+    if not patches or len(patches[0]) != 4:
+        raise UserError("vision_model.embeddings.patch_embedding.weight, a convolution, is missing")
+    width, _, p, _ = patches[0]
+    layers = numbers(infos, r"vision_model\.encoder\.layers\.(\d+)\.")
+    return {
+        "class": "CLIPImageModel",
+        "image_size": p * math.isqrt(positions[0][0] - 1) if positions else 224,
+        "patch_size": p,
+        "width": width,
+        "depth": 1 + max(int(i) for i in layers),
+        "num_heads": hints.get("num_heads", width // 64),
+        "projection_width": projections[0][0] if projections else 768,
+    }
+
+
+def clip_image(_: Description) -> list[Rule]:
+    """The half of openai/clip-vit-large-patch14 that sees."""
+    return [
+        Rule(r"^position_embedding", "embeddings.position_embedding.weight"),
+        Rule(r"^(class|patch)_embedding", r"embeddings.\1_embedding"),
+        Rule(r"^layers\.", "encoder.layers."),
+        Rule(r"attention_in\.([qkv])", r"self_attn.\1_proj"),
+        Rule(r"attention_out", "self_attn.out_proj"),
+        Rule(r"\.norm([12])", r".layer_norm\1"),
+        Rule(r"^first_norm", "pre_layrnorm"),
+        Rule(r"^final_norm", "post_layernorm"),
+        Rule(r"^(?!projection)", "vision_model."),
+        Rule(r"^projection", "visual_projection"),
+    ]
+
+
 def read_t5(infos: Infos, hints: Description) -> Description:
     """Architecture of the encoder, all of it in the shapes."""
     block = r"encoder\.block\.\d+\.layer\."
     width, hidden = (
-        Counter(s[axis] for s in shapes(infos, block + r"1\.DenseReluDense\.wi_0\.weight"))
+        Counter(s[axis] for s in shapes(infos, block + r"1\.DenseReluDense\.wi_0\.weight", 2))
         for axis in (1, 0)
     )
-    inner = Counter(s[0] for s in shapes(infos, block + r"0\.SelfAttention\.q\.weight"))
-    bias = shapes(infos, block + r"0\.SelfAttention\.relative_attention_bias\.weight")
+    inner = Counter(s[0] for s in shapes(infos, block + r"0\.SelfAttention\.q\.weight", 2))
+    bias = shapes(infos, block + r"0\.SelfAttention\.relative_attention_bias\.weight", 2)
     if not (width and inner):
         raise UserError("none of the tensors that tell a T5 encoder's sizes is there")
-    tokens = shapes(infos, r"shared\.weight|encoder\.embed_tokens\.weight")
+    tokens = shapes(infos, r"shared\.weight|encoder\.embed_tokens\.weight", 2)
     num_heads = bias[0][1] if bias else 64
     return {
         "class": "T5Encoder",
         "vocabulary_size": tokens[0][0] if tokens else 32128,
         "width": width.most_common(1)[0][0],
-        "depth": 1 + max(int(i) for i in numbers(infos, r"encoder\.block\.(\d+)\.")),
+        "depth": count(infos, r"encoder\.block\.(\d+)\."),
         "num_heads": num_heads,
         "head_width": inner.most_common(1)[0][0] // num_heads,
         "hidden": hidden.most_common(1)[0][0],
@@ -383,17 +448,23 @@ def t5(_: Description) -> list[Rule]:
 
 def read_controlnet(infos: Infos, hints: Description) -> Description:
     """Architecture of a ControlNet of the 8B kind."""
-    widths = Counter(
-        shape[0]
-        for shape in shapes(infos, r"controlnet_blocks\.\d+\.weight|pos_embed_input\.proj\.weight")
+    widths = Counter(s[0] for s in shapes(infos, r"controlnet_blocks\.\d+\.weight", 2))
+    patches = shapes(infos, r"pos_embed_input\.proj\.weight", 4)
+    hidden = Counter(
+        s[0]
+        for s in shapes(infos, r"transformer_blocks\.\d+\.(mlp\.fc1|ff\.net\.0\.proj)\.weight", 2)
     )
-    patches = shapes(infos, r"pos_embed_input\.proj\.weight")
-    hidden = shapes(infos, r"transformer_blocks\.\d+\.(mlp\.fc1|ff\.net\.0\.proj)\.weight")
-    pooled = shapes(infos, r"time_text_embed\.text_embedder\.linear_1\.weight")
+    pooled = shapes(infos, r"time_text_embed\.text_embedder\.linear_1\.weight", 2)
     if not widths:
         raise UserError("none of the tensors that tell a ControlNet's width is there")
+    if "control_type" not in hints:
+        log.warning(
+            "this ControlNet does not tell its control_type (%s): taken as blur, which is treated "
+            "like depth; give control_type= otherwise",
+            ", ".join(CONTROL_RANGES),
+        )
     width = widths.most_common(1)[0][0]
-    depth = 1 + max(int(i) for i in numbers(infos, r"controlnet_blocks\.(\d+)\."))
+    depth = count(infos, r"controlnet_blocks\.(\d+)\.")
     if "num_heads" not in hints and width % 64:
         raise UserError(
             f"a ControlNet of width {width}: the file does not tell the number of heads, and its "
@@ -404,17 +475,24 @@ def read_controlnet(infos: Infos, hints: Description) -> Description:
         "depth": depth,
         "width": width,
         "num_heads": hints.get("num_heads", width // 64),
-        "mlp_ratio": hidden[0][0] / width if hidden else 4.0,
+        "mlp_ratio": hidden.most_common(1)[0][0] / width if hidden else 4.0,
         "latent_channels": patches[0][1] if patches else 16,
         "patch_size": patches[0][2] if patches else 2,
         "pooled_width": pooled[0][1] if pooled else 2048,
-        **{name: hints[name] for name in ("control_type",) if name in hints},
+        "control_type": hints.get("control_type", "blur"),
     }
+
+
+def read_control_type(tensor: Tensor) -> str:
+    """Name of the number that the public files store; of another number, the number."""
+    stored = tensor.flatten()[:1].tolist()
+    names = [name for i, name in enumerate(CONTROL_RANGES) if stored == [i]]
+    return names[0] if names else f"number {stored}"
 
 
 CONTROL_TYPE = Argument(
     "control_type",
-    lambda tensor: dict(enumerate(CONTROL_RANGES)).get(int(tensor), f"number {int(tensor)}"),
+    read_control_type,
     lambda name: torch.tensor([list(CONTROL_RANGES).index(name)], dtype=torch.int32),
 )
 
@@ -465,6 +543,7 @@ ORIGINAL_NAMES = {
     "q_norm": r"joint_blocks\.\d+\.\w+\.attn\.ln_[qk]\.weight",
     "mlp": r"joint_blocks\.\d+\.\w+\.mlp\.fc1\.weight",
     "dual": r"joint_blocks\.(\d+)\.x_block\.attn2\.",
+    "modulation": r"joint_blocks\.(\d+)\.x_block\.adaLN_modulation\.1\.weight",
 }
 DIFFUSERS_NAMES = {
     "patch": r"pos_embed\.proj\.weight",
@@ -477,6 +556,7 @@ DIFFUSERS_NAMES = {
     "q_norm": r"transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]\.weight",
     "mlp": r"transformer_blocks\.\d+\.ff(?:_context)?\.net\.0\.proj\.weight",
     "dual": r"transformer_blocks\.(\d+)\.attn2\.",
+    "modulation": r"transformer_blocks\.(\d+)\.norm1\.linear\.weight",
 }
 OLD_BUFFERS = (r"(text_model\.)?embeddings\.position_ids", r"logit_scale")
 
@@ -569,5 +649,20 @@ FORMATS = [
         mark=r"controlnet_blocks\.\d+\.",
         describe=read_controlnet,
         rules=diffusers_controlnet,
+    ),
+    Format(
+        kind="clip_image",
+        layout="diffusers",
+        prefixes=("",),
+        mark=r"vision_model\.encoder\.layers\.\d+\.",
+        describe=read_clip_image,
+        rules=clip_image,
+        # The other half, which reads.
+        extras=(
+            r"text_model\..*",
+            r"text_projection\.weight",
+            r"logit_scale",
+            r"vision_model\.embeddings\.position_ids",
+        ),
     ),
 ]

@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmdit.checkpoints.archive import Archive, Info
-from mmdit.checkpoints.diagnosis import NAMES, Faults, explain_faults, explain_stranger
+from mmdit.checkpoints.diagnosis import (
+    NAMES,
+    Faults,
+    explain_faults,
+    explain_infinite,
+    explain_stranger,
+)
 from mmdit.checkpoints.formats import FORMATS, Description, Format
 from mmdit.checkpoints.tables import Slot, correspondence
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
-from mmdit.models.controlnet import ControlNet
+from mmdit.models.clip_image import CLIPImageModel
+from mmdit.models.controlnet import ControlNet, ParallelControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.registry import build, describe
@@ -89,22 +96,35 @@ def load(
     match = find(archive, kind)
     if match is None:
         raise UserError(explain_stranger(archive, kind))
-    infos = without_identity(match)
-    own = json.loads(archive.metadata.get(ENTRY, "{}")).get(kind, {})
+    infos, hints = without_identity(match), hints or {}
+    own = own_description(archive, kind)
     stored = {
         argument.name: argument.read(match.tensor(key))
         for key, argument in match.format.arguments.items()
         if key in infos
     }
-    hints = {**own, **stored, **(hints or {})}
-    description = {**match.format.describe(infos, hints), **hints}
-    with torch.device("meta"), Unfilled():
-        module: nn.Module = build(description)
+    try:
+        told = match.format.describe(infos, {**own, **stored, **hints})
+        for name, value in hints.items():
+            if told.get(name, value) != value:
+                raise UserError(f"{name} {value} contradicts the weights, which have {told[name]}")
+        with torch.device("meta"), Unfilled():
+            module: nn.Module = build({**own, **stored, **hints, **told})
+    except UserError as error:
+        raise UserError(f"{archive.name}: {error}. Nothing was loaded") from None
     load_into(module, match, dtype=dtype)
     if key := match.format.identity:
         said = "projected" if key in infos else "not projected, or by the identity"
         log.info("%s: the pooled vector is %s", archive.name, said)
     return module.eval()
+
+
+def own_description(archive: Archive, kind: str) -> Description:
+    """What a file of ours tells of a model beyond its shapes; empty for a file of others."""
+    try:
+        return dict(json.loads(archive.metadata.get(ENTRY, "{}")).get(kind, {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{archive.name}: its header's entry {ENTRY} is damaged") from None
 
 
 class Unfilled(TorchFunctionMode):
@@ -130,16 +150,17 @@ def load_into(module: nn.Module, match: Match, *, dtype: torch.dtype | None = No
             sources[primary] = copy
     check(match, type(module).__name__, slots, sources, infos)
     tensors: dict[str, Tensor] = {}
+    infinite: list[str] = []
     for key, slot in slots.items():
         theirs = converted(match.tensor(sources[key]), dtype)
+        if not is_finite(theirs):
+            infinite.append(key)
         if theirs.dtype == torch.float16 and re.fullmatch(format.wide, key):
             theirs = theirs.float()
-        if not is_finite(theirs):
-            raise UserError(
-                f"{match.archive.name}: {match.prefix + key} has values that are NaN or infinite: "
-                "the training that wrote it diverged, or the file is damaged. Nothing was loaded"
-            )
         tensors |= slot.read(theirs)
+    if infinite:
+        stored = all(is_finite(match.tensor(sources[key]).float()) for key in infinite)
+        raise UserError(explain_infinite(match.archive.name, infinite, dtype if stored else None))
     for name in format.constants:
         tensors[name] = torch.tensor(float(describe(module)[name]))
     module.load_state_dict(tensors, assign=True)
@@ -154,9 +175,9 @@ def slots_of(module: nn.Module, format: Format) -> dict[str, Slot]:
 def without_identity(match: Match) -> dict[str, Info]:
     """What stands in the match, but for a projection that is the identity: it means none."""
     infos, key = match.infos(), match.format.identity
-    if key in infos and len(shape := infos[key].shape) == 2 and shape[0] == shape[1]:
-        if torch.equal(match.tensor(key).float(), torch.eye(shape[0])):
-            del infos[key]
+    square = key in infos and len(shape := infos[key].shape) == 2 and shape[0] == shape[1]
+    if square and torch.equal(match.tensor(key).float(), torch.eye(shape[0])):
+        del infos[key]
     return infos
 
 
@@ -193,9 +214,12 @@ def check(
                     f"{match.archive.name}: {copy} and {key} are one tensor stored twice, but they "
                     "differ: the file was edited or is damaged. Nothing was loaded"
                 )
+        if left_out := [key for key in infos if key not in known]:
+            log.info("%s: left out, being of no use: %s", match.archive.name, ", ".join(left_out))
         return
     what = f"the {NAMES[match.format.kind]} ({name}, {match.format.layout} layout)"
-    raise UserError(explain_faults(match.archive.name, what, faults, slots, infos))
+    own = f"{match.format.kind} {match.format.layout}"
+    raise UserError(explain_faults(match.archive.name, what, own, faults, slots, infos))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -217,8 +241,8 @@ def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass: both survive in the sum."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    """Whether no value is NaN or infinite: both survive in the sum, which may overflow, though."""
+    return bool(tensor.sum().isfinite()) or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 # Saving
@@ -239,8 +263,10 @@ def kind_of(module: nn.Module) -> str:
             return "clip_l" if describe(module)["activation"] == "quick_gelu" else "clip_g"
         case T5Encoder():
             return "t5"
-        case ControlNet():
+        case ControlNet() if not isinstance(module, ParallelControlNet):
             return "controlnet"
+        case CLIPImageModel():
+            return "clip_image"
     raise UserError(f"a {type(module).__name__} has no public format")
 
 
@@ -254,13 +280,13 @@ def exported(
     ours = module.state_dict()
     tensors = {key: slot.write(ours) for key, slot in slots_of(module, format).items()}
     dtype = next(iter(tensors.values())).dtype
-    for key in tensors:
-        if re.fullmatch(format.wide, key):
-            tensors[key] = tensors[key].to(dtype)  # float32 only to compute with
+    for key, tensor in tensors.items():
+        if re.fullmatch(format.wide, key) and same(tensor.to(dtype).to(tensor.dtype), tensor):
+            tensors[key] = tensor.to(dtype)  # float32 only to compute with
     if layout == "diffusers" and format.identity and format.identity not in tensors:
         assert isinstance(module, CLIPTextModel)
         weight = module.final_norm.weight
-        tensors[format.identity] = torch.eye(module.width, dtype=weight.dtype)
+        tensors[format.identity] = torch.eye(module.width).to(weight)
     for key, argument in format.arguments.items():
         tensors[key] = argument.write(describe(module)[argument.name])
     for copy, primary in format.copies.items():

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdit.checkpoints.archive import PICKLES, Archive, first_line, open_file, open_shards
+from mmdit.checkpoints.archive import (
+    PICKLES,
+    Archive,
+    first_line,
+    open_file,
+    open_shards,
+    verify_hashes,
+)
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
 from mmdit.checkpoints.public import find, load
 from mmdit.errors import UserError
@@ -26,6 +33,9 @@ STANDALONE = {
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?"
 )
+# `model.fp16.safetensors`, `model.safetensors.index.fp16.json`: beside the plain ones, or alone.
+VARIANT = re.compile(r"model\.\w+\.safetensors|\.index\.\w+\.json")
+SHARD = re.compile(r"(diffusion_pytorch_model|model)\S*-\d+-of-\d+\.safetensors")
 
 
 def local(source: str | Path, folders: Sequence[str]) -> Path:
@@ -96,12 +106,17 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
     for folder in (path / SUBFOLDERS[kind] if kind in SUBFOLDERS else path, path):
         found = sorted(f.name for f in folder.glob("*") if WEIGHTS.fullmatch(f.name))
         if found:
-            plain = [name for name in found if WEIGHTS.fullmatch(name)[2] is None] or found  # type: ignore[index]
+            plain = [name for name in found if not VARIANT.search(name)] or found
             index = [name for name in plain if name.endswith(".json")]
             chosen = folder / (index or plain)[0]
             if index:
                 return open_shards(chosen), folder
             return open_file(chosen), folder
+        if shards := [f.name for f in folder.glob("*") if SHARD.fullmatch(f.name)]:
+            raise UserError(
+                f"{folder} holds {len(shards)} shards, but no *.safetensors.index.json that lists "
+                "them: download it too"
+            )
     for folder in (path, path / "text_encoders"):
         for name in STANDALONE.get(kind, ()):
             if (folder / name).is_file():
@@ -126,17 +141,21 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
+    verify: bool = False,
     **hints: Any,
 ) -> nn.Module:
     """One model from a file, a folder or the hub; see `mmdit.checkpoints.public.load`.
 
     A config.json beside the weights is read for what shapes do not tell, and compared with them.
+    With `verify`, files are compared with the hashes that are known of them.
 
     Raises:
         UserError: nothing of the kind is there, or it does not fit.
     """
     path = local(source, [SUBFOLDERS[kind]] if kind in SUBFOLDERS else ["*"])
     archive, folder = weights_of(path, kind, allow_pickle=allow_pickle)
+    if verify:
+        verify_hashes(archive)
     in_layout = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
     config = read_config(folder) if in_layout else {}
     module = load(archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype)

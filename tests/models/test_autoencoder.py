@@ -155,7 +155,7 @@ def test_encoder_and_decoder_match_the_reference(golden, load_original, name):
 
 
 @torch.no_grad()
-def test_encoder_and_decoder_match_diffusers(load_renamed, randomize):
+def test_encoder_and_decoder_match_diffusers(load_diffusers, randomize):
     diffusers = pytest.importorskip("diffusers")
     multipliers, blocks = (1, 2, 1), 2
     peer = diffusers.AutoencoderKL(
@@ -172,8 +172,7 @@ def test_encoder_and_decoder_match_diffusers(load_renamed, randomize):
     )
     randomize(peer, 0)
     autoencoder = Autoencoder(width=32, multipliers=multipliers, blocks=blocks)
-    constants = {"scale": autoencoder.scale, "shift": autoencoder.shift}
-    load_renamed(autoencoder, {**peer.state_dict(), **constants}, DIFFUSERS)
+    load_diffusers(autoencoder, peer.state_dict())
 
     x = images(2, 3, 16, 8)
     theirs = peer.encode(x).latent_dist
@@ -183,18 +182,3 @@ def test_encoder_and_decoder_match_diffusers(load_renamed, randomize):
     z = torch.randn(2, 16, 4, 2, generator=generator())
     decoded = peer.decode(z / 1.5305 + 0.0609).sample
     torch.testing.assert_close(autoencoder.decode(z), decoded, rtol=0, atol=2e-5)
-
-
-DIFFUSERS = [
-    (r"(down|up)_blocks\.(\d+)\.resnets", r"levels.\2"),
-    (r"down_blocks\.(\d+)\.downsamplers\.0", r"levels.\1.2"),
-    (r"up_blocks\.(\d+)\.upsamplers\.0", r"levels.\1.3"),
-    (r"mid_block\.resnets\.0", "middle.0"),
-    (r"mid_block\.attentions\.0", "middle.1"),
-    (r"mid_block\.resnets\.1", "middle.2"),
-    (r"conv_shortcut", "shortcut"),
-    (r"group_norm", "norm"),
-    (r"to_([qkv])\.", r"\1."),
-    (r"to_out\.0", "proj"),
-    (r"conv_norm_out", "norm_out"),
-]

@@ -119,7 +119,7 @@ def test_the_public_tower_is_as_large_as_that_of_transformers():
 
 
 @torch.no_grad()
-def test_tower_matches_transformers(load_renamed, randomize):
+def test_tower_matches_transformers(load_diffusers, randomize):
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(
         hidden_size=32,
@@ -135,7 +135,7 @@ def test_tower_matches_transformers(load_renamed, randomize):
     peer = transformers.CLIPVisionModelWithProjection(config)
     randomize(peer, 0)
     model = CLIPImageModel(**TINY)
-    load_renamed(model, peer.state_dict(), TRANSFORMERS)
+    load_diffusers(model, peer.state_dict())
     theirs = peer(images()).image_embeds
     assert ((model(images()) - theirs).norm() / theirs.norm()).item() < 1e-5
 
@@ -160,17 +160,3 @@ def test_pixels_are_normalized():
     assert grey.shape == (1, 3, 16, 16)
     red = (128 / 255 - 0.48145466) / 0.26862954
     torch.testing.assert_close(grey[0, 0], torch.full((16, 16), red))
-
-
-TRANSFORMERS = [
-    (r"^vision_model\.", ""),
-    (r"^embeddings\.position_embedding\.weight", "position_embedding"),
-    (r"^embeddings\.", ""),
-    (r"^encoder\.", ""),
-    (r"^pre_layrnorm", "first_norm"),
-    (r"^post_layernorm", "final_norm"),
-    (r"self_attn\.([qkv])_proj", r"attention_in.\1"),
-    (r"self_attn\.out_proj", "attention_out"),
-    (r"layer_norm([12])", r"norm\1"),
-    (r"^visual_projection", "projection"),
-]

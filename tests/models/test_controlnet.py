@@ -76,7 +76,7 @@ def test_parameters_of_the_public_control_nets():
 
 
 @pytest.mark.parametrize("control_type", CONTROL_RANGES)
-def test_every_key_of_the_public_files_has_its_place(load_renamed, control_type):
+def test_every_key_of_the_public_files_has_its_place(load_original, control_type):
     path = SHARED / "checkpoints" / f"sd3.5_large_controlnet_{control_type}.json"
     if not path.is_file():
         pytest.skip(f"no inventory at {path}")
@@ -86,7 +86,7 @@ def test_every_key_of_the_public_files_has_its_place(load_renamed, control_type)
             key: torch.empty(shape) for key, (shape, _) in json.loads(path.read_text()).items()
         }
     del tensors["control_type"]
-    load_renamed(net, tensors, STABILITY)
+    load_original(net, tensors)
 
 
 # What an untrained control net does
@@ -348,7 +348,7 @@ def test_both_placements_match_the_reference_and_diffusers(golden, load_original
 
 
 @torch.no_grad()
-def test_control_net_matches_the_reference(golden, load_original, load_renamed):
+def test_control_net_matches_the_reference(golden, load_original):
     case = golden("mmdit_controlnet_8b")
     theirs = case.config["control"]
     base = base_of_case(case)
@@ -365,7 +365,7 @@ def test_control_net_matches_the_reference(golden, load_original, load_renamed):
         keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
         tensors = {key.removeprefix(prefix): file.get_tensor(key).float() for key in keys}
     assert tensors.pop("control_type").item() == theirs["control_type"]
-    load_renamed(net, tensors, STABILITY)
+    load_original(net, tensors)
 
     whole = z_t, t, c_vec, _ = [case.inputs[name] for name in ("x", "sigma", "y", "context")]
     control = case.inputs["control_latent"]
@@ -378,7 +378,7 @@ def test_control_net_matches_the_reference(golden, load_original, load_renamed):
 
 
 @torch.no_grad()
-def test_control_net_and_controlled_velocity_match_diffusers(load_renamed, randomize):
+def test_control_net_and_controlled_velocity_match_diffusers(load_diffusers, randomize):
     diffusers = pytest.importorskip("diffusers")
     shared = {
         "sample_size": 8,
@@ -398,8 +398,8 @@ def test_control_net_and_controlled_velocity_match_diffusers(load_renamed, rando
     randomize(peer_base, 0)
     randomize(peer, 1)
     base, net = base_model(), ControlNet(**{**TINY_CONTROL, "depth": 3}, pooled_width=10)
-    load_renamed(base, peer_base.state_dict(), DIFFUSERS_BASE)
-    load_renamed(net, peer.state_dict(), DIFFUSERS)
+    load_diffusers(base, peer_base.state_dict())
+    load_diffusers(net, peer.state_dict())
     z_t, t, c_vec, c_ctxt = inputs()
 
     rest = {"timestep": 1000 * t, "pooled_projections": c_vec}
@@ -423,51 +423,3 @@ def test_control_net_and_controlled_velocity_match_diffusers(load_renamed, rando
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-COMMON = [
-    (r"^time_text_embed\.timestep_embedder\.linear_", "timestep_embedding.fc"),
-    (r"^time_text_embed\.text_embedder\.linear_", "pooled_embedding.fc"),
-]
-
-# The published files of SD3.5 Large, less `control_type`.
-STABILITY = [
-    *COMMON,
-    (r"^pos_embed_input", "control_embedding"),
-    (r"^controlnet_blocks", "to_residuals"),
-    (r"^transformer_blocks", "blocks"),
-    (r"attn\.qkv", "attention_in.#qkv"),
-    (r"attn\.proj", "attention_out"),
-    (r"adaLN_modulation\.1", "modulation.linear"),
-]
-
-DIFFUSERS = [
-    *STABILITY,
-    (r"norm1\.linear", "modulation.linear"),
-    (r"attn\.to_([qkv])\.", r"attention_in.\1."),
-    (r"attn\.to_out\.0", "attention_out"),
-    (r"ff\.net\.0\.proj", "mlp.fc1"),
-    (r"ff\.net\.2", "mlp.fc2"),
-]
-
-DIFFUSERS_BASE = [
-    *COMMON,
-    (r"^pos_embed\.proj", "patch_embedding.proj"),
-    (r"^pos_embed\.pos_embed", "positions"),
-    (r"^context_embedder", "context_embedding"),
-    (r"^norm_out\.linear\.(.*)", r"output.modulation.linear.\1#swap"),
-    (r"^proj_out", "output.linear"),
-    (r"^transformer_blocks\.3", "last_block"),
-    (r"^transformer_blocks", "blocks"),
-    (r"^(last_block)\.norm1_context\.(.*)", r"\1.text.modulation.\2#swap"),
-    (r"norm1_context", "text.modulation"),
-    (r"norm1", "image.modulation"),
-    (r"attn\.to_([qkv])\.", r"image.attention_in.\1."),
-    (r"attn\.add_([qkv])_proj\.", r"text.attention_in.\1."),
-    (r"attn\.to_out\.0", "image.attention_out"),
-    (r"attn\.to_add_out", "text.attention_out"),
-    (r"ff_context\.net", "text.mlp.net"),
-    (r"ff\.net", "image.mlp.net"),
-    (r"mlp\.net\.0\.proj", "mlp.fc1"),
-    (r"mlp\.net\.2", "mlp.fc2"),
-]
