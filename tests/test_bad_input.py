@@ -1,12 +1,15 @@
 """A user's mistake ends in one message that says what, where and what to do, with exit code 2."""
 
 import importlib.util
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import save
 
 from configs.launch import launch
 
@@ -102,3 +105,22 @@ def test_checkpoint_that_is_no_safetensors(told: Told, tmp_path: Path) -> None:
     message = told("sample.py", "prompt=a", "checkpoint=page.safetensors")
     assert "page.safetensors" in message
     assert "no safetensors file" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (struct.pack("<Q", 99) + b"{", "is cut off"),
+        (save({"lora_unet_x.lora_up.weight": torch.ones(1)}), "a LoRA"),
+        (save({"conditioner.embedders.0.x": torch.ones(1)}), "Stable Diffusion XL"),
+        (save({"module.joint_blocks.0.x_block.x": torch.ones(1)}), "begin with 'module.'"),
+    ],
+)
+def test_weights_that_are_none(told: Told, tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    message = told("sample.py", "prompt=a", "checkpoint=x.safetensors")
+    assert "x.safetensors" in message
+    assert expected in message
+    (tmp_path / "x.ckpt").write_bytes(content)
+    assert "can run code" in told("sample.py", "prompt=a", "checkpoint=x.ckpt")

@@ -26,7 +26,7 @@ class Trace(NamedTuple):
 
     pattern: str  # searched in the keys
     what: str
-    own: str = ""  # the formats, as "kind layout", of which it is no stranger
+    own: tuple[str, ...] = ()  # the formats, as "kind layout", of which it is no stranger
 
 
 UNET = r"^(model\.diffusion_model\.)?(input_blocks|output_blocks|middle_block)\."
@@ -54,40 +54,44 @@ TRACES = [
     Trace(
         r"^controlnet_blocks\.",
         "a ControlNet: load it with load_controlnet",
-        "controlnet original, controlnet diffusers",
+        ("controlnet original", "controlnet diffusers"),
     ),
     Trace(
         r"^(model\.diffusion_model\.)?joint_blocks\.",
         "the SD3 transformer (original layout)",
-        "mmdit original",
+        ("mmdit original",),
     ),
     Trace(
         r"^transformer_blocks\.\d+\.(attn\.add_|norm1_context\.|ff_context\.)",
         "the SD3 transformer (diffusers layout)",
-        "mmdit diffusers",
+        ("mmdit diffusers",),
     ),
-    Trace(r"^(vision_model|visual|visual_projection)\.", "a CLIP image tower: use the text tower"),
+    Trace(
+        r"^(vision_model|visual|visual_projection)\.",
+        "a CLIP image tower: use the text tower",
+        ("clip_image diffusers",),
+    ),
     Trace(r"^(transformer\.)?resblocks\.", "a CLIP in the layout of OpenCLIP: convert it first"),
     Trace(r"^decoder\.block\.\d+\.layer\.|^lm_head\.", "a T5 decoder: use a file of the encoder"),
     Trace(
         r"^(text_encoders\.t5xxl\.transformer\.)?encoder\.block\.\d+\.layer\.",
         "the T5 encoder",
-        "t5 original, t5 diffusers",
+        ("t5 original", "t5 diffusers"),
     ),
     Trace(
         r"^(text_encoders\.clip_[lg]\.transformer\.)?text_model\.",
         "a CLIP text tower",
-        "clip_l original, clip_l diffusers, clip_g original, clip_g diffusers",
+        ("clip_l original", "clip_l diffusers", "clip_g original", "clip_g diffusers"),
     ),
     Trace(
         r"^(first_stage_model\.)?(encoder\.(down|mid)|decoder\.(up|mid))\.",
         "an autoencoder (original layout)",
-        "autoencoder original",
+        ("autoencoder original",),
     ),
     Trace(
         r"^(encoder\.(down|mid)|decoder\.(up|mid))_blocks?\.",
         "an autoencoder (diffusers layout)",
-        "autoencoder diffusers",
+        ("autoencoder diffusers",),
     ),
 ]
 # Attributes of training wrappers, which stand before every key of what they wrap.
@@ -137,7 +141,7 @@ def recognize(keys: Iterable[str], own: str = "") -> str | None:
     keys = list(keys)
     for trace in TRACES:
         compiled = re.compile(trace.pattern)
-        if own not in trace.own.split(", ") and any(compiled.search(key) for key in keys):
+        if own not in trace.own and any(compiled.search(key) for key in keys):
             return trace.what
     return None
 

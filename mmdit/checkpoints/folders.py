@@ -45,7 +45,7 @@ def read_config(folder: Path) -> Config:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object")
@@ -61,14 +61,23 @@ def hints_of(kind: str, config: Config) -> Description:
         "clip_l": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
         "clip_g": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
     }.get(kind, {})
-    hints = {}
+    hints = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     for theirs, ours in names.items():
-        value = config.get(theirs)
-        if theirs in config and not isinstance(value, str if ours == "activation" else int | float):
-            raise UserError(f"config.json: {theirs} is {value!r}, which is no {ours}")
-        if theirs in config:
-            hints[ours] = value
+        if ours in hints and not fits(ours, hints[ours]):
+            raise UserError(f"config.json: {theirs} is {hints[ours]!r}, which is no {ours}")
     return hints
+
+
+def fits(argument: str, value: Any) -> bool:
+    """Whether a value read from JSON can be this argument of a model."""
+    match argument:
+        case "num_heads":
+            return isinstance(value, int) and value > 0
+        case "activation":
+            return isinstance(value, str)
+        case "scale":
+            return isinstance(value, int | float) and value > 0
+    return isinstance(value, int | float)
 
 
 def check_config(kind: str, module: nn.Module, config: Config, folder: Path) -> None:
@@ -199,8 +208,17 @@ HABITS: dict[str, Config] = {
 
 
 def write_model(module: nn.Module, folder: Path, *, max_bytes: int = 10_000_000_000) -> None:
-    """Write one model with its config.json, as diffusers or transformers names the files."""
+    """Write one model with its config.json, as diffusers or transformers names the files.
+
+    Raises:
+        UserError: it has no public format, or an architecture that config.json cannot say.
+    """
     kind = kind_of(module)
+    if (ratio := describe(module).get("mlp_ratio", 4.0)) != 4.0:
+        raise UserError(
+            f"mlp_ratio {ratio} cannot be said in diffusers' layout, where it is always 4: "
+            "use the single-file layout"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     config: Config = {**HABITS[kind], **config_of(kind, module)}
     if "_class_name" not in config:  # transformers' way to say it

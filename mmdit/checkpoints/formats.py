@@ -326,7 +326,7 @@ def read_clip(infos: Infos, hints: Description) -> Description:
     """Architecture of a text tower. Activation and heads leave no trace in the shapes."""
     positions = shapes(infos, r"text_model\.embeddings\.position_embedding\.weight", 2)
     tokens = shapes(infos, r"text_model\.embeddings\.token_embedding\.weight", 2)
-    norms = shapes(infos, r"text_model\.encoder\.layers\.\d+\.layer_norm1\.weight", 1)
+    norms = shapes(infos, r"text_model\..*layer_norm[12]?\.weight", 1)
     projections = shapes(infos, r"text_projection\.weight", 2)
     if not norms:
         raise UserError("none of the tensors that tell a CLIP text tower's width is there")
@@ -365,19 +365,18 @@ def clip(_: Description) -> list[Rule]:
 
 def read_clip_image(infos: Infos, hints: Description) -> Description:
     """Architecture of the image tower."""
-    patches = shapes(infos, r"vision_model\.embeddings\.patch_embedding\.weight")
-    positions = shapes(infos, r"vision_model\.embeddings\.position_embedding\.weight")
-    projections = shapes(infos, r"visual_projection\.weight")
-    if not patches or len(patches[0]) != 4:
+    patches = shapes(infos, r"vision_model\.embeddings\.patch_embedding\.weight", 4)
+    positions = shapes(infos, r"vision_model\.embeddings\.position_embedding\.weight", 2)
+    projections = shapes(infos, r"visual_projection\.weight", 2)
+    if not patches:
         raise UserError("vision_model.embeddings.patch_embedding.weight, a convolution, is missing")
     width, _, p, _ = patches[0]
-    layers = numbers(infos, r"vision_model\.encoder\.layers\.(\d+)\.")
     return {
         "class": "CLIPImageModel",
         "image_size": p * math.isqrt(positions[0][0] - 1) if positions else 224,
         "patch_size": p,
         "width": width,
-        "depth": 1 + max(int(i) for i in layers),
+        "depth": count(infos, r"vision_model\.encoder\.layers\.(\d+)\."),
         "num_heads": hints.get("num_heads", width // 64),
         "projection_width": projections[0][0] if projections else 768,
     }
@@ -464,7 +463,7 @@ def read_controlnet(infos: Infos, hints: Description) -> Description:
             ", ".join(CONTROL_RANGES),
         )
     width = widths.most_common(1)[0][0]
-    depth = count(infos, r"controlnet_blocks\.(\d+)\.")
+    depth = count(infos, r"(?:controlnet|transformer)_blocks\.(\d+)\.")
     if "num_heads" not in hints and width % 64:
         raise UserError(
             f"a ControlNet of width {width}: the file does not tell the number of heads, and its "
