@@ -49,6 +49,9 @@ def job(config: DictConfig, text: Verbatim) -> None:
     source = find_source(text.get("checkpoint"), config)
     device = chosen_device(config.device)
     pipe = load(source, config, text, device)
+    if config.compile:
+        pipe.mmdit.compile()
+        pipe.autoencoder.compile()
     for remark in pipe.text.remarks(prompts):
         log.warning("note: %s", remark)
 

@@ -42,6 +42,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
     pipeline = build_pipeline(config).to(device)
     optimizer = instantiate(config.optimizer)(pipeline)
     ema = EMA(pipeline, **config.training.ema)
+    if config.compile:
+        pipeline.mmdit.compile()
     schedule = WarmupConstant(warmup_steps=config.training.warmup_steps)
     settings = Settings.of(config.training, "training")
     Settings.of(config.autoencoder.training, "autoencoder.training")

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # What may differ between a run and its continuation: where and how often, and the learning rate,
 # which one lowers on purpose after a loss that was not finite.
 FREE = (
-    *("run", "runs", "resume", "logger", "device", "optimizer.lr"),
+    *("run", "runs", "resume", "logger", "device", "compile", "optimizer.lr"),
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every", "keep")),
 )
 
