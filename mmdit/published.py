@@ -186,7 +186,7 @@ def stored_shift(root: Path, default: float) -> float:
         return default
     try:
         return float(json.loads(path.read_text(encoding="utf-8")).get("shift", default))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{path} must be a JSON object with a number for "shift"') from None
 
 
