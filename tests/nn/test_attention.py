@@ -45,6 +45,15 @@ def test_inference_equals_training(case):
     torch.testing.assert_close(attention(*qkv(False), **case), attention(*qkv(True), **case))
 
 
+def test_beyond_the_length_at_which_the_fused_kernel_takes_over_nothing_changes():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1025, 1, 4, generator=generator).unbind()
+    torch.testing.assert_close(attention(q.requires_grad_(), k, v), attention(q.detach(), k, v))
+    short = [part[:, :1024] for part in (q, k, v)]
+    out = attention(*short)
+    torch.testing.assert_close(out, fused(*short))
+
+
 def test_the_bias_gets_its_gradient():
     bias, other = (BIAS.clone().requires_grad_() for _ in range(2))
     (gradient,) = torch.autograd.grad(attention(*qkv(True), bias=bias).square().sum(), bias)
