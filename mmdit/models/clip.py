@@ -1,6 +1,6 @@
 """CLIP's text tower, as SD3 reads it: penultimate states and a pooled vector (App. B.2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,11 @@ class CLIPTextModel(nn.Module):
         # argmax finds the first end-of-text token, the highest id of the vocabulary.
         end = final[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
         return CLIPOutput(penultimate, self.projection(end))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`, in place, but layer by layer: all share one graph."""
+        for layer in self.layers:
+            layer.compile(*args, **kwargs)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,14 +1,15 @@
 """The encoder of T5 v1.1 (Raffel et al. 2020; gated GELU of Shazeer 2020)."""
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
 from mmdit.nn.attention import QKV, attention
+from mmdit.nn.mlp import tanh_gelu
 from mmdit.nn.norms import RMSNorm
 from mmdit.registry import register
 
@@ -69,7 +70,7 @@ class T5Layer(nn.Module):
         normed = self.norm2(x).to(self.gate.weight.dtype)
         # In float16 the hidden values overflow: `down` is float32 then (`load_t5` sees to it).
         wide = self.down.weight.dtype
-        gate, up = F.gelu(self.gate(normed), approximate="tanh").to(wide), self.up(normed).to(wide)
+        gate, up = tanh_gelu(self.gate(normed)).to(wide), self.up(normed).to(wide)
         return x + self.down(gate * up)
 
 
@@ -113,6 +114,11 @@ class T5Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`, in place, but layer by layer: all share one graph."""
+        for layer in self.layers:
+            layer.compile(*args, **kwargs)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
