@@ -4,7 +4,7 @@ Its latents are the normalized ones: the autoencoder owns scale and shift, nobod
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -198,6 +198,9 @@ class Autoencoder(nn.Module):
         widths = [width * multiplier for multiplier in multipliers]
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(widths) - 1)
+        # Channels last, a CPU's convolutions need no copies. But GroupNorm then is slow where its
+        # groups are thin, and so is its backward pass: training keeps the layout it is given.
+        self.memory_format = torch.channels_last if width >= 128 else torch.contiguous_format
         self.encoder = Encoder(3, widths, blocks, latent_channels)
         self.decoder = Decoder(3, widths, blocks, latent_channels)
         self.register_buffer("scale", torch.tensor(float(scale)))
@@ -220,7 +223,7 @@ class Autoencoder(nn.Module):
 
         The mean of the posterior; with a generator, a sample of it.
         """
-        posterior = self.posterior(x)
+        posterior = self.posterior(x.contiguous(memory_format=self.memory_format))
         z = posterior.mean
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device)
@@ -230,7 +233,12 @@ class Autoencoder(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Normalized latent (b, c, h, w) -> image (b, 3, H, W), nominally in [-1, 1]."""
         z = latent / self.scale + self.shift
-        return self.decoder(z.to(self.dtype)).float()
+        return self.decoder(z.to(self.dtype, memory_format=self.memory_format)).float()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`, in place, of `encode` and `decode`."""
+        self.encoder.compile(*args, **kwargs)
+        self.decoder.compile(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:

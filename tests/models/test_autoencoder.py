@@ -81,6 +81,26 @@ def test_normalize_gives_latents_mean_zero_and_deviation_one(randomize):
     torch.testing.assert_close(autoencoder.decode(latent), before, rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_the_layout_of_a_wide_autoencoder_changes_no_number(randomize):
+    autoencoder = randomize(Autoencoder(**{**TINY, "width": 128}), 0)
+    formats = []
+    for conv in (autoencoder.encoder.conv_in, autoencoder.decoder.conv_in):
+        conv.register_forward_hook(
+            lambda _module, _input, out: formats.append(
+                out.is_contiguous(memory_format=torch.channels_last)
+            )
+        )
+    x = images(2, 3, 8, 8)
+    latent = autoencoder.encode(x)
+    decoded = autoencoder.decode(latent)
+    assert formats == [True, True]
+    autoencoder.memory_format = torch.contiguous_format
+    torch.testing.assert_close(latent, autoencoder.encode(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoded, autoencoder.decode(latent), rtol=0, atol=1e-5)
+    assert formats == [True, True, False, False]
+
+
 def test_scale_and_shift_are_saved_with_the_model():
     autoencoder = Autoencoder(**TINY, scale=2.0, shift=0.25)
     state = autoencoder.state_dict()
