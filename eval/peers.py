@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.checkpoints.public import Match, Unfilled, converted, exported, load_into
+from mmdit.checkpoints.public import Match, Unfilled, exported, load_into
+from mmdit.checkpoints.values import converted
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.controlnet import ControlNet

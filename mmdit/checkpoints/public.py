@@ -24,6 +24,7 @@ from mmdit.checkpoints.diagnosis import (
 )
 from mmdit.checkpoints.formats import FORMATS, Description, Format
 from mmdit.checkpoints.tables import Slot, correspondence
+from mmdit.checkpoints.values import converted, is_finite, not_finite, same
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
@@ -149,18 +150,20 @@ def load_into(module: nn.Module, match: Match, *, dtype: torch.dtype | None = No
         if primary in slots and primary not in infos and copy in infos:
             sources[primary] = copy
     check(match, type(module).__name__, slots, sources, infos)
+    stored = {key: match.tensor(source) for key, source in sources.items()}
+    if bad := not_finite(stored):
+        raise UserError(explain_infinite(match.archive.name, bad, None))
     tensors: dict[str, Tensor] = {}
-    infinite: list[str] = []
+    too_large = []
     for key, slot in slots.items():
-        theirs = converted(match.tensor(sources[key]), dtype)
-        if not is_finite(theirs):
-            infinite.append(key)
+        theirs = converted(stored[key], dtype)
+        if theirs.dtype == torch.float16 != stored[key].dtype and not is_finite(theirs):
+            too_large.append(key)
         if theirs.dtype == torch.float16 and re.fullmatch(format.wide, key):
             theirs = theirs.float()
         tensors |= slot.read(theirs)
-    if infinite:
-        stored = all(is_finite(match.tensor(sources[key]).float()) for key in infinite)
-        raise UserError(explain_infinite(match.archive.name, infinite, dtype if stored else None))
+    if too_large:
+        raise UserError(explain_infinite(match.archive.name, too_large, dtype))
     for name in format.constants:
         tensors[name] = torch.tensor(float(describe(module)[name]))
     module.load_state_dict(tensors, assign=True)
@@ -220,29 +223,6 @@ def check(
     what = f"the {NAMES[match.format.kind]} ({name}, {match.format.layout} layout)"
     own = f"{match.format.kind} {match.format.layout}"
     raise UserError(explain_faults(match.archive.name, what, own, faults, slots, infos))
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equality bit for bit, of 8-bit floats too."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as integers."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.element_size()])
-
-
-def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in the dtype asked for; 8-bit floats, in which nothing computes, at least bf16."""
-    if dtype is None:
-        dtype = torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
-    return tensor.to(dtype)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: both survive in the sum, which may overflow, though."""
-    return bool(tensor.sum().isfinite()) or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 # Saving

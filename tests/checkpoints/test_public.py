@@ -15,9 +15,10 @@ from mmdit.checkpoints import public
 from mmdit.checkpoints.archive import Archive, Info, open_file
 from mmdit.checkpoints.folders import write_model
 from mmdit.checkpoints.formats import FORMATS
-from mmdit.checkpoints.public import bits, exported, find, kind_of, load, same, slots_of
+from mmdit.checkpoints.public import exported, find, kind_of, load, slots_of
 from mmdit.checkpoints.sources import load_model
 from mmdit.checkpoints.tables import SWAPPED
+from mmdit.checkpoints.values import bits, is_finite, same
 from mmdit.errors import UserError
 from mmdit.models.controlnet import ParallelControlNet
 
@@ -90,7 +91,7 @@ class Manifest(Archive):
 @pytest.fixture
 def manifest(monkeypatch):
     """`manifest(name)`: a header, whose tensors on meta have no values to look at."""
-    monkeypatch.setattr(public, "is_finite", lambda tensor: True)
+    monkeypatch.setattr(public, "not_finite", lambda _: [])
     monkeypatch.setattr(public, "same", lambda a, b: bool(a.shape == b.shape))
     return Manifest
 
@@ -304,11 +305,20 @@ def test_loading_needs_no_memory_of_its_own(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_value_is_found_wherever_it_is(dtype, value):
     tensor = torch.full((1000,), 60000.0).to(dtype)  # whose sum overflows float16
-    assert public.is_finite(tensor)
-    for place in (0, 517, 999):
-        bad = tensor.clone()
-        bad[place] = value
-        assert not public.is_finite(bad)
+    assert is_finite(tensor)
+    assert is_finite(-tensor)
+    for sign in (1, -1):
+        for place in (0, 517, 999):
+            bad = sign * tensor
+            bad[place] = value
+            assert not is_finite(bad)
+
+
+def test_eight_bit_floats_have_no_other_bad_values_than_these():
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        every = torch.arange(256, dtype=torch.uint8).view(dtype)
+        expected = every.float().isfinite()
+        assert [is_finite(every[i : i + 1]) for i in range(256)] == expected.tolist()
 
 
 def test_a_value_too_large_for_the_dtype_asked_for_is_named_as_such(tiny, tmp_path):
@@ -328,4 +338,4 @@ def test_equality_is_of_bits():
     assert same(nan, nan.clone()) and not same(nan, torch.tensor([float("nan"), -0.0]))
     assert not same(nan, nan.double())
     eight = torch.tensor([1.0]).to(torch.float8_e4m3fn)
-    assert same(eight, eight.clone()) and bits(eight).dtype == torch.uint8
+    assert same(eight, eight.clone()) and bits(eight).dtype == torch.int8

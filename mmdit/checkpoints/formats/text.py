@@ -1,0 +1,191 @@
+"""The towers of CLIP and the encoder of T5, whose keys are the same in both layouts."""
+
+import math
+from collections import Counter
+
+from mmdit.checkpoints.formats.format import (
+    Description,
+    Format,
+    Infos,
+    count,
+    shapes,
+)
+from mmdit.checkpoints.tables import Rule
+from mmdit.errors import UserError
+
+
+def read_clip(infos: Infos, hints: Description) -> Description:
+    """Architecture of a text tower. Activation and heads leave no trace in the shapes."""
+    positions = shapes(infos, r"text_model\.embeddings\.position_embedding\.weight", 2)
+    tokens = shapes(infos, r"text_model\.embeddings\.token_embedding\.weight", 2)
+    norms = shapes(infos, r"text_model\..*layer_norm[12]?\.weight", 1)
+    projections = shapes(infos, r"text_projection\.weight", 2)
+    if not norms:
+        raise UserError("none of the tensors that tell a CLIP text tower's width is there")
+    width = Counter(shape[0] for shape in norms).most_common(1)[0][0]
+    known = {768: "quick_gelu", 1280: "gelu"}
+    if "activation" not in hints and width not in known:
+        raise UserError(
+            f"a CLIP text tower of width {width} is neither CLIP-L (768) nor CLIP-G (1280): its "
+            "activation and number of heads must come from a config.json beside it"
+        )
+    return {
+        "class": "CLIPTextModel",
+        "vocabulary_size": tokens[0][0] if tokens else 49408,
+        "width": width,
+        "depth": count(infos, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_heads": hints.get("num_heads", max(1, width // 64)),
+        "length": positions[0][0] if positions else 77,
+        "activation": hints.get("activation", known.get(width)),
+        "projection_width": projections[0][0] if projections else None,
+    }
+
+
+def clip(_: Description) -> list[Rule]:
+    """Stand-alone files, `text_encoders.clip_l.transformer.`, `text_encoder/` and `_2/`."""
+    return [
+        Rule(r"^token_embedding", "text_model.embeddings.token_embedding"),
+        Rule(r"^position_embedding", "text_model.embeddings.position_embedding.weight"),
+        Rule(r"^layers\.", "text_model.encoder.layers."),
+        Rule(r"attention_in\.([qkv])", r"self_attn.\1_proj"),
+        Rule(r"attention_out", "self_attn.out_proj"),
+        Rule(r"\.norm([12])", r".layer_norm\1"),
+        Rule(r"^final_norm", "text_model.final_layer_norm"),
+        Rule(r"^projection", "text_projection"),
+    ]
+
+
+def read_clip_image(infos: Infos, hints: Description) -> Description:
+    """Architecture of the image tower."""
+    patches = shapes(infos, r"vision_model\.embeddings\.patch_embedding\.weight", 4)
+    positions = shapes(infos, r"vision_model\.embeddings\.position_embedding\.weight", 2)
+    projections = shapes(infos, r"visual_projection\.weight", 2)
+    if not patches:
+        raise UserError("vision_model.embeddings.patch_embedding.weight, a convolution, is missing")
+    width, _, p, _ = patches[0]
+    return {
+        "class": "CLIPImageModel",
+        "image_size": p * math.isqrt(positions[0][0] - 1) if positions else 224,
+        "patch_size": p,
+        "width": width,
+        "depth": count(infos, r"vision_model\.encoder\.layers\.(\d+)\."),
+        "num_heads": hints.get("num_heads", width // 64),
+        "projection_width": projections[0][0] if projections else 768,
+    }
+
+
+def clip_image(_: Description) -> list[Rule]:
+    """The half of openai/clip-vit-large-patch14 that sees."""
+    return [
+        Rule(r"^position_embedding", "embeddings.position_embedding.weight"),
+        Rule(r"^(class|patch)_embedding", r"embeddings.\1_embedding"),
+        Rule(r"^layers\.", "encoder.layers."),
+        Rule(r"attention_in\.([qkv])", r"self_attn.\1_proj"),
+        Rule(r"attention_out", "self_attn.out_proj"),
+        Rule(r"\.norm([12])", r".layer_norm\1"),
+        Rule(r"^first_norm", "pre_layrnorm"),
+        Rule(r"^final_norm", "post_layernorm"),
+        Rule(r"^(?!projection)", "vision_model."),
+        Rule(r"^projection", "visual_projection"),
+    ]
+
+
+def read_t5(infos: Infos, hints: Description) -> Description:
+    """Architecture of the encoder, all of it in the shapes."""
+    block = r"encoder\.block\.\d+\.layer\."
+    width, hidden = (
+        Counter(s[axis] for s in shapes(infos, block + r"1\.DenseReluDense\.wi_0\.weight", 2))
+        for axis in (1, 0)
+    )
+    inner = Counter(s[0] for s in shapes(infos, block + r"0\.SelfAttention\.q\.weight", 2))
+    bias = shapes(infos, block + r"0\.SelfAttention\.relative_attention_bias\.weight", 2)
+    if not (width and inner):
+        raise UserError("none of the tensors that tell a T5 encoder's sizes is there")
+    tokens = shapes(infos, r"shared\.weight|encoder\.embed_tokens\.weight", 2)
+    num_heads = bias[0][1] if bias else 64
+    return {
+        "class": "T5Encoder",
+        "vocabulary_size": tokens[0][0] if tokens else 32128,
+        "width": width.most_common(1)[0][0],
+        "depth": count(infos, r"encoder\.block\.(\d+)\."),
+        "num_heads": num_heads,
+        "head_width": inner.most_common(1)[0][0] // num_heads,
+        "hidden": hidden.most_common(1)[0][0],
+    }
+
+
+def t5(_: Description) -> list[Rule]:
+    """Stand-alone files, `text_encoders.t5xxl.transformer.`, `text_encoder_3/`."""
+    relative = r"encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    return [
+        Rule(r"^token_embedding", "shared"),
+        Rule(r"^position_bias\.embedding", relative),
+        Rule(r"^layers\.(\d+)\.norm1", r"encoder.block.\1.layer.0.layer_norm"),
+        Rule(r"^layers\.(\d+)\.norm2", r"encoder.block.\1.layer.1.layer_norm"),
+        Rule(
+            r"^layers\.(\d+)\.attention_in\.([qkv])",
+            r"encoder.block.\1.layer.0.SelfAttention.\2",
+        ),
+        Rule(r"^layers\.(\d+)\.attention_out", r"encoder.block.\1.layer.0.SelfAttention.o"),
+        Rule(r"^layers\.(\d+)\.gate", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
+        Rule(r"^layers\.(\d+)\.up", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
+        Rule(r"^layers\.(\d+)\.down", r"encoder.block.\1.layer.1.DenseReluDense.wo"),
+        Rule(r"^final_norm", "encoder.final_layer_norm"),
+    ]
+
+
+OLD_BUFFERS = (r"(text_model\.)?embeddings\.position_ids", r"logit_scale")
+
+FORMATS = [
+    *(
+        Format(
+            kind=kind,
+            layout=layout,
+            prefixes=prefixes,
+            mark=r"text_model\.encoder\.layers\.\d+\.",
+            describe=read_clip,
+            rules=clip,
+            identity="text_projection.weight",
+            extras=OLD_BUFFERS,
+        )
+        for kind in ("clip_l", "clip_g")
+        for layout, prefixes in (
+            ("original", (f"text_encoders.{kind}.transformer.", "")),
+            ("diffusers", ("",)),
+        )
+    ),
+    Format(
+        kind="t5",
+        layout="original",
+        prefixes=("text_encoders.t5xxl.transformer.", ""),
+        mark=r"encoder\.block\.\d+\.layer\.",
+        describe=read_t5,
+        rules=t5,
+        wide=r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight",
+        copies={"encoder.embed_tokens.weight": "shared.weight"},
+    ),
+    Format(
+        kind="t5",
+        layout="diffusers",
+        prefixes=("",),
+        mark=r"encoder\.block\.\d+\.layer\.",
+        describe=read_t5,
+        rules=t5,
+        wide=r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight",
+    ),
+    Format(
+        kind="clip_image",
+        layout="diffusers",
+        prefixes=("",),
+        mark=r"vision_model\.encoder\.layers\.\d+\.",
+        describe=read_clip_image,
+        rules=clip_image,
+        # The other half, which reads.
+        extras=(
+            r"text_model\..*",
+            r"text_projection\.weight",
+            r"logit_scale",
+            r"vision_model\.embeddings\.position_ids",
+        ),
+    ),
+]
