@@ -165,6 +165,7 @@ def load(
         pipe.autocast = autocast(device, config.precision)
         return pipe
     dtype = chosen_dtype(device, config.precision)
+    public["verify"] = config.verify
     return mmdit.load_pipeline(source, device=device, dtype=dtype, **flags, **public)
 
 

@@ -209,10 +209,9 @@ def load_text(
         try:
             model = load_model(encoders, kind, **load)
         except UserError as error:
-            raise UserError(
-                f"{error}. Give the encoders with text.encoders=<folder or file>, or do without "
-                f"this one: text.use_{kind}=false"
-            ) from None
+            absent = "holds no" in str(error)
+            advice = "Say where it is with text.encoders=<folder or file>, or do" if absent else "Do"
+            raise UserError(f"{error}. {advice} without it: text.use_{kind}=false") from None
         assert isinstance(model, CLIPTextModel | T5Encoder)
         folder = tokenizers / TOKENIZERS[kind]
         tokenizer: CLIPTokenizer | T5Tokenizer

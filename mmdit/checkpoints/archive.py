@@ -259,7 +259,7 @@ def verify_hashes(archive: Archive) -> None:
             with path.open("rb") as file:
                 expected, offset = stated[2:].lower(), 8 + struct.unpack("<Q", file.read(8))[0]
         else:
-            log.info("%s: no hash is known that it could be compared with", path)
+            log.debug("%s: no hash is known that it could be compared with", path)
             continue
         stat = path.stat()
         if content_hash(path, offset, stat.st_size, stat.st_mtime_ns) != expected:
