@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmdit.checkpoints.public import Match, Unfilled, exported, load_into
-from mmdit.checkpoints.values import converted
+from mmdit.checkpoints.values import computed_in
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.controlnet import ControlNet
@@ -93,11 +93,12 @@ def parts(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 def tensors_of(match: Match) -> dict[str, Tensor]:
     """The tensors of a file under its own keys, mapped, but for those that no model needs."""
     needless = re.compile("|".join(match.format.extras) or r"(?!)")
-    return {
-        key: converted(match.tensor(key), None)
+    stored = {
+        key: match.tensor(key)
         for key in match.infos()
         if key not in match.format.arguments and not needless.fullmatch(key)
     }
+    return {key: tensor.to(computed_in(tensor, None)) for key, tensor in stored.items()}
 
 
 def noise(generator: torch.Generator, *shape: int) -> Tensor:

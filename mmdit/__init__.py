@@ -101,7 +101,8 @@ def load_mmdit(
         source, weights, dtype: as in `load_pipeline`.
         num_heads: where neither the file nor a config.json tells it.
         allow_pickle: read .ckpt and .pt files, tensors only.
-        verify: compare files with the hashes that are known of them (seconds for gigabytes).
+        verify: compare files with the hashes that are known of them, and look for NaN in large ones
+            too (seconds for gigabytes).
     """
     if is_native(source):
         return load_pipeline(source, weights=weights, dtype=dtype).mmdit

@@ -94,7 +94,8 @@ def load_published(
         encoders: where the text encoders are, when not in `source`.
         tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not in `source`.
         allow_pickle: read .ckpt and .pt files, tensors only.
-        verify: compare files with the hashes that are known of them (seconds for gigabytes).
+        verify: compare files with the hashes that are known of them, and look for NaN in large ones
+            too (seconds for gigabytes).
 
     Raises:
         UserError: a part is missing, damaged, or does not fit the others.
@@ -210,7 +211,9 @@ def load_text(
             model = load_model(encoders, kind, **load)
         except UserError as error:
             absent = "holds no" in str(error)
-            advice = "Say where it is with text.encoders=<folder or file>, or do" if absent else "Do"
+            advice = (
+                "Say where it is with text.encoders=<folder or file>, or do" if absent else "Do"
+            )
             raise UserError(f"{error}. {advice} without it: text.use_{kind}=false") from None
         assert isinstance(model, CLIPTextModel | T5Encoder)
         folder = tokenizers / TOKENIZERS[kind]

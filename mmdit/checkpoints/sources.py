@@ -147,7 +147,8 @@ def load_model(
     """One model from a file, a folder or the hub; see `mmdit.checkpoints.public.load`.
 
     A config.json beside the weights is read for what shapes do not tell, and compared with them.
-    With `verify`, files are compared with the hashes that are known of them.
+    With `verify`, files are compared with the hashes that are known of them, and all values are
+    looked at.
 
     Raises:
         UserError: nothing of the kind is there, or it does not fit.
@@ -158,6 +159,8 @@ def load_model(
         verify_hashes(archive)
     in_layout = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
     config = read_config(folder) if in_layout else {}
-    module = load(archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype)
+    module = load(
+        archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype, verify=verify
+    )
     check_config(kind, module, config, folder)
     return module

@@ -30,11 +30,11 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
-def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in the dtype asked for; 8-bit floats, in which nothing computes, at least bf16."""
-    if dtype is None:
-        dtype = torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
-    return tensor.to(dtype)
+def computed_in(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, or the tensor's; bf16 for 8-bit floats, in which nothing computes."""
+    if dtype is not None:
+        return dtype
+    return torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -321,6 +321,21 @@ def test_eight_bit_floats_have_no_other_bad_values_than_these():
         assert [is_finite(every[i : i + 1]) for i in range(256)] == expected.tolist()
 
 
+def test_a_large_file_is_not_read_for_its_values_alone(tiny, tmp_path, monkeypatch):
+    model = tiny("mmdit")
+    with torch.no_grad():
+        model.output.linear.bias[3] = float("nan")
+    path = mmdit.save_single_file(model, tmp_path / "x.safetensors")
+    for wish in ({}, {"verify": True}, {"dtype": torch.bfloat16}):
+        with pytest.raises(UserError, match=r"NaN or infinite: final_layer\.linear\.bias"):
+            mmdit.load_mmdit(path, **wish)
+    monkeypatch.setattr(public, "AT_ONCE", 0)
+    assert mmdit.load_mmdit(path).output.linear.bias[3].isnan()
+    for wish in ({"verify": True}, {"dtype": torch.bfloat16}):
+        with pytest.raises(UserError, match=r"NaN or infinite: final_layer\.linear\.bias"):
+            mmdit.load_mmdit(path, **wish)
+
+
 def test_a_value_too_large_for_the_dtype_asked_for_is_named_as_such(tiny, tmp_path):
     model = tiny("mmdit")
     with torch.no_grad():
