@@ -1,4 +1,4 @@
-"""Paint with a trained model: `python sample.py prompt="..."`, see `python sample.py --help`."""
+"""Paint with a trained model or public weights: see `python sample.py --help`."""
 
 import os
 
@@ -8,8 +8,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import json
 import logging
+import math
 import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,19 @@ def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, paint."""
     prompts = read_prompts(text)
     check_numbers(config)
-    out = Path(text.get("out") or "samples")
-    if out.suffix.lower() == ".png" or out.is_file():
-        raise UserError(f"out={out} must be a folder: each picture gets a name of its own in it")
-    if ("image" in text) != (config.strength is not None):
+    picture = open_picture(Path(text["image"])) if "image" in text else None
+    if (picture is None) != (config.strength is None):
         raise UserError("image=<file> and strength=<0 to 1> belong together: give both or neither")
+    out = make_folder(Path(text.get("out") or "samples"))
     source = find_source(text.get("checkpoint"), config)
     device = chosen_device(config.device)
     pipe = load(source, config, text, device)
     if config.compile:
         pipe.mmdit.compile()
-        pipe.autoencoder.compile()
     for remark in pipe.text.remarks(prompts):
         log.warning("note: %s", remark)
 
-    image = read_image(Path(text["image"]), pipe, config) if "image" in text else None
+    image = None if picture is None else fitted(picture, pipe, config)
     size = (pipe.image_size, pipe.image_size) if image is None else image.shape[:2]
     settings: dict[str, Any] = {
         "negative_prompt": text.get("negative_prompt", ""),
@@ -70,35 +68,43 @@ def job(config: DictConfig, text: Verbatim) -> None:
         **settings,
         "guidance": scale,
         "guide": OmegaConf.to_container(config.guide),
-        "image": text.get("image"),
         "solver": instantiate(config.solver).func.__name__,
+        "shift": pipe.objective.shift.alpha,
+        "dtype": str(pipe.mmdit.dtype).removeprefix("torch."),
         "precision": config.precision,
         "batch_size": config.batch_size,
         "text": OmegaConf.to_container(config.text),
+        "t5_length": pipe.text.t5.length,
+        "given": {key: value for key, value in text.items() if "prompt" not in key},
         "weights": str(source),
         "weights_sha256": file_hash(source) if isinstance(source, Path) else None,
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__},
     }
     wishes = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
-    pictures = []
+    taken = [int(m[0]) for path in out.glob("*.png") if (m := re.match(r"\d+", path.name))]
+    number = max(taken, default=0) + 1
+    pictures: list[torch.Tensor] = []
     strength = 1.0 if config.strength is None else config.strength
     steps = len(pipe.objective.shift.remaining(settings["steps"], strength=strength)) - 1
     with tqdm(total=len(wishes) * steps, unit="step", disable=None) as bar:
         for start in range(0, len(wishes), config.batch_size):
             batch = wishes[start : start + config.batch_size]
-            pictures.append(
-                pipe(
-                    [prompt for prompt, _ in batch],
-                    seeds=[seed for _, seed in batch],
-                    image=image,
-                    guidance=instantiate(config.guide, scale=scale),
-                    solver=instantiate(config.solver),
-                    progress=partial(bar.update, len(batch)),
-                    **settings,
-                ).cpu()
-            )
-    for path in write(torch.cat(pictures), wishes, facts, out):
-        print(path)
+            painted = pipe(
+                [prompt for prompt, _ in batch],
+                seeds=[seed for _, seed in batch],
+                image=image,
+                guidance=instantiate(config.guide, scale=scale),
+                solver=instantiate(config.solver),
+                progress=partial(bar.update, len(batch)),
+                **settings,
+            ).cpu()
+            for (prompt, seed), pixels in zip(batch, painted, strict=True):
+                path = out / f"{number + len(pictures):05d}-{slug(prompt)}-seed{seed}.png"
+                write(pixels, prompt, {"seed": seed, **facts}, path)
+                pictures.append(pixels)
+                tqdm.write(str(path))
+    captions = [f"{prompt[:60]} ({seed})" for prompt, seed in wishes]
+    print(save_grid(torch.stack(pictures), captions, path=out / f"{number:05d}-grid.png"))
 
 
 def read_prompts(text: Verbatim) -> list[str]:
@@ -118,18 +124,38 @@ def read_prompts(text: Verbatim) -> list[str]:
 
 
 def check_numbers(config: DictConfig) -> None:
-    """Refuse numbers that make no sense, by name; None stands for the model's default."""
+    """Refuse values that make no sense, by name; None stands for the model's default."""
     least = {"num_images": 1, "steps": 1, "height": 1, "width": 1, "batch_size": 1, "seed": 0}
-    for name, low in least.items():
-        value = config[name]
-        if value is None and name in ("steps", "height", "width"):
+    whole = {name: config[name] for name in least} | {"text.t5_length": config.text.t5_length}
+    for name, value in whole.items():
+        if value is None and name in ("steps", "height", "width", "text.t5_length"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        low = least.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
             raise UserError(f"{name}={value} must be a whole number, at least {low}")
     for name in ("guidance", "strength"):
         value = config[name]
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value)):
             raise UserError(f"{name}={value} must be a number")
+    if config.strength is not None and not 0 <= config.strength <= 1:
+        raise UserError(f"strength={config.strength} must lie in [0, 1]")
+    switches = {name: config[name] for name in ("compile", "verify", "allow_pickle")}
+    switches |= {f"text.{name}": config.text[name] for name in config.text if name != "t5_length"}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={value} must be true or false")
+
+
+def make_folder(out: Path) -> Path:
+    """The folder of the pictures, made before any of them is painted."""
+    if out.suffix.lower() == ".png" or out.is_file():
+        raise UserError(f"out={out} must be a folder: each picture gets a name of its own in it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be made a folder: {error}") from error
+    return out
 
 
 def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
@@ -169,52 +195,62 @@ def load(
     return mmdit.load_pipeline(source, device=device, dtype=dtype, **flags, **public)
 
 
-def read_image(path: Path, pipe: mmdit.Pipeline, config: DictConfig) -> torch.Tensor:
-    """The picture to start from, uint8 (h, w, 3): upright, on white, of a size that fits.
-
-    It is scaled to height and width where they are given, and cut at its edges to multiples of
-    what the model needs where not.
-    """
+def open_picture(path: Path) -> Image.Image:
+    """A picture in RGB: upright, 8 bits a channel, on white where it is transparent."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):
-                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            picture: Image.Image = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits, some readers say 32
+                picture = Image.fromarray(
+                    (np.asarray(picture) // 257).clip(0, 255).astype(np.uint8)
+                )
             layer = picture.convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image={path} cannot be read as a picture: {error}") from error
     flat = Image.new("RGBA", layer.size, "white")
     flat.alpha_composite(layer)
+    return flat.convert("RGB")
+
+
+def fitted(picture: Image.Image, pipe: mmdit.Pipeline, config: DictConfig) -> torch.Tensor:
+    """The picture as uint8 (h, w, 3), of a size that the model takes.
+
+    Scaled to height and width where they are given (one alone keeps the proportions, nearly), and
+    cut at its edges to multiples of what the model needs where not.
+    """
     unit = pipe.autoencoder.factor * pipe.mmdit.patch_size
-    height = config.height or flat.height // unit * unit
-    width = config.width or flat.width // unit * unit
+    scale = 1.0
+    if config.height or config.width:
+        wide, high = picture.size
+        scale = (config.height or config.width) / (high if config.height else wide)
+    width = config.width or int(picture.width * scale) // unit * unit
+    height = config.height or int(picture.height * scale) // unit * unit
+    largest = unit * pipe.mmdit.positions.shape[0]
+    if not (unit <= height <= largest and unit <= width <= largest):
+        raise UserError(
+            f"image is {picture.width} x {picture.height}: this model takes sides from {unit} to "
+            f"{largest} pixels; height= and width= scale it"
+        )
     pipe.latent_size(height, width)
     if config.height or config.width:
-        flat = flat.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (flat.width - width) // 2, (flat.height - height) // 2
-    cut = flat.convert("RGB").crop((left, top, left + width, top + height))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    cut = picture.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cut))
 
 
-def write(
-    pictures: torch.Tensor, wishes: Sequence[tuple[str, int]], facts: dict[str, Any], out: Path
-) -> list[Path]:
-    """Write each picture with its facts as metadata, and a grid of them all; their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    taken = [int(m[0]) for path in out.glob("*.png") if (m := re.match(r"\d+", path.name))]
-    number = max(taken, default=0) + 1
-    paths = []
-    for i, ((prompt, seed), pixels) in enumerate(zip(wishes, pictures, strict=True)):
-        words = re.sub(r"[^\w]+", "-", prompt, flags=re.ASCII).strip("-").lower()[:40].strip("-")
-        path = out / f"{number + i:05d}-{words or 'picture'}-seed{seed}.png"
-        info = PngInfo()
-        info.add_itxt("prompt", prompt)
-        info.add_itxt("mmdit", json.dumps({"prompt": prompt, "seed": seed, **facts}))
-        Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
-        paths.append(path)
-    captions = [f"{prompt[:60]} ({seed})" for prompt, seed in wishes]
-    paths.append(save_grid(pictures, captions, path=out / f"{number:05d}-grid.png"))
-    return paths
+def slug(prompt: str) -> str:
+    """The beginning of a prompt, as part of a file's name."""
+    words = re.sub(r"[^\w]+", "-", prompt, flags=re.ASCII).strip("-").lower()
+    return words[:40].strip("-") or "picture"
+
+
+def write(pixels: torch.Tensor, prompt: str, facts: dict[str, Any], path: Path) -> None:
+    """Write a picture with its prompt and its facts as metadata."""
+    info = PngInfo()
+    info.add_itxt("prompt", prompt)
+    info.add_itxt("mmdit", json.dumps({"prompt": prompt, **facts}))
+    Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,9 @@ def load_pipeline(
     """
     used = {"clip_l": use_clip_l, "clip_g": use_clip_g, "t5": use_t5}
     if is_native(source):
-        if given := [name for name, value in published.items() if value]:
+        if given := [name for name, value in published.items() if value and name != "verify"]:
             raise UserError(f"{source} is a model of this project: {given[0]} is for public ones")
-        path = weights_file(Path(source), weights)
+        path = weights_file(Path(source).expanduser(), weights)
         module = load_module(path)
         if not isinstance(module, Pipeline):
             raise UserError(f"{path} holds a {type(module).__name__}, not a text-to-image pipeline")
@@ -124,7 +124,7 @@ def load_autoencoder(
 ) -> Autoencoder:
     """The autoencoder alone, of a text-to-image model or of a run that trained one."""
     if is_native(source):
-        path = weights_file(Path(source), weights)
+        path = weights_file(Path(source).expanduser(), weights)
         module = load_module(path)
         if isinstance(module, Pipeline):
             module = module.autoencoder
@@ -181,10 +181,14 @@ def _only_clip(source: str | Path) -> str:
 
 
 def load_clip_image(
-    source: str | Path, *, dtype: torch.dtype | None = None, allow_pickle: bool = False
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    verify: bool = False,
 ) -> CLIPImageModel:
     """CLIP's image tower, as in openai/clip-vit-large-patch14: `(b, 3, 224, 224) -> (b, p)`."""
-    module = load_model(source, "clip_image", dtype=dtype, allow_pickle=allow_pickle)
+    module = load_model(source, "clip_image", dtype=dtype, allow_pickle=allow_pickle, verify=verify)
     assert isinstance(module, CLIPImageModel)
     return module
 
@@ -225,11 +229,11 @@ def load_controlnet(
 
 def is_native(source: str | Path) -> bool:
     """Whether a source was written by this project's training: a run, a checkpoint, its file."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
-        return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
-    return (
-        path.suffix == ".safetensors"
-        and path.is_file()
-        and "description" in open_file(path).metadata
-    )
+        run = (path / "checkpoints").is_dir() and not (path / "model_index.json").is_file()
+        return run or (path / "manifest.json").is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    # As `save_module` writes it: JSON that names a class. Others put prose there.
+    return '"class"' in open_file(path).metadata.get("description", "")

@@ -1,5 +1,6 @@
 """Prompt to picture: text, noise, guided flow, decoder."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -62,6 +63,20 @@ def one_per_prompt(image: Tensor, prompts: int, height: int | None, width: int |
                 "the image first"
             )
     return batch
+
+
+def texts(name: str, given: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list.
+
+    Raises:
+        UserError: something else, or none.
+    """
+    several = [given] if isinstance(given, str) else given
+    if not isinstance(several, Sequence) or not all(isinstance(text, str) for text in several):
+        raise UserError(f"{name} {given!r} must be a text, or a list of texts")
+    if not several:
+        raise UserError(f"{name} is an empty list: give at least one text")
+    return list(several)
 
 
 class NetworkVelocity:
@@ -169,7 +184,7 @@ class Pipeline(nn.Module):
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         image: Tensor | None = None,
         strength: float | None = None,
         num_images: int = 1,
@@ -186,7 +201,8 @@ class Pipeline(nn.Module):
 
         Args:
             prompt: one or several; an empty one is legal and means unconditional.
-            negative_prompt: what guidance moves away from; None is unconditional.
+            negative_prompt: what guidance moves away from, one or one for each prompt; None is
+                unconditional.
             image: to start from instead of noise: uint8 (h, w, 3), or one for each prompt.
             strength: how much of `image` is repainted, from 0 (it is encoded and decoded) to 1
                 (nothing is kept); `Shift.remaining` says which steps are left to do.
@@ -205,12 +221,18 @@ class Pipeline(nn.Module):
         Raises:
             UserError: an impossible size or number, or an image that does not fit them.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = texts("prompt", prompt)
+        negatives = texts("negative_prompt", negative_prompt or "")
+        if len(negatives) not in (1, len(prompts)):
+            raise UserError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one "
+                "for each"
+            )
         if num_images < 1:
             raise UserError(f"num_images={num_images} must be at least 1")
         steps = self.steps if steps is None else steps
-        if steps < 1:
-            raise UserError(f"steps={steps} must be at least 1")
+        if not isinstance(steps, int) or steps < 1:
+            raise UserError(f"steps={steps} must be a whole number, at least 1")
         if (image is None) != (strength is None):
             raise UserError("image and strength belong together: give both or neither")
         if strength is not None and not 0.0 <= strength <= 1.0:
@@ -232,9 +254,12 @@ class Pipeline(nn.Module):
             z = self.noised(image, z, grid[:1])
         with self.autocast():
             positive = self.text.encode([text for text in prompts for _ in range(num_images)])
-            negative = self.text.encode([negative_prompt or ""] * count)
+            negatives = [text for text in negatives for _ in range(count // len(negatives))]
+            negative = self.text.encode(negatives)
         guidance = self.guidance if guidance is None else guidance
         if not isinstance(guidance, Guidance):
+            if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+                raise UserError(f"guidance={guidance} must be a finite number or a Guidance")
             guidance = ClassifierFreeGuidance(scale=guidance)
         network = NetworkVelocity(self.mmdit, self.objective, self.autocast)
         z = solver(guidance(network, positive, negative, grid, steps), z, grid, progress)

@@ -1,6 +1,5 @@
 """Published models as pipelines: presets, the parts of a pipeline, and saving them again."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,15 @@ import torch
 from torch import nn
 
 from mmdit.checkpoints.archive import write_archive
-from mmdit.checkpoints.folders import SUBFOLDERS, write_folder, write_model
+from mmdit.checkpoints.folders import (
+    SUBFOLDERS,
+    TOKENIZERS,
+    read_index,
+    replacing,
+    stored_shift,
+    write_folder,
+    write_model,
+)
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
@@ -32,7 +39,6 @@ from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
 log = logging.getLogger("mmdit")
 
 ENCODERS = ("clip_l", "clip_g", "t5")
-TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 
 class Preset(NamedTuple):
@@ -110,6 +116,10 @@ def load_published(
     folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[k] for k in wanted[2:]]
     path = local(source, [*folders, "scheduler"])
     root = path if path.is_dir() else path.parent
+    if encoders is None and path.is_dir():
+        for kind in [kind for kind in read_index(path, ENCODERS) if used[kind]]:
+            log.info("%s was saved without %s: it contributes zeros", path, kind)
+            used[kind] = False
 
     load: dict[str, Any] = {"dtype": dtype, "allow_pickle": allow_pickle, "verify": verify}
     mmdit = load_model(path, "mmdit", **load)
@@ -119,7 +129,7 @@ def load_published(
     try:
         vae = load_model(path if autoencoder is None else autoencoder, "autoencoder", **load)
     except UserError as error:
-        raise UserError(f"{error}. Say where it is with autoencoder=<file or folder>") from None
+        raise UserError(f"{error}. (Elsewhere: autoencoder=<file or folder>)") from None
     assert isinstance(vae, Autoencoder)
     text = load_text(
         mmdit,
@@ -180,17 +190,6 @@ def chosen_preset(mmdit: MMDiT, source: str, asked: str | None) -> str:
     return chosen
 
 
-def stored_shift(root: Path, default: float) -> float:
-    """The shift of scheduler/scheduler_config.json, where there is one."""
-    path = root / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        return default
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8")).get("shift", default))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'{path} must be a JSON object with a number for "shift"') from None
-
-
 def load_text(
     mmdit: MMDiT,
     used: Mapping[str, bool],
@@ -210,11 +209,10 @@ def load_text(
         try:
             model = load_model(encoders, kind, **load)
         except UserError as error:
-            absent = "holds no" in str(error)
-            advice = (
-                "Say where it is with text.encoders=<folder or file>, or do" if absent else "Do"
-            )
-            raise UserError(f"{error}. {advice} without it: text.use_{kind}=false") from None
+            raise UserError(
+                f"{error}. (Elsewhere: text.encoders=<folder or file>; to do without it: "
+                f"text.use_{kind}=false)"
+            ) from None
         assert isinstance(model, CLIPTextModel | T5Encoder)
         folder = tokenizers / TOKENIZERS[kind]
         tokenizer: CLIPTokenizer | T5Tokenizer
@@ -224,7 +222,7 @@ def load_text(
             else:
                 tokenizer = clip_tokenizer_in(folder, pad_with_end=kind == "clip_l")
         except UserError as error:
-            raise UserError(f"{error}. Say where with text.tokenizers=<folder>") from None
+            raise UserError(f"{error}. (Elsewhere: text.tokenizers=<folder>)") from None
         parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
     three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, t5_length)}
     return TextConditioner(**three, empty_prompt="encoded")
@@ -300,8 +298,7 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for kind, model in models.items():
         prefixed = kind == "mmdit" or len(models) > 1
-        tensors |= exported(model, "original", prefixed=prefixed)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        tensors |= exported(model, "original", kind=kind, prefixed=prefixed)
     write_archive(path, tensors, descriptions(models))
     return path
 
@@ -318,7 +315,8 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if not isinstance(thing, Pipeline):
-        write_model(thing, folder)
+        with replacing(folder) as new:
+            write_model(thing, new)
         return folder
     tokenizers: dict[str, Any] = {}
     for kind in ENCODERS:
@@ -330,5 +328,7 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
                     "no public format; save the models one by one"
                 )
             tokenizers[kind] = encoder.tokenizer
-    write_folder(models_of(thing), folder, shift=thing.objective.shift.alpha, tokenizers=tokenizers)
+    shift = thing.objective.shift.alpha
+    with replacing(folder) as new:
+        write_folder(models_of(thing), new, shift=shift, tokenizers=tokenizers)
     return folder

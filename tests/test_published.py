@@ -17,13 +17,14 @@ from mmdit.flow.guidance import ClassifierFreeGuidance, SkipLayerGuidance
 from mmdit.flow.solvers import dpmpp_2m, euler
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
+from mmdit.models.controlnet import ControlledMMDiT, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import NetworkVelocity, Pipeline
 from mmdit.published import PRESETS, chosen_preset, published_objective
 from mmdit.text.clip_tokenizer import CLIPTokenizer
 from mmdit.text.conditioning import TextConditioner, TextEncoder, TokenIds
-from mmdit.text.t5_tokenizer import t5_tokenizer_in
+from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
 
 
@@ -309,9 +310,17 @@ def test_the_shift_is_the_folders_own(tiny, tmp_path):
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"shift": 2.5}))
     assert mmdit.load_pipeline(copy, t5_length=20).objective.shift.alpha == 2.5
-    path.write_text("[]")
-    with pytest.raises(UserError, match='a number for "shift"'):
-        mmdit.load_pipeline(copy, t5_length=20)
+    for content, message in (
+        ("[]", "must hold a JSON object"),
+        ('{"shift": NaN}', '"shift" is nan, but must be a number above 0'),
+        ('{"shift": 0}', '"shift" is 0, but must be'),
+        ('{"shift": true}', '"shift" is True, but must be'),
+        ('{"_class_name": "DDIMScheduler"}', "DDIMScheduler with these settings"),
+        ('{"use_dynamic_shifting": true}', "is not how SD3 is sampled"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            mmdit.load_pipeline(copy, t5_length=20)
 
 
 def test_two_towers_in_one_source_must_be_told_apart(tiny):
@@ -319,3 +328,99 @@ def test_two_towers_in_one_source_must_be_told_apart(tiny):
         mmdit.load_clip(tiny)
     assert mmdit.load_clip(tiny, "clip_g").pooled_width == 24
     assert mmdit.load_clip(tiny / "text_encoder").pooled_width == 16
+
+
+def test_a_tower_is_saved_in_its_place_whatever_its_activation(tiny, tmp_path):
+    copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    config = copy / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "gelu"}))
+    pipe = mmdit.load_pipeline(copy, t5_length=20)
+    path = mmdit.save_single_file(pipe, tmp_path / "whole.safetensors")
+    again = mmdit.load_pipeline(path, t5_length=20, tokenizers=tiny)
+    assert torch.equal(latents(again, "two cats"), latents(pipe, "two cats"))
+    mmdit.save_diffusers(pipe, tmp_path / "folder")
+    again = mmdit.load_pipeline(tmp_path / "folder", t5_length=20)
+    assert torch.equal(latents(again, "two cats"), latents(pipe, "two cats"))
+
+
+def test_a_folder_saved_without_an_encoder_is_opened_without_it(tiny, tmp_path):
+    """Also where an earlier saving had left the encoder in the same folder."""
+    folder = mmdit.save_diffusers(mmdit.load_pipeline(tiny, t5_length=20), tmp_path / "folder")
+    (folder / "notes.txt").write_text("mine")
+    short = mmdit.load_pipeline(folder, t5_length=20, use_t5=False)
+    mmdit.save_diffusers(short, folder)
+    assert not (folder / "text_encoder_3").exists() and (folder / "notes.txt").exists()
+    again = mmdit.load_pipeline(folder, t5_length=20)
+    assert torch.equal(latents(again, "a cat"), latents(short, "a cat"))
+
+
+def test_a_saving_that_is_killed_leaves_the_old_folder_whole(tiny, tmp_path, monkeypatch):
+    pipe = mmdit.load_pipeline(tiny, t5_length=20)
+    folder = mmdit.save_diffusers(pipe, tmp_path / "folder")
+    monkeypatch.setattr(T5Tokenizer, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mmdit.save_diffusers(pipe, folder)
+    again = mmdit.load_pipeline(folder, t5_length=20)
+    assert torch.equal(latents(again, "a cat"), latents(pipe, "a cat"))
+
+
+def test_the_index_of_another_pipeline_is_refused(tiny, tmp_path):
+    copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    (copy / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="holds a FluxPipeline"):
+        mmdit.load_pipeline(copy, t5_length=20)
+
+
+def test_the_toys_autoencoder_is_saved_and_opened_again(tmp_path):
+    toy = Autoencoder(width=32, multipliers=[1, 1, 1], blocks=0, scale=0.7, shift=0.1)
+    for saved in (
+        mmdit.save_single_file(toy, tmp_path / "toy.safetensors"),
+        mmdit.save_diffusers(toy, tmp_path / "toy"),
+    ):
+        again = mmdit.load_autoencoder(saved)
+        assert again.state_dict().keys() == toy.state_dict().keys()
+        for key, tensor in toy.state_dict().items():
+            assert torch.equal(again.state_dict()[key], tensor), key
+
+
+def test_negative_prompts_one_for_each_prompt(tiny):
+    pipe = mmdit.load_pipeline(tiny, t5_length=20)
+    wish = {**PAINT, "steps": 2}
+    both = pipe(
+        ["a cat", "a dog"], negative_prompt=["red", "blue"], seeds=[3, 3], **without_seed(wish)
+    )
+    one = pipe("a dog", negative_prompt="blue", **wish)
+    assert (both[1].int() - one[0].int()).abs().max() <= 1
+    for wrong, message in (
+        (["a", "b", "c"], "3 negative prompts for 2"),
+        ([("a", "b")], "list of texts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe(["a cat", "a dog"], negative_prompt=wrong, **wish)
+    with pytest.raises(UserError, match="empty list"):
+        pipe([])
+    with pytest.raises(UserError, match="guidance=nan must be a finite number"):
+        pipe("a cat", **{**wish, "guidance": float("nan")})
+
+
+def without_seed(wish: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in wish.items() if key != "seed"}
+
+
+def test_the_noise_is_that_of_the_reference(tiny):
+    """Which draws (1, c, h, w) from a CPU generator of the seed."""
+    pipe = mmdit.load_pipeline(tiny, t5_length=20)
+    expected = torch.randn(1, 16, 16, 12, generator=torch.Generator("cpu").manual_seed(7))
+    assert torch.equal(pipe.noise([7], 32, 24), expected)
+
+
+def test_a_control_net_takes_the_place_of_the_network(tiny):
+    pipe = mmdit.load_pipeline(tiny, t5_length=20)
+    net = ControlNet(depth=1, width=64, num_heads=4, pooled_width=40)
+    plain = latents(pipe, "a cat")
+    control = torch.zeros(1, 16, 16, 12)
+    base = pipe.mmdit
+    pipe.mmdit = ControlledMMDiT(base=base, control_net=net, control_latent=control)
+    assert torch.equal(latents(pipe, "a cat"), plain)  # untrained, it changes nothing
+    torch.nn.init.ones_(net.to_residuals[0].weight)
+    assert not torch.equal(latents(pipe, "a cat"), plain)

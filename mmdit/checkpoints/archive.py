@@ -12,6 +12,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,6 +220,7 @@ def write_archive(
     beside = path.with_name(path.name + ".tmp")
     unknown = "0x" + 64 * "0"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(
             {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
             beside,
@@ -238,7 +240,8 @@ def write_archive(
             os.fsync(file.fileno())
         beside.rename(path)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"{path} cannot be written ({first_line(error)})") from None
 
 

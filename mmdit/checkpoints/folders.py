@@ -1,7 +1,10 @@
 """Folders in diffusers' layout: a subfolder per model, each with its config.json."""
 
 import json
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ SUBFOLDERS = {
     "clip_g": "text_encoder_2",
     "t5": "text_encoder_3",
 }
+TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+# What `write_model` leaves in a folder.
+WEIGHTS_WRITTEN = re.compile(r"(diffusion_pytorch_model|model)[.-].*safetensors(\.index\.json)?$")
 CLASSES = {
     "controlnet": "SD3ControlNetModel",
     "mmdit": "SD3Transformer2DModel",
@@ -35,12 +41,16 @@ Config = dict[str, Any]
 
 
 def read_config(folder: Path) -> Config:
-    """The config.json of a model's folder; empty when there is none.
+    """The config.json of a model's folder; empty when there is none."""
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> Config:
+    """The object in a JSON file; empty when there is no file.
 
     Raises:
         UserError: it is no JSON object.
     """
-    path = folder / "config.json"
     if not path.is_file():
         return {}
     try:
@@ -50,6 +60,37 @@ def read_config(folder: Path) -> Config:
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object")
     return config
+
+
+def read_index(folder: Path, kinds: Iterable[str]) -> list[str]:
+    """The kinds that model_index.json says were left out when the folder was saved.
+
+    Raises:
+        UserError: it is the index of another pipeline.
+    """
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name", "StableDiffusion3Pipeline")
+    if not str(name).startswith("StableDiffusion3"):
+        raise UserError(f"{folder} holds a {name}, not a StableDiffusion3Pipeline")
+    return [kind for kind in kinds if index.get(SUBFOLDERS[kind]) == [None, None]]
+
+
+def stored_shift(folder: Path, default: float) -> float:
+    """The shift of scheduler/scheduler_config.json, where there is one.
+
+    Raises:
+        UserError: it is no positive number, or the scheduler is of another kind.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    shift = config.get("shift", default)
+    name = str(config.get("_class_name", "FlowMatch"))
+    if not name.startswith("FlowMatch") or config.get("use_dynamic_shifting"):
+        raise UserError(f"{path}: {name} with these settings is not how SD3 is sampled")
+    number = isinstance(shift, int | float) and not isinstance(shift, bool)
+    if not number or not 0 < shift < 1000:
+        raise UserError(f'{path}: "shift" is {shift!r}, but must be a number above 0, mostly 3')
+    return float(shift)
 
 
 def hints_of(kind: str, config: Config) -> Description:
@@ -207,13 +248,46 @@ HABITS: dict[str, Config] = {
 }
 
 
-def write_model(module: nn.Module, folder: Path, *, max_bytes: int = 10_000_000_000) -> None:
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `folder` when all is written.
+
+    What was there under the same names, and what an earlier saving left under names of the layout,
+    goes only then; other files stay.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    new = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        folder.mkdir(exist_ok=True)
+        layout = {*SUBFOLDERS.values(), *TOKENIZERS.values(), "scheduler"}
+        for old in list(folder.iterdir()):
+            if old.name in layout or (new / old.name).exists() or WEIGHTS_WRITTEN.match(old.name):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for item in new.iterdir():
+            item.rename(folder / item.name)
+        new.rmdir()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error})") from None
+
+
+def write_model(
+    module: nn.Module,
+    folder: Path,
+    *,
+    kind: str | None = None,
+    max_bytes: int = 10_000_000_000,
+) -> None:
     """Write one model with its config.json, as diffusers or transformers names the files.
 
     Raises:
         UserError: it has no public format, or an architecture that config.json cannot say.
     """
-    kind = kind_of(module)
+    kind = kind_of(module) if kind is None else kind
     if (ratio := describe(module).get("mlp_ratio", 4.0)) != 4.0:
         raise UserError(
             f"mlp_ratio {ratio} cannot be said in diffusers' layout, where it is always 4: "
@@ -225,7 +299,7 @@ def write_model(module: nn.Module, folder: Path, *, max_bytes: int = 10_000_000_
         config["architectures"] = [CLASSES[kind]]
         config["torch_dtype"] = str(next(module.parameters()).dtype).removeprefix("torch.")
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
-    tensors, metadata = dict(exported(module, "diffusers")), descriptions({kind: module})
+    tensors, metadata = dict(exported(module, "diffusers", kind=kind)), descriptions({kind: module})
     write_shards(folder, stem, tensors, metadata, max_bytes=max_bytes)
     write_json(folder / "config.json", config)
 
@@ -251,7 +325,7 @@ def write_folder(
         present = kind in models
         index[subfolder] = [library, CLASSES[kind]] if present else [None, None]
         if present:
-            write_model(models[kind], folder / subfolder)
+            write_model(models[kind], folder / subfolder, kind=kind)
         if library == "transformers":
             name = subfolder.replace("text_encoder", "tokenizer")
             fitting = "T5TokenizerFast" if kind == "t5" else "CLIPTokenizer"

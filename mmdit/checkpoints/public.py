@@ -98,6 +98,8 @@ def load(
         UserError: the archive holds no such model; keys are missing, unexpected or misshapen;
             weights are not finite.
     """
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(f"dtype {dtype} must be torch.float16, bfloat16, float32 or float64")
     match = find(archive, kind)
     if match is None:
         raise UserError(explain_stranger(archive, kind))
@@ -120,7 +122,7 @@ def load(
     load_into(module, match, dtype=dtype, verify=verify)
     if key := match.format.identity:
         said = "projected" if key in infos else "not projected, or by the identity"
-        log.info("%s: the pooled vector is %s", archive.name, said)
+        log.debug("%s: the pooled vector is %s", archive.name, said)
     return module.eval()
 
 
@@ -261,10 +263,10 @@ def kind_of(module: nn.Module) -> str:
 
 
 def exported(
-    module: nn.Module, layout: str, *, prefixed: bool = False
+    module: nn.Module, layout: str, *, kind: str | None = None, prefixed: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The module's tensors under the keys of a layout."""
-    kind = kind_of(module)
+    """The module's tensors under the keys of a layout, in the place of `kind`."""
+    kind = kind_of(module) if kind is None else kind
     format = next(f for f in FORMATS if f.kind == kind and f.layout == layout)
     prefix = format.prefixes[0] if prefixed else ""
     ours = module.state_dict()

@@ -17,6 +17,7 @@ from mmdit.checkpoints.archive import (
     open_shards,
     verify_hashes,
 )
+from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
 from mmdit.checkpoints.public import find, load
 from mmdit.errors import UserError
@@ -35,7 +36,7 @@ WEIGHTS = re.compile(
 )
 # `model.fp16.safetensors`, `model.safetensors.index.fp16.json`: beside the plain ones, or alone.
 VARIANT = re.compile(r"model\.\w+\.safetensors|\.index\.\w+\.json")
-SHARD = re.compile(r"(diffusion_pytorch_model|model)\S*-\d+-of-\d+\.safetensors")
+SHARD = re.compile(r"(diffusion_pytorch_model|model)\S*-\d+-of-(\d+)\.safetensors")
 
 
 def local(source: str | Path, folders: Sequence[str]) -> Path:
@@ -102,6 +103,11 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
     if path.is_file():
         if path.name.endswith(".index.json"):
             return open_shards(path), path.parent
+        if match := SHARD.fullmatch(path.name):
+            raise UserError(
+                f"{path} is one of {int(match[2])} shards: give their folder, or the "
+                "*.safetensors.index.json beside it"
+            )
         return open_file(path, allow_pickle=allow_pickle), path.parent
     for folder in (path / SUBFOLDERS[kind] if kind in SUBFOLDERS else path, path):
         found = sorted(f.name for f in folder.glob("*") if WEIGHTS.fullmatch(f.name))
@@ -127,11 +133,13 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
         return holding[0], path
     if len(holding) > 1:
         names = ", ".join(archive.name.name for archive in holding)
-        raise UserError(f"{path} holds several models of this kind: name one of {names}")
-    lacking = SUBFOLDERS.get(kind, "a model")
+        raise UserError(f"{path} holds several files with a {NAMES[kind]}: name one of {names}")
+    places = f"{path / SUBFOLDERS[kind]} and {path}" if kind in SUBFOLDERS else str(path)
+    pickles = [file.name for file in path.rglob("*") if file.suffix in PICKLES]
+    told = f"; pickles like {pickles[0]} are read only as files by name" if pickles else ""
     raise UserError(
-        f"{path} holds no weights of this kind: neither {lacking}/ with *.safetensors in it, nor a "
-        "single file. Incomplete downloads show as *.incomplete or *.part"
+        f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{told}. Incomplete "
+        "downloads show as *.incomplete or *.part"
     )
 
 

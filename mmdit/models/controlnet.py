@@ -262,6 +262,18 @@ class ControlledMMDiT(nn.Module):
         self.register_buffer("control_latent", control_latent, persistent=False)
         self.strength, self.placement = strength, placement
 
+    @property
+    def latent_channels(self) -> int:
+        return self.base.latent_channels
+
+    @property
+    def patch_size(self) -> int:
+        return self.base.patch_size
+
+    @property
+    def positions(self) -> Tensor:
+        return self.base.positions
+
     def forward(self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor) -> Tensor:
         """`MMDiT.forward`, with the residuals of the control net added after its blocks.
 

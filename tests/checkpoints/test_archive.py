@@ -227,8 +227,9 @@ def test_five_models_of_one_file_are_hashed_once(tmp_path, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        write_archive(tmp_path / "none" / "x.safetensors", TENSORS)
+        write_archive(tmp_path / "file" / "x.safetensors", TENSORS)
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
         write_archive(tmp_path / "folder.safetensors", TENSORS)

@@ -17,7 +17,10 @@ from mmdit.errors import UserError
 
 
 def autoencoder_reader(level: str, block: str) -> Reader:
-    """Reader of an autoencoder's architecture, given what a format calls levels and blocks."""
+    """Reader of an autoencoder's architecture, given what a format calls levels and blocks.
+
+    An encoder without residual blocks, as the toy's is, tells no widths: our own header does.
+    """
 
     def describe(infos: Infos, hints: Description) -> Description:
         width = next((s[0] for s in shapes(infos, r"encoder\.conv_in\.weight", 4)), 128)
@@ -30,6 +33,9 @@ def autoencoder_reader(level: str, block: str) -> Reader:
             max(1, Counter(s[0] for s in level or [(width,)]).most_common(1)[0][0] // width)
             for level in convolutions
         ]
+        bare = not shapes(infos, rf"encoder\.{level}\.\d+\.{block}\.\d+\.conv1\.weight", 4)
+        if bare and hints.get("blocks") == 0:
+            return {"class": "Autoencoder", **hints, "latent_channels": channels, "width": width}
         if channels != 16 and "scale" not in hints:
             raise UserError(
                 f"an autoencoder of {channels} channels: the file tells neither scale nor shift of "
