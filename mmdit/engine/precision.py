@@ -30,6 +30,8 @@ def chosen_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} is not available here: use device=cpu or auto") from error
+    if device.type == "meta":
+        raise UserError("device=meta computes nothing: use device=cpu or auto")
     return device
 
 

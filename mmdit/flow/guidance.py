@@ -90,8 +90,8 @@ class SkipLayerGuidance(Guidance):
         start: float = 0.01,
         end: float = 0.2,
     ) -> None:
-        if not layers:
-            raise UserError("SkipLayerGuidance: layers must name at least one block to skip")
+        if isinstance(layers, int) or not layers:
+            raise UserError(f"SkipLayerGuidance: layers {layers} must be a list like [7, 8, 9]")
         if not 0.0 <= start <= end <= 1.0:
             raise UserError(
                 f"SkipLayerGuidance: start {start} and end {end} must be fractions of the steps, "
