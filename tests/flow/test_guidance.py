@@ -145,7 +145,8 @@ def test_an_empty_window_is_classifier_free_guidance():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": ()}, "at least one block"),
+        ({"layers": ()}, "must be a list"),
+        ({"layers": 7}, "layers 7 must be a list"),
         ({"start": 0.5, "end": 0.2}, "start 0.5 and end 0.2"),
         ({"end": 20.0}, "fractions"),
     ],
