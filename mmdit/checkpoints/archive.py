@@ -183,7 +183,8 @@ def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
             raise UserError(f"{path} has a damaged header: download or copy it again") from None
     if size < needed:
         raise UserError(
-            f"{path} is cut off: it has {size:,} bytes and should have at least {needed:,}; "
+            f"{path} is damaged, it is cut off: it has {size:,} bytes and should have at least "
+            f"{needed:,}; "
             "download it again"
         )
     return infos, metadata

@@ -159,7 +159,7 @@ def test_shards_that_are_wrong(index):
     with pytest.raises(UserError, match=f"{second.name} repeats a, which another shard holds"):
         open_shards(index)
     second.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=f"{second.name} is cut off"):
+    with pytest.raises(UserError, match=f"{second.name} is damaged, it is cut off"):
         open_shards(index)
     second.unlink()
     with pytest.raises(UserError, match=f"lacks 1 of 2 shards: {second.name}"):
