@@ -20,8 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from configs.messages import explain, first_line
-from mmdit.errors import UserError
+from configs.messages import explain
+from mmdit.errors import UserError, first_line
 
 Verbatim = dict[str, str]
 CONFIGS = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ import omegaconf.errors as omegaconf_errors
 import yaml
 from omegaconf import OmegaConf
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 
 
 def explain(
@@ -66,11 +66,6 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 def did_you_mean(name: str | None) -> str:
     """The question to put behind a message, if there is a name to offer."""
     return f" Did you mean {name}?" if name else ""
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the rest."""
-    return next(iter(str(error).splitlines()), "")
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:

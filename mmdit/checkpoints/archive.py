@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 
 log = logging.getLogger("mmdit.checkpoints")
 
@@ -203,11 +203,6 @@ def _what_it_is(start: bytes, size: int) -> str:
     if size == 0:
         return "it is empty"
     return f"its first bytes are no header ({size:,} bytes); download or copy it again"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, which is often a page."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def write_archive(

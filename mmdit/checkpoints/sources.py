@@ -12,7 +12,6 @@ from torch import nn
 from mmdit.checkpoints.archive import (
     PICKLES,
     Archive,
-    first_line,
     open_file,
     open_shards,
     verify_hashes,
@@ -20,7 +19,7 @@ from mmdit.checkpoints.archive import (
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
 from mmdit.checkpoints.public import find, load
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 
 log = logging.getLogger("mmdit.checkpoints")
 

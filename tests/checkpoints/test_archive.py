@@ -212,7 +212,7 @@ def test_a_flipped_bit_is_found_by_the_name_in_the_cache_of_the_hub(tmp_path):
 def test_without_a_hash_that_is_said(tmp_path, caplog):
     for metadata in (None, {HASH: "0x12"}, {HASH: "none"}):
         save_file(TENSORS, tmp_path / "x.safetensors", metadata)
-        with caplog.at_level("DEBUG"):
+        with caplog.at_level("DEBUG", logger="mmdit.checkpoints"):
             verify_hashes(open_file(tmp_path / "x.safetensors"))
         assert "no hash is known" in caplog.text
         caplog.clear()

@@ -243,7 +243,7 @@ def test_a_control_net_says_what_it_was_made_for(tiny, tmp_path, caplog):
     assert tensors["control_type"].tolist() == [1]
     unused = {"context_embedder.weight": torch.ones(8, 4), "context_embedder.bias": torch.ones(8)}
     save_file({**tensors, **unused}, tmp_path / "canny.safetensors")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="mmdit.checkpoints"):
         assert mmdit.load_controlnet(tmp_path / "canny.safetensors").control_type == "canny"
     assert "context_embedder.bias, context_embedder.weight" in caplog.text
     del tensors["control_type"]
