@@ -1,0 +1,198 @@
+"""How a network attends: the largest logit and the entropy of each block's attention (Fig. 5).
+
+Logits that grow and entropies that collapse, in the last blocks first, announce the divergence of
+finetuning at high resolution in bfloat16 that QK-normalization prevents (Sec. 5.3.2). All networks
+here attend through one function, `mmdit.nn.attention.attention`: while a network is watched,
+another one stands in its place, which looks at what passes and hands it on. Unwatched, nothing is
+different.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmdit.flow.objective import Draw
+from mmdit.keys import generator_for
+from mmdit.nn import attention as room
+from mmdit.pipeline import Pipeline
+
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32
+
+
+class BlockAttention(NamedTuple):
+    """What was seen of one block, over all heads, queries, samples and calls.
+
+    Attributes:
+        block: name of the module whose forward pass called attention, as in `named_modules`.
+        max_logit: the largest, scaled and with its bias, as the softmax takes it.
+        entropy: mean, in nats: from 0, each query attending to one key, to log n, to all n alike.
+        normalized_entropy: mean of entropy / log n, in [0, 1]; 0 where there is one key only.
+    """
+
+    block: str
+    max_logit: float
+    entropy: float
+    normalized_entropy: float
+
+
+class AttentionRecord:
+    """What a watched network's attention has been like, block by block."""
+
+    def __init__(self) -> None:
+        # (largest logit, sum of entropies, sum of normalized ones) and how many, of each call. They
+        # stay on their device until they are asked for: a watched GPU need not wait.
+        self._calls: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def add(self, block: str, statistics: Tensor, queries: int) -> None:
+        """A call of attention: (max, sum of entropies, sum of normalized ones) over its queries."""
+        self._calls.setdefault(block, []).append((statistics, queries))
+
+    def blocks(self) -> list[BlockAttention]:
+        """Each block's figures, in the order in which they were first called.
+
+        Raises:
+            ValueError: nothing has passed yet.
+        """
+        if not self._calls:
+            raise ValueError("no attention was seen: run the watched network first")
+        return [_combined(block, calls) for block, calls in self._calls.items()]
+
+
+def last_blocks(blocks: Sequence[BlockAttention], count: int = 5) -> BlockAttention:
+    """The mean of the last blocks' figures; the paper averages over five (Fig. 5).
+
+    Of a network of fewer blocks, all of them; the name says how many they were.
+    """
+    last = blocks[-count:]
+    means = (sum(b[i] for b in last) / len(last) for i in (1, 2, 3))  # type: ignore[misc]
+    return BlockAttention(f"last {len(last)}", *means)
+
+
+@contextmanager
+def watched(network: nn.Module) -> Iterator[AttentionRecord]:
+    """Record how the blocks of `network` attend; what it computes stays the same, bit for bit.
+
+    A compiled network runs as it is written meanwhile, for a graph has no place to look into.
+
+        with watched(pipeline.mmdit) as record:
+            pipeline("a red circle")
+        last_blocks(record.blocks())
+    """
+    record = AttentionRecord()
+    running: list[str] = []
+    door = room.attention
+
+    def watched_door(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if running:  # else it is another network that attends
+            record.add(running[-1], *attention_statistics(q, k, **options))
+        return door(q, k, v, **options)
+
+    handles = []
+    for name, module in network.named_modules():
+
+        def enter(_: nn.Module, __: object, name: str = name) -> None:
+            running.append(name)
+
+        def leave(*_: object) -> None:
+            running.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    # Modules hold the function under names of their own, by `from mmdit.nn.attention import ...`.
+    held = [
+        (names, name)
+        for names in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
+        for name, value in list(names.items())
+        if value is door
+    ]
+    # Nothing is compiled where the compiler was never imported, and importing it takes seconds.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+    try:
+        for names, name in held:
+            names[name] = watched_door
+        with eager or nullcontext():
+            yield record
+    finally:
+        for names, name in held:
+            names[name] = door
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, int]:
+    """(largest logit, sum of entropies, sum of normalized ones) and the number of queries.
+
+    In float32 whatever the dtype of q and k, some queries at a time.
+
+    Args:
+        q, k: (b, n, h, d), as `mmdit.nn.attention.attention` takes them.
+        bias, causal, scale: as there.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if bias is not None:
+        bias = bias.expand(len(q), q.shape[2], q.shape[1], k.shape[1]).flatten(0, 1)
+    q, k = (rearrange(part, "b n h d -> (b h) n d") for part in (q, k))
+    (sequences, queries, _), keys = q.shape, k.shape[1]
+    rows = max(1, LOGITS_AT_ONCE // keys)
+    together = max(1, rows // queries)
+    greatest, entropies = [], []
+    with torch.autocast(q.device.type, enabled=False):
+        for s in range(0, sequences, together):
+            some = slice(s, s + together)
+            for row in range(0, queries, rows):
+                part = slice(row, row + rows)
+                logits = scale * (q[some, part].float() @ k[some].float().transpose(1, 2))
+                if bias is not None:
+                    logits += bias[some, part]
+                if causal:
+                    future = torch.ones_like(logits[0], dtype=torch.bool).triu(1 + row)
+                    logits.masked_fill_(future, -math.inf)
+                greatest.append(logits.amax())
+                entropies.append(torch.special.entr(logits.softmax(dim=-1)).sum())
+    entropy = torch.stack(entropies).sum()
+    normalized = entropy / math.log(keys) if keys > 1 else torch.zeros_like(entropy)
+    return torch.stack([torch.stack(greatest).amax(), entropy, normalized]), sequences * queries
+
+
+@torch.no_grad()
+def attention_at(
+    pipeline: Pipeline, latents: Tensor, captions: Sequence[str], *, t: float, seed: int
+) -> list[BlockAttention]:
+    """How each block of the transformer attends to noised pictures at one time t.
+
+    The noise of a sample is that of `validation_loss`: two evaluations differ by the weights only.
+
+    Args:
+        latents: normalized, (n, c, h, w).
+        captions: n of them.
+    """
+    generators = [generator_for(seed, "validation", i) for i in range(len(latents))]
+    shape = tuple(latents.shape[1:])
+    epsilon = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(latents.device)
+    draw = Draw(torch.full((len(latents),), t, device=latents.device), epsilon)
+    with pipeline.autocast():
+        c_vec, c_ctxt = pipeline.text.encode(captions)
+        with watched(pipeline.mmdit) as record:
+            pipeline.objective(pipeline.mmdit, latents, c_vec, c_ctxt, draw)
+    return record.blocks()
+
+
+def _combined(block: str, calls: Sequence[tuple[Tensor, int]]) -> BlockAttention:
+    statistics = torch.stack([s for s, _ in calls]).double().cpu()
+    queries = sum(count for _, count in calls)
+    entropy, normalized = (statistics[:, 1:].sum(dim=0) / queries).tolist()
+    return BlockAttention(block, statistics[:, 0].max().item(), entropy, normalized)
