@@ -1,0 +1,70 @@
+"""Both towers of CLIP: pictures and prompts in one space, where alike means close (App. B.2)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.errors import UserError
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.clip_image import CLIPImageModel, clip_pixels
+from mmdit.registry import register
+from mmdit.text.conditioning import TextEncoder
+
+GREATEST_SCALE = 100.0
+
+
+@register
+class CLIPPair(nn.Module):
+    """A text and an image tower with a common space (Radford et al. 2021).
+
+    All features are float32 vectors of length 1, so that a product of two is their cosine. They are
+    computed of each picture and each prompt alone: no batch changes them.
+
+    Args:
+        text: a tokenizer and a `CLIPTextModel` with a projection.
+        image: the image tower.
+
+    Raises:
+        UserError: the text tower is none of CLIP, has no projection, or leads to another space.
+    """
+
+    def __init__(self, *, text: TextEncoder, image: CLIPImageModel) -> None:
+        super().__init__()
+        tower = text.model
+        if not isinstance(tower, CLIPTextModel) or not isinstance(tower.projection, nn.Linear):
+            raise UserError(
+                f"text.model, a {type(tower).__name__}, must be a CLIPTextModel with a "
+                "projection_width: without its projection a prompt has no place beside pictures"
+            )
+        width = image.projection.out_features
+        if tower.pooled_width != width:
+            raise UserError(
+                f"projection_width {tower.pooled_width} of the text tower must be that of the "
+                f"image tower, {width}"
+            )
+        self.text, self.image, self.width = text, image, width
+        # Of the cosines in the loss, as a logarithm; the start is a temperature of 0.07.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the cosines in the loss, at most 100: beyond, training is unstable."""
+        return self.logit_scale.exp().clamp(max=GREATEST_SCALE)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Pictures (n, h, w, 3) uint8, resized to the tower's size by `clip_pixels`, to (n, d)."""
+        images = clip_pixels(pixels, self.image.image_size).to(
+            self.device, self.image.class_embedding.dtype
+        )
+        return F.normalize(self.image(images).float(), dim=-1)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to (n, d)."""
+        return F.normalize(self.text(self.text.tokenize(prompts)).pooled.float(), dim=-1)
