@@ -170,24 +170,36 @@ def attention_statistics(
 
 @torch.no_grad()
 def attention_at(
-    pipeline: Pipeline, latents: Tensor, captions: Sequence[str], *, t: float, seed: int
+    pipeline: Pipeline,
+    latents: Tensor,
+    captions: Sequence[str],
+    *,
+    levels: Sequence[float],
+    seed: int,
+    batch_size: int = 64,
 ) -> list[BlockAttention]:
-    """How each block of the transformer attends to noised pictures at one time t.
+    """How each block of the transformer attends to noised pictures, over some times t.
 
     The noise of a sample is that of `validation_loss`: two evaluations differ by the weights only.
 
     Args:
         latents: normalized, (n, c, h, w).
         captions: n of them.
+        levels: of t.
     """
-    generators = [generator_for(seed, "validation", i) for i in range(len(latents))]
-    shape = tuple(latents.shape[1:])
-    epsilon = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(latents.device)
-    draw = Draw(torch.full((len(latents),), t, device=latents.device), epsilon)
-    with pipeline.autocast():
-        c_vec, c_ctxt = pipeline.text.encode(captions)
-        with watched(pipeline.mmdit) as record:
-            pipeline.objective(pipeline.mmdit, latents, c_vec, c_ctxt, draw)
+    shape, device = tuple(latents.shape[1:]), latents.device
+    with watched(pipeline.mmdit) as record, pipeline.autocast():
+        for start in range(0, len(latents), batch_size):
+            x_0 = latents[start : start + batch_size]
+            keys = range(start, start + len(x_0))
+            noises = [
+                torch.randn(shape, generator=generator_for(seed, "validation", i)) for i in keys
+            ]
+            c_vec, c_ctxt = pipeline.text.encode(captions[start : start + batch_size])
+            for level in levels:
+                t = torch.full((len(x_0),), level, device=device)
+                draw = Draw(t, torch.stack(noises).to(device))
+                pipeline.objective(pipeline.mmdit, x_0, c_vec, c_ctxt, draw)
     return record.blocks()
 
 

@@ -1,0 +1,40 @@
+"""What each text encoder is worth: a pipeline in which only some of them speak (Sec. 5.3.3)."""
+
+import copy
+import itertools
+from collections.abc import Collection
+
+from mmdit.pipeline import Pipeline
+from mmdit.text.conditioning import AbsentEncoder, TextConditioner, TextEncoder
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+SUBSETS = [  # all three first, none last
+    tuple(kind for kind, speaks in zip(ENCODERS, speaking, strict=True) if speaks)
+    for speaking in itertools.product((True, False), repeat=3)
+]
+
+
+def speaking(
+    pipeline: Pipeline, kept: Collection[str], *, empty_prompt: str | None = None
+) -> Pipeline:
+    """The same pipeline, weights shared, in which the encoders not kept contribute zeros.
+
+    Args:
+        kept: of `ENCODERS`.
+        empty_prompt: 'zeros' or 'encoded', as in `TextConditioner`; None leaves it as it is.
+    """
+    text = pipeline.text
+    parts: dict[str, TextEncoder | AbsentEncoder] = {}
+    for kind, encoder in zip(ENCODERS, text.encoders, strict=True):
+        absent = AbsentEncoder(
+            width=encoder.width, pooled_width=encoder.pooled_width, length=encoder.length
+        )
+        parts[kind] = encoder if kind in kept else absent.to(encoder.device)
+    view = copy.copy(pipeline)
+    conditioner = TextConditioner(
+        **parts,
+        dropout=text.dropout,
+        empty_prompt=text.empty_prompt if empty_prompt is None else empty_prompt,
+    )
+    view._modules = {**pipeline._modules, "text": conditioner.train(text.training)}
+    return view
