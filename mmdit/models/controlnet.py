@@ -11,10 +11,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.models.mmdit import MMDiT, Stream, reset_as_in_dit
-from mmdit.nn.attention import attention
+from mmdit.models.backbone import reset_as_in_dit
+from mmdit.models.dit import DiTBlock
+from mmdit.models.mmdit import MMDiT
 from mmdit.nn.embeddings import PatchEmbedding, VectorEmbedding, sinusoid
-from mmdit.nn.modulation import modulate
 from mmdit.registry import register
 
 # In the order of `control_type` in the public files. Factor and offset of pixels in [0, 1]: what
@@ -37,17 +37,6 @@ def check_control_type(control_type: str) -> None:
     """Raises a UserError where there is no such type of control image."""
     if control_type not in CONTROL_RANGES:
         raise UserError(f"control_type {control_type!r} must be one of {', '.join(CONTROL_RANGES)}")
-
-
-class ImageBlock(Stream):
-    """A joint block without text: the image stream attends to itself alone."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (b, n, d), y (b, d) -> x."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y)
-        attended = attention(*self.attention_in(modulate(self.norm1(x), shift1, scale1)))
-        x = x + gate1 * self.attention_out(attended)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 @register
@@ -94,7 +83,7 @@ class ControlNet(nn.Module):
         self.timestep_embedding = VectorEmbedding(256, width)
         self.pooled_embedding = VectorEmbedding(pooled_width, width)
         self.blocks = nn.ModuleList(
-            ImageBlock(width, num_heads, mlp_ratio, qk_norm=False) for _ in range(depth)
+            DiTBlock(width, num_heads, mlp_ratio, qk_norm=False) for _ in range(depth)
         )
         self.to_residuals = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.reset_parameters()

@@ -10,7 +10,11 @@ from mmdit.models.mmdit import JointBlock, LastJointBlock, MMDiT
 from mmdit.nn.embeddings import centre_crop, position_table, sinusoid
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
-FILES = sorted(CONFIGS.glob("*.yaml"))
+FILES = [
+    file
+    for file in sorted(CONFIGS.glob("*.yaml"))
+    if yaml.safe_load(file.read_text())["_target_"] == "mmdit.models.mmdit.MMDiT"
+]
 PAPER = sorted(CONFIGS.glob("d[0-9][0-9].yaml"))
 
 TINY = {

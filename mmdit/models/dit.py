@@ -1,0 +1,82 @@
+"""DiT with text in its sequence: one shared set of weights for all tokens (Fig. 4).
+
+Peebles & Xie 2023, whose classes are text here: the tokens of the text stand before those of the
+image, and every layer treats both alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.models.backbone import Backbone, Block, OutputLayer, Stream, attention_flops
+from mmdit.nn.attention import attention
+from mmdit.nn.modulation import modulate
+from mmdit.registry import register
+
+
+class DiTBlock(Stream, Block):
+    """Modulate, attend, modulate, MLP: one stream that attends to itself (adaLN-zero)."""
+
+    returns = (0,)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (b, n, d), y (b, d) -> x."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(y)
+        attended = attention(*self.attention_in(modulate(self.norm1(x), shift1, scale1)))
+        x = x + gate1 * self.attention_out(attended)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    def flops(self, image_tokens: int, text_tokens: int) -> int:
+        n = image_tokens + text_tokens
+        return self.token_flops(n) + attention_flops(n, n, self.width)
+
+
+@register
+class DiT(Backbone):
+    """The velocity (or another prediction) of a noised latent, given text.
+
+    Args: those of `MMDiT`, but for `dual_attention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        latent_channels: int = 16,
+        patch_size: int = 2,
+        context_width: int = 4096,
+        pooled_width: int = 2048,
+        qk_norm: bool = False,
+        position_size: int = 192,
+        position_grid: int = 64,
+        position_base: int = 16,
+    ) -> None:
+        super().__init__(
+            depth=depth,
+            width=width,
+            num_heads=num_heads,
+            latent_channels=latent_channels,
+            patch_size=patch_size,
+            context_width=context_width,
+            pooled_width=pooled_width,
+            position_size=position_size,
+            position_grid=position_grid,
+            position_base=position_base,
+        )
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth)
+        )
+        self.output = OutputLayer(width, self.patch_values)
+        if not self.positions.is_meta:  # where there is nothing to fill
+            self.reset_parameters()
+
+    def forward(self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor) -> Tensor:
+        """One evaluation of the network; see `Backbone.forward`."""
+        y = self.vector(t, c_vec)
+        c = self.text_tokens(c_ctxt)
+        x = torch.cat([c, self.image_tokens(z_t)], dim=1)
+        for block in self.blocks:
+            x = block(x, y)
+        return self.prediction(x[:, c.shape[1] :], y, *z_t.shape[-2:])
