@@ -37,7 +37,7 @@ class ContrastiveTask:
         module: CLIPPair,
         data: Shapes,
         validation: Shapes,
-        rounds: int = 8,
+        rounds: int = 16,
         autocast: Autocast,
     ) -> None:
         if rounds < 1:

@@ -7,7 +7,7 @@ from mmdit.checkpoints.native import load_module, save_module
 from mmdit.data.captions import vocabulary
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
-from mmdit.models.clip_image import CLIPImageModel
+from mmdit.models.clip_image import CLIPImageModel, clip_pixels
 from mmdit.models.t5 import T5Encoder
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.conditioning import TextEncoder
@@ -51,6 +51,14 @@ def test_features_have_length_one_and_one_width(pair):
     for features in (pair.image_features(pictures()), pair.text_features(PROMPTS)):
         assert features.shape == (3, pair.width) and features.dtype == torch.float32
         torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+
+
+@torch.no_grad()
+def test_embeddings_are_the_towers_own_and_point_as_the_features_do(pair):
+    embeddings = pair.image_embeddings(pictures())
+    torch.testing.assert_close(embeddings, pair.image(clip_pixels(pictures(), 32)))
+    features = pair.image_features(pictures())
+    torch.testing.assert_close(embeddings, embeddings.norm(dim=1, keepdim=True) * features)
 
 
 @torch.no_grad()
