@@ -1,0 +1,130 @@
+"""CLIP as a measuring instrument: its towers from public weights or from a run of ours."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmdit.checkpoints.archive import Archive, verify_hashes
+from mmdit.checkpoints.folders import read_config
+from mmdit.checkpoints.native import load_module
+from mmdit.checkpoints.public import load
+from mmdit.checkpoints.runs import weights_file
+from mmdit.checkpoints.sources import local, weights_of
+from mmdit.errors import UserError
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.clip_image import CLIPImageModel
+from mmdit.text.clip_pair import CLIPPair
+from mmdit.text.clip_tokenizer import clip_tokenizer_in
+from mmdit.text.conditioning import TextEncoder
+
+Items = TypeVar("Items", Tensor, Sequence[str])
+SEEING = ("vision_model.", "visual_projection.")  # keys of the half that reads no text
+
+
+def load_clip_features(
+    source: str | Path,
+    *,
+    weights: str = "ema",
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    allow_pickle: bool = False,
+    verify: bool = False,
+) -> CLIPPair:
+    """Both towers of CLIP, in eval mode; the paper measures with CLIP-L/14 (Sec. 5.1).
+
+    Args:
+        source: a file or folder of public weights with both towers, like
+            openai/clip-vit-large-patch14; or a run of ours that trained a `CLIPPair`, its
+            checkpoint folder or its weight file.
+        weights: 'ema' or 'raw', of a run.
+        tokenizer: folder of the public tokenizer's files; None looks beside the weights.
+        dtype: of the weights; None keeps the file's.
+        device: where it goes; None is the CPU.
+        allow_pickle, verify: of public weights, as in `mmdit.load_mmdit`.
+
+    Raises:
+        UserError: nothing of the kind is there, it is damaged, or it is another kind of model.
+    """
+    path = Path(source).expanduser()
+    if is_run(path):
+        file = weights_file(path, weights)
+        pair = load_module(file)
+        if not isinstance(pair, CLIPPair):
+            raise UserError(f"{file} holds a {type(pair).__name__}, not a CLIPPair")
+        return pair.to(dtype=dtype, device=device)
+    archive, folder = weights_of(local(source, ["*"]), "clip_image", allow_pickle=allow_pickle)
+    if verify:
+        verify_hashes(archive)
+    text, image = towers(archive, read_config(folder), dtype=dtype, verify=verify)
+    words = clip_tokenizer_in(
+        folder if tokenizer is None else tokenizer, pad_with_end=True, length=text.length
+    )
+    pair = CLIPPair(text=TextEncoder(tokenizer=words, model=text), image=image)
+    if "logit_scale" in archive.infos:
+        pair.logit_scale.data = archive["logit_scale"].float().reshape(())
+    return pair.eval().to(device=device)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run of this project, one of its checkpoint folders or weight files."""
+    if path.is_dir():
+        return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return '"class"' in Archive([path]).metadata.get("description", "")
+
+
+def towers(
+    archive: Archive, config: dict[str, Any], **options: Any
+) -> tuple[CLIPTextModel, CLIPImageModel]:
+    """Both halves of a public CLIP.
+
+    Args:
+        config: its config.json, which tells what shapes do not; empty if there is none.
+        options: `dtype` and `verify` of `mmdit.checkpoints.public.load`.
+
+    Raises:
+        UserError: a half is missing or does not fit, or has an activation that ours has not.
+    """
+    told = {half: config.get(f"{half}_config") or {} for half in ("text", "vision")}
+    activation = told["vision"].get("hidden_act", "quick_gelu")
+    if activation != "quick_gelu":
+        raise UserError(
+            f"{archive.name}: config.json: vision_config.hidden_act is {activation!r}; CLIP's own "
+            "image towers have 'quick_gelu', and no other is known here"
+        )
+    heads = {
+        half: {"num_heads": part["num_attention_heads"]}
+        for half, part in told.items()
+        if "num_attention_heads" in part
+    }
+    hints = heads.get("text", {})
+    if "hidden_act" in told["text"]:
+        hints = {**hints, "activation": told["text"]["hidden_act"]}
+    reading = copy.copy(archive)
+    reading.infos = {k: info for k, info in archive.infos.items() if not k.startswith(SEEING)}
+    text = load(reading, "clip_l", hints=hints, **options)
+    image = load(archive, "clip_image", hints=heads.get("vision", {}), **options)
+    assert isinstance(text, CLIPTextModel) and isinstance(image, CLIPImageModel)
+    return text, image
+
+
+@torch.no_grad()
+def in_batches(features: Callable[[Items], Tensor], items: Items, *, size: int = 64) -> Tensor:
+    """Features of many pictures or prompts, `size` at a time to spare memory: (n, d), on the CPU.
+
+    `in_batches(pair.image_features, pixels)`, `in_batches(pair.text_features, prompts)`.
+
+    Raises:
+        UserError: there are no items, or `size` is not positive.
+    """
+    if not len(items) or size < 1:
+        raise UserError(f"{len(items)} items in batches of {size}: both must be at least 1")
+    starts = tqdm(range(0, len(items), size), desc="features", unit="batch", disable=None)
+    return torch.cat([features(items[start : start + size]).cpu() for start in starts])
