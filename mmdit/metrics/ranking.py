@@ -35,7 +35,7 @@ class Run(NamedTuple):
     dataset: str
     protocol: str
     samples: int | None  # pictures behind each score; None where unknown
-    points: Mapping[Hashable, Point]  # by sampler setting
+    points: Mapping[Any, Point]  # by sampler setting
 
     def __str__(self) -> str:
         return f"{self.variant}, seed {self.seed}, {self.dataset}"
