@@ -1,0 +1,327 @@
+"""Laws that hold for every backbone of Figure 4, whatever its way of joining text and image."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmdit.errors import UserError
+from mmdit.models.backbone import AttentionInput, Backbone, with_qk_norm
+from mmdit.models.cross_dit import CrossDiT
+from mmdit.models.dit import DiT
+from mmdit.models.mmdit import MMDiT
+from mmdit.models.mmdit_three import MMDiTThree
+from mmdit.models.uvit import UViT
+from mmdit.nn.embeddings import position_table
+from mmdit.nn.modulation import Modulation
+from mmdit.nn.norms import RMSNorm
+from mmdit.registry import build, describe
+
+TINY: dict[str, Any] = {
+    "depth": 3,
+    "width": 32,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "latent_channels": 4,
+    "context_width": 12,
+    "pooled_width": 10,
+    "position_size": 6,
+    "position_grid": 4,
+    "position_base": 4,
+}
+OWN: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
+    "dit": (DiT, {}),
+    "cross_dit": (CrossDiT, {}),
+    "uvit": (UViT, {"conv_blocks": 2}),
+    "mmdit": (MMDiT, {}),
+    "mmdit_x": (MMDiT, {"dual_attention": [0]}),
+    "mmdit_three": (MMDiTThree, {"clip_length": 3}),
+}
+
+# In the last block of an MM-DiT the text only answers: its queries are asked in vain.
+UNASKED = re.compile(r"last_block\.(text|clip|t5)\.attention_in\.q(\.|_norm\.)")
+
+each_kind = pytest.mark.parametrize("kind", OWN)
+
+
+def network(kind: str, **changes: Any) -> Backbone:
+    cls, own = OWN[kind]
+    return cls(**{**TINY, **own, **changes})
+
+
+def inputs(batch: int = 2, rows: int = 3, columns: int = 2) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(batch, 4, 2 * rows, 2 * columns, generator=generator),
+        torch.linspace(0.2, 0.9, batch),
+        torch.randn(batch, 10, generator=generator),
+        torch.randn(batch, 5, 12, generator=generator),
+    )
+
+
+def untouched(model: nn.Module) -> list[str]:
+    """Parameters whose gradient is zero, though they should have one."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if not weight.grad.any() and not UNASKED.match(name)
+    ]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
+
+
+# The fresh network
+
+
+@each_kind
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_fresh_network_predicts_exactly_zero(kind, qk_norm):
+    output = network(kind, qk_norm=qk_norm)(*inputs())
+    assert output.shape == inputs()[0].shape
+    assert not output.any()
+
+
+@each_kind
+def test_a_fresh_network_learns(kind):
+    """All is zero at first, but not the gradient of the last layer; then it reaches all."""
+    model = network(kind, qk_norm=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(*inputs()) - inputs()[0]).square().mean().backward()
+        optimizer.step()
+    assert untouched(model) == []
+
+
+@each_kind
+def test_reset_parameters_recomputes_what_meta_left_empty(kind):
+    with torch.device("meta"):
+        model = network(kind, qk_norm=True)
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(float("nan"))
+    model.reset_parameters()
+    assert torch.equal(model.positions, position_table(32, size=6, grid=4, base=4))
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert not model(*inputs()).any()
+
+
+@each_kind
+def test_a_description_gives_the_same_architecture(kind):
+    model = network(kind, qk_norm=True)
+    twin = build(describe(model))
+    shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (model, twin)]
+    assert type(twin) is type(model)
+    assert shapes[0] == shapes[1]
+
+
+# What the network computes
+
+
+@each_kind
+def test_every_parameter_matters(kind, randomize):
+    model = randomize(network(kind, qk_norm=True), 0)
+    model(*inputs()).square().sum().backward()
+    assert untouched(model) == []
+
+
+@each_kind
+def test_every_input_matters(kind, randomize):
+    model = randomize(network(kind), 0)
+    whole = inputs()
+    before = model(*whole)
+    for i in range(4):
+        moved = [part + 0.1 if i == j else part for j, part in enumerate(whole)]
+        assert (model(*moved) - before).abs().max() > 1e-3
+
+
+@each_kind
+def test_every_text_token_matters(kind, randomize):
+    model = randomize(network(kind), 0)
+    z_t, t, c_vec, c_ctxt = inputs()
+    before = model(z_t, t, c_vec, c_ctxt)
+    for i in range(c_ctxt.shape[1]):
+        other = c_ctxt.clone()
+        other[:, i] += 1
+        assert (model(z_t, t, c_vec, other) - before).abs().max() > 1e-3
+
+
+@each_kind
+def test_samples_do_not_mix(kind, randomize):
+    model = randomize(network(kind), 0)
+    whole = inputs(batch=3)
+    together = model(*whole)
+    for i in range(3):
+        assert close(model(*(part[i : i + 1] for part in whole)), together[i : i + 1])
+
+
+@each_kind
+def test_text_tokens_of_one_kind_have_no_order_of_their_own(kind, randomize):
+    """The network adds no positions to the text: the encoders have done so."""
+    model = randomize(network(kind), 0)
+    z_t, t, c_vec, c_ctxt = inputs()
+    shuffled = c_ctxt[:, torch.tensor([2, 0, 1, 4, 3])]
+    assert close(model(z_t, t, c_vec, shuffled), model(z_t, t, c_vec, c_ctxt))
+
+
+@each_kind
+def test_image_tokens_have_places(kind, randomize):
+    """A picture turned upside down is another picture, not the same one turned."""
+    model = randomize(network(kind), 0)
+    z_t, *rest = inputs()
+    assert not close(model(z_t.flip(-2), *rest).flip(-2), model(z_t, *rest))
+
+
+@each_kind
+@pytest.mark.parametrize("size", [(1, 1), (6, 6), (2, 5)])
+def test_one_model_serves_every_size_up_to_its_table(kind, size, randomize):
+    z_t, *rest = inputs(rows=size[0], columns=size[1])
+    assert randomize(network(kind), 0)(z_t, *rest).shape == z_t.shape
+    with pytest.raises(UserError, match="latent height 14 must be a multiple of patch_size 2"):
+        network(kind)(*inputs(rows=7))
+
+
+@each_kind
+def test_inputs_take_the_dtype_of_the_weights(kind, randomize):
+    model = randomize(network(kind, qk_norm=True), 0)
+    expected = model(*inputs())
+    output = model.to(torch.bfloat16)(*inputs())
+    assert (output.dtype, model.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (output.float() - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@each_kind
+def test_training_and_inference_agree(kind, randomize):
+    model = randomize(network(kind, qk_norm=True), 0)
+    trained = model(*inputs())
+    with torch.no_grad():
+        assert close(model(*inputs()), trained)
+
+
+# Skipped blocks, compiled blocks
+
+
+@each_kind
+@torch.no_grad()
+def test_a_skipped_block_is_one_whose_gates_are_closed(kind, randomize):
+    model = randomize(network(kind), 0)
+    before = model(*inputs())
+    for i, block in enumerate(model.layers):
+        skipped = model.skipping([i])(*inputs())
+        opened = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        for module in block.modules():
+            if isinstance(module, Modulation):
+                module.reset_parameters()
+        assert close(skipped, model(*inputs()))
+        assert not close(skipped, before)
+        block.load_state_dict(opened)
+    assert torch.equal(model(*inputs()), before)
+
+
+@each_kind
+def test_skipping_shares_the_weights_and_names_absent_blocks(kind):
+    model = network(kind)
+    view = model.skipping([0, 2])
+    assert view.layers[1] is model.layers[1]
+    assert len(view.layers) == len(model.layers) == 3
+    with pytest.raises(UserError, match=r"layers \[3\] cannot be skipped: there are 0 to 2"):
+        model.skipping([1, 3])
+
+
+@each_kind
+def test_compiling_takes_all_blocks_one_by_one(kind):
+    """Nothing is compiled before it is called."""
+    model = network(kind)
+    model.compile()
+    parts = [m for m in model.modules() if m._compiled_call_impl is not None]
+    assert {*model.layers, model.output} <= {*parts}
+    inside = {id(p) for part in parts for p in part.parameters()}
+    outside = [name for name, p in model.named_parameters() if id(p) not in inside]
+    assert {name.split(".")[0] for name in outside} <= {
+        *("patch_embedding", "timestep_embedding", "pooled_embedding", "context_embedding"),
+        *("t5_embedding", "conv_in", "norm_out", "conv_out"),
+    }
+
+
+# QK-norm
+
+
+@each_kind
+@torch.no_grad()
+def test_qk_norm_takes_the_scale_from_queries_and_keys(kind, randomize):
+    for qk_norm in (True, False):
+        model = randomize(network(kind, qk_norm=qk_norm), 0)
+        before = model(*inputs())
+        for module in model.modules():
+            if isinstance(module, AttentionInput):
+                for linear in (module.q, module.k):
+                    linear.weight.mul_(3)
+                    linear.bias.mul_(3)
+        after = model(*inputs())
+        change = (after - before).abs().max() / before.abs().max()
+        assert change <= 1e-4 if qk_norm else change > 1e-2
+
+
+@each_kind
+def test_adding_qk_norm_keeps_all_weights(kind, randomize):
+    model = randomize(network(kind), 0).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    normed = with_qk_norm(model)
+    after = normed.state_dict()
+
+    inputs_of_attention = [m for m in normed.modules() if isinstance(m, AttentionInput)]
+    assert all(isinstance(m.q_norm, RMSNorm) for m in inputs_of_attention)
+    added = after.keys() - before.keys()
+    assert len(added) == 2 * len(inputs_of_attention)
+    assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in added)
+    assert all(torch.equal(after[name], torch.ones(16)) for name in added)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert describe(normed) == {**describe(model), "qk_norm": True}
+
+    assert normed.training
+    assert not close(normed(*inputs()), model(*inputs()))
+    normed(*inputs()).square().sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in normed.parameters())
+    assert untouched(normed) == []
+    torch.optim.SGD(normed.parameters(), lr=1.0).step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_qk_norm_is_added_once_and_in_the_models_dtype():
+    normed = with_qk_norm(network("dit").to(torch.bfloat16).eval())
+    assert {tensor.dtype for tensor in normed.parameters()} == {torch.bfloat16}
+    assert not normed.training
+    with pytest.raises(UserError, match="this DiT has QK-norm already"):
+        with_qk_norm(normed)
+
+
+# Mistakes
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"depth": 0}, "depth 0 must be at least 1"),
+        ({"num_heads": 0}, "width 32 must be divisible by"),
+        ({"num_heads": 5}, "width 32 must be divisible by"),
+        ({"width": 30}, "width 30 must be divisible by 4"),
+        ({"widht": 32}, "has no argument 'widht'; did you mean 'width'"),
+    ],
+)
+def test_impossible_sizes_are_named(kind, mistake, message):
+    with pytest.raises(UserError, match=message):
+        network(kind, **mistake)
+
+
+def test_the_units_of_width_are_possible_widths():
+    for cls in (DiT, UViT):
+        for num_heads in (1, 2, 3, 5, 8):
+            unit = cls.width_unit(num_heads)
+            model = cls(**{**TINY, "width": unit, "num_heads": num_heads})
+            assert isinstance(model, nn.Module)
+            assert unit % (2 * num_heads if cls is UViT else num_heads) == 0
