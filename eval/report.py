@@ -286,8 +286,7 @@ NO_PLOTS = (
 def correlation_text(correlations: Mapping[str, Record]) -> str:
     """The coefficients in words."""
     texts = [
-        f"{'all runs' if kind == 'all' else kind} ({c['points']} runs): Pearson {c['pearson']:.2f},"
-        f" Spearman {c['spearman']:.2f}"
+        f"{kind} ({c['points']} runs): Pearson {c['pearson']:.2f}, Spearman {c['spearman']:.2f}"
         for kind, c in correlations.items()
     ]
     return "; ".join(texts) + "." if texts else "Too few runs for a correlation."
@@ -305,7 +304,7 @@ def _figure(content: bytes, caption: str) -> str:
 
 def _samples(result: Record, records: Sequence[Record], width: int = 1000) -> list[str]:
     """The newest grid of each run that has one, best variant first; wide ones made smaller."""
-    sections = []
+    sections: list[str] = []
     for place, row in enumerate(result["variants"], 1):
         for record in records:
             grids = sorted((record["folder"] / "samples").glob("*.png"))
@@ -318,7 +317,7 @@ def _samples(result: Record, records: Sequence[Record], width: int = 1000) -> li
             small.save(buffer, format="png")
             name = f"{place}  {record['variant']}, seed {record['seed']}, {record['dataset']}"
             figure = _figure(buffer.getvalue(), f"{record['run']}, {grids[-1].name}")
-            opened = " open" if place == 1 else ""
+            opened = "" if sections else " open"
             sections.append(
                 f"<details{opened}><summary>{html.escape(name)}</summary>{figure}</details>"
             )

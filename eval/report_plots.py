@@ -103,7 +103,7 @@ def scores_by_steps(records: Sequence[Record], look: Mapping[str, Style], weight
         axes.xaxis.set_minor_locator(NullLocator())
         if log:
             _log_y(axes)
-        _name_at_the_right(axes, ends, look)
+        _name_at_the_right(figure, axes, ends, look)
     figure.tight_layout(w_pad=2)
     return png(figure)
 
@@ -117,9 +117,10 @@ def trade_off(records: Sequence[Record], look: Mapping[str, Style], weights: str
         if row["weights"] == weights and row["solver"] == "euler"
     ]
     samplers = sorted({(row["guidance"], row["steps"]) for row in rows}, reverse=True)
-    figure = _figure(13, 4.1 * ((len(samplers) + 2) // 3))
+    rows_of_panels = (len(samplers) + 1) // 2
+    figure = _figure(13, 4.6 * rows_of_panels)
     for i, (guidance, steps) in enumerate(samplers):
-        axes = figure.add_subplot((len(samplers) + 2) // 3, 3, i + 1)
+        axes = figure.add_subplot(rows_of_panels, 2, i + 1)
         points = {}
         for variant in look:
             mine = [
@@ -137,7 +138,7 @@ def trade_off(records: Sequence[Record], look: Mapping[str, Style], weights: str
         axes.plot(
             [p.fd for p in first], [p.clip for p in first], color="#bbbbbb", linewidth=4, zorder=1
         )
-        for variant, point in reversed(list(points.items())):  # the best on top
+        for variant, point in points.items():
             _numbered(axes, point.fd, point.clip, look[variant])
         _frame(axes, "Fréchet distance ↓", "CLIP score ↑")
         axes.set_title(f"{steps} steps, guidance {guidance:g}", fontsize=10, color=INK)
@@ -157,6 +158,7 @@ def loss_by_flops(
         mine = [f for f in figures if f["variant"] == variant]
         x, y = [f["flops"] for f in mine], [f["loss"] for f in mine]
         axes.scatter(x, y, color=style.colour, marker=style.marker, s=34, zorder=3, linewidth=0)
+        axes.plot(x, y, color=style.colour, linewidth=0.8, alpha=0.5)
         ends.append((fmean(x), fmean(y), variant))
     _frame(axes, "training FLOPs", "validation loss, mean of seven levels")
     budgets = [f["flops"] for f in figures]
@@ -166,12 +168,13 @@ def loss_by_flops(
         line = [min(budgets) * (max(budgets) / min(budgets)) ** (i / 50) for i in range(51)]
         axes.plot(line, [law(x) for x in line], color="#888888", linestyle="--", zorder=2)
         axes.set_title(
-            f"loss = {law.scale:.3g} · FLOPs^{law.exponent:.3f}   (R² {law.r_squared:.2f})",
+            rf"loss = {law.scale:.3g} $\cdot$ FLOPs$^{{{law.exponent:.3f}}}$, "
+            rf"$R^2$ = {law.r_squared:.2f}",
             fontsize=10,
             color=INK,
         )
     _log_y(axes)
-    _name_at_the_right(axes, ends, look)
+    _name_at_the_right(figure, axes, ends, look)
     figure.tight_layout()
     return png(figure)
 
@@ -180,7 +183,7 @@ def loss_and_accuracy(figures: Sequence[Record], look: Mapping[str, Style]) -> b
     """Accuracy against validation loss: the mean of each variant, joined to its runs."""
     figure = _figure(8, 5.2)
     axes = figure.add_subplot()
-    for variant, style in reversed(list(look.items())):
+    for variant, style in look.items():
         mine = [f for f in figures if f["variant"] == variant]
         if not mine:
             continue
@@ -231,22 +234,30 @@ def _log_y(axes: Axes) -> None:
 
 def _numbered(axes: Axes, x: float, y: float, style: Style) -> None:
     """A disc that carries the variant's place in the ranking."""
-    axes.plot([x], [y], "o", color=style.colour, markersize=12, markeredgecolor="white")
+    order = 3 + 1 / style.place  # better ones lie on top, each number with its disc
+    bright = 0.3 * style.colour[0] + 0.59 * style.colour[1] + 0.11 * style.colour[2] > 0.6
+    axes.plot(
+        *([x], [y], "o"),
+        color=style.colour,
+        markersize=12,
+        markeredgecolor="white",
+        zorder=order,
+    )
     axes.annotate(
         str(style.place),
         *((x, y), (0, -0.4)),
         textcoords="offset points",
         ha="center",
         va="center",
-        color="white",
+        color=INK if bright else "white",
         fontsize=7,
         fontweight="bold",
-        zorder=3,
+        zorder=order,
     )
 
 
 def _name_at_the_right(
-    axes: Axes, ends: Iterable[tuple[float, float, str]], look: Mapping[str, Style]
+    figure: Figure, axes: Axes, ends: Iterable[tuple[float, float, str]], look: Mapping[str, Style]
 ) -> None:
     """Place and name of each curve beside the frame, spread so that none covers another."""
     ends = sorted(ends, key=lambda end: end[1])
@@ -254,7 +265,8 @@ def _name_at_the_right(
     axes.set_ylim(low, high)  # what is written beside must not widen the frame
     to_share = axes.transScale + axes.transLimits
     shares = [float(to_share.transform((x, y))[1]) for x, y, _ in ends]
-    heights = spread(shares, gap=min(0.045, 1 / max(len(ends) - 1, 1)))
+    line_height = 0.155 / (axes.get_position().height * figure.get_figheight())
+    heights = spread(shares, gap=min(line_height, 1 / max(len(ends) - 1, 1)))
     beside = blended_transform_factory(axes.transAxes, axes.transAxes)
     for (x, y, variant), height in zip(ends, heights, strict=True):
         style = look[variant]
@@ -270,7 +282,8 @@ def _name_at_the_right(
             arrowprops={
                 "arrowstyle": "-",
                 "color": style.colour,
-                "linewidth": 0.7,
+                "linewidth": 0.6,
+                "alpha": 0.6,
                 "relpos": (0, 0.5),
                 "shrinkA": 0,
                 "shrinkB": 3,
@@ -279,12 +292,17 @@ def _name_at_the_right(
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights in [0, 1], moved as little as needed to be `gap` apart and stay inside."""
-    moved: list[float] = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + gap) if moved else max(height, 0.0))
-    ceiling = 1.0
-    for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], ceiling)
-        ceiling = moved[i] - gap
-    return moved
+    """Ascending heights, moved to be at least `gap` apart and in [0, 1].
+
+    The sum of the squared moves is least: less i gaps, the i-th height must only not fall, and
+    neighbours that would fall share their mean (isotonic regression).
+    """
+    groups: list[list[float]] = []
+    for i, height in enumerate(heights):
+        groups.append([height - i * gap])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    level = [fmean(group) for group in groups for _ in group]
+    top = max(1 - (len(level) - 1) * gap, 0.0)
+    return [min(max(share, 0.0), top) + i * gap for i, share in enumerate(level)]

@@ -225,6 +225,22 @@ def test_the_report_needs_nothing_beside_it(report):
             assert min(picture.size) > 300
 
 
+@pytest.mark.parametrize(
+    ("heights", "gap", "expected"),
+    [
+        ([0.1, 0.5, 0.9], 0.2, [0.1, 0.5, 0.9]),
+        ([0.5, 0.5], 0.2, [0.4, 0.6]),
+        ([0.2, 0.5, 0.55, 0.6], 0.2, [0.1625, 0.3625, 0.5625, 0.7625]),
+        ([0.9, 1.0], 0.2, [0.8, 1.0]),
+        ([0.0, 0.0, 0.9], 0.1, [0.0, 0.1, 0.9]),
+        ([], 0.1, []),
+    ],
+)
+def test_names_beside_a_plot_keep_apart_and_near_their_curves(heights, gap, expected):
+    plots = pytest.importorskip("eval.report_plots", exc_type=ImportError)
+    assert plots.spread(heights, gap) == pytest.approx(expected)
+
+
 def test_names_are_escaped_in_the_report(tmp_path):
     rows = [{"variant": v, "setting": "<x>", "clip": 1, "fd": 1} for v in ("<b>", "a&b")]
     (tmp_path / "table.json").write_text(json.dumps(rows))
