@@ -29,7 +29,7 @@ from eval.rank_input import (
     SOLVER,
     Setting,
     as_run,
-    is_number,
+    finite,
     read_runs,
     read_table,
 )
@@ -177,8 +177,8 @@ def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         {
             **{key: record[key] for key in ("variant", "seed", "dataset")},
             "flops": record["training"]["flops"],
-            "loss": record["validation"]["ema"]["loss"],
-            **{key: row.get(key) for key in ("clip", "fd", "kid", "accuracy")},
+            "loss": finite(record["validation"]["ema"]["loss"]),
+            **{key: finite(row.get(key)) for key in ("clip", "fd", "kid", "accuracy")},
         }
         for record in records
         for row in record["scores"]
@@ -186,8 +186,8 @@ def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     result = []
     for dataset in sorted({f["dataset"] for f in figures}):
-        rows = [f for f in figures if f["dataset"] == dataset and is_number(f["loss"])]
-        scored = [f for f in rows if is_number(f["accuracy"])]
+        rows = [f for f in figures if f["dataset"] == dataset and f["loss"] is not None]
+        scored = [f for f in rows if f["accuracy"] is not None]
         kinds = {"all": scored}
         for f in scored:
             kinds.setdefault(re.split(r"[/(]", f["variant"])[0], []).append(f)

@@ -65,6 +65,7 @@ FIELDS: dict[str, type] = {
     "validation": dict,
     "scores": list,
 }
+TRAINING_FIELDS = ("steps", "batch_size", "parameters", "flops")
 SCORE_FIELDS = ("weights", "steps", "guidance", "solver", "clip", "fd")
 
 
@@ -83,7 +84,11 @@ def read_scores(file: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(record.get(name), kind) or isinstance(record.get(name), bool):
             raise UserError(f"{file}: {name} is {record.get(name)!r}, which is no {kind.__name__}")
-    need(file, "training", record["training"], ("steps", "batch_size", "parameters", "flops"))
+    need(file, "training", record["training"], TRAINING_FIELDS)
+    for name in TRAINING_FIELDS:
+        value = record["training"][name]
+        if not is_number(value) or not 0 < value < math.inf:
+            raise UserError(f"{file}: training.{name} is {value!r}, which is no positive number")
     for weights in ("ema", "raw"):
         need(file, f"validation.{weights}", record["validation"].get(weights), ("loss", "levels"))
     seen = set()
@@ -153,6 +158,11 @@ def point(row: Mapping[str, Any]) -> Point:
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a number; `true` is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def finite(value: Any) -> float | None:
+    """A figure; None for one that is absent or that a diverged run left."""
+    return float(value) if is_number(value) and math.isfinite(value) else None
 
 
 def read_json(file: Path) -> Any:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -236,7 +237,7 @@ def _plots(out: Path, result: Record, records: Sequence[Record]) -> list[str]:
     sections = ["<h2>Plots</h2>", "<p>Numbers are places in the ranking.</p>"]
 
     def add(name: str, content: bytes, caption: str) -> None:
-        (out / f"{name}.png").write_bytes(content)
+        (out / f"{re.sub(r'[^-.0-9A-Za-z_]', '_', name)}.png").write_bytes(content)
         sections.append(_figure(content, caption))
 
     for trend in result["trends"]:
@@ -256,17 +257,19 @@ def _plots(out: Path, result: Record, records: Sequence[Record]) -> list[str]:
             "weights, means over the seeds. Grey joins the variants that no other beats in both.",
         )
         figures = [f for f in result["figures"] if f["dataset"] == dataset]
+        figures = [f for f in figures if f["loss"] is not None]
         law = PowerLaw(**trend["loss_by_flops"]) if trend["loss_by_flops"] else None
         fit = (
             "the dashed line is fitted to all points" if law else "fewer than three budgets: no fit"
         )
-        add(
-            f"loss_by_flops-{dataset}",
-            plots.loss_by_flops([f for f in figures if f["loss"] is not None], look, law),
-            f"{dataset}: validation loss against training FLOPs (the paper's Figure 8); {fit}. "
-            "Only losses of one prediction and path can be compared.",
-        )
-        scored = [f for f in figures if None not in (f["loss"], f["accuracy"])]
+        if figures:
+            add(
+                f"loss_by_flops-{dataset}",
+                plots.loss_by_flops(figures, look, law),
+                f"{dataset}: validation loss against training FLOPs (the paper's Figure 8); {fit}. "
+                "Only losses of one prediction and path can be compared.",
+            )
+        scored = [f for f in figures if f["accuracy"] is not None]
         if scored:
             add(
                 f"loss_and_accuracy-{dataset}",

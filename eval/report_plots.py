@@ -156,6 +156,8 @@ def loss_by_flops(
     ends = []
     for variant, style in look.items():
         mine = [f for f in figures if f["variant"] == variant]
+        if not mine:
+            continue
         x, y = [f["flops"] for f in mine], [f["loss"] for f in mine]
         axes.scatter(x, y, color=style.colour, marker=style.marker, s=34, zorder=3, linewidth=0)
         axes.plot(x, y, color=style.colour, linewidth=0.8, alpha=0.5)

@@ -193,6 +193,23 @@ def test_trends_are_those_of_the_scores(report):
     assert trend["loss_by_flops"]["exponent"] == pytest.approx(slope)
 
 
+def test_figures_that_a_study_lacks_leave_a_dash(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [scores(v) for v in VARIANTS[:2]]
+    records[0]["validation"]["ema"] = {"loss": math.nan, "levels": {}}
+    for row in [row for record in records for row in record["scores"]]:
+        row["accuracy"] = None
+    job({"runs": write_study(tmp_path, records)})
+    text = (tmp_path / "ranking" / "rank.json").read_text()
+    assert "NaN" not in text
+    assert {f["variant"]: f["loss"] is None for f in json.loads(text)["figures"]} == {
+        VARIANTS[0]: True,
+        VARIANTS[1]: False,
+    }
+    assert "loss_by_flops-shapes.png" in {p.name for p in (tmp_path / "ranking").iterdir()}
+    assert not list((tmp_path / "ranking").glob("loss_and_accuracy*"))
+
+
 class Links(HTMLParser):
     """Everything that a page would load or lead to."""
 
@@ -271,6 +288,7 @@ MISTAKES = {
     "row twice": (lambda r: r["scores"].append(r["scores"][2]), "scores[12] has a setting that is"),
     "field": (lambda r: r.pop("samples"), "samples is None, which is no int"),
     "deep field": (lambda r: r["training"].pop("flops"), "training has no flops"),
+    "flops": (lambda r: r["training"].update(flops=0), "training.flops is 0, which is no positive"),
     "score field": (lambda r: r["scores"][1].pop("clip"), "scores[1] has no clip"),
     "text": (lambda r: r["scores"][1].update(guidance="5"), "scores[1] needs numbers"),
 }
