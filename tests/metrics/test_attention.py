@@ -9,8 +9,12 @@ import mmdit.nn.attention
 from mmdit.metrics import attention as monitor
 from mmdit.metrics.attention import attention_statistics, last_blocks, watched
 from mmdit.models.clip import CLIPTextModel
+from mmdit.models.cross_dit import CrossDiT
+from mmdit.models.dit import DiT
 from mmdit.models.mmdit import MMDiT
+from mmdit.models.mmdit_three import MMDiTThree
 from mmdit.models.t5 import T5Encoder
+from mmdit.models.uvit import UViT
 
 SIZE = {"depth": 3, "width": 32, "num_heads": 2, "context_width": 12, "pooled_width": 8}
 TABLE = {"position_size": 8, "position_grid": 4, "position_base": 4}
@@ -95,6 +99,10 @@ NETWORKS = {
     "MMDiT": lambda: (MMDiT(**SIZE, **TABLE), inputs()),
     "MMDiT with QK-norm": lambda: (MMDiT(**SIZE, **TABLE, qk_norm=True), inputs()),
     "MMDiT-X": lambda: (MMDiT(**SIZE, **TABLE, dual_attention=[0, 1]), inputs()),
+    "DiT": lambda: (DiT(**SIZE, **TABLE), inputs()),
+    "CrossDiT": lambda: (CrossDiT(**SIZE, **TABLE), inputs()),
+    "UViT": lambda: (UViT(**SIZE, **TABLE), inputs()),
+    "MMDiTThree": lambda: (MMDiTThree(**SIZE, **TABLE, clip_length=2), inputs()),
     "CLIP": lambda: (
         CLIPTextModel(vocabulary_size=20, width=16, depth=3, num_heads=2, length=6),
         (torch.arange(12).view(2, 6),),
@@ -127,10 +135,13 @@ def test_watching_changes_no_output_and_no_gradient(name, randomize):
         assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True))
     blocks = record.blocks()
     names = [block.block for block in blocks]
-    if name.startswith("MMDiT"):
+    if name in ("MMDiT", "MMDiT with QK-norm", "MMDiT-X", "MMDiTThree"):
         assert names == ["blocks.0", "blocks.1", "last_block"]
-    else:  # the last layer's states may not be asked for
+    elif name in ("CLIP", "T5"):  # the last layer's states may not be asked for
         assert names[:2] == ["layers.0", "layers.1"]
+    else:
+        assert names[0] == "blocks.0"
+        assert len(names) >= 3
     assert all(0 < block.normalized_entropy < 1 for block in blocks)
 
 
