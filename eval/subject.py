@@ -38,7 +38,7 @@ class Subject(NamedTuple):
     pipe: Pipeline
     source: Path  # file or folder of its weights
     native: bool  # whether it is a run's, rather than public
-    facts: dict[str, Any]  # how a report names it: weights and weights_sha256
+    facts: dict[str, Any]  # how a report names it: weights, weights_sha256, encoders used
 
 
 def open_subject(config: DictConfig, text: Verbatim) -> Subject:
@@ -52,20 +52,24 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
         raise UserError(
             f"there is no finished run in {config.runs}/: give checkpoint=<run, file or hub id>"
         )
+    used = {key: config.text[key] for key in ("use_clip_l", "use_clip_g", "use_t5")}
+    for key, value in used.items():
+        if not isinstance(value, bool):
+            raise UserError(f"text.{key}={value} must be true or false")
     device = chosen_device(config.device)
     native = mmdit.is_native(given) or (Path(given).is_dir() and not holds_weights(Path(given)))
     if native:
         source = weights_file(Path(given).expanduser(), config.weights)
-        pipe = mmdit.load_pipeline(source, device=device)
+        pipe = mmdit.load_pipeline(source, device=device, **used)
         pipe.autocast = autocast(device, config.precision)
     else:
-        parts: dict[str, Any] = {key.removeprefix("text."): text.get(key) for key in PARTS}
-        dtype = chosen_dtype(device, config.precision)
-        pipe = mmdit.load_pipeline(given, dtype=dtype, device=device, **parts)
+        options: dict[str, Any] = {key.removeprefix("text."): text.get(key) for key in PARTS}
+        options |= {"preset": config.preset, "dtype": chosen_dtype(device, config.precision)}
+        pipe = mmdit.load_pipeline(given, device=device, **used, **options)
         source = local(PRESETS[str(given)].hub if str(given) in PRESETS else given, [])
     facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
-    elsewhere = {f"{key}_sha256": hash_of(local(text[key], [])) for key in PARTS[:2] if key in text}
-    return Subject(pipe, source, native, facts | elsewhere)
+    facts |= {f"{key}_sha256": hash_of(local(text[key], [])) for key in PARTS[:2] if key in text}
+    return Subject(pipe, source, native, {**facts, "text": used})
 
 
 def holds_weights(folder: Path) -> bool:

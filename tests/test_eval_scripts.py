@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import eval.efficiency
 import eval.subject
 import mmdit
 from configs.launch import launch
+from eval.random_weights import models_of_size, write_random
 from mmdit.checkpoints.native import file_hash, save_module
 from mmdit.data.captions import vocabulary
 from mmdit.data.shapes import Shapes
@@ -276,6 +278,29 @@ def test_geneval_paints_the_official_list(run, folder):
     assert not (folder / "other").exists()
 
 
+def test_public_weights_are_measured_too(run, folder, t5_files):
+    models = models_of_size("tiny", ("mmdit", "autoencoder", "t5"))
+    weights = write_random(models, folder, seed=0, name="whole")["mmdit"]
+    shutil.copytree(t5_files, folder / "words" / "tokenizer_3")
+    words = ("checkpoint=whole.safetensors", "text.tokenizers=words", "precision=fp32")
+    words += ("text.use_clip_l=false", "text.use_clip_g=false")
+    looked = run("attention", *words, "image_sizes=[64]", "samples=2", "levels=[0.5]")
+    report = report_of(looked)
+    assert report["weights_sha256"] == file_hash(weights)
+    rows = report["sizes"]["64"]["t=0.5"]
+    assert [row["block"] for row in rows][-2:] == ["last_block", "last 4"]
+    size = ("height=64", "width=64", "prompts=2", "steps=1", "samples_per_prompt=1")
+    assert "2 pictures painted" in run("geneval", *words, *size)
+    with Image.open("results/geneval/00001/samples/0000.png") as picture:
+        assert picture.size == (64, 64)
+    given = ("checkpoint=whole.safetensors", "samples=2", "precision=fp32")
+    report = report_of(run("autoencoder", *given))
+    assert (report["latent_channels"], report["factor"]) == (16, 8)
+    assert report["weights_sha256"] == file_hash(weights)
+    told = run("attention", *words, "preset=sd4", code=2)
+    assert "preset=sd4 must be one of" in told
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
@@ -290,6 +315,7 @@ def test_geneval_paints_the_official_list(run, folder):
         ("attention", ("runs=nowhere",), "no finished run in nowhere/"),
         ("attention", ("checkpoint=nowhere.safetensors",), "no such file"),
         ("encoders", ("samples=0",), "samples=0"),
+        ("encoders", ("text.use_t5=maybe",), "text.use_t5=maybe must be true or false"),
         ("encoders", ("prompts=absent.txt",), "prompts=absent.txt cannot be read"),
         ("encoders", ("clip=runs/tiny-001",), "holds a Pipeline, not a CLIPPair"),
         ("encoders", ("guide=guidance_interval", "guide.low=2"), "low 2"),
