@@ -9,7 +9,7 @@ from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel, clip_pixels
 from mmdit.models.t5 import T5Encoder
-from mmdit.text.clip_pair import CLIPPair
+from mmdit.text.clip_pair import CLIPPair, PlacedImageModel
 from mmdit.text.conditioning import TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
 
@@ -118,3 +118,22 @@ def test_a_text_tower_without_projection_is_refused():
 def test_towers_of_different_spaces_are_refused():
     with pytest.raises(UserError, match=r"projection_width 16 of the text tower.*image tower, 24"):
         CLIPPair(text=text_tower(16), image=image_tower())
+
+
+def test_places_of_the_toy_tower_start_as_strong_as_patches():
+    sizes = {"width": 64, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    placed, plain = PlacedImageModel(**sizes), CLIPImageModel(**sizes)
+    patches = placed.patch_embedding(clip_pixels(pictures(), 32)).std()
+    assert placed.position_embedding.std() > patches > plain.position_embedding.std()
+
+
+@torch.no_grad()
+def test_the_toy_tower_differs_by_its_start_alone(tmp_path):
+    sizes = {"width": 16, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
+    placed, plain = PlacedImageModel(**sizes), CLIPImageModel(**sizes)
+    plain.load_state_dict(placed.state_dict())
+    images = clip_pixels(pictures(), 32)
+    assert torch.equal(placed(images), plain(images))
+    save_module(tmp_path / "tower.safetensors", placed)
+    assert type(load_module(tmp_path / "tower.safetensors")) is PlacedImageModel
