@@ -29,6 +29,7 @@ from mmdit.checkpoints.runs import newest_finished, weights_file
 from mmdit.engine.pictures import save_grid
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.errors import UserError
+from mmdit.registry import describe
 
 log = logging.getLogger("mmdit.sample")
 VERBATIM = (
@@ -62,13 +63,17 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "width": size[1] if config.width is None else config.width,
         "strength": config.strength,
     }
-    scale = pipe.guidance if config.guidance is None else config.guidance
+    if config.guidance is None:
+        config.guidance = pipe.guidance
+    guide, solver = instantiate(config.guide), instantiate(config.solver)
+    grid = instantiate(config.grid) if config.grid else pipe.objective.grid
     pipe.latent_size(settings["height"], settings["width"])
     facts = {
         **settings,
-        "guidance": scale,
-        "guide": OmegaConf.to_container(config.guide),
-        "solver": instantiate(config.solver).func.__name__,
+        "guidance": config.guidance,
+        "guide": OmegaConf.to_container(config.guide, resolve=True),
+        "solver": solver.func.__name__,
+        "grid": describe(grid),
         "shift": pipe.objective.shift.alpha,
         "dtype": str(pipe.mmdit.dtype).removeprefix("torch."),
         "precision": config.precision,
@@ -85,7 +90,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     number = max(taken, default=0) + 1
     pictures: list[torch.Tensor] = []
     strength = 1.0 if config.strength is None else config.strength
-    steps = len(pipe.objective.shift.remaining(settings["steps"], strength=strength)) - 1
+    steps = len(pipe.objective.times(settings["steps"], strength=strength, grid=grid)) - 1
     with tqdm(total=len(wishes) * steps, unit="step", disable=None) as bar:
         for start in range(0, len(wishes), config.batch_size):
             batch = wishes[start : start + config.batch_size]
@@ -93,14 +98,16 @@ def job(config: DictConfig, text: Verbatim) -> None:
                 [prompt for prompt, _ in batch],
                 seeds=[seed for _, seed in batch],
                 image=image,
-                guidance=instantiate(config.guide, scale=scale),
-                solver=instantiate(config.solver),
+                guidance=guide,
+                solver=solver,
+                grid=grid,
                 progress=partial(bar.update, len(batch)),
                 **settings,
             ).cpu()
             for (prompt, seed), pixels in zip(batch, painted, strict=True):
                 path = out / f"{number + len(pictures):05d}-{slug(prompt)}-seed{seed}.png"
-                write(pixels, prompt, {"seed": seed, **facts}, path)
+                counted = {"function_evaluations": pipe.function_evaluations}
+                write(pixels, prompt, {"seed": seed, **facts, **counted}, path)
                 pictures.append(pixels)
                 tqdm.write(str(path))
     captions = [f"{prompt[:60]} ({seed})" for prompt, seed in wishes]

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
+from mmdit.flow.grids import Grid
 from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.objective import Objective
+from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.solvers import Progress, VelocityFunction, euler
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.models.mmdit import MMDiT
+from mmdit.models.backbone import Backbone
 from mmdit.registry import register
 from mmdit.text.conditioning import TextConditioner
 
@@ -82,20 +84,26 @@ def texts(name: str, given: str | Sequence[str]) -> list[str]:
 class NetworkVelocity:
     """dz/dt as a network predicts it: what guidance strengthens and solvers integrate."""
 
-    def __init__(self, network: MMDiT, objective: Objective, autocast: Autocast) -> None:
+    def __init__(
+        self,
+        network: Backbone,
+        objective: Objective,
+        autocast: Autocast,
+        count: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self.network, self.objective, self.autocast = network, objective, autocast
+        self.count = count
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
         """At one time for a batch; float32."""
-        times = torch.full((len(z_t),), t, device=z_t.device)
+        self.count(len(z_t))
         with self.autocast():
-            output = self.network(z_t, times, condition.c_vec, condition.c_ctxt)
-        objective = self.objective
-        return objective.prediction.velocity(objective.path, output.float(), z_t, times)
+            return self.objective.velocity(self.network, z_t, t, condition)
 
     def skipping(self, layers: Collection[int]) -> "NetworkVelocity":
         """Without these blocks of the network."""
-        return NetworkVelocity(self.network.skipping(layers), self.objective, self.autocast)
+        fewer = self.network.skipping(layers)
+        return NetworkVelocity(fewer, self.objective, self.autocast, self.count)
 
 
 @register
@@ -117,7 +125,7 @@ class Pipeline(nn.Module):
     def __init__(
         self,
         *,
-        mmdit: MMDiT,
+        mmdit: Backbone,
         text: TextConditioner,
         autoencoder: Autoencoder,
         objective: Objective,
@@ -138,6 +146,7 @@ class Pipeline(nn.Module):
         self.objective = objective
         self.image_size, self.steps, self.guidance = image_size, steps, guidance
         self.autocast: Autocast = nullcontext
+        self.function_evaluations = 0.0  # of the network, for each picture of the newest call
 
     @property
     def device(self) -> torch.device:
@@ -170,14 +179,15 @@ class Pipeline(nn.Module):
         return torch.stack(draws).to(self.device)
 
     def noised(self, image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """z_t of pictures, uint8 (n, h, w, 3), each for an equal share of the noises (b, c, h, w).
+        """Pictures, uint8 (n, h, w, 3), at noise level t of the straight path, where solvers move.
 
+        Each for an equal share of the noises (b, c, h, w).
         Their latents are the means of the posterior; the reference draws samples of it.
         """
         with self.autocast():
             x_0 = self.autoencoder.encode(from_pixels(image.to(self.device)))
         x_0 = x_0.repeat_interleave(len(noise) // len(x_0), dim=0)
-        return self.objective.path.interpolate(x_0, noise, t.to(noise))
+        return RectifiedFlow().interpolate(x_0, noise, t.to(noise))
 
     @torch.no_grad()
     def __call__(
@@ -195,6 +205,7 @@ class Pipeline(nn.Module):
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         solver: Solver = euler,
+        grid: Grid | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Paint each prompt `num_images` times.
@@ -205,7 +216,7 @@ class Pipeline(nn.Module):
                 unconditional.
             image: to start from instead of noise: uint8 (h, w, 3), or one for each prompt.
             strength: how much of `image` is repainted, from 0 (it is encoded and decoded) to 1
-                (nothing is kept); `Shift.remaining` says which steps are left to do.
+                (nothing is kept); `Grid.remaining` says which steps are left to do.
             num_images: pictures per prompt; picture i of a prompt starts from seed + i.
             height, width: in pixels; that of `image`, or the training size, by default.
             steps: of the solver.
@@ -213,10 +224,12 @@ class Pipeline(nn.Module):
                 `mmdit.flow.guidance`.
             seed: of the first picture; `seeds` gives one for each picture instead.
             solver: a function of `mmdit.flow.solvers`.
+            grid: where the solver stops, of `mmdit.flow.grids`; the formulation's own by default.
             progress: called after every solver step.
 
         Returns:
-            uint8 (len(prompt) * num_images, height, width, 3), prompts outermost.
+            uint8 (len(prompt) * num_images, height, width, 3), prompts outermost. How often the
+            network was evaluated for each is kept in `function_evaluations`.
 
         Raises:
             UserError: an impossible size or number, or an image that does not fit them.
@@ -249,9 +262,10 @@ class Pipeline(nn.Module):
         width = self.image_size if width is None else width
 
         z = self.noise(seeds, height, width)
-        grid = self.objective.shift.remaining(steps, strength=1.0 if strength is None else strength)
-        if image is not None:
-            z = self.noised(image, z, grid[:1])
+        strength = 1.0 if strength is None else strength
+        times = self.objective.times(steps, strength=strength, grid=grid)
+        # Paths that end before all is noise start there, from the noise alone.
+        z = times[0].item() * z if image is None else self.noised(image, z, times[:1])
         with self.autocast():
             positive = self.text.encode([text for text in prompts for _ in range(num_images)])
             negatives = [text for text in negatives for _ in range(count // len(negatives))]
@@ -261,7 +275,9 @@ class Pipeline(nn.Module):
             if not isinstance(guidance, int | float) or not math.isfinite(guidance):
                 raise UserError(f"guidance={guidance} must be a finite number or a Guidance")
             guidance = ClassifierFreeGuidance(scale=guidance)
-        network = NetworkVelocity(self.mmdit, self.objective, self.autocast)
-        z = solver(guidance(network, positive, negative, grid, steps), z, grid, progress)
+        evaluated: list[int] = []
+        network = NetworkVelocity(self.mmdit, self.objective, self.autocast, evaluated.append)
+        z = solver(guidance(network, positive, negative, times, steps), z, times, progress)
+        self.function_evaluations = sum(evaluated) / count
         with self.autocast():
             return to_pixels(self.autoencoder.decode(z))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmdit.flow.condition import Condition
+from mmdit.flow.grids import Grid, UniformGrid
 from mmdit.flow.paths import Path
 from mmdit.flow.predictions import Prediction
 from mmdit.flow.schedule import Shift
@@ -24,20 +26,28 @@ class Draw(NamedTuple):
 
 @register
 class Objective:
-    """Denoising loss of a formulation: path x timestep density x prediction.
+    """A formulation: path x timestep density x prediction, for training and for sampling.
 
     Args:
         path: how data becomes noise.
         timesteps: density from which t is drawn.
         prediction: what the network outputs.
-        shift: of t with resolution; the sampler uses the same object.
+        shift: of the noise level with resolution; the sampler uses the same object.
+        grid: where the sampler stops by default.
     """
 
     def __init__(
-        self, *, path: Path, timesteps: TimestepDensity, prediction: Prediction, shift: Shift
+        self,
+        *,
+        path: Path,
+        timesteps: TimestepDensity,
+        prediction: Prediction,
+        shift: Shift,
+        grid: Grid | None = None,
     ) -> None:
         self.path, self.timesteps, self.prediction = path, timesteps, prediction
         self.shift = shift
+        self.grid = UniformGrid() if grid is None else grid
 
     def draw(self, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Draw:
         """t ~ pi(t), shifted, and epsilon ~ N(0, I): each sample from its own generator."""
@@ -45,7 +55,9 @@ class Objective:
         epsilon = torch.stack(
             [torch.randn(*shape, generator=generator) for generator in generators]
         )
-        return Draw(self.shift(t), epsilon)
+        # The shift is one of noise levels: on every path it moves lambda by the same amount.
+        shifted = self.path.time_at(self.shift(self.path.straight(t.double())))
+        return Draw(shifted.float(), epsilon)
 
     def __call__(
         self, model: Model, x_0: Tensor, c_vec: Tensor, c_ctxt: Tensor, draw: Draw
@@ -62,5 +74,58 @@ class Objective:
         t, epsilon = draw
         z_t = self.path.interpolate(x_0, epsilon, t)
         target = self.prediction.target(self.path, x_0, epsilon, t)
-        output = model(z_t, t, c_vec, c_ctxt)
+        output = model(*self.prediction.inputs(self.path, z_t, t), c_vec, c_ctxt)
         return (output.float() - target.float()).square().flatten(1).mean(1)
+
+    def density(self, t: Tensor) -> Tensor:
+        """pi(t) of the times that `draw` gives, after the shift; integrates to one over (0, 1).
+
+        On a path that ends before all is noise, a shift to more noise gathers at t = 1 what it
+        moves beyond that end; this share is missing from the integral.
+        """
+        path = self.path
+        unshifted = self.shift.inverse(path.straight(t))
+        drawn = path.time_at(unshifted)
+        # The shift moves lambda as a whole, so pi(t) / |lambda'_t| is carried along.
+        density = self.timesteps.pdf(drawn).to(t) * path.d_log_snr(t) / path.d_log_snr(drawn)
+        # A shift to less noise leaves none beyond where the end of the path has moved to.
+        return density * (unshifted <= path.straight(torch.ones_like(t)))
+
+    def weight(self, t: Tensor) -> Tensor:
+        """w_t, the effective weight of the noise level in Eq. 12, density included (Sec. 2)."""
+        path = self.path
+        per_error = (self.prediction.determinant(path, t) / path.a(t)).square()
+        return -2.0 * self.density(t) * per_error / path.d_log_snr(t)
+
+    def times(self, steps: int, *, strength: float = 1.0, grid: Grid | None = None) -> Tensor:
+        """Noise levels sigma of the straight path for `velocity`, falling to 0: float64.
+
+        Args:
+            steps: of a whole picture.
+            strength: the part of them that is left to do, from the end; see `Grid.remaining`.
+            grid: instead of the formulation's own.
+        """
+        return (grid or self.grid).remaining(
+            steps, self.shift, strength=strength, noisiest=self.path.noisiest
+        )
+
+    def velocity(self, model: Model, z: Tensor, sigma: float, condition: Condition) -> Tensor:
+        """dz/dsigma = epsilon - x_0 on the straight path, z = (1 - sigma) x_0 + sigma epsilon.
+
+        The network is asked on the path that it was trained on, at the same noise level. Followed
+        with Euler's method, this is DDIM, whatever that path is.
+
+        Args:
+            z: (b, c, h, w), on the straight path.
+            sigma: in (0, 1].
+
+        Returns:
+            (b, c, h, w), in the precision of z, and no less than float32.
+        """
+        path = self.path
+        t = path.time_at(torch.tensor([sigma], dtype=torch.float64))
+        z_t = (path.a(t) + path.b(t)).item() * z
+        shown, time = self.prediction.inputs(path, z_t, t)
+        output = model(shown, time.to(z).expand(len(z)), *condition)
+        output = output.to(torch.promote_types(z.dtype, torch.float32))
+        return self.prediction.straight_velocity(path, output, z_t, t)

@@ -1,5 +1,11 @@
-"""Forward paths z_t = a_t x_0 + b_t epsilon, from data at t = 0 to noise at t = 1 (Sec. 2)."""
+"""Forward paths z_t = a_t x_0 + b_t epsilon, from data at t = 0 to noise at t = 1 (Sec. 2).
 
+All paths between data and Gaussian noise visit the same noise levels, at other times and in other
+units: z_t / (a_t + b_t) lies on the straight path at sigma = b_t / (a_t + b_t). Sampling happens
+there, for all of them; `straight` and `time_at` lead there and back.
+"""
+
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -27,17 +33,34 @@ class Path(ABC):
     def db(self, t: Tensor) -> Tensor:
         """d b_t / dt."""
 
+    @abstractmethod
+    def time_at(self, sigma: Tensor) -> Tensor:
+        """The t at which the path is as noisy as the straight one at sigma: inverts `straight`."""
+
+    @property
+    def noisiest(self) -> float:
+        """The sigma of the straight path from which sampling starts."""
+        return 1.0
+
+    def straight(self, t: Tensor) -> Tensor:
+        """The time sigma, in [0, 1], at which the straight path is as noisy."""
+        return self.b(t) / (self.a(t) + self.b(t))
+
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda_t = log(a_t^2 / b_t^2)."""
         return 2.0 * (self.a(t).log() - self.b(t).log())
 
+    def d_log_snr(self, t: Tensor) -> Tensor:
+        """lambda'_t = 2 (a'_t / a_t - b'_t / b_t); never positive."""
+        return 2.0 * (self.da(t) / self.a(t) - self.db(t) / self.b(t))
+
     def interpolate(self, x_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """z_t (Eq. 1); x_0 and epsilon (b, ...), t (b,)."""
-        return _as(self.a(t), x_0) * x_0 + _as(self.b(t), x_0) * epsilon
+        return like(self.a(t), x_0) * x_0 + like(self.b(t), x_0) * epsilon
 
     def velocity(self, x_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """dz_t/dt along the path of one pair (x_0, epsilon)."""
-        return _as(self.da(t), x_0) * x_0 + _as(self.db(t), x_0) * epsilon
+        return like(self.da(t), x_0) * x_0 + like(self.db(t), x_0) * epsilon
 
 
 @register
@@ -56,7 +79,218 @@ class RectifiedFlow(Path):
     def db(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
+    def time_at(self, sigma: Tensor) -> Tensor:
+        return sigma
 
-def _as(coefficient: Tensor, x: Tensor) -> Tensor:
+
+@register
+class Cosine(Path):
+    """z_t = cos(pi t / 2) x_0 + sin(pi t / 2) epsilon (Nichol & Dhariwal 2021; Eq. 16).
+
+    Args:
+        last: the t from which sampling starts. At 1 nothing but noise is left, and what an
+            epsilon-prediction says of the data would be divided by zero.
+
+    Raises:
+        ValueError: `last` is no time.
+    """
+
+    def __init__(self, *, last: float = 0.98) -> None:
+        if not 0.0 < last <= 1.0:
+            raise ValueError(f"Cosine: last {last} must lie in (0, 1]")
+        self.last = last
+
+    def a(self, t: Tensor) -> Tensor:
+        return torch.cos(math.pi / 2 * t)
+
+    def b(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * t)
+
+    def da(self, t: Tensor) -> Tensor:
+        return -math.pi / 2 * torch.sin(math.pi / 2 * t)
+
+    def db(self, t: Tensor) -> Tensor:
+        return math.pi / 2 * torch.cos(math.pi / 2 * t)
+
+    def time_at(self, sigma: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan2(sigma, 1.0 - sigma)
+
+    @property
+    def noisiest(self) -> float:
+        return self.straight(torch.tensor(self.last, dtype=torch.float64)).item()
+
+
+@register
+class LDMLinear(Path):
+    """The path of latent diffusion: a_t^2 = prod_{s <= t} (1 - beta_s), a_t^2 + b_t^2 = 1 (Sec. 2).
+
+    The betas rise so that their roots do linearly. Step k of the T discrete ones lies at
+    t = (k + 1) / T, where `DiscreteUniform` draws for training; between them log a_t is linear, so
+    that sampling may stop anywhere. At t = 1 some signal is left (a_1 = 0.068).
+
+    Args:
+        first, last: of the betas.
+        steps: T.
+
+    Raises:
+        ValueError: betas that do not lie, rising, in (0, 1), or no step.
+    """
+
+    def __init__(self, *, first: float = 0.00085, last: float = 0.012, steps: int = 1000) -> None:
+        if not 0.0 < first <= last < 1.0:
+            raise ValueError(f"LDMLinear: betas {first}, {last} must satisfy 0 < first <= last < 1")
+        if steps < 2:
+            raise ValueError(f"LDMLinear: steps {steps} must be at least 2")
+        self.first, self.last, self.steps = first, last, steps
+        betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64).square()
+        # log a_t at t = 0, 1/T, ..., 1
+        self._log_a = torch.cat([betas.new_zeros(1), (1 - betas).log().cumsum(0) / 2])
+
+    def a(self, t: Tensor) -> Tensor:
+        return self._log_a_at(t).exp()
+
+    def b(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self._log_a_at(t))).sqrt()
+
+    def da(self, t: Tensor) -> Tensor:
+        _, slope, _ = self._piece(t)
+        return self.a(t) * slope
+
+    def db(self, t: Tensor) -> Tensor:
+        return -self.a(t) * self.da(t) / self.b(t)  # of a^2 + b^2 = 1
+
+    def time_at(self, sigma: Tensor) -> Tensor:
+        knots = self._log_a.to(sigma)
+        # a = (1 - sigma) / hypot(1 - sigma, sigma); the path's own end is the noisiest.
+        log_a = -torch.log1p((sigma / (1 - sigma)).square()) / 2
+        log_a = log_a.clamp(min=knots[-1].item())
+        i = torch.searchsorted(-knots, -log_a).clamp(1, self.steps)
+        before, after = knots[i - 1], knots[i]
+        return ((i - 1).to(sigma) + (log_a - before) / (after - before)) / self.steps
+
+    @property
+    def noisiest(self) -> float:
+        return self.straight(torch.ones((), dtype=torch.float64)).item()
+
+    def _log_a_at(self, t: Tensor) -> Tensor:
+        start, slope, since = self._piece(t)
+        return start + slope * since
+
+    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the line that t lies on: log a_t where it begins, its slope, the time since."""
+        knots = self._log_a.to(t)
+        i = (t.detach() * self.steps).long().clamp(0, self.steps - 1)
+        return knots[i], (knots[i + 1] - knots[i]) * self.steps, t - i.to(t) / self.steps
+
+
+class VarianceExploding(Path):
+    """Paths that keep a_t = 1 and add ever more noise, as EDM does (Karras et al. 2022).
+
+    Args:
+        most: the noise level b_t from which sampling starts.
+    """
+
+    def __init__(self, *, most: float) -> None:
+        if most <= 0:
+            raise ValueError(f"{type(self).__name__}: most {most} must be positive")
+        self.most = most
+
+    def a(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def da(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    @abstractmethod
+    def time_of_noise(self, b: Tensor) -> Tensor:
+        """The t at which b_t is `b`."""
+
+    def time_at(self, sigma: Tensor) -> Tensor:
+        return self.time_of_noise(sigma / (1.0 - sigma))
+
+    @property
+    def noisiest(self) -> float:
+        # Where the path itself ends earlier, it starts from there.
+        end = self.b(torch.ones((), dtype=torch.float64)).item()
+        b = min(self.most, end)
+        return b / (1.0 + b)
+
+
+@register
+class EDM(VarianceExploding):
+    """`edm(P_m, P_s)`: a_t = 1, log b_t normally distributed for uniform t (Sec. 2).
+
+    b_t = exp(P_m + P_s F^-1(t)) with F^-1 the normal quantile, so lambda ~ N(-2 P_m, (2 P_s)^2).
+
+    Args:
+        P_m, P_s: mean and standard deviation of log b_t; P_s positive.
+        most: the b from which sampling starts.
+
+    Raises:
+        ValueError: P_s or `most` is not positive.
+    """
+
+    def __init__(self, *, P_m: float = -1.2, P_s: float = 1.2, most: float = 80.0) -> None:
+        if P_s <= 0:
+            raise ValueError(f"EDM: P_s {P_s} must be positive")
+        super().__init__(most=most)
+        self.P_m, self.P_s = P_m, P_s
+
+    def b(self, t: Tensor) -> Tensor:
+        return (self.P_m + self.P_s * self._quantile(t)).exp()
+
+    def db(self, t: Tensor) -> Tensor:
+        # The normal quantile rises as the inverse of the normal density.
+        inverse_density = math.sqrt(2 * math.pi) * (self._quantile(t).square() / 2).exp()
+        return self.b(t) * self.P_s * inverse_density
+
+    def time_of_noise(self, b: Tensor) -> Tensor:
+        # Not torch.special.ndtr, whose lower tail is cut at 1e-16: little noise would be none.
+        return torch.erfc((self.P_m - b.log()) / (self.P_s * math.sqrt(2))) / 2
+
+    def _quantile(self, t: Tensor) -> Tensor:
+        quantile: Tensor = torch.special.ndtri(_inside(t))
+        return quantile
+
+
+@register
+class MatchedEDM(VarianceExploding):
+    """`edm/rf` and `edm/cos`: a_t = 1, b_t = sigma_data tan(pi t / 2) (Sec. 5.1).
+
+    The noise levels under which the loss of the F-prediction weighs them as `rf` and `v/cos` do:
+    their w(lambda) is the same function, t / (1 - t) = e^(-lambda/2). The F-prediction's is
+    p(lambda) (e^-lambda + sigma_data^2), so p must be a hyperbolic secant, whose quantile this is.
+
+    Args:
+        sigma_data: that of `FPrediction`, positive.
+        most: the b from which sampling starts.
+
+    Raises:
+        ValueError: `sigma_data` or `most` is not positive.
+    """
+
+    def __init__(self, *, sigma_data: float = 0.5, most: float = 80.0) -> None:
+        if sigma_data <= 0:
+            raise ValueError(f"MatchedEDM: sigma_data {sigma_data} must be positive")
+        super().__init__(most=most)
+        self.sigma_data = sigma_data
+
+    def b(self, t: Tensor) -> Tensor:
+        return self.sigma_data * torch.tan(math.pi / 2 * _inside(t))
+
+    def db(self, t: Tensor) -> Tensor:
+        return self.sigma_data * math.pi / 2 / torch.cos(math.pi / 2 * _inside(t)).square()
+
+    def time_of_noise(self, b: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan(b / self.sigma_data)
+
+
+def _inside(t: Tensor) -> Tensor:
+    """t off exactly 0 and 1, where a path that explodes has infinite noise or none."""
+    limits = torch.finfo(t.dtype)
+    return t.clamp(limits.tiny, 1.0 - limits.eps / 2)
+
+
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """(b,) -> (b, 1, ..., 1), so that it multiplies each sample and never mixes them."""
-    return coefficient.reshape(-1, *[1] * (x.ndim - 1))
+    return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))

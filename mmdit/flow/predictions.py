@@ -1,31 +1,130 @@
-"""What the network's output means, and how to read x_0, epsilon and velocity from it (Sec. 2)."""
+"""What the network's output means, and how to read x_0, epsilon and velocity from it (Sec. 2).
+
+Every output is a mix p_t x_0 + q_t epsilon. Together with z_t = a_t x_0 + b_t epsilon that makes
+two equations, of which all conversions are solutions.
+"""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from mmdit.flow.paths import Path
+from mmdit.flow.paths import Path, like
 from mmdit.registry import register
+
+
+class Coefficients(NamedTuple):
+    """Of the network's output: p_t x_0 + q_t epsilon."""
+
+    p: Tensor
+    q: Tensor
 
 
 class Prediction(ABC):
     """Meaning of a network's output on a path."""
 
     @abstractmethod
+    def coefficients(self, path: Path, t: Tensor) -> Coefficients:
+        """p_t and q_t, shape of t."""
+
+    def inputs(self, path: Path, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is shown of z_t (b, ...) and t (b,)."""
+        return z_t, t
+
     def target(self, path: Path, x_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """What a perfect network outputs for this pair; same shape as x_0."""
+        p, q = self.coefficients(path, t)
+        return like(p, x_0) * x_0 + like(q, x_0) * epsilon
 
-    @abstractmethod
+    def determinant(self, path: Path, t: Tensor) -> Tensor:
+        """a q - b p: an error of epsilon, z_t being known, is an error of the output times a/it."""
+        p, q = self.coefficients(path, t)
+        return path.a(t) * q - path.b(t) * p
+
+    def x_0(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The data that the output speaks of; same shape as z_t."""
+        _, q = self.coefficients(path, t)
+        return self._solved(path, t, q, -path.b(t), z_t, output)
+
+    def epsilon(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that the output speaks of; same shape as z_t."""
+        p, _ = self.coefficients(path, t)
+        return self._solved(path, t, -p, path.a(t), z_t, output)
+
     def velocity(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """dz/dt, which the solvers integrate; same shape as z_t."""
+        """dz_t/dt = a'_t x_0 + b'_t epsilon (Eq. 9); same shape as z_t."""
+        p, q = self.coefficients(path, t)
+        da, db = path.da(t), path.db(t)
+        return self._solved(path, t, da * q - db * p, db * path.a(t) - da * path.b(t), z_t, output)
+
+    def straight_velocity(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """epsilon - x_0, which moves the straight path; same shape as z_t.
+
+        On that path itself a velocity comes back bit for bit: its factors are exactly 0 and 1.
+        """
+        p, q = self.coefficients(path, t)
+        return self._solved(path, t, -(p + q), path.a(t) + path.b(t), z_t, output)
+
+    def _solved(
+        self, path: Path, t: Tensor, of_z: Tensor, of_output: Tensor, z_t: Tensor, output: Tensor
+    ) -> Tensor:
+        """(of_z z_t + of_output output) / determinant."""
+        determinant = self.determinant(path, t)
+        return like(of_output / determinant, z_t) * output + like(of_z / determinant, z_t) * z_t
 
 
 @register
 class Velocity(Prediction):
     """The output is the velocity of the path: epsilon - x_0 on the straight one (Eq. 14)."""
 
-    def target(self, path: Path, x_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
-        return path.velocity(x_0, epsilon, t)
+    def coefficients(self, path: Path, t: Tensor) -> Coefficients:
+        return Coefficients(path.da(t), path.db(t))
 
-    def velocity(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        return output
+
+@register
+class Epsilon(Prediction):
+    """The output is the noise (Ho et al. 2020)."""
+
+    def coefficients(self, path: Path, t: Tensor) -> Coefficients:
+        return Coefficients(torch.zeros_like(t), torch.ones_like(t))
+
+
+@register
+class V(Prediction):
+    """The output is v = a_t epsilon - b_t x_0 (Salimans & Ho 2022)."""
+
+    def coefficients(self, path: Path, t: Tensor) -> Coefficients:
+        return Coefficients(-path.b(t), path.a(t))
+
+
+@register
+class FPrediction(Prediction):
+    """The output is EDM's F: x_0 = c_skip z_t + c_out F(c_in z_t, c_noise) (Karras et al. 2022).
+
+    Its input has unit variance whatever the noise, and so has its target. On a path with a_t = 1;
+    with sigma = b_t, c_skip = sigma_data^2 / (sigma^2 + sigma_data^2), c_out = sigma sigma_data /
+    sqrt(sigma^2 + sigma_data^2), c_in = 1 / sqrt(sigma^2 + sigma_data^2), c_noise = log(sigma) / 4.
+
+    Args:
+        sigma_data: standard deviation of the data, as the preconditioning sees it; positive.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    def __init__(self, *, sigma_data: float = 0.5) -> None:
+        if sigma_data <= 0:
+            raise ValueError(f"FPrediction: sigma_data {sigma_data} must be positive")
+        self.sigma_data = sigma_data
+
+    def coefficients(self, path: Path, t: Tensor) -> Coefficients:
+        # (x_0 - c_skip z_t) / c_out, in terms of x_0 and epsilon.
+        sigma = path.b(t)
+        norm = torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
+        return Coefficients(sigma / (self.sigma_data * norm), -self.sigma_data / norm)
+
+    def inputs(self, path: Path, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = path.b(t)
+        norm = torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
+        return like(1 / norm, z_t) * z_t, sigma.log() / 4

@@ -1,4 +1,4 @@
-"""The t grid, and the shift of t with resolution: one object for training and sampling (Eq. 23)."""
+"""The shift of t with resolution: one object for training and sampling (Eq. 23)."""
 
 import torch
 from torch import Tensor
@@ -36,17 +36,9 @@ class Shift:
             raise ValueError(f"steps {steps} must be at least 1")
         return self(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))
 
-    def remaining(self, steps: int, *, strength: float) -> Tensor:
-        """The last part of `grid`, for a picture that is repainted by `strength` in [0, 1].
-
-        It begins at step int(steps * (1 - strength)), as in the reference. diffusers counts
-        int(steps - steps * strength), which rounding puts one step later at a few points (40 steps
-        and strength 0.8: 8 instead of 7).
-
-        Raises:
-            ValueError: fewer than one step.
-        """
-        return self.grid(steps)[int(steps * (1.0 - strength)) :]
+    def inverse(self, t: Tensor) -> Tensor:
+        """The time that is shifted to t."""
+        return t / (t + self.alpha * (1.0 - t))
 
 
 @register

@@ -1,13 +1,18 @@
 """Solvers of dz/dt = v(z, t): stateless functions over a falling grid of times.
 
-`velocity(z, t)` takes z (b, ...) and a float t; the grid runs from noise (1) to data (0).
+`velocity(z, t)` takes z (b, ...) and a float t, the noise level of the straight path
+(`Objective.velocity` brings every formulation there); the grid runs from noise (1) to data (0).
 `progress`, when given, is called after each step.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from mmdit.keys import generator_for
 
 VelocityFunction = Callable[[Tensor, float], Tensor]
 Progress = Callable[[], object]
@@ -70,6 +75,42 @@ def dpmpp_2m_log_snr(
     Second order, one evaluation a step, on the straight path; the flow form of diffusers.
     """
     return _two_step(velocity, z, grid, -grid.logit(), progress)
+
+
+def euler_ancestral(
+    velocity: VelocityFunction,
+    z: Tensor,
+    grid: Tensor,
+    progress: Progress | None = None,
+    *,
+    eta: float = 1.0,
+) -> Tensor:
+    """Euler's method with fresh noise: part of the old noise is replaced at every step.
+
+    At eta = 1 ancestral sampling, the posterior of the diffusion (Ho et al. 2020, Sec. 3.2), at 0
+    `euler` (Song et al. 2021, Eq. 16). First order, one evaluation a step. The noise is keyed by
+    the latent that a picture starts from: it depends neither on the batch nor on the device.
+
+    Raises:
+        ValueError: eta outside [0, 1].
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"euler_ancestral: eta {eta} must lie in [0, 1]")
+    keys = [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in z.float()]
+    for i, (t, t_next) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)):
+        v = velocity(z, t)
+        x_0, epsilon = z - t * v, z + (1 - t) * v
+        # Ratio of the noise-to-data ratios after and before; 0 when all was noise.
+        ratio = t_next * (1 - t) / (t * (1 - t_next))
+        fresh = eta * t_next * math.sqrt(1 - ratio**2)
+        z = (1 - t_next) * x_0 + math.sqrt(t_next**2 - fresh**2) * epsilon
+        if fresh > 0:
+            shape = x_0.shape[1:]
+            noise = [torch.randn(shape, generator=generator_for(key, "fresh", i)) for key in keys]
+            z = z + fresh * torch.stack(noise).to(z)
+        if progress is not None:
+            progress()
+    return z
 
 
 def _two_step(

@@ -43,6 +43,28 @@ class Uniform(TimestepDensity):
 
 
 @register
+class DiscreteUniform(TimestepDensity):
+    """One of the T discrete timesteps of latent diffusion, at t = 1/T, 2/T, ..., 1.
+
+    Its `pdf` is the uniform one: the weight of each step, spread over the step.
+
+    Args:
+        steps: T, at least 1.
+    """
+
+    def __init__(self, *, steps: int = 1000) -> None:
+        if steps < 1:
+            raise ValueError(f"DiscreteUniform: steps {steps} must be at least 1")
+        self.steps = steps
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return torch.ceil(u * self.steps).clamp(min=1) / self.steps
+
+    def pdf(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+@register
 class LogitNormal(TimestepDensity):
     """`rf/lognorm(m, s)`: logit(t) ~ N(m, s^2) (Eq. 19). Positive m favours noise.
 
@@ -84,15 +106,15 @@ class Mode(TimestepDensity):
 
     def pdf(self, t: Tensor) -> Tensor:
         # pi(t) = |du/dt|; f has no closed inverse, so u is found by bisection (f decreases).
-        t = t.double()
-        low, high = torch.zeros_like(t), torch.ones_like(t)
+        wanted = t.double()
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
         for _ in range(60):
             middle = (low + high) / 2
-            too_large = self.from_uniform(middle) > t
+            too_large = self.from_uniform(middle) > wanted
             low, high = torch.where(too_large, middle, low), torch.where(too_large, high, middle)
         u = (low + high) / 2
         slope = -1 - self.s * (1 - math.pi / 2 * torch.sin(math.pi * u))
-        return (1 / slope.abs()).float()
+        return (1 / slope.abs()).to(t)
 
 
 @register

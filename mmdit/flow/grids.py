@@ -1,0 +1,104 @@
+"""Where sampling stops: noise levels sigma of the straight path, from noise (1) down to data (0).
+
+Solvers follow the straight path whatever path the network was trained on (`mmdit.flow.paths`), so
+any grid serves any formulation.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from mmdit.flow.paths import Cosine, LDMLinear
+from mmdit.flow.schedule import Shift
+from mmdit.registry import register
+
+
+class Grid(ABC):
+    """A way to spread steps over the noise levels."""
+
+    @abstractmethod
+    def __call__(self, steps: int, shift: Shift) -> Tensor:
+        """Falling times for `steps` steps, the last 0: (steps + 1,), float64.
+
+        Raises:
+            ValueError: fewer than one step.
+        """
+
+    def remaining(
+        self, steps: int, shift: Shift, *, strength: float, noisiest: float = 1.0
+    ) -> Tensor:
+        """The last part, for a picture that is repainted by `strength` in [0, 1].
+
+        It begins at step int(steps * (1 - strength)), as in the reference. diffusers counts
+        int(steps - steps * strength), which rounding puts one step later at a few points (40 steps
+        and strength 0.8: 8 instead of 7). Of the whole grid, `squeezed` to `noisiest`.
+
+        Raises:
+            ValueError: fewer than one step.
+        """
+        whole = squeezed(self(steps, shift), noisiest=noisiest)
+        return whole[int(steps * (1.0 - strength)) :]
+
+
+@register
+class UniformGrid(Grid):
+    """Equal steps of the straight path's own time, shifted; the published grid under its shift."""
+
+    def __call__(self, steps: int, shift: Shift) -> Tensor:
+        return shift.grid(steps)
+
+
+@register
+class CosineGrid(Grid):
+    """Equal steps of the cosine path's time."""
+
+    def __call__(self, steps: int, shift: Shift) -> Tensor:
+        path = Cosine()
+        return shift(path.straight(_equal_steps(steps, start=path.last)))
+
+
+@register
+class LDMGrid(Grid):
+    """Equal steps of the timesteps of latent diffusion."""
+
+    def __call__(self, steps: int, shift: Shift) -> Tensor:
+        return shift(LDMLinear().straight(_equal_steps(steps, start=1.0)))
+
+
+@register
+class KarrasGrid(Grid):
+    """Equal steps of the rho-th root of b / a, from `most` to `least`, then 0 (Karras et al. 2022).
+
+    Args:
+        least, most: ratio of noise to data at the last step and at the first.
+        rho: larger spends more steps at little noise.
+
+    Raises:
+        ValueError: not 0 < least < most, or rho not positive.
+    """
+
+    def __init__(self, *, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> None:
+        if not 0.0 < least < most:
+            raise ValueError(f"KarrasGrid: least {least} and most {most} must be 0 < least < most")
+        if rho <= 0:
+            raise ValueError(f"KarrasGrid: rho {rho} must be positive")
+        self.least, self.most, self.rho = least, most, rho
+
+    def __call__(self, steps: int, shift: Shift) -> Tensor:
+        if steps < 1:
+            raise ValueError(f"steps {steps} must be at least 1")
+        least, most = (noise ** (1 / self.rho) for noise in (self.least, self.most))
+        noise = torch.linspace(most, least, steps, dtype=torch.float64) ** self.rho
+        return torch.cat([shift(noise / (1.0 + noise)), noise.new_zeros(1)])
+
+
+def squeezed(grid: Tensor, *, noisiest: float) -> Tensor:
+    """A grid that starts at more noise than `noisiest`, scaled down so as to start there."""
+    return grid * min(1.0, noisiest / grid[0].item())
+
+
+def _equal_steps(steps: int, *, start: float) -> Tensor:
+    if steps < 1:
+        raise ValueError(f"steps {steps} must be at least 1")
+    return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)
