@@ -6,12 +6,13 @@ from torch import nn
 
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
-from mmdit.flow.guidance import SkipLayerGuidance
+from mmdit.flow.grids import KarrasGrid
+from mmdit.flow.guidance import ClassifierFreeGuidance, GuidanceInterval, SkipLayerGuidance
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
 from mmdit.flow.schedule import PublishedShift
-from mmdit.flow.solvers import dpmpp_2m
+from mmdit.flow.solvers import dpmpp_2m, heun, midpoint
 from mmdit.flow.timesteps import LogitNormal
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.mmdit import MMDiT
@@ -167,7 +168,8 @@ def test_what_cannot_be_painted_is_refused(pipe, arguments, message):
 
 
 def test_guidance_may_be_an_object_that_skips_layers(pipe, batches):
-    guide = SkipLayerGuidance(scale=2.0, skip_scale=2.5, layers=(1,), start=0.0, end=0.6)
+    plain = ClassifierFreeGuidance(scale=2.0)
+    guide = SkipLayerGuidance(inner=plain, skip_scale=2.5, layers=(1,), start=0.0, end=0.6)
     skipping = pipe("a", guidance=guide, solver=dpmpp_2m)
     assert [size for size, _ in batches] == [2, 2, 1, 2, 1, 2]  # steps 1 and 2 of 0 to 3
     assert not torch.equal(skipping, pipe("a", solver=dpmpp_2m))
@@ -177,7 +179,32 @@ def test_guidance_may_be_an_object_that_skips_layers(pipe, batches):
 
 def test_layers_that_do_not_exist_are_refused(pipe):
     with pytest.raises(UserError, match="7"):
-        pipe("a", guidance=SkipLayerGuidance())
+        pipe("a", guidance=SkipLayerGuidance(inner=ClassifierFreeGuidance()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "evaluations"),
+    [
+        ({}, 8),  # four steps, each with the prompt and without
+        ({"guidance": 1.0}, 4),
+        ({"num_images": 3}, 8),
+        ({"solver": midpoint}, 16),
+        ({"solver": heun, "guidance": 1.0}, 7),
+        ({"strength": 0.5, "image": torch.zeros(8, 8, 3, dtype=torch.uint8)}, 4),
+        # Of the first step, at sigma = 1, and the last, at 0.009, the prompt alone.
+        ({"guidance": GuidanceInterval(inner=ClassifierFreeGuidance())}, 6),
+    ],
+)
+def test_evaluations_of_the_network_are_counted_for_each_picture(pipe, arguments, evaluations):
+    pipe("a", **arguments)
+    assert pipe.function_evaluations == evaluations
+
+
+def test_a_grid_may_be_given_instead_of_the_formulations_own(pipe, batches):
+    pipe("a", grid=KarrasGrid(most=9.0), guidance=1.0)
+    assert batches[0][1] == pytest.approx(
+        KarrasGrid(most=9.0)(4, PublishedShift(alpha=3.0))[0].item()
+    )
 
 
 def test_state_and_guidance_stay_float32_while_networks_are_bfloat16(pipe):

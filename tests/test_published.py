@@ -73,7 +73,7 @@ def test_the_whole_way_from_tokens_to_pixels_matches_the_reference(golden, tmp_p
         guide = ClassifierFreeGuidance(scale=run["cfg"])
         if slg:
             window = {"start": slg["start"], "end": slg["end"], "layers": slg["layers"]}
-            guide = SkipLayerGuidance(scale=run["cfg"], skip_scale=slg["scale"], **window)
+            guide = SkipLayerGuidance(inner=guide, skip_scale=slg["scale"], **window)
         velocity = NetworkVelocity(network, objective, torch.no_grad)
         solver = {"euler": euler, "dpmpp_2m": dpmpp_2m}[run["sampler"]]
         guided = guide(velocity, positive, negative, grid, steps)

@@ -1,21 +1,72 @@
-"""Guidance: wrappers that turn a conditional velocity into the one that is integrated."""
+"""Guidance: wrappers that turn a conditional velocity into the one that is integrated.
+
+They compose: `GuidanceRescale(inner=GuidanceInterval(inner=ClassifierFreeGuidance(scale=5)))`. What
+one of them has computed at a point, the next one does not compute again.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mmdit.errors import UserError
-from mmdit.flow.condition import Condition, ConditionalVelocity, LayeredVelocity
+from mmdit.flow.condition import Condition, LayeredVelocity
 from mmdit.flow.solvers import VelocityFunction
 from mmdit.registry import register
+
+
+class Sides:
+    """The velocity under the prompt and without it, float32; the newest point is remembered.
+
+    Args:
+        velocity: of the network, for a condition.
+        positive, negative: what to move towards, and away from.
+    """
+
+    def __init__(self, velocity: LayeredVelocity, positive: Condition, negative: Condition) -> None:
+        self.velocity, self.positive, self.negative = velocity, positive, negative
+        self._both = Condition(
+            torch.cat([positive.c_vec, negative.c_vec]),
+            torch.cat([positive.c_ctxt, negative.c_ctxt]),
+        )
+        self._newest: list[tuple[Tensor, float, Tensor]] = []  # one, or none yet
+
+    def conditional(self, z: Tensor, t: float) -> Tensor:
+        """Under the prompt alone."""
+        for known_z, known_t, known in self._newest:
+            if known_z is z and known_t == t:
+                return known
+        cond = self.velocity(z, t, self.positive).float()
+        self._newest[:] = [(z, t, cond)]
+        return cond
+
+    def both(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Under the prompt and without it, from one batch of both."""
+        cond, uncond = self.velocity(torch.cat([z, z]), t, self._both).float().chunk(2)
+        self._newest[:] = [(z, t, cond)]
+        return cond, uncond
+
+    def against(self, negative: Condition) -> "Sides":
+        """The same with another negative side; what one of them remembers, both do."""
+        sides = Sides(self.velocity, self.positive, negative)
+        sides._newest = self._newest
+        return sides
 
 
 class Guidance(ABC):
     """A way to strengthen the condition."""
 
     @abstractmethod
+    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+        """The velocity to integrate, float32, a function of z and t alone.
+
+        Args:
+            sides: the network's velocities.
+            grid: the falling times that the solver will follow, (n + 1,).
+            steps: of a whole grid; n unless the picture starts half-way.
+        """
+
     def __call__(
         self,
         velocity: LayeredVelocity,
@@ -24,14 +75,8 @@ class Guidance(ABC):
         grid: Tensor,
         steps: int,
     ) -> VelocityFunction:
-        """The velocity to integrate, float32, a function of z and t alone.
-
-        Args:
-            velocity: of the network, for a condition.
-            positive, negative: what to move towards, and away from.
-            grid: the falling times that the solver will follow, (n + 1,).
-            steps: of a whole grid; n unless the picture starts half-way.
-        """
+        """`guided`, of a network and the conditions to move towards and away from."""
+        return self.guided(Sides(velocity, positive, negative), grid, steps)
 
 
 @register
@@ -45,18 +90,12 @@ class ClassifierFreeGuidance(Guidance):
     def __init__(self, *, scale: float = 4.5) -> None:
         self.scale = scale
 
-    def __call__(
-        self,
-        velocity: ConditionalVelocity,
-        positive: Condition,
-        negative: Condition,
-        grid: Tensor,
-        steps: int,
-    ) -> VelocityFunction:
-        sides = _sides(velocity, positive, negative, self.scale)
+    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+        if self.scale == 1.0:
+            return sides.conditional
 
         def guided(z: Tensor, t: float) -> Tensor:
-            cond, uncond = sides(z, t)
+            cond, uncond = sides.both(z, t)
             return uncond + self.scale * (cond - uncond)
 
         return guided
@@ -64,15 +103,15 @@ class ClassifierFreeGuidance(Guidance):
 
 @register
 class SkipLayerGuidance(Guidance):
-    """Classifier-free guidance, early on also away from a network that lacks some blocks.
+    """Guidance early on also away from a network that lacks some blocks (SD3.5 Medium).
 
-    v = v_uncond + w (v_cond - v_uncond) + s (v_cond - v_skipped), the last term only while step i
-    of the solver has start * steps < i < end * steps, as in the reference: i counts from 0, also
-    where a picture starts half-way. The window is one of times: t belongs to the step that begins
-    at or before it, so that solvers may evaluate between the points of the grid.
+    Adds s (v_cond - v_skipped), only while step i of the solver has start * steps < i <
+    end * steps, as in the reference: i counts from 0, also where a picture starts half-way. The
+    window is one of times: t belongs to the step that begins at or before it, so that solvers may
+    evaluate between the points of the grid.
 
     Args:
-        scale: w, as in `ClassifierFreeGuidance`.
+        inner: the guidance that this is added to.
         skip_scale: s.
         layers: blocks that the weaker network lacks.
         start, end: of the window, as fractions of the steps.
@@ -84,7 +123,7 @@ class SkipLayerGuidance(Guidance):
     def __init__(
         self,
         *,
-        scale: float = 4.0,
+        inner: Guidance,
         skip_scale: float = 2.5,
         layers: Sequence[int] = (7, 8, 9),
         start: float = 0.01,
@@ -97,19 +136,12 @@ class SkipLayerGuidance(Guidance):
                 f"SkipLayerGuidance: start {start} and end {end} must be fractions of the steps, "
                 "0 <= start <= end <= 1"
             )
-        self.scale, self.skip_scale, self.layers = scale, skip_scale, tuple(layers)
+        self.inner, self.skip_scale, self.layers = inner, skip_scale, tuple(layers)
         self.start, self.end = start, end
 
-    def __call__(
-        self,
-        velocity: LayeredVelocity,
-        positive: Condition,
-        negative: Condition,
-        grid: Tensor,
-        steps: int,
-    ) -> VelocityFunction:
-        sides = _sides(velocity, positive, negative, self.scale)
-        skipped = velocity.skipping(self.layers)
+    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+        inner = self.inner.guided(sides, grid, steps)
+        skipped = sides.velocity.skipping(self.layers)
         windows = [
             (t_next, t)
             for i, (t, t_next) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True))
@@ -117,37 +149,95 @@ class SkipLayerGuidance(Guidance):
         ]
 
         def guided(z: Tensor, t: float) -> Tensor:
-            cond, uncond = sides(z, t)
-            v = uncond + self.scale * (cond - uncond)
+            v = inner(z, t)
             if any(low < t <= high for low, high in windows):
-                v = v + self.skip_scale * (cond - skipped(z, t, positive).float())
+                weaker = skipped(z, t, sides.positive).float()
+                v = v + self.skip_scale * (sides.conditional(z, t) - weaker)
             return v
 
         return guided
 
 
-def _sides(
-    velocity: ConditionalVelocity, positive: Condition, negative: Condition, scale: float
-) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    """(z, t) -> conditional and unconditional velocity, float32, from one batch of both.
+@register
+class GuidanceInterval(Guidance):
+    """Guidance at middle noise levels only, the plain prompt elsewhere (Kynkaanniemi et al. 2024).
 
-    At scale 1 the unconditional one cancels: it is not computed, the other stands in for it.
+    Args:
+        inner: the guidance that is limited.
+        low, high: it acts while low < sigma <= high, noise levels of the straight path.
+
+    Raises:
+        UserError: not 0 <= low < high <= 1.
     """
-    if scale == 1.0:
 
-        def one(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            cond = velocity(z, t, positive).float()
-            return cond, cond
+    def __init__(self, *, inner: Guidance, low: float = 0.2, high: float = 0.9) -> None:
+        if not 0.0 <= low < high <= 1.0:
+            raise UserError(
+                f"GuidanceInterval: low {low} and high {high} must be noise levels, "
+                "0 <= low < high <= 1"
+            )
+        self.inner, self.low, self.high = inner, low, high
 
-        return one
+    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+        inner = self.inner.guided(sides, grid, steps)
 
-    both = Condition(
-        torch.cat([positive.c_vec, negative.c_vec]),
-        torch.cat([positive.c_ctxt, negative.c_ctxt]),
-    )
+        def guided(z: Tensor, t: float) -> Tensor:
+            return inner(z, t) if self.low < t <= self.high else sides.conditional(z, t)
 
-    def two(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        cond, uncond = velocity(torch.cat([z, z]), t, both).float().chunk(2)
-        return cond, uncond
+        return guided
 
-    return two
+
+@register
+class GuidanceRescale(Guidance):
+    """Gives the guided x_0 the contrast of the unguided one (Lin et al. 2023, Sec. 3.4).
+
+    Strong guidance inflates the spread of the predicted data, which looks over-exposed. Of each
+    picture, x_0 is scaled to the standard deviation of the conditional one, by a share `phi`.
+
+    Args:
+        inner: the guidance that is corrected.
+        phi: from 0 (no correction) to 1 (the whole).
+
+    Raises:
+        UserError: `phi` lies outside [0, 1].
+    """
+
+    def __init__(self, *, inner: Guidance, phi: float = 0.7) -> None:
+        if not 0.0 <= phi <= 1.0:
+            raise UserError(f"GuidanceRescale: phi {phi} must lie in [0, 1]")
+        self.inner, self.phi = inner, phi
+
+    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+        inner = self.inner.guided(sides, grid, steps)
+
+        def guided(z: Tensor, t: float) -> Tensor:
+            x_0 = z - t * inner(z, t)
+            wanted, has = _spread(z - t * sides.conditional(z, t)), _spread(x_0)
+            factor = torch.where(has > 0, wanted / has, torch.ones_like(has))
+            return (z - x_0 * (1 + self.phi * (factor - 1))) / t
+
+        return guided
+
+
+@register
+class ZeroUnconditional(Guidance):
+    """Guidance away from zeros, as if all encoders were dropped, whatever the negative prompt is.
+
+    The unconditional input of the paper's training (Sec. B.3); the published samplers encode the
+    empty prompt instead.
+
+    Args:
+        inner: the guidance that gets these zeros.
+    """
+
+    def __init__(self, *, inner: Guidance) -> None:
+        self.inner = inner
+
+    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+        nothing = Condition(*(torch.zeros_like(part) for part in sides.negative))
+        return self.inner.guided(sides.against(nothing), grid, steps)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Standard deviation of each picture (b, c, h, w): (b, 1, 1, 1)."""
+    return x.flatten(1).std(1).reshape(-1, *[1] * (x.ndim - 1))

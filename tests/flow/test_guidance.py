@@ -1,9 +1,18 @@
+import itertools
+
 import pytest
 import torch
 
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
-from mmdit.flow.guidance import ClassifierFreeGuidance, SkipLayerGuidance
+from mmdit.flow.guidance import (
+    ClassifierFreeGuidance,
+    GuidanceInterval,
+    GuidanceRescale,
+    Sides,
+    SkipLayerGuidance,
+    ZeroUnconditional,
+)
 from mmdit.flow.schedule import Shift
 from mmdit.flow.solvers import dpmpp_2m, euler, heun, midpoint
 
@@ -88,8 +97,9 @@ class Layered:
         return self.without.setdefault(tuple(layers), Layered(weaker=1 - len(layers) / 10))
 
 
-def skip_layer(network, grid=GRID, steps=10, **arguments):
-    guide = SkipLayerGuidance(**{"start": 0.05, "end": 0.3, **arguments})
+def skip_layer(network, grid=GRID, steps=10, scale=4.5, **arguments):
+    plain = ClassifierFreeGuidance(scale=scale)
+    guide = SkipLayerGuidance(**{"inner": plain, "start": 0.05, "end": 0.3, **arguments})
     return guide(network, POSITIVE, NEGATIVE, grid, steps)
 
 
@@ -153,4 +163,147 @@ def test_an_empty_window_is_classifier_free_guidance():
 )
 def test_impossible_windows_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        SkipLayerGuidance(**arguments)
+        SkipLayerGuidance(inner=ClassifierFreeGuidance(), **arguments)
+
+
+def at(guide, network, t, z=Z):
+    return guide(network, POSITIVE, NEGATIVE, GRID, 10)(z, t)
+
+
+def cfg(scale=3.0):
+    return ClassifierFreeGuidance(scale=scale)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.21, 0.5, 0.9, 0.91, 1.0])
+def test_an_interval_guides_inside_it_and_asks_for_the_prompt_alone_outside(t):
+    network = Layered()
+    v = at(GuidanceInterval(inner=cfg(), low=0.2, high=0.9), network, t)
+    inside = 0.2 < t <= 0.9
+    expected = at(cfg(3.0 if inside else 1.0), Layered(), t)
+    assert torch.equal(v, expected)
+    assert network.batches == [4 if inside else 2]
+
+
+def test_the_whole_interval_is_the_inner_guidance():
+    guide = GuidanceInterval(inner=cfg(), low=0.0, high=1.0)
+    for t in GRID[:-1].tolist():
+        assert torch.equal(at(guide, Layered(), t), at(cfg(), Layered(), t))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.9, 0.2), (-0.1, 0.5), (0.5, 1.1)])
+def test_impossible_intervals_are_refused(low, high):
+    with pytest.raises(UserError, match=f"GuidanceInterval: low {low} and high {high}"):
+        GuidanceInterval(inner=cfg(), low=low, high=high)
+
+
+def spread_of_data(v, t=TIME):
+    return (Z - t * v).flatten(1).std(1)
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0, 15.0])
+def test_the_whole_rescale_gives_the_data_the_spread_of_the_conditional_one(scale):
+    wanted = spread_of_data(uneven(Z, TIME, POSITIVE))
+    before = spread_of_data(at(cfg(scale), uneven, TIME))
+    assert ((before - wanted).abs() > 0.01 * wanted).all()
+    after = spread_of_data(at(GuidanceRescale(inner=cfg(scale), phi=1.0), uneven, TIME))
+    torch.testing.assert_close(after, wanted)
+
+
+def uneven(z, t, condition):
+    """As `velocity`, and the condition also changes the spread."""
+    return velocity(z, t, condition) * (1 + condition.c_vec[:, :1, None, None])
+
+
+def test_rescale_mixes_by_phi_and_not_at_all_at_zero():
+    none, half, whole = (
+        at(GuidanceRescale(inner=cfg(), phi=phi), uneven, TIME) for phi in (0.0, 0.5, 1.0)
+    )
+    torch.testing.assert_close(none, at(cfg(), uneven, TIME))
+    torch.testing.assert_close(half, (none + whole) / 2)
+
+
+def test_rescale_changes_nothing_without_guidance():
+    rescaled = at(GuidanceRescale(inner=cfg(1.0), phi=1.0), uneven, TIME)
+    torch.testing.assert_close(rescaled, uneven(Z, TIME, POSITIVE))
+
+
+def test_rescale_treats_each_picture_alone():
+    guide = GuidanceRescale(inner=cfg(), phi=0.7)
+    together = at(guide, uneven, TIME)
+    for i in range(2):
+        sides = (Condition(*(part[i : i + 1] for part in side)) for side in (POSITIVE, NEGATIVE))
+        alone = guide(uneven, *sides, GRID, 10)(Z[i : i + 1], TIME)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_rescale_leaves_data_without_spread_as_it_is():
+    def to_zero(z, t, condition):  # predicts x_0 = 0 everywhere
+        return z / t
+
+    v = at(GuidanceRescale(inner=cfg(), phi=1.0), to_zero, 0.5)
+    torch.testing.assert_close(v, Z / 0.5)
+
+
+@pytest.mark.parametrize("phi", [-0.1, 1.1])
+def test_impossible_rescales_are_refused(phi):
+    with pytest.raises(UserError, match=rf"GuidanceRescale: phi {phi} must lie in \[0, 1\]"):
+        GuidanceRescale(inner=cfg(), phi=phi)
+
+
+def test_zero_unconditional_guides_away_from_zeros_whatever_the_negative_prompt():
+    zeros = Condition(*(torch.zeros_like(part) for part in NEGATIVE))
+    expected = cfg()(velocity, POSITIVE, zeros, GRID, 10)(Z, TIME)
+    assert torch.equal(at(ZeroUnconditional(inner=cfg()), velocity, TIME), expected)
+    assert not torch.allclose(at(cfg(), velocity, TIME), expected)
+
+
+WRAPPERS = {
+    "interval": lambda inner: GuidanceInterval(inner=inner, low=0.2, high=0.9),
+    "rescale": lambda inner: GuidanceRescale(inner=inner, phi=0.7),
+    "zero": lambda inner: ZeroUnconditional(inner=inner),
+    "skip": lambda inner: SkipLayerGuidance(inner=inner, layers=(3,), start=0.05, end=0.9),
+}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(WRAPPERS)), ids="-".join)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_wrappers_compose_in_any_order_and_compute_nothing_twice(order, scale):
+    guide = cfg(scale)
+    for name in order:
+        guide = WRAPPERS[name](guide)
+    network = Layered()
+    guided = guide(network, POSITIVE, NEGATIVE, GRID, 10)
+    weaker = network.skipping((3,))
+    # Inside the interval and outside of it, each new latent at a new time.
+    for i, (t, inside) in enumerate([(0.6, True), (0.85, True), (0.15, False), (0.6, True)]):
+        assert guided(Z + i, t).shape == Z.shape
+        assert network.batches == [4 if inside and scale != 1.0 else 2]
+        assert len(weaker.batches) <= 1 and set(weaker.batches) <= {2}
+        # The prompt's half is known and not computed again: `skip` adds its own network only.
+        if inside:
+            assert weaker.batches == [2]
+        network.batches.clear()
+        weaker.batches.clear()
+
+
+def test_composition_is_that_of_the_formulas():
+    """Rescaled, in an interval, away from zeros: each step written out."""
+    guide = GuidanceRescale(
+        inner=GuidanceInterval(inner=ZeroUnconditional(inner=cfg()), low=0.2, high=0.9), phi=1.0
+    )
+    zeros = Condition(*(torch.zeros_like(part) for part in NEGATIVE))
+    cond, uncond = uneven(Z, TIME, POSITIVE), uneven(Z, TIME, zeros)
+    x_0 = Z - TIME * (uncond + 3.0 * (cond - uncond))
+    wanted = (Z - TIME * cond).flatten(1).std(1) / x_0.flatten(1).std(1)
+    expected = (Z - wanted[:, None, None, None] * x_0) / TIME
+    torch.testing.assert_close(at(guide, uneven, TIME), expected)
+    torch.testing.assert_close(at(guide, uneven, 0.95), uneven(Z, 0.95, POSITIVE))
+
+
+def test_what_is_remembered_of_a_point_serves_no_other():
+    network = Layered()
+    sides = Sides(network, POSITIVE, NEGATIVE)
+    for z, t in ((Z, 0.5), (Z, 0.4), (Z.clone(), 0.4), (Z + 1, 0.4)):
+        assert torch.equal(sides.conditional(z, t), velocity(z, t, POSITIVE))
+        assert torch.equal(sides.against(POSITIVE).conditional(z, t), velocity(z, t, POSITIVE))
+    assert network.batches == [2, 2, 2, 2]
