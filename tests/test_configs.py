@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hydra.utils import instantiate
 
+import mmdit.flow.grids
 import mmdit.flow.guidance
 import mmdit.flow.paths
 import mmdit.flow.predictions
@@ -29,15 +30,26 @@ VARIANTS = {
     "objective/shift": mmdit.flow.schedule,
     "solver": mmdit.flow.solvers,
     "guide": mmdit.flow.guidance,
+    "grid": mmdit.flow.grids,
 }
+
+
+# What wrappers and objectives share, and no variant of its own.
+HELPERS = {"Coefficients", "like", "Sides", "squeezed"}
+
+
+def snake_case(name: str) -> str:
+    """LDMLinear is ldm_linear, MatchedEDM matched_edm, FPrediction f_prediction."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def variants(module: ModuleType) -> dict[str, Any]:
     """Concrete public classes and functions that a module defines, by their name in snake_case."""
     return {
-        re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower(): value
+        snake_case(name): value
         for name, value in vars(module).items()
         if (inspect.isclass(value) or inspect.isfunction(value))
+        and name not in HELPERS
         and value.__module__ == module.__name__
         and not name.startswith("_")
         and not inspect.isabstract(value)
@@ -73,9 +85,12 @@ def nodes(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def arguments(node: dict[str, Any]) -> list[str]:
-    """Its keys, and the groups that its defaults list fills in."""
+    """Its keys, and what its defaults list fills in: `path: edm`, or `/guide@inner: ...`."""
     filled = [
-        group for entry in node.get("defaults", ()) if isinstance(entry, dict) for group in entry
+        group.rpartition("@")[2]
+        for entry in node.get("defaults", ())
+        if isinstance(entry, dict)
+        for group in entry
     ]
     directives = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_", "defaults"}
     return [*filled, *(key for key in node if key not in directives)]

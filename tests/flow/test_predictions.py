@@ -1,26 +1,128 @@
 import pytest
 import torch
 
-from mmdit.flow.paths import RectifiedFlow
-from mmdit.flow.predictions import Velocity
+from mmdit.flow.paths import EDM, Cosine, MatchedEDM, RectifiedFlow
+from mmdit.flow.predictions import Epsilon, FPrediction, V, Velocity
 
-PREDICTIONS = [Velocity()]
-PATHS = [RectifiedFlow()]
+T = torch.tensor([0.0103, 0.1, 0.5003, 0.9, 0.9899], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
-def test_the_target_reads_back_as_the_velocity_of_the_path(prediction, path):
+def pair(dtype=torch.float64):
+    """Data, noise and times."""
     generator = torch.Generator().manual_seed(0)
-    x_0, epsilon = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64)
-    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    x_0, epsilon = torch.randn(2, len(T), 2, 4, 4, generator=generator, dtype=dtype)
+    return x_0, epsilon, T.to(dtype)
+
+
+def assert_equal(actual, expected):
+    """To 1e-10, relative to the size of the values."""
+    assert ((actual - expected).abs().max() / expected.abs().max()).item() < 1e-10
+
+
+def test_the_target_reads_back_as_all_that_it_was_made_of(path, prediction):
+    x_0, epsilon, t = pair()
+    z_t = path.interpolate(x_0, epsilon, t)
     output = prediction.target(path, x_0, epsilon, t)
-    velocity = prediction.velocity(path, output, path.interpolate(x_0, epsilon, t), t)
-    torch.testing.assert_close(velocity, path.velocity(x_0, epsilon, t))
+    assert_equal(prediction.x_0(path, output, z_t, t), x_0)
+    assert_equal(prediction.epsilon(path, output, z_t, t), epsilon)
+    assert_equal(prediction.velocity(path, output, z_t, t), path.velocity(x_0, epsilon, t))
+    assert_equal(prediction.straight_velocity(path, output, z_t, t), epsilon - x_0)
+
+
+def test_any_output_comes_back_from_the_pair_it_speaks_of(path, prediction):
+    """Conversions are inverses of the target for any z_t and output, of one pair or not."""
+    z_t, output, t = pair()
+    x_0, epsilon = prediction.x_0(path, output, z_t, t), prediction.epsilon(path, output, z_t, t)
+    assert_equal(path.interpolate(x_0, epsilon, t), z_t)
+    assert_equal(prediction.target(path, x_0, epsilon, t), output)
+
+
+def test_a_prediction_turns_into_any_other_and_back(path, prediction):
+    z_t, output, t = pair()
+    pair_of_it = [getattr(prediction, of)(path, output, z_t, t) for of in ("x_0", "epsilon")]
+    for other in (Velocity(), Epsilon(), V(), FPrediction()):
+        turned = other.target(path, *pair_of_it, t)
+        back = [getattr(other, of)(path, turned, z_t, t) for of in ("x_0", "epsilon")]
+        assert_equal(prediction.target(path, *back, t), output)
+
+
+def test_an_error_of_the_noise_is_one_of_the_output_times_a_over_the_determinant(path, prediction):
+    z_t, output, t = pair()
+    error = torch.ones_like(output)
+    of_noise = prediction.epsilon(path, output + error, z_t, t)
+    of_noise = of_noise - prediction.epsilon(path, output, z_t, t)
+    factor = path.a(t) / prediction.determinant(path, t)
+    assert_equal(of_noise, factor[:, None, None, None] * error)
+
+
+def test_each_sample_is_read_at_its_own_time(path, prediction):
+    z_t, output, t = pair()
+    together = prediction.straight_velocity(path, output, z_t, t)
+    for i in range(len(t)):
+        one = slice(i, i + 1)
+        alone = prediction.straight_velocity(path, output[one], z_t[one], t[one])
+        torch.testing.assert_close(together[one], alone)
 
 
 def test_velocity_on_the_straight_path_points_from_data_to_noise():
     """Eq. 14."""
-    x_0, epsilon = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    target = Velocity().target(RectifiedFlow(), x_0, epsilon, torch.tensor([0.1, 0.5, 0.9]))
+    x_0, epsilon, t = pair(torch.float32)
+    target = Velocity().target(RectifiedFlow(), x_0, epsilon, t)
     torch.testing.assert_close(target, epsilon - x_0)
+
+
+def test_velocity_on_the_straight_path_is_the_output_bit_for_bit():
+    t = torch.rand(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    output, z_t = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(1))
+    read = Velocity().straight_velocity(RectifiedFlow(), output, z_t, t)
+    assert read.dtype == torch.float32 and torch.equal(read, output)
+
+
+def test_v_turns_the_pair_by_a_right_angle_on_the_cosine_path():
+    """Salimans & Ho 2022: v is the derivative of z along the angle, pi t / 2."""
+    x_0, epsilon, t = pair()
+    v = V().target(Cosine(), x_0, epsilon, t)
+    assert_equal(v, Cosine().velocity(x_0, epsilon, t) * 2 / torch.pi)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+@pytest.mark.parametrize("path", [EDM(), MatchedEDM()], ids=lambda path: type(path).__name__)
+def test_the_f_prediction_is_the_preconditioning_of_edm(path, sigma_data):
+    """Table 1 of Karras et al. 2022: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)."""
+    x_0, epsilon, t = pair()
+    prediction = FPrediction(sigma_data=sigma_data)
+    z_t = path.interpolate(x_0, epsilon, t)
+    sigma = path.b(t)[:, None, None, None]
+    total = sigma**2 + sigma_data**2
+    shown, time = prediction.inputs(path, z_t, t)
+    assert_equal(shown, z_t / total.sqrt())
+    assert_equal(time, path.b(t).log() / 4)
+    target = prediction.target(path, x_0, epsilon, t)
+    c_skip, c_out = sigma_data**2 / total, sigma * sigma_data / total.sqrt()
+    assert_equal(c_skip * z_t + c_out * target, x_0)
+    output = epsilon.flip(0)
+    assert_equal(prediction.x_0(path, output, z_t, t), c_skip * z_t + c_out * output)
+
+
+def test_what_edm_shows_and_asks_has_unit_variance_at_every_noise_level():
+    path, prediction, n = EDM(), FPrediction(sigma_data=0.5), 20_000
+    generator = torch.Generator().manual_seed(0)
+    x_0, epsilon = torch.randn(2, len(T), n, generator=generator, dtype=torch.float64)
+    x_0 = 0.5 * x_0
+    shown, _ = prediction.inputs(path, path.interpolate(x_0, epsilon, T), T)
+    target = prediction.target(path, x_0, epsilon, T)
+    for values in (shown, target):
+        assert values.var(dim=1).tolist() == pytest.approx([1.0] * len(T), abs=0.05)
+
+
+@pytest.mark.parametrize("prediction", [Velocity(), Epsilon(), V()], ids=lambda p: type(p).__name__)
+def test_all_others_are_shown_the_latent_and_its_time(path, prediction):
+    z_t, _, t = pair()
+    shown, time = prediction.inputs(path, z_t, t)
+    assert shown is z_t and time is t
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, -0.5])
+def test_the_data_of_edm_must_spread(sigma_data):
+    with pytest.raises(ValueError, match=f"FPrediction: sigma_data {sigma_data} must be positive"):
+        FPrediction(sigma_data=sigma_data)

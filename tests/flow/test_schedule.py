@@ -24,6 +24,13 @@ def test_one_over_alpha_undoes_alpha(alpha):
 
 
 @each_alpha
+def test_inverse_undoes_the_shift(alpha):
+    shift = Shift(alpha=alpha)
+    torch.testing.assert_close(shift.inverse(shift(INNER)), INNER)
+    torch.testing.assert_close(shift(shift.inverse(INNER)), INNER)
+
+
+@each_alpha
 @pytest.mark.parametrize("steps", [1, 2, 28])
 def test_grid_falls_from_exactly_one_to_exactly_zero(alpha, steps):
     grid = Shift(alpha=alpha).grid(steps)
@@ -85,20 +92,3 @@ def test_a_checkpoint_remembers_which_shift_it_was():
     description = describe(PublishedShift(alpha=3.0))
     assert description == {"class": "PublishedShift", "alpha": 3.0}
     assert type(build(description)) is PublishedShift
-
-
-def test_what_remains_is_the_end_of_the_grid(golden):
-    """Start indices of the reference; at some of them diffusers starts one step later."""
-    table = golden("img2img").config["table"]
-    assert any(row["stability_start"] != row["diffusers_start"] for row in table)
-    for row in table:
-        shift = PublishedShift(alpha=row["shift"])
-        remaining = shift.remaining(row["steps"], strength=row["denoise"])
-        assert torch.equal(remaining, shift.grid(row["steps"])[row["stability_start"] :])
-
-
-@pytest.mark.parametrize("kind", [Shift, PublishedShift])
-def test_all_remains_at_strength_one_and_nothing_but_data_at_zero(kind):
-    shift = kind(alpha=3.0)
-    assert torch.equal(shift.remaining(7, strength=1.0), shift.grid(7))
-    assert shift.remaining(7, strength=0.0).tolist() == [0.0]

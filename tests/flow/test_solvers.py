@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from mmdit.flow.schedule import Shift
-from mmdit.flow.solvers import dpmpp_2m, dpmpp_2m_log_snr, euler, heun, midpoint
+from mmdit.flow.solvers import (
+    dpmpp_2m,
+    dpmpp_2m_log_snr,
+    euler,
+    euler_ancestral,
+    heun,
+    midpoint,
+)
 
 ONE_STEP = [euler, heun, midpoint]
 TWO_STEP = [dpmpp_2m, dpmpp_2m_log_snr]
@@ -16,6 +23,7 @@ def each(solvers):
 
 
 each_solver = each([*ONE_STEP, *TWO_STEP])
+each_of_all = each([*ONE_STEP, *TWO_STEP, euler_ancestral])
 
 
 class Counted:
@@ -67,6 +75,7 @@ def test_order_of_convergence(solver, order):
         (midpoint, 5, 10),
         (dpmpp_2m, 5, 5),
         (dpmpp_2m_log_snr, 5, 5),
+        (euler_ancestral, 5, 5),
     ],
 )
 def test_number_of_evaluations(solver, steps, evaluations):
@@ -75,7 +84,7 @@ def test_number_of_evaluations(solver, steps, evaluations):
     assert len(velocity.times) == evaluations
 
 
-@each_solver
+@each_of_all
 def test_times_are_floats_that_start_at_noise_and_never_reach_data(solver):
     velocity = Counted(growth)
     solver(velocity, torch.ones(1), Shift().grid(4))
@@ -84,20 +93,20 @@ def test_times_are_floats_that_start_at_noise_and_never_reach_data(solver):
     assert min(velocity.times) > 0.0  # at t = 0 no network was ever trained
 
 
-@each_solver
+@each_of_all
 def test_progress_is_told_of_every_step(solver):
     told = []
     solver(growth, torch.ones(1), Shift().grid(5), lambda: told.append(None))
     assert len(told) == 5
 
 
-@each_solver
+@each_of_all
 def test_a_grid_of_one_time_is_no_step(solver):
     z = torch.ones(2)
     assert torch.equal(solver(growth, z, torch.zeros(1)), z)
 
 
-@each_solver
+@each_of_all
 def test_the_starting_noise_is_left_as_it_was(solver):
     z = torch.ones(2, 3)
     solver(growth, z, Shift().grid(3))
@@ -140,3 +149,60 @@ def test_the_log_snr_form_agrees_with_diffusers():
         for timestep, t in zip(theirs.timesteps, theirs.sigmas[:-1].tolist(), strict=True):
             z = theirs.step(growth(z, t), timestep, z).prev_sample
         torch.testing.assert_close(ours, z, rtol=0, atol=2e-6)
+
+
+def test_without_fresh_noise_the_ancestral_sampler_is_eulers():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
+    for grid in (Shift(alpha=3.0).grid(7), torch.tensor([0.8, 0.5, 0.3]).double()):
+        reached = euler_ancestral(growth, z, grid, eta=0.0)
+        torch.testing.assert_close(reached, euler(growth, z, grid), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("t_next", [0.6, 0.3])
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_a_step_draws_from_the_posterior_of_the_diffusion(eta, t_next):
+    """Ho et al. 2020, Eq. 7, on the cosine path: mean and variance of z_s given z_t and x_0."""
+    t, n = 0.8, 200_000
+    x_0 = 0.7
+    z = torch.full((1, n), 1.3, dtype=torch.float64)
+    reached = euler_ancestral(lambda z, t: (z - x_0) / t, z, torch.tensor([t, t_next]), eta=eta)
+    (a, b), (a_s, b_s) = ((1 - s, s) for s in (t, t_next))
+    # sigma^2 = b_s^2 (1 - (b_s a / (a_s b))^2) is the posterior's variance on any path.
+    variance = eta**2 * b_s**2 * (1 - (b_s * a / (a_s * b)) ** 2)
+    mean = a_s * x_0 + math.sqrt(b_s**2 - variance) * (1.3 - a * x_0) / b
+    assert reached.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / n))
+    assert reached.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / n))
+
+
+def test_ddpm_posterior_is_the_one_of_the_textbook():
+    """The same variance from Eq. 7's own symbols: beta~ = (1 - abar_s) / (1 - abar_t) beta_t."""
+    t, s = 0.8, 0.3
+    abar_t, abar_s = ((1 - u) ** 2 / ((1 - u) ** 2 + u**2) for u in (t, s))
+    textbook = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
+    straight = s**2 * (1 - (s * (1 - t) / ((1 - s) * t)) ** 2)
+    assert textbook * ((1 - s) ** 2 + s**2) == pytest.approx(straight)
+
+
+def test_the_fresh_noise_of_a_picture_depends_on_neither_batch_nor_call():
+    z = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    grid = Shift().grid(5)
+    together = euler_ancestral(growth, z, grid)
+    assert torch.equal(euler_ancestral(growth, z, grid), together)
+    for i in (2, 0, 1):
+        alone = euler_ancestral(growth, z[i : i + 1], grid)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_different_pictures_get_different_fresh_noise():
+    z = torch.stack([torch.zeros(1000), torch.full((1000,), 1e-6)])
+    grid = torch.tensor([1.0, 0.5])
+    fresh = euler_ancestral(lambda z, t: z, z, grid)
+    assert fresh.std(dim=1).tolist() == pytest.approx([0.5, 0.5], rel=0.1)
+    assert abs(torch.corrcoef(fresh)[0, 1].item()) < 0.15
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1])
+def test_impossible_shares_of_fresh_noise_are_refused(eta):
+    with pytest.raises(ValueError, match=rf"euler_ancestral: eta {eta} must lie in \[0, 1\]"):
+        euler_ancestral(growth, torch.ones(1, 1), Shift().grid(2), eta=eta)

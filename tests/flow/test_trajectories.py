@@ -5,6 +5,7 @@ import torch
 
 from mmdit.flow import solvers
 from mmdit.flow.condition import Condition
+from mmdit.flow.grids import UniformGrid
 from mmdit.flow.guidance import ClassifierFreeGuidance, SkipLayerGuidance
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.schedule import PublishedShift
@@ -30,10 +31,11 @@ class GaussianVelocity:
 
 
 def guidance_of(run):
+    plain = ClassifierFreeGuidance(scale=run["cfg"])
     if "slg" in run:
         slg = {**run["slg"]}
-        return SkipLayerGuidance(scale=run["cfg"], skip_scale=slg.pop("scale"), **slg)
-    return ClassifierFreeGuidance(scale=run["cfg"])
+        return SkipLayerGuidance(inner=plain, skip_scale=slg.pop("scale"), **slg)
+    return plain
 
 
 def test_samplers_follow_the_reference_step_by_step(golden):
@@ -64,7 +66,8 @@ def test_pictures_start_half_way_as_in_the_reference(golden):
     y, ctx, noise, latent = (case.inputs[key] for key in ("y", "ctx", "noise", "latent"))
     for row in case.config["table"]:
         steps = row["steps"]
-        grid = PublishedShift(alpha=row["shift"]).remaining(steps, strength=row["denoise"])
+        shift = PublishedShift(alpha=row["shift"])
+        grid = UniformGrid().remaining(steps, shift, strength=row["denoise"])
         case.check(f"{row['key']}.sigmas", grid.float())
         z = RectifiedFlow().interpolate(latent, noise, grid[:1].float())
         case.check(f"{row['key']}.x_init", z)

@@ -1,0 +1,139 @@
+import math
+
+import pytest
+import torch
+
+from mmdit.flow.grids import CosineGrid, Grid, KarrasGrid, LDMGrid, UniformGrid, squeezed
+from mmdit.flow.paths import Cosine, LDMLinear, RectifiedFlow
+from mmdit.flow.schedule import PublishedShift, Shift
+
+GRIDS = {
+    "uniform": UniformGrid(),
+    "cosine": CosineGrid(),
+    "ldm": LDMGrid(),
+    "karras": KarrasGrid(),
+    "karras(short)": KarrasGrid(least=0.1, most=3.0, rho=2.0),
+}
+each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+each_shift = pytest.mark.parametrize(
+    "shift",
+    [Shift(), Shift(alpha=0.5), Shift(alpha=3.0), PublishedShift(alpha=3.0)],
+    ids=lambda shift: f"{type(shift).__name__}({shift.alpha})",
+)
+shifts_once = pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+
+
+@each_grid
+@each_shift
+@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+def test_a_grid_falls_strictly_to_exactly_zero(grid, shift, steps):
+    times = grid(steps, shift)
+    assert times.shape == (steps + 1,) and times.dtype == torch.float64
+    assert times[0] <= 1.0 and times[-1] == 0.0
+    assert (times.diff() < 0).all()
+
+
+@each_grid
+@shifts_once
+def test_a_shift_moves_log_snr_by_minus_two_log_alpha(grid, alpha):
+    log_snr = RectifiedFlow().log_snr
+    plain, moved = (grid(20, Shift(alpha=a))[1:-1] for a in (1.0, alpha))
+    expected = torch.full_like(plain, -2 * math.log(alpha))
+    torch.testing.assert_close(log_snr(moved) - log_snr(plain), expected)
+
+
+@each_grid
+@pytest.mark.parametrize("steps", [0, -3])
+def test_a_grid_needs_a_step(grid, steps):
+    for ask in (grid, lambda steps, shift: grid.remaining(steps, shift, strength=0.5)):
+        with pytest.raises(ValueError, match=f"steps {steps} must be at least 1"):
+            ask(steps, Shift())
+
+
+@each_shift
+def test_the_uniform_grid_is_that_of_its_shift(shift):
+    assert torch.equal(UniformGrid()(9, shift), shift.grid(9))
+
+
+def test_the_cosine_grid_takes_equal_steps_of_the_angle():
+    grid = CosineGrid()(7, Shift())[:-1]
+    angles = torch.atan(grid / (1 - grid)) * 2 / math.pi
+    torch.testing.assert_close(angles, torch.linspace(0.98, 0.0, 8, dtype=torch.float64)[:-1])
+    assert grid[0].item() == Cosine().noisiest
+
+
+def test_the_grid_of_latent_diffusion_takes_equal_steps_of_its_timesteps():
+    grid = LDMGrid()(7, Shift())
+    timesteps = LDMLinear().time_at(grid)
+    torch.testing.assert_close(timesteps, torch.linspace(1.0, 0.0, 8, dtype=torch.float64))
+    assert grid[0].item() == LDMLinear().noisiest
+
+
+def test_the_grid_of_karras_is_equation_5():
+    """Karras et al. 2022: sigma_i = (max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho."""
+    n, rho = 6, 7.0
+    grid = KarrasGrid()(n, Shift())[:-1]
+    expected = [
+        (80 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
+        for i in range(n)
+    ]
+    assert (grid / (1 - grid)).tolist() == pytest.approx(expected)
+    assert expected[0] == pytest.approx(80.0) and expected[-1] == pytest.approx(0.002)
+
+
+def test_the_grid_of_karras_agrees_with_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, rho=7.0)
+    theirs.set_timesteps(11)
+    grid = KarrasGrid()(11, Shift())
+    torch.testing.assert_close((grid / (1 - grid)).float(), theirs.sigmas, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"least": 80.0}, "least 80.0 and most 80.0 must be 0 < least < most"),
+        ({"least": 2.0, "most": 1.0}, "least 2.0 and most 1.0"),
+        ({"least": 0.0}, "least 0.0"),
+        ({"least": -1.0}, "least -1.0"),
+        ({"rho": 0.0}, "rho 0.0 must be positive"),
+        ({"rho": -7.0}, "rho -7.0 must be positive"),
+    ],
+)
+def test_impossible_grids_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"KarrasGrid: .*{message}"):
+        KarrasGrid(**arguments)
+
+
+def test_what_remains_is_the_end_of_the_grid(golden):
+    """Start indices of the reference; at some of them diffusers starts one step later."""
+    table = golden("img2img").config["table"]
+    assert any(row["stability_start"] != row["diffusers_start"] for row in table)
+    for row in table:
+        shift = PublishedShift(alpha=row["shift"])
+        remaining = UniformGrid().remaining(row["steps"], shift, strength=row["denoise"])
+        assert torch.equal(remaining, shift.grid(row["steps"])[row["stability_start"] :])
+
+
+@each_grid
+@each_shift
+def test_all_remains_at_strength_one_and_nothing_but_data_at_zero(grid: Grid, shift):
+    assert torch.equal(grid.remaining(7, shift, strength=1.0), grid(7, shift))
+    assert grid.remaining(7, shift, strength=0.0).tolist() == [0.0]
+
+
+@each_grid
+@pytest.mark.parametrize("noisiest", [0.3, 0.9])
+def test_what_remains_is_the_end_of_the_whole_also_where_that_is_squeezed(grid, noisiest):
+    whole = squeezed(grid(10, Shift()), noisiest=noisiest)
+    rest = grid.remaining(10, Shift(), strength=0.5, noisiest=noisiest)
+    assert torch.equal(rest, whole[5:])
+
+
+def test_squeezed_scales_a_grid_that_starts_at_too_much_noise_and_no_other():
+    grid = torch.tensor([0.8, 0.6, 0.2, 0.0], dtype=torch.float64)
+    scaled = squeezed(grid, noisiest=0.4)
+    torch.testing.assert_close(scaled, grid / 2)
+    assert scaled[0] == 0.4 and scaled[-1] == 0.0
+    for enough in (0.8, 0.9, 1.0):
+        assert torch.equal(squeezed(grid, noisiest=enough), grid)
