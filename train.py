@@ -16,17 +16,20 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from configs.launch import Verbatim, launch
+from configs.formulations import store_formulations
+from configs.launch import Verbatim, launch, sweep_folder
+from configs.stages import autoencoder_weights, clip_for_metrics, scores_file, write_scores
 from mmdit.checkpoints.native import load_strictly, load_tensors
 from mmdit.checkpoints.runs import Checkpoint
-from mmdit.data.shapes import Shapes
 from mmdit.engine.ema import EMA
-from mmdit.engine.loggers import Logger, NoLogger
+from mmdit.engine.formulation import report_formulation
+from mmdit.engine.loggers import Logger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, train
-from mmdit.engine.optimizers import WarmupConstant, adamw
-from mmdit.engine.precision import Autocast, autocast, chosen_device
-from mmdit.engine.runs import RunFolder, config_hash, open_run
-from mmdit.engine.tasks import AutoencoderTask, FlowTask, encode_dataset
+from mmdit.engine.optimizers import WarmupConstant
+from mmdit.engine.precision import autocast, chosen_device
+from mmdit.engine.runs import open_run
+from mmdit.engine.tasks import FlowTask, encode_dataset
+from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
 
 log = logging.getLogger("mmdit.train")
@@ -50,11 +53,24 @@ def job(config: DictConfig, _: Verbatim) -> None:
     validation_size = positive(config.training, "validation_size", "training")
     logger: Logger = instantiate(config.logger)
 
+    swept = sweep_folder(Path(config.runs) / config.name)
     run = open_run(
-        Path(config.runs), name=config.name, run=config.run, resume=config.resume, config=plain
+        Path(config.runs),
+        name=config.name,
+        run=config.run or (str(swept) if swept else None),
+        resume=config.resume or ("finish" if swept else None),
+        config=plain,
     )
+    before = run.latest()
+    if before and before.finished and (not config.metrics or scores_file(run.path).is_file()):
+        log.info("%s is finished", run.path)
+        return
     try:
-        train_or_find_autoencoder(config, plain, pipeline, ema, data, precision)
+        path = autoencoder_weights(config, plain, data, device, precision)
+        for holder in (pipeline, ema.module):
+            load_strictly(holder.autoencoder, load_tensors(path)[0], path)
+        measure = clip_for_metrics(config, plain, device, precision) if config.metrics else None
+        report_formulation(pipeline.objective, run.path)
         latents, captions = encode_dataset(
             pipeline.autoencoder, data["train"], settings.samples, precision
         )
@@ -78,6 +94,10 @@ def job(config: DictConfig, _: Verbatim) -> None:
             ema=ema,
             logger=logger,
         )
+        if measure is not None:
+            pipelines = {"ema": ema.module, "raw": pipeline}
+            variant = config.variant or (swept.name if swept else config.name)
+            write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
     except Interrupted as stop:
         print(f"\nstopped by {stop}; saved in {stop.checkpoint.folder}", file=sys.stderr)
         print(f"to go on: {how_to_resume(run.path, sys.argv[1:])}", file=sys.stderr)
@@ -107,14 +127,23 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     torch.manual_seed(config.seed)
     autoencoder = instantiate(config.autoencoder.model)
     text = instantiate(config.text)
-    mmdit = instantiate(
-        config.model,
-        latent_channels=autoencoder.latent_channels,
-        context_width=text.context_width,
-        pooled_width=text.pooled_width,
-    )
+    fitting: dict[str, Any] = {
+        "latent_channels": autoencoder.latent_channels,
+        "context_width": text.context_width,
+        "pooled_width": text.pooled_width,
+    }
+    if config.match:
+        with torch.device("meta"):
+            asked, reference = (
+                instantiate(model, **fitting) for model in (config.model, config.reference)
+            )
+        side = config.image_size // autoencoder.factor
+        size = {"height": side, "width": side, "text_length": text.context_length}
+        found = matched(asked, reference, by=config.match, **size)
+        log.info("match=%s: width %d, mlp_ratio %g: %d of %d", config.match, *found)
+        fitting |= {"width": found.width, "mlp_ratio": found.mlp_ratio}
     pipeline = Pipeline(
-        mmdit=mmdit,
+        mmdit=instantiate(config.model, **fitting),
         text=text,
         autoencoder=autoencoder.requires_grad_(False),
         objective=instantiate(config.objective),
@@ -124,61 +153,6 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     )
     pipeline.latent_size(config.image_size, config.image_size)
     return pipeline
-
-
-def train_or_find_autoencoder(
-    config: DictConfig,
-    plain: dict[str, Any],
-    pipeline: Pipeline,
-    ema: EMA[Pipeline],
-    data: dict[str, Shapes],
-    precision: Autocast,
-) -> None:
-    """Give pipeline and average the trained autoencoder of this config, training it if need be."""
-    recipe = {key: plain[key] for key in ("autoencoder", "data", "seed", "precision")}
-    run = RunFolder(Path(config.runs) / f"autoencoder-{config_hash(recipe)}")
-    checkpoint = run.latest()
-    if checkpoint is None or not checkpoint.finished:
-        log.info("training the autoencoder in %s", run.path)
-        checkpoint = train_autoencoder(config, run, pipeline, data, precision)
-    else:
-        log.info("reusing the autoencoder of %s", run.path)
-    log.info("autoencoder: PSNR %.2f dB", checkpoint.figures["ema/psnr"])
-    path = checkpoint.verified("ema.safetensors")
-    for holder in (pipeline, ema.module):
-        load_strictly(holder.autoencoder, load_tensors(path)[0], path)
-    run.close()
-
-
-def train_autoencoder(
-    config: DictConfig,
-    run: RunFolder,
-    pipeline: Pipeline,
-    data: dict[str, Shapes],
-    precision: Autocast,
-) -> Checkpoint:
-    """The first stage: reconstruction, with the same loop as the flow."""
-    recipe = config.autoencoder
-    torch.manual_seed(config.seed)
-    module = instantiate(recipe.model).to(pipeline.device)
-    task = AutoencoderTask(
-        module=module,
-        data=data["train"],
-        validation=data["validation"],
-        kl_weight=recipe.kl_weight,
-        seed=config.seed,
-        autocast=precision,
-    )
-    return train(
-        task,
-        run=run,
-        settings=Settings.of(recipe.training, "autoencoder.training"),
-        seed=config.seed,
-        schedule=WarmupConstant(warmup_steps=recipe.warmup_steps),
-        optimizer=adamw(module, lr=recipe.lr, betas=(0.9, 0.99)),
-        ema=EMA(module, **recipe.ema),
-        logger=NoLogger(),
-    )
 
 
 def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:
@@ -195,4 +169,5 @@ def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:
 
 
 if __name__ == "__main__":
+    store_formulations()
     launch(job, config_name="train", describe=describe)

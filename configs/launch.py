@@ -57,6 +57,7 @@ def launch(
     """
     command_line, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR") == "1"
     started = False
+    failed: list[str] = []
     error: BaseException
     try:
         arguments, text = split_arguments(sys.argv[1:], verbatim)
@@ -70,7 +71,7 @@ def launch(
             except Exception as failure:
                 if HydraConfig.get().mode == RunMode.RUN:
                     raise _JobFailed from failure
-                _report_failed_job(failure)
+                failed.append(_report_failed_job(failure))
                 raise
 
         sys.argv = [sys.argv[0], *arguments]
@@ -95,6 +96,8 @@ def launch(
         sys.argv = command_line
         if not full_error:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+    if len(failed) > 1:  # the last one stands far above by now, the first is told below
+        print(f"{len(failed)} jobs of this multirun failed:", *failed, sep="\n  ", file=sys.stderr)
     message = explain(error, in_job=started, verbatim=verbatim, config_dir=config_dir)
     if message is None:
         raise error  # outside the handlers above, so that its traceback has no "during handling of"
@@ -104,17 +107,31 @@ def launch(
     sys.exit(2)
 
 
+def sweep_folder(root: Path) -> Path | None:
+    """The folder of this job of a multirun, named by what is swept; None outside of one.
+
+    The same values have the same folder in every multirun, so that what is finished is found.
+    """
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return None
+    values = hydra_config.job.override_dirname or "default"
+    return root / re.sub(r"[^\w.,=+-]", "_", values)
+
+
 def _shows_config(arguments: Sequence[str]) -> bool:
     """Whether Hydra is asked to print the whole config of the job: `--cfg job` without `-p`."""
     shown = any(pair in (("--cfg", "job"), ("-c", "job")) for pair in pairwise(arguments))
     return shown and not {"-p", "--package"} & set(arguments)
 
 
-def _report_failed_job(failure: Exception) -> None:
+def _report_failed_job(failure: Exception) -> str:
     """Say at once which job of a sweep failed: Hydra goes on, and raises the first at the end."""
     job = HydraConfig.get()
     which = f"job {job.job.num} ({' '.join(job.overrides.task)})"
-    print(f"{which} failed: {type(failure).__name__}: {first_line(failure)}", file=sys.stderr)
+    line = f"{which} failed: {type(failure).__name__}: {first_line(failure)}"
+    print(line, file=sys.stderr)
+    return line
 
 
 # --- the command line ---

@@ -19,6 +19,7 @@ from mmdit.checkpoints.runs import weights_file
 from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
+from mmdit.models.backbone import Backbone
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet
@@ -94,8 +95,10 @@ def load_mmdit(
     num_heads: int | None = None,
     allow_pickle: bool = False,
     verify: bool = False,
-) -> MMDiT:
+) -> Backbone:
     """The transformer alone; its architecture is read from the file.
+
+    An `MMDiT`, unless it is a run of this project that trained another backbone.
 
     Args:
         source, weights, dtype: as in `load_pipeline`.

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one finished run, `runs/smoke-001`, of STEPS steps."""
     folder = tmp_path_factory.mktemp("work")
     result = train(folder, f"training.steps={STEPS}")
-    assert "PSNR" in result.stdout
+    assert "psnr" in result.stdout
     assert "finished runs/smoke-001" in result.stdout
     return folder
 

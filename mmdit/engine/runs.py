@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # which one lowers on purpose after a loss that was not finite.
 FREE = (
     *("run", "runs", "resume", "logger", "device", "compile", "optimizer.lr"),
+    *("variant", "metrics", "clip"),  # for what is measured afterwards
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every", "keep")),
 )
 
@@ -39,15 +40,18 @@ class RunFolder:
 
     Args:
         path: made if it is not there.
+        wait: for another process to let go of it.
 
     Raises:
-        UserError: another process is using it.
+        UserError: another process is using it, and `wait` is off.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock: IO[str] = (path / ".lock").open("a+")
+        if wait:
+            self._wait()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -60,6 +64,14 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
+
+    def _wait(self) -> None:
+        """Return when no other process holds the folder."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.info("waiting for another process, which is using %s", self.path)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -164,7 +176,7 @@ def open_run(
         name: of the experiment; new runs are called `<name>-<number>`.
         run: folder to use instead.
         resume: None, 'auto' (the newest run of this name that has steps left, or else a new one),
-            or a run folder.
+            'finish' (`run`, whether it is new, was stopped or is finished), or a run folder.
         config: plain config; kept in the folder, and compared when resuming.
 
     Raises:
@@ -178,6 +190,10 @@ def open_run(
                 f"run folder {folder.path} already holds a run at step {folder.latest().step}: "  # type: ignore[union-attr]
                 f"go on with it with resume={folder.path}, or choose another folder"
             )
+    elif resume == "finish":
+        if run is None:
+            raise UserError("resume=finish needs run=<folder>, which says what is to be finished")
+        folder = RunFolder(Path(run))
     elif resume == "auto":
         candidates = [Path(run)] if run else numbered_runs(root, name)
         left = [path for path in candidates if _step_of(path) < steps]

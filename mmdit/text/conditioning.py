@@ -158,6 +158,7 @@ class TextConditioner(nn.Module):
         self.dropout, self.empty_prompt = dropout, empty_prompt
         self.context_width = t5.width
         self.pooled_width = clip_l.pooled_width + clip_g.pooled_width
+        self.context_length = clip_l.length + t5.length  # the CLIPs lie side by side
 
     @property
     def encoders(self) -> tuple[TextEncoder | AbsentEncoder, ...]:

@@ -1,0 +1,202 @@
+"""What a run stands on, and what follows it: stages trained once and then found, and scores.
+
+An autoencoder, and the small CLIP by which toy pictures are measured, are trained by the same loop
+as the flow, in `runs/<stage>-<hash of its recipe>/`.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+from tqdm import tqdm
+
+from mmdit.checkpoints.native import load_strictly, load_tensors, write_atomically
+from mmdit.checkpoints.runs import Checkpoint, read_manifest
+from mmdit.data.shapes import Shapes
+from mmdit.engine.contrastive import ContrastiveTask
+from mmdit.engine.ema import EMA
+from mmdit.engine.loggers import NoLogger
+from mmdit.engine.loop import Settings, train
+from mmdit.engine.optimizers import WarmupConstant, adamw
+from mmdit.engine.precision import Autocast
+from mmdit.engine.runs import RunFolder, config_hash
+from mmdit.engine.tasks import AutoencoderTask, Task
+from mmdit.metrics.scores import PROTOCOL
+from mmdit.pipeline import Pipeline
+from mmdit.text.clip_pair import CLIPPair
+
+log = logging.getLogger("mmdit.stages")
+
+
+def find_or_train(
+    config: DictConfig,
+    stage: str,
+    recipe: dict[str, Any],
+    build_task: Callable[[nn.Module], Task],
+    device: torch.device,
+    *,
+    seed: int,
+) -> Path:
+    """The averaged weights of a stage, trained now unless a finished run of `recipe` is there.
+
+    Args:
+        config: of the whole job.
+        stage: 'autoencoder' or 'clip', a section of `config` with model, training, lr and ema.
+        recipe: all that its weights follow from.
+        build_task: what to learn, of a fresh module.
+        seed: of the stage's weights and order.
+    """
+    run = RunFolder(Path(config.runs) / f"{stage}-{config_hash(recipe)}", wait=True)
+    checkpoint = run.latest()
+    if checkpoint is None or not checkpoint.finished:
+        log.info("training the %s in %s", stage, run.path)
+        checkpoint = train_stage(config[stage], stage, run, build_task, device, seed)
+    else:
+        log.info("reusing the %s of %s", stage, run.path)
+    told = {k: v for k, v in checkpoint.figures.items() if k.startswith("ema/")}
+    log.info("%s: %s", stage, ", ".join(f"{k[4:]} {v:.4g}" for k, v in told.items()))
+    run.close()
+    return checkpoint.verified("ema.safetensors")
+
+
+def train_stage(
+    recipe: DictConfig,
+    stage: str,
+    run: RunFolder,
+    build_task: Callable[[nn.Module], Task],
+    device: torch.device,
+    seed: int,
+) -> Checkpoint:
+    """Train a stage in its folder, with the same loop as the flow."""
+    torch.manual_seed(seed)
+    module = instantiate(recipe.model).to(device)
+    return train(
+        build_task(module),
+        run=run,
+        settings=Settings.of(recipe.training, f"{stage}.training"),
+        seed=seed,
+        schedule=WarmupConstant(warmup_steps=recipe.warmup_steps),
+        optimizer=adamw(module, lr=recipe.lr, betas=(0.9, 0.99)),
+        ema=EMA(module, **recipe.ema),
+        logger=NoLogger(),
+    )
+
+
+def autoencoder_weights(
+    config: DictConfig,
+    plain: dict[str, Any],
+    data: dict[str, Shapes],
+    device: torch.device,
+    precision: Autocast,
+) -> Path:
+    """The trained autoencoder of this config."""
+
+    def task(module: nn.Module) -> Task:
+        return AutoencoderTask(
+            module=module,  # type: ignore[arg-type]
+            data=data["train"],
+            validation=data["validation"],
+            kl_weight=config.autoencoder.kl_weight,
+            seed=config.seed,
+            autocast=precision,
+        )
+
+    recipe = {key: plain[key] for key in ("autoencoder", "data", "seed", "precision")}
+    return find_or_train(config, "autoencoder", recipe, task, device, seed=config.seed)
+
+
+def clip_for_metrics(
+    config: DictConfig, plain: dict[str, Any], device: torch.device, precision: Autocast
+) -> tuple[CLIPPair, Shapes]:
+    """The CLIP that measures, and the pictures it compares with: the same at every seed."""
+    seed = config.metrics.seed
+    splits = {s: instantiate(config.data, split=s, seed=seed) for s in ("train", "validation")}
+
+    def task(module: nn.Module) -> Task:
+        assert isinstance(module, CLIPPair)
+        return ContrastiveTask(
+            module=module,
+            data=splits["train"],
+            validation=splits["validation"],
+            autocast=precision,
+        )
+
+    data = {**plain["data"], "seed": seed}
+    recipe = {"clip": plain["clip"], "data": data, "precision": plain["precision"]}
+    path = find_or_train(config, "clip", recipe, task, device, seed=seed)
+    clip = instantiate(config.clip.model).to(device).eval()
+    load_strictly(clip, load_tensors(path)[0], path)
+    return clip, splits["validation"]
+
+
+def scores_file(run: Path) -> Path:
+    """Where the figures of `write_scores` are."""
+    return run / "scores.json"
+
+
+def write_scores(
+    config: DictConfig,
+    run: Path,
+    checkpoint: Checkpoint,
+    pipelines: dict[str, Pipeline],
+    clip: CLIPPair,
+    data: Shapes,
+    variant: str,
+) -> None:
+    """Measure the averaged and the raw weights by the paper's protocol: `<run>/scores.json`.
+
+    Args:
+        pipelines: 'ema' and 'raw'.
+        variant: what the run is called in a ranking.
+    """
+    protocol = instantiate(config.metrics)
+    files = read_manifest(checkpoint.folder)["files"]
+    rows: list[dict[str, Any]] = []
+    bar = tqdm(total=2 * protocol.evaluations, desc="scoring", unit="step", disable=None)
+    for kind, pipe in pipelines.items():
+        rows += [{"weights": kind, **row} for row in protocol(pipe, clip, data, bar.update)]
+    bar.close()
+    network = pipelines["ema"].mmdit
+    side = config.image_size // pipelines["ema"].autoencoder.factor
+    length = pipelines["ema"].text.context_length
+    flops = network.flops(height=side, width=side, text_length=length)
+    steps, batch_size = checkpoint.step, config.training.batch_size
+    record = {
+        "protocol": PROTOCOL,
+        "variant": variant,
+        "seed": config.seed,
+        "dataset": config.data._target_.rpartition(".")[2].lower(),
+        "samples": protocol.samples,
+        "references": protocol.references,
+        "noise_seed": protocol.seed,
+        "weights_sha256": {kind: files[f"{kind}.safetensors"]["sha256"] for kind in pipelines},
+        "training": {
+            "steps": steps,
+            "batch_size": batch_size,
+            "parameters": sum(weight.numel() for weight in network.parameters()),
+            # A backward pass costs two forward passes.
+            "flops": 3.0 * flops * steps * batch_size,
+        },
+        "validation": {kind: levels(checkpoint.figures, kind) for kind in pipelines},
+        "scores": rows,
+    }
+    write_atomically(scores_file(run), json.dumps(record, indent=1).encode())
+    best = max((row for row in rows if row["weights"] == "ema"), key=lambda row: row["clip"])
+    log.info(
+        "  scores      %s (EMA, %d steps at guidance %g: CLIP %.4f, FD %.4f, accuracy %.3f)",
+        *(scores_file(run), best["steps"], best["guidance"]),
+        *(best["clip"], best["fd"], best["accuracy"]),
+    )
+
+
+def levels(figures: dict[str, float], kind: str) -> dict[str, Any]:
+    """The validation loss of the raw or averaged weights, and its parts by level of t."""
+    prefix = f"{kind}/loss_t"
+    by_level = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
+    return {"loss": figures[f"{kind}/loss"], "levels": by_level}

@@ -1,0 +1,140 @@
+"""The paper's protocol for comparing variants: six sampler settings (Sec. 5.1, App. B.3)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdit.data.captions import TASKS, Scene, short_caption
+from mmdit.data.shapes import Shapes
+from mmdit.errors import UserError
+from mmdit.flow.solvers import Progress
+from mmdit.metrics.compositional import judge
+from mmdit.metrics.distances import clip_score, frechet_distance, kernel_distance
+from mmdit.pipeline import Pipeline
+
+PROTOCOL = "scores-1"
+
+
+class Setting(NamedTuple):
+    """A way to sample, all with Euler's method."""
+
+    steps: int
+    guidance: float
+
+
+# 50 steps at three scales, and one scale at fewer steps (App. B.3).
+SETTINGS = (
+    *(Setting(50, 1.0), Setting(50, 2.5), Setting(50, 5.0)),
+    *(Setting(5, 5.0), Setting(10, 5.0), Setting(25, 5.0)),
+)
+
+
+class Features(Protocol):
+    """What CLIP says of pictures and prompts."""
+
+    def image_embeddings(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, h, w, 3) -> (n, d), at their own length."""
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """The same, of length 1."""
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """(n, d), of length 1."""
+
+
+class StudyProtocol:
+    """Paints the same prompts under every setting and compares with real pictures.
+
+    CLIP score of picture and prompt; Frechet and kernel distance of CLIP's image features to those
+    of real pictures of the same kinds of scenes; compositional accuracy.
+
+    Args:
+        samples: pictures painted per setting, one for each of so many scenes of all six tasks.
+        references: real pictures that they are compared with.
+        seed: picture i starts from the noise of seed + i.
+        batch_size: pictures at a time.
+
+    Raises:
+        UserError: fewer samples than tasks, or fewer than two references.
+    """
+
+    def __init__(
+        self, *, samples: int = 252, references: int = 1536, seed: int = 0, batch_size: int = 126
+    ) -> None:
+        if samples < len(TASKS) or references < 2 or batch_size < 1:
+            raise UserError(
+                f"metrics: samples {samples} must be at least {len(TASKS)} (one scene a task), "
+                f"references {references} at least 2, batch_size {batch_size} at least 1"
+            )
+        self.samples, self.references = samples, references
+        self.seed, self.batch_size = seed, batch_size
+
+    @property
+    def evaluations(self) -> int:
+        """Solver steps of all settings together, for a progress bar."""
+        batches = -(-self.samples // self.batch_size)
+        return batches * sum(setting.steps for setting in SETTINGS)
+
+    @torch.no_grad()
+    def __call__(
+        self, pipe: Pipeline, features: Features, data: Shapes, progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
+        """A row of figures for each of `SETTINGS`.
+
+        Args:
+            pipe: the model.
+            features: CLIP, the same for all models that are compared.
+            data: the split that scenes and real pictures are taken from.
+            progress: called after every solver step.
+        """
+        scenes = scenes_of(data, self.samples)
+        prompts = [short_caption(scene) for scene in scenes]
+        told = features.text_features(prompts)
+        # Other scenes than those painted, of the same kinds.
+        others = scenes_of(data, self.references, start=self.samples)
+        real = features.image_embeddings(
+            torch.stack([torch.from_numpy(data.render(scene)) for scene in others])
+        )
+        rows = []
+        for setting in SETTINGS:
+            images, evaluations = self._paint(pipe, prompts, setting, progress)
+            seen = features.image_embeddings(images)
+            right = judge(data, scenes, images)
+            rows.append(
+                {
+                    **setting._asdict(),
+                    "solver": "euler",
+                    "clip": clip_score(F.normalize(seen, dim=-1), told),
+                    "fd": frechet_distance(seen, real),
+                    "kid": kernel_distance(seen, real),
+                    "accuracy": sum(right) / len(right),
+                    "function_evaluations": evaluations,
+                }
+            )
+        return rows
+
+    def _paint(
+        self, pipe: Pipeline, prompts: Sequence[str], setting: Setting, progress: Progress | None
+    ) -> tuple[Tensor, float]:
+        """Pictures (n, h, w, 3) uint8, and evaluations of the network for each."""
+        painted = []
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            images = pipe(
+                batch,
+                seeds=[self.seed + start + i for i in range(len(batch))],
+                steps=setting.steps,
+                guidance=setting.guidance,
+                progress=progress,
+            )
+            painted.append(images.cpu())
+        return torch.cat(painted), pipe.function_evaluations
+
+
+def scenes_of(data: Shapes, count: int, *, start: int = 0) -> list[Scene]:
+    """`count` scenes, the tasks in turn, from the one numbered `start` on."""
+    numbers = range(start, start + count)
+    return [data.scene_for_task(TASKS[i % len(TASKS)], i // len(TASKS)) for i in numbers]

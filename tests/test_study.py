@@ -1,0 +1,82 @@
+"""A study end to end, at its smallest: sweep, stop, go on, score, rank."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import run
+
+SMOKE = (
+    *("experiment=smoke", "precision=fp32", "metrics=study", "name=study"),
+    *("metrics.samples=6", "metrics.references=8", "metrics.batch_size=6"),
+    *("clip.training.steps=2", "clip.training.batch_size=8", "clip.training.evaluate_every=2"),
+    *("clip.training.save_every=2", "clip.training.samples=64"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two formulations were trained and scored."""
+    folder = tmp_path_factory.mktemp("study")
+    result = run(folder, "train.py", "-m", *SMOKE, "formulation=rf,edm_rf")
+    assert "training the clip" in result.stdout and "reusing the clip" in result.stdout
+    return folder
+
+
+def runs_of(folder: Path, word: str) -> list[Path]:
+    return [path for path in (folder / "runs" / "study").iterdir() if word in path.name]
+
+
+def test_each_variant_has_a_folder_named_by_its_values_and_its_scores(folder):
+    for option, name in (("rf", "rf"), ("edm_rf", "edm/rf")):
+        (path,) = runs_of(folder, f"formulation={option},")
+        scores = json.loads((path / "scores.json").read_text())
+        assert scores["variant"] == name and scores["samples"] == 6
+        settings = {(row["weights"], row["steps"], row["guidance"]) for row in scores["scores"]}
+        assert len(settings) == len(scores["scores"]) == 12
+        assert all(row["function_evaluations"] > 0 for row in scores["scores"])
+        manifest = json.loads(next(path.glob("checkpoints/*/manifest.json")).read_text())
+        for kind, digest in scores["weights_sha256"].items():
+            assert manifest["files"][f"{kind}.safetensors"]["sha256"] == digest
+        (evaluation,) = path.glob("evaluations/*.json")
+        measured = json.loads(evaluation.read_text())
+        assert measured["protocol"] == "validation-1" and measured["samples"] == 4
+        assert measured["ema"]["loss"] == scores["validation"]["ema"]["loss"]
+        assert measured["ema"]["weights_sha256"] != measured["raw"]["weights_sha256"]
+        assert (path / "objective.png").is_file()
+
+
+def test_a_finished_variant_is_not_run_again_and_a_failed_one_stops_no_other(folder):
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/study/*/scores.json")}
+    result = run(folder, "train.py", "-m", *SMOKE, "formulation=rf,edm_rf")
+    assert result.stdout.count("is finished") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    values = ("objective/timesteps=mode", "objective.timesteps.s=9,0.5")
+    failed = run(folder, "train.py", "-m", *SMOKE, *values, code=2)
+    assert "job 0" in failed.stderr and "s 9 must lie in" in failed.stderr
+    (done,) = runs_of(folder, "timesteps.s=0.5")
+    assert (done / "scores.json").is_file()
+
+
+def test_an_unfinished_variant_goes_on(folder):
+    (path,) = runs_of(folder, "formulation=rf,")
+    (path / "scores.json").unlink()
+    result = run(folder, "train.py", "-m", *SMOKE, "formulation=rf")
+    assert "is finished" not in result.stdout
+    assert (path / "scores.json").is_file()  # measured again, of the weights that were there
+    assert len((path / "metrics.jsonl").read_text().splitlines()) == 7  # and not trained again
+
+
+def test_the_ranking_reads_what_the_sweep_wrote(folder):
+    result = run(folder, "eval/rank.py", "runs=runs/study", "report=false", "out=ranking")
+    assert "rf" in result.stdout and "edm/rf" in result.stdout
+    assert json.loads((folder / "ranking" / "rank.json").read_text())["protocol"] == "rank-1"
+
+
+def test_backbones_are_matched_by_one_key(folder):
+    words = ("experiment=smoke", "precision=fp32", "match=flops", "model=toy_cross_dit")
+    result = run(folder, "train.py", *words)
+    assert "match=flops: width" in result.stdout
+    refused = run(folder, "train.py", *words, "match=weight", code=2)
+    assert "match=weight must be one of params, flops" in refused.stderr
