@@ -45,6 +45,10 @@ class ContrastiveTask:
         self.module, self.data, self.autocast = module, data, autocast
         self._rounds = distinct_batches(validation, rounds)
 
+    @property
+    def protocol(self) -> dict[str, str | int]:
+        return {"protocol": "retrieval-1", "samples": CHOICES * len(self._rounds), "seed": 0}
+
     def loss(self, step: int, indices: Sequence[int]) -> Tensor:
         images, captions = self.data.batch(indices)
         with self.autocast():

@@ -5,6 +5,7 @@ A run is a pure function of its config and seed. Order, timesteps, noise and dro
 all there is to save, and a resumed run equals an unbroken one bit for bit on the CPU.
 """
 
+import json
 import logging
 import math
 import shlex
@@ -19,7 +20,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.checkpoints.native import load_strictly, load_tensors
+from mmdit.checkpoints.native import (
+    load_strictly,
+    load_tensors,
+    weights_hash,
+    write_atomically,
+)
 from mmdit.checkpoints.runs import Checkpoint
 from mmdit.data.order import ShuffledOrder
 from mmdit.engine.ema import EMA
@@ -141,8 +147,14 @@ def train(
 
     def look(step: int) -> None:
         """Validation figures, EMA and raw, and pictures of what the average can do."""
+        record: dict[str, Any] = {**task.protocol, "step": step}
         for kind, which in (("ema", ema.module), ("raw", module)):
-            figures.update({f"{kind}/{k}": v for k, v in task.evaluate(which).items()})
+            measured = task.evaluate(which)
+            record[kind] = {"weights_sha256": weights_hash(which), **measured}
+            figures.update({f"{kind}/{k}": v for k, v in measured.items()})
+        path = run.path / "evaluations" / f"step_{step:08d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(record, indent=1).encode())
         report(step, figures)
         told = ", ".join(f"{name} {figures[name]:.4g}" for name in MAIN_FIGURES if name in figures)
         log.info("%s: step %d of %d, %s", run.path.name, step, settings.steps, told)

@@ -13,6 +13,7 @@ from mmdit.engine.precision import Autocast
 from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
+from mmdit.metrics.attention import attention_at, last_blocks
 from mmdit.metrics.reconstruction import psnr
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.models.autoencoder import Autoencoder
@@ -25,6 +26,10 @@ class Task(Protocol):
     @property
     def module(self) -> nn.Module:
         """What is trained."""
+
+    @property
+    def protocol(self) -> dict[str, str | int]:
+        """Under which name, on how many samples and with which seed `evaluate` measures."""
 
     def loss(self, step: int, indices: Sequence[int]) -> Tensor:
         """Loss of each sample (b,), drawn with keys (seed, step, sample index)."""
@@ -68,6 +73,10 @@ class AutoencoderTask:
         self.seed, self.autocast = seed, autocast
         self.device = next(module.parameters()).device
         self._truth = validation.batch(range(64))[0]
+
+    @property
+    def protocol(self) -> dict[str, str | int]:
+        return {"protocol": "reconstruction-1", "samples": len(self._truth), "seed": self.seed}
 
     def loss(self, step: int, indices: Sequence[int]) -> Tensor:
         x = from_pixels(self.data.batch(indices)[0]).to(self.device)
@@ -150,6 +159,11 @@ class FlowTask:
             short_caption(validation.scene_for_task(task, i)) for task in TASKS for i in range(4)
         ]
 
+    @property
+    def protocol(self) -> dict[str, str | int]:
+        samples = len(self._validation_captions)
+        return {"protocol": "validation-1", "samples": samples, "seed": self.seed}
+
     def loss(self, step: int, indices: Sequence[int]) -> Tensor:
         module = self.module
         x_0 = self.latents[list(indices)].float()
@@ -163,14 +177,21 @@ class FlowTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """The validation loss at each level, and its mean over all but the last."""
+        """The validation loss at each level, its mean over all but the last, and Figure 5's watch.
+
+        That is the greatest attention logit and the entropy, averaged over the last five blocks.
+        """
         assert isinstance(module, Pipeline)
+        latents, captions = self._validation_latents, self._validation_captions
+        module.autocast = self.autocast
         with self.autocast():
-            levels = validation_loss(
-                module, self._validation_latents, self._validation_captions, seed=self.seed
-            )
+            levels = validation_loss(module, latents, captions, seed=self.seed)
         figures = {f"loss_t{t:.3f}": loss for t, loss in zip(LEVELS, levels, strict=True)}
-        return {"loss": sum(levels[:-1]) / len(levels[:-1]), **figures}
+        seen = last_blocks(
+            attention_at(module, latents, captions, levels=LEVELS[:-1], seed=self.seed)
+        )
+        attended = {"attention_max_logit": seen.max_logit, "attention_entropy": seen.entropy}
+        return {"loss": sum(levels[:-1]) / len(levels[:-1]), **figures, **attended}
 
     @torch.no_grad()
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
