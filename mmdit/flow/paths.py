@@ -150,7 +150,7 @@ class LDMLinear(Path):
         return self._log_a_at(t).exp()
 
     def b(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(2 * self._log_a_at(t))).sqrt()
+        return torch.expm1(2 * self._log_a_at(t)).abs().sqrt()
 
     def da(self, t: Tensor) -> Tensor:
         _, slope, _ = self._piece(t)
