@@ -37,7 +37,7 @@ from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
 
 log = logging.getLogger(__name__)
-MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr")
+MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy")
 
 
 class Interrupted(Exception):
