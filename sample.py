@@ -66,7 +66,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     if config.guidance is None:
         config.guidance = pipe.guidance
     guide, solver = instantiate(config.guide), instantiate(config.solver)
-    grid = instantiate(config.grid) if config.grid else pipe.objective.grid
+    grid = instantiate(config.grid) if config.get("grid") else pipe.objective.grid
     pipe.latent_size(settings["height"], settings["width"])
     facts = {
         **settings,

@@ -61,15 +61,15 @@ def job(config: DictConfig, _: Verbatim) -> None:
         resume=config.resume or ("finish" if swept else None),
         config=plain,
     )
-    before = run.latest()
-    if before and before.finished and (not config.metrics or scores_file(run.path).is_file()):
+    before, metrics = run.latest(), config.get("metrics")  # a group left out has no key
+    if before and before.finished and (not metrics or scores_file(run.path).is_file()):
         log.info("%s is finished", run.path)
         return
     try:
         path = autoencoder_weights(config, plain, data, device, precision)
         for holder in (pipeline, ema.module):
             load_strictly(holder.autoencoder, load_tensors(path)[0], path)
-        measure = clip_for_metrics(config, plain, device, precision) if config.metrics else None
+        measure = clip_for_metrics(config, plain, device, precision) if metrics else None
         report_formulation(pipeline.objective, run.path)
         latents, captions = encode_dataset(
             pipeline.autoencoder, data["train"], settings.samples, precision
