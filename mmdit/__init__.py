@@ -24,6 +24,7 @@ from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
+from mmdit.models.preview import latent_preview
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.published import load_published, save_diffusers, save_single_file, without
@@ -33,6 +34,7 @@ __all__ = [
     "Pipeline",
     "UserError",
     "__version__",
+    "latent_preview",
     "load_autoencoder",
     "load_clip",
     "load_clip_image",
