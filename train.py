@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from configs.formulations import store_formulations
-from configs.launch import Verbatim, launch, sweep_folder
+from configs.launch import Verbatim, launch, sweep_folder, sweep_label
 from configs.stages import autoencoder_weights, clip_for_metrics, scores_file, write_scores
 from mmdit.checkpoints.native import load_strictly, load_tensors
 from mmdit.checkpoints.runs import Checkpoint
@@ -25,7 +25,6 @@ from mmdit.engine.ema import EMA
 from mmdit.engine.formulation import report_formulation
 from mmdit.engine.loggers import Logger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, train
-from mmdit.engine.optimizers import WarmupConstant
 from mmdit.engine.precision import autocast, chosen_device
 from mmdit.engine.runs import open_run
 from mmdit.engine.tasks import FlowTask, encode_dataset
@@ -44,10 +43,11 @@ def job(config: DictConfig, _: Verbatim) -> None:
     data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
     pipeline = build_pipeline(config).to(device)
     optimizer = instantiate(config.optimizer)(pipeline)
-    ema = EMA(pipeline, **config.training.ema)
+    ema = EMA(pipeline, profile=instantiate(config.ema))
+    posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
     if config.compile:
         pipeline.mmdit.compile()
-    schedule = WarmupConstant(warmup_steps=config.training.warmup_steps)
+    schedule = instantiate(config.schedule)
     settings = Settings.of(config.training, "training")
     Settings.of(config.autoencoder.training, "autoencoder.training")
     validation_size = positive(config.training, "validation_size", "training")
@@ -93,10 +93,11 @@ def job(config: DictConfig, _: Verbatim) -> None:
             optimizer=optimizer,
             ema=ema,
             logger=logger,
+            posthoc=posthoc,
         )
         if measure is not None:
             pipelines = {"ema": ema.module, "raw": pipeline}
-            variant = config.variant or (swept.name if swept else config.name)
+            variant = config.variant or sweep_label() or config.name
             write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
     except Interrupted as stop:
         print(f"\nstopped by {stop}; saved in {stop.checkpoint.folder}", file=sys.stderr)

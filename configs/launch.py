@@ -119,6 +119,21 @@ def sweep_folder(root: Path) -> Path | None:
     return root / re.sub(r"[^\w.,=+-]", "_", values)
 
 
+def sweep_label() -> str | None:
+    """What this job of a multirun changes, but for the seed: `model=toy_dit`; None outside of one.
+
+    Keys count whose values the sweeper varies, or several of which were typed.
+    """
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return None
+    typed = (word.partition("=") for word in sys.argv[1:])
+    varied = {key.strip() for key, _, value in typed if "," in value or "(" in value}
+    varied |= set(hydra_config.sweeper.get("params") or {})
+    parts = [part for part in hydra_config.overrides.task if part.partition("=")[0] in varied]
+    return ",".join(part for part in parts if not part.startswith("seed=")) or None
+
+
 def _shows_config(arguments: Sequence[str]) -> bool:
     """Whether Hydra is asked to print the whole config of the job: `--cfg job` without `-p`."""
     shown = any(pair in (("--cfg", "job"), ("-c", "job")) for pair in pairwise(arguments))

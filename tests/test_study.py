@@ -56,7 +56,8 @@ def test_a_finished_variant_is_not_run_again_and_a_failed_one_stops_no_other(fol
     failed = run(folder, "train.py", "-m", *SMOKE, *values, code=2)
     assert "job 0" in failed.stderr and "s 9 must lie in" in failed.stderr
     (done,) = runs_of(folder, "timesteps.s=0.5")
-    assert (done / "scores.json").is_file()
+    scores = json.loads((done / "scores.json").read_text())
+    assert scores["variant"] == "objective.timesteps.s=0.5"  # what was varied, and no more
 
 
 def test_an_unfinished_variant_goes_on(folder):
