@@ -17,8 +17,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from configs.formulations import store_formulations
-from configs.launch import Verbatim, launch, sweep_folder, sweep_label
-from configs.stages import autoencoder_weights, clip_for_metrics, scores_file, write_scores
+from configs.launch import Verbatim, launch, sweep_label
+from configs.stages import (
+    autoencoder_weights,
+    clip_for_metrics,
+    is_finished,
+    sweep_folder,
+    write_scores,
+)
 from mmdit.checkpoints.native import load_strictly, load_tensors
 from mmdit.checkpoints.runs import Checkpoint
 from mmdit.engine.ema import EMA
@@ -53,23 +59,24 @@ def job(config: DictConfig, _: Verbatim) -> None:
     validation_size = positive(config.training, "validation_size", "training")
     logger: Logger = instantiate(config.logger)
 
-    swept = sweep_folder(Path(config.runs) / config.name)
+    label = sweep_label()
     run = open_run(
         Path(config.runs),
         name=config.name,
-        run=config.run or (str(swept) if swept else None),
-        resume=config.resume or ("finish" if swept else None),
+        run=config.run or (label and str(sweep_folder(config, label))),
+        resume=config.resume or (label and "finish"),
         config=plain,
     )
-    before, metrics = run.latest(), config.get("metrics")  # a group left out has no key
-    if before and before.finished and (not metrics or scores_file(run.path).is_file()):
+    if label and is_finished(config, run):
         log.info("%s is finished", run.path)
         return
     try:
         path = autoencoder_weights(config, plain, data, device, precision)
         for holder in (pipeline, ema.module):
             load_strictly(holder.autoencoder, load_tensors(path)[0], path)
-        measure = clip_for_metrics(config, plain, device, precision) if metrics else None
+        # A group that is left out has no key.
+        measured = config.get("metrics") is not None
+        measure = clip_for_metrics(config, plain, device, precision) if measured else None
         report_formulation(pipeline.objective, run.path)
         latents, captions = encode_dataset(
             pipeline.autoencoder, data["train"], settings.samples, precision
@@ -97,7 +104,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         )
         if measure is not None:
             pipelines = {"ema": ema.module, "raw": pipeline}
-            variant = config.variant or sweep_label() or config.name
+            variant = config.variant or label or config.name
             write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
     except Interrupted as stop:
         print(f"\nstopped by {stop}; saved in {stop.checkpoint.folder}", file=sys.stderr)

@@ -107,22 +107,11 @@ def launch(
     sys.exit(2)
 
 
-def sweep_folder(root: Path) -> Path | None:
-    """The folder of this job of a multirun, named by what is swept; None outside of one.
-
-    The same values have the same folder in every multirun, so that what is finished is found.
-    """
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN:
-        return None
-    values = hydra_config.job.override_dirname or "default"
-    return root / re.sub(r"[^\w.,=+-]", "_", values)
-
-
 def sweep_label() -> str | None:
     """What this job of a multirun changes, but for the seed: `model=toy_dit`; None outside of one.
 
-    Keys count whose values the sweeper varies, or several of which were typed.
+    Keys count whose values the sweeper varies, or several of which were typed; where only seeds
+    are varied, it is 'default'.
     """
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
@@ -131,7 +120,7 @@ def sweep_label() -> str | None:
     varied = {key.strip() for key, _, value in typed if "," in value or "(" in value}
     varied |= set(hydra_config.sweeper.get("params") or {})
     parts = [part for part in hydra_config.overrides.task if part.partition("=")[0] in varied]
-    return ",".join(part for part in parts if not part.startswith("seed=")) or None
+    return ",".join(part for part in parts if not part.startswith("seed=")) or "default"
 
 
 def _shows_config(arguments: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ as the flow, in `runs/<stage>-<hash of its recipe>/`.
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from mmdit.checkpoints.native import load_strictly, load_tensors, write_atomical
 from mmdit.checkpoints.runs import Checkpoint, read_manifest
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
-from mmdit.engine.ema import EMA
+from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger
 from mmdit.engine.loop import Settings, train
-from mmdit.engine.optimizers import WarmupConstant, adamw
+from mmdit.engine.optimizers import adamw
 from mmdit.engine.precision import Autocast
 from mmdit.engine.runs import RunFolder, config_hash
+from mmdit.engine.schedules import WarmupConstant
 from mmdit.engine.tasks import AutoencoderTask, Task
 from mmdit.metrics.scores import PROTOCOL
 from mmdit.pipeline import Pipeline
@@ -83,7 +85,7 @@ def train_stage(
         seed=seed,
         schedule=WarmupConstant(warmup_steps=recipe.warmup_steps),
         optimizer=adamw(module, lr=recipe.lr, betas=(0.9, 0.99)),
-        ema=EMA(module, **recipe.ema),
+        ema=EMA(module, profile=ConstantDecay(**recipe.ema)),
         logger=NoLogger(),
     )
 
@@ -135,9 +137,34 @@ def clip_for_metrics(
     return clip, splits["validation"]
 
 
-def scores_file(run: Path) -> Path:
-    """Where the figures of `write_scores` are."""
-    return run / "scores.json"
+def sweep_folder(config: DictConfig, label: str) -> Path:
+    """The run folder of a job of a multirun, named by what is varied, so that it is found again."""
+    name = re.sub(r"[^\w.,=+-]", "_", f"{label},seed={config.seed}")
+    return Path(config.runs) / config.name / name
+
+
+def is_finished(config: DictConfig, run: RunFolder) -> bool:
+    """Whether a run has made all its steps and been measured as `config` asks."""
+    checkpoint = run.latest()
+    if checkpoint is None or checkpoint.step < config.training.steps:
+        return False
+    if config.get("metrics") is None:  # a group that is left out has no key
+        return True
+    try:
+        record = json.loads((run.path / "scores.json").read_text())
+        measured = {key: record[key] for key in ("protocol", *protocol_of(config.metrics))}
+    except (OSError, ValueError, KeyError):  # not there, or cut short: it is measured again
+        return False
+    return measured == {"protocol": PROTOCOL, **protocol_of(config.metrics)}
+
+
+def protocol_of(metrics: DictConfig) -> dict[str, int]:
+    """What figures depend on, by the names that `scores.json` gives it."""
+    return {
+        "samples": metrics.samples,
+        "references": metrics.references,
+        "noise_seed": metrics.seed,
+    }
 
 
 def write_scores(
@@ -172,9 +199,7 @@ def write_scores(
         "variant": variant,
         "seed": config.seed,
         "dataset": config.data._target_.rpartition(".")[2].lower(),
-        "samples": protocol.samples,
-        "references": protocol.references,
-        "noise_seed": protocol.seed,
+        **protocol_of(config.metrics),
         "weights_sha256": {kind: files[f"{kind}.safetensors"]["sha256"] for kind in pipelines},
         "training": {
             "steps": steps,
@@ -186,11 +211,11 @@ def write_scores(
         "validation": {kind: levels(checkpoint.figures, kind) for kind in pipelines},
         "scores": rows,
     }
-    write_atomically(scores_file(run), json.dumps(record, indent=1).encode())
+    write_atomically(run / "scores.json", json.dumps(record, indent=1).encode())
     best = max((row for row in rows if row["weights"] == "ema"), key=lambda row: row["clip"])
     log.info(
         "  scores      %s (EMA, %d steps at guidance %g: CLIP %.4f, FD %.4f, accuracy %.3f)",
-        *(scores_file(run), best["steps"], best["guidance"]),
+        *(run / "scores.json", best["steps"], best["guidance"]),
         *(best["clip"], best["fd"], best["accuracy"]),
     )
 
