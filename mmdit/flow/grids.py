@@ -4,6 +4,7 @@ Solvers follow the straight path whatever path the network was trained on (`mmdi
 any grid serves any formulation.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -79,10 +80,10 @@ class KarrasGrid(Grid):
     """
 
     def __init__(self, *, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> None:
-        if not 0.0 < least < most:
+        if not 0.0 < least < most < math.inf:
             raise ValueError(f"KarrasGrid: least {least} and most {most} must be 0 < least < most")
-        if rho <= 0:
-            raise ValueError(f"KarrasGrid: rho {rho} must be positive")
+        if not 0.0 < rho < math.inf:
+            raise ValueError(f"KarrasGrid: rho {rho} must be positive and finite")
         self.least, self.most, self.rho = least, most, rho
 
     def __call__(self, steps: int, shift: Shift) -> Tensor:

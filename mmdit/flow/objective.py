@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import Grid, UniformGrid
 from mmdit.flow.paths import Path
@@ -34,7 +35,12 @@ class Objective:
         prediction: what the network outputs.
         shift: of the noise level with resolution; the sampler uses the same object.
         grid: where the sampler stops by default.
+
+    Raises:
+        ValueError: the prediction is not made for this path.
     """
+
+    LEAST_DETERMINANT = 1e-6  # relative to a_t + b_t; float32 keeps seven digits
 
     def __init__(
         self,
@@ -46,6 +52,9 @@ class Objective:
         grid: Grid | None = None,
     ) -> None:
         self.path, self.timesteps, self.prediction = path, timesteps, prediction
+        if lacks := prediction.misfit(path):
+            names = type(prediction).__name__, type(path).__name__
+            raise ValueError(f"{names[0]} does not fit {names[1]}, which lacks {lacks}")
         self.shift = shift
         self.grid = UniformGrid() if grid is None else grid
 
@@ -104,10 +113,26 @@ class Objective:
             steps: of a whole picture.
             strength: the part of them that is left to do, from the end; see `Grid.remaining`.
             grid: instead of the formulation's own.
+
+        Raises:
+            UserError: at the first of them the network's output says nothing about the data.
         """
-        return (grid or self.grid).remaining(
-            steps, self.shift, strength=strength, noisiest=self.path.noisiest
-        )
+        grid = grid or self.grid
+        times = grid.remaining(steps, self.shift, strength=strength, noisiest=self.path.noisiest)
+        if len(times) > 1:
+            self._check_start(times[0], grid)
+        return times
+
+    def _check_start(self, sigma: Tensor, grid: Grid) -> None:
+        path = self.path
+        t = path.time_at(sigma)
+        known = self.prediction.determinant(path, t).abs() / (path.a(t) + path.b(t))
+        if known < self.LEAST_DETERMINANT:
+            raise UserError(
+                f"{type(self.prediction).__name__} on {type(path).__name__} says nothing about the "
+                f"data at sigma = {sigma.item():g}, where {type(grid).__name__} starts: choose a "
+                "grid or a path that starts below 1, or another prediction"
+            )
 
     def velocity(self, model: Model, z: Tensor, sigma: float, condition: Condition) -> Tensor:
         """dz/dsigma = epsilon - x_0 on the straight path, z = (1 - sigma) x_0 + sigma epsilon.

@@ -191,8 +191,8 @@ class VarianceExploding(Path):
     """
 
     def __init__(self, *, most: float) -> None:
-        if most <= 0:
-            raise ValueError(f"{type(self).__name__}: most {most} must be positive")
+        if not 0.0 < most < math.inf:
+            raise ValueError(f"{type(self).__name__}: most {most} must be positive and finite")
         self.most = most
 
     def a(self, t: Tensor) -> Tensor:
@@ -227,12 +227,14 @@ class EDM(VarianceExploding):
         most: the b from which sampling starts.
 
     Raises:
-        ValueError: P_s or `most` is not positive.
+        ValueError: P_s or `most` is not positive, or one of the three not finite.
     """
 
     def __init__(self, *, P_m: float = -1.2, P_s: float = 1.2, most: float = 80.0) -> None:
-        if P_s <= 0:
-            raise ValueError(f"EDM: P_s {P_s} must be positive")
+        if not math.isfinite(P_m):
+            raise ValueError(f"EDM: P_m {P_m} must be finite")
+        if not 0.0 < P_s < math.inf:
+            raise ValueError(f"EDM: P_s {P_s} must be positive and finite")
         super().__init__(most=most)
         self.P_m, self.P_s = P_m, P_s
 
@@ -266,12 +268,12 @@ class MatchedEDM(VarianceExploding):
         most: the b from which sampling starts.
 
     Raises:
-        ValueError: `sigma_data` or `most` is not positive.
+        ValueError: `sigma_data` or `most` is not positive, or not finite.
     """
 
     def __init__(self, *, sigma_data: float = 0.5, most: float = 80.0) -> None:
-        if sigma_data <= 0:
-            raise ValueError(f"MatchedEDM: sigma_data {sigma_data} must be positive")
+        if not 0.0 < sigma_data < math.inf:
+            raise ValueError(f"MatchedEDM: sigma_data {sigma_data} must be positive and finite")
         super().__init__(most=most)
         self.sigma_data = sigma_data
 

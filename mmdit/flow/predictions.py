@@ -4,6 +4,7 @@ Every output is a mix p_t x_0 + q_t epsilon. Together with z_t = a_t x_0 + b_t e
 two equations, of which all conversions are solutions.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ class Prediction(ABC):
     def inputs(self, path: Path, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is shown of z_t (b, ...) and t (b,)."""
         return z_t, t
+
+    def misfit(self, path: Path) -> str | None:
+        """What a path lacks that the output is made for; None if nothing."""
+        return None
 
     def target(self, path: Path, x_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """What a perfect network outputs for this pair; same shape as x_0."""
@@ -114,8 +119,8 @@ class FPrediction(Prediction):
     """
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
-        if sigma_data <= 0:
-            raise ValueError(f"FPrediction: sigma_data {sigma_data} must be positive")
+        if not 0.0 < sigma_data < math.inf:
+            raise ValueError(f"FPrediction: sigma_data {sigma_data} must be positive and finite")
         self.sigma_data = sigma_data
 
     def coefficients(self, path: Path, t: Tensor) -> Coefficients:
@@ -123,6 +128,10 @@ class FPrediction(Prediction):
         sigma = path.b(t)
         norm = torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
         return Coefficients(sigma / (self.sigma_data * norm), -self.sigma_data / norm)
+
+    def misfit(self, path: Path) -> str | None:
+        keeps = (path.a(torch.linspace(0.1, 0.9, 9)) == 1.0).all()
+        return None if keeps else "a_t = 1, as the paths edm and matched_edm have it"
 
     def inputs(self, path: Path, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = path.b(t)

@@ -1,5 +1,7 @@
 """The shift of t with resolution: one object for training and sampling (Eq. 23)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,14 @@ class Shift:
 
     Args:
         alpha: positive; 1 leaves t as it is, 3 is the paper's choice at 1024 x 1024.
+
+    Raises:
+        ValueError: `alpha` is not positive, or not finite.
     """
 
     def __init__(self, *, alpha: float = 1.0) -> None:
-        if alpha <= 0:
-            raise ValueError(f"Shift: alpha {alpha} must be positive")
+        if not 0.0 < alpha < math.inf:
+            raise ValueError(f"Shift: alpha {alpha} must be positive and finite")
         self.alpha = alpha
 
     def __call__(self, t: Tensor) -> Tensor:

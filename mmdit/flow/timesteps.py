@@ -71,11 +71,16 @@ class LogitNormal(TimestepDensity):
     Args:
         m: location, in logits.
         s: scale, in logits, positive.
+
+    Raises:
+        ValueError: `s` is not positive, or one of them not finite.
     """
 
     def __init__(self, *, m: float = 0.0, s: float = 1.0) -> None:
-        if s <= 0:
-            raise ValueError(f"LogitNormal: s {s} must be positive")
+        if not math.isfinite(m):
+            raise ValueError(f"LogitNormal: m {m} must be finite")
+        if not 0.0 < s < math.inf:
+            raise ValueError(f"LogitNormal: s {s} must be positive and finite")
         self.m, self.s = m, s
 
     def from_uniform(self, u: Tensor) -> Tensor:

@@ -98,6 +98,8 @@ def test_the_grid_of_karras_agrees_with_diffusers():
         ({"least": -1.0}, "least -1.0"),
         ({"rho": 0.0}, "rho 0.0 must be positive"),
         ({"rho": -7.0}, "rho -7.0 must be positive"),
+        ({"rho": float("nan")}, "rho nan must be positive"),
+        ({"most": float("inf")}, "most inf must be 0 < least < most"),
     ],
 )
 def test_impossible_grids_are_refused(arguments, message):

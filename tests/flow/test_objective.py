@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import KarrasGrid, UniformGrid
 from mmdit.flow.objective import Draw, Objective
@@ -318,3 +319,27 @@ def test_times_fall_from_where_the_path_starts(shifted):
 
 def test_a_formulation_has_the_uniform_grid_unless_it_names_one():
     assert torch.equal(objective(alpha=3.0).times(7), Shift(alpha=3.0).grid(7))
+
+
+def mixed(path, prediction, grid=None) -> Objective:
+    return Objective(
+        path=path, timesteps=Uniform(), prediction=prediction, shift=Shift(), grid=grid
+    )
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(), LDMLinear()], ids=type)
+def test_the_prediction_of_edm_needs_the_path_of_edm(path):
+    with pytest.raises(ValueError, match=f"does not fit {type(path).__name__}, which lacks a_t"):
+        mixed(path, FPrediction())
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(last=1.0)], ids=type)
+def test_noise_alone_does_not_tell_an_epsilon_prediction_the_data(path):
+    """At sigma = 1 the data would be a difference of two noises, divided by zero."""
+    with pytest.raises(UserError, match=r"says nothing about the data at sigma = 1, where Uniform"):
+        mixed(path, Epsilon()).times(4)
+    starts_below = mixed(path, Epsilon(), KarrasGrid())
+    assert starts_below.times(4)[0] < 1
+    assert mixed(path, Epsilon()).times(4, strength=0.5)[0] == 0.5
+    with pytest.raises(UserError, match="UniformGrid"):
+        starts_below.times(4, grid=UniformGrid())

@@ -189,8 +189,12 @@ def test_what_is_noisier_than_its_end_is_the_end_of_ldm_linear():
         (LDMLinear, {"steps": 1}, "steps 1 must be at least 2"),
         (EDM, {"P_s": 0.0}, "EDM: P_s 0.0 must be positive"),
         (EDM, {"P_s": -1.0}, "EDM: P_s -1.0 must be positive"),
+        (EDM, {"P_s": float("nan")}, "EDM: P_s nan must be positive"),
+        (EDM, {"P_m": float("inf")}, "EDM: P_m inf must be finite"),
         (EDM, {"most": 0.0}, "EDM: most 0.0 must be positive"),
+        (EDM, {"most": float("nan")}, "EDM: most nan must be positive"),
         (MatchedEDM, {"sigma_data": 0.0}, "MatchedEDM: sigma_data 0.0 must be positive"),
+        (MatchedEDM, {"sigma_data": float("nan")}, "MatchedEDM: sigma_data nan must be positive"),
         (MatchedEDM, {"most": -80.0}, "MatchedEDM: most -80.0 must be positive"),
     ],
 )

@@ -122,7 +122,7 @@ def test_all_others_are_shown_the_latent_and_its_time(path, prediction):
     assert shown is z_t and time is t
 
 
-@pytest.mark.parametrize("sigma_data", [0.0, -0.5])
+@pytest.mark.parametrize("sigma_data", [0.0, -0.5, float("nan"), float("inf")])
 def test_the_data_of_edm_must_spread(sigma_data):
     with pytest.raises(ValueError, match=f"FPrediction: sigma_data {sigma_data} must be positive"):
         FPrediction(sigma_data=sigma_data)

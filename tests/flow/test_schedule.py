@@ -49,7 +49,7 @@ def test_paper_value_at_1024_pixels():
     assert Shift(alpha=3.0)(torch.tensor([0.5])).item() == 0.75
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0])
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_alpha_must_be_positive(alpha):
     with pytest.raises(ValueError, match=f"alpha {alpha} must be positive"):
         Shift(alpha=alpha)

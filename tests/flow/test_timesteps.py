@@ -152,7 +152,13 @@ def test_draws_are_decided_by_the_generator_alone(density):
     assert first.unique().numel() == 5
 
 
-@pytest.mark.parametrize("s", [0.0, -1.0])
+@pytest.mark.parametrize("m", [float("nan"), -float("inf")])
+def test_a_logit_normal_needs_a_finite_place(m):
+    with pytest.raises(ValueError, match=f"LogitNormal: m {m} must be finite"):
+        LogitNormal(m=m)
+
+
+@pytest.mark.parametrize("s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_logit_normal_needs_a_positive_scale(s):
     with pytest.raises(ValueError, match=rf"LogitNormal: s {s} must be positive"):
         LogitNormal(s=s)
@@ -164,7 +170,7 @@ def test_discrete_times_need_a_step(steps):
         DiscreteUniform(steps=steps)
 
 
-@pytest.mark.parametrize("s", [-1.01, 1.752, 1.76])  # 2 / (pi - 2) = 1.7519...
+@pytest.mark.parametrize("s", [-1.01, 1.752, 1.76, float("nan")])  # 2 / (pi - 2) = 1.7519...
 def test_mode_refuses_a_map_that_is_not_monotone(s):
     with pytest.raises(ValueError, match=rf"Mode: s {s} must lie in"):
         Mode(s=s)
