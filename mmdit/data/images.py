@@ -1,0 +1,146 @@
+"""A file's bytes to pixels, uint8 RGB (h, w, 3), by one stated policy for every kind of file.
+
+| in the file | here |
+|---|---|
+| EXIF orientation | applied, so that pixels are upright; damaged EXIF counts as none |
+| alpha, a transparent colour | composited on white |
+| palette, 1-bit, grey, CMYK, YCbCr | converted; grey is repeated over the three channels |
+| 16 bits a channel | scaled to 8 (65535 becomes 255), not clipped |
+| several frames | the first |
+| ICC profile | ignored: pixels are taken as sRGB |
+| 32-bit integers, floats, LAB | refused: what is white is not defined, or not convertible |
+| more than `max_pixels`, truncated, not an image | refused |
+
+Size and colour mode are checked in the header, before anything is decoded.
+"""
+
+import io
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pillow
+from PIL import ImageOps, UnidentifiedImageError
+
+from mmdit.data.drawing import Image
+from mmdit.errors import UserError, first_line
+
+# Formats by name, because Pillow would also try readers that start other programs (EPS).
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIX_OF = {
+    "BMP": "bmp",
+    "GIF": "gif",
+    "JPEG": "jpg",
+    "MPO": "jpg",  # what Pillow calls a JPEG file that holds further pictures
+    "PNG": "png",
+    "PPM": "ppm",
+    "TIFF": "tif",
+    "WEBP": "webp",
+}
+MODES = (
+    *("1", "L", "P", "RGB", "CMYK", "YCbCr"),
+    *("LA", "La", "PA", "RGBA", "RGBa"),
+    *("I;16", "I;16B", "I;16L"),
+)
+MAX_PIXELS = 2**26  # 8192 x 8192, 200 MB of RGB
+MAX_BYTES = 2**28
+
+
+class BadImage(UserError):
+    """An image that cannot be used; the message is the reason, without the file's name."""
+
+
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image:
+    """Pixels of a file, upright: uint8 (h, w, 3).
+
+    Raises:
+        BadImage: see `decode` and `read_bytes`.
+    """
+    return decode(read_bytes(path), max_pixels=max_pixels)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file of at most `MAX_BYTES`.
+
+    Raises:
+        BadImage: nothing is there, it is no file, or it may not be read. Other failures of the
+            disk or the network are no property of the image and stay what they are.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadImage("is a folder")
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise BadImage("is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise BadImage(f"{status.st_size} bytes are more than the limit of {MAX_BYTES}")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadImage("a link to nothing" if path.is_symlink() else "no such file") from error
+    except PermissionError as error:
+        raise BadImage("may not be read (permission denied)") from error
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
+    """Pixels of an encoded image, upright: uint8 (h, w, 3). The policies are this module's table.
+
+    Raises:
+        BadImage: the data is empty, of no known format, truncated or damaged, has more than
+            `max_pixels` pixels (nothing is decoded then) or a colour mode without defined range.
+    """
+    if not data:
+        raise BadImage("is empty")
+    try:
+        with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, max_pixels)
+            wide = _is_wide(image)
+            if not wide and image.mode not in MODES:
+                raise BadImage(f"colour mode {image.mode} has no defined range, or no RGB")
+            image.load()
+            return _grey16(image) if wide else _rgb(image)
+    except (BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"is not an image of a known format ({', '.join(FORMATS)})") from error
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
+        raise BadImage(f"too many pixels: {first_line(error)}") from error
+    except Exception as error:  # a damaged file makes Pillow's readers fail in any way
+        raise BadImage(f"truncated or damaged: {first_line(error)}") from error
+
+
+def suffix_of(data: bytes) -> str:
+    """The usual suffix of an image that `decode` takes, by its content: "jpg"."""
+    with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+        return SUFFIX_OF[str(image.format)]
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels are more than the limit of {max_pixels}")
+
+
+def _is_wide(image: Pillow.Image) -> bool:
+    """Grey of 16 bits: a mode of its own, or 32-bit integers where the format has 16 at most."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _grey16(image: Pillow.Image) -> Image:
+    upright = ImageOps.exif_transpose(image)
+    values = np.asarray(upright).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _rgb(image: Pillow.Image) -> Image:
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return np.array(upright.convert("RGB"))
+    if upright.mode == "La":
+        upright = upright.convert("LA")
+    colours = upright.convert("RGBA")
+    canvas = Pillow.new("RGB", colours.size, "white")
+    canvas.paste(colours.convert("RGB"), mask=colours.getchannel("A"))
+    return np.array(canvas)

@@ -1,0 +1,244 @@
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdit.data.images import BadImage, decode, read_image, suffix_of
+
+from .conftest import bomb, encoded, noise, png
+
+RAMP = np.arange(0, 256, 17, dtype=np.uint8).reshape(4, 4)
+COLOURS = noise(4, 4)
+ALPHA = RAMP[::-1]
+
+
+def on_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return rgb * share + 255 * (1 - share)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat(np.asarray(values, np.float64)[..., None], 3, axis=2)
+
+
+def rows_of(values: np.ndarray) -> bytes:
+    return b"".join(b"\0" + row.tobytes() for row in values)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def palette(transparent: int | None = None) -> tuple[bytes, np.ndarray]:
+    table = noise(1, 16, seed=3)[0]
+    image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4), "P")
+    image.putpalette(table.tobytes())
+    options = {} if transparent is None else {"transparency": transparent}
+    golden = table.reshape(4, 4, 3).astype(np.float64)
+    if transparent is not None:
+        golden[divmod(transparent, 4)] = 255
+    return saved(image, "PNG", **options), golden
+
+
+def cmyk() -> tuple[bytes, np.ndarray]:
+    inks = np.dstack([noise(4, 4, seed=1), RAMP])
+    golden = (255.0 - inks[..., :3]) * (255.0 - inks[..., 3:]) / 255
+    return saved(Image.fromarray(inks, "CMYK"), "TIFF"), golden
+
+
+def grey16() -> tuple[bytes, np.ndarray]:
+    values = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    return png(4, 4, 16, 0, rows_of(values.astype(">u2"))), grey(values / 257)
+
+
+def grey16_with_hole() -> tuple[bytes, np.ndarray]:
+    values = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    golden = grey(values / 257)
+    golden[0, 1] = 255
+    hole = b"tRNS" + struct.pack(">H", values[0, 1])
+    return png(4, 4, 16, 0, rows_of(values.astype(">u2")), hole), golden
+
+
+def rgb16() -> tuple[bytes, np.ndarray]:
+    values = np.random.default_rng(2).integers(0, 65536, (4, 4, 3), dtype=np.uint16)
+    return png(4, 4, 16, 2, rows_of(values.astype(">u2"))), values / 257
+
+
+def animated(kind: str) -> tuple[bytes, np.ndarray]:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    return data, np.tile([255.0, 0, 0], (4, 4, 1))
+
+
+def rotated(orientation: int) -> tuple[bytes, np.ndarray]:
+    """As a camera stores it: the golden picture turned back, and the word how to turn it."""
+    golden = noise(3, 5, seed=4)
+    stored = {3: np.rot90(golden, 2), 6: np.rot90(golden), 8: np.rot90(golden, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(np.ascontiguousarray(stored), exif=exif), golden.astype(np.float64)
+
+
+FIXTURES = {
+    "rgb": (encoded(COLOURS), COLOURS),
+    "grey": (saved(Image.fromarray(RAMP), "PNG"), grey(RAMP)),
+    "1-bit": (
+        saved(Image.fromarray(RAMP > 127), "PNG"),
+        grey(np.where(RAMP > 127, 255, 0)),
+    ),
+    "rgb and alpha": (
+        saved(Image.fromarray(np.dstack([COLOURS, ALPHA])), "PNG"),
+        on_white(COLOURS, ALPHA),
+    ),
+    "grey and alpha": (
+        saved(Image.fromarray(np.dstack([RAMP, ALPHA]), "LA"), "PNG"),
+        on_white(grey(RAMP), ALPHA),
+    ),
+    "palette": palette(),
+    "palette with a transparent entry": palette(transparent=5),
+    "a transparent colour": (
+        png(4, 4, 8, 0, rows_of(RAMP), b"tRNS" + struct.pack(">H", 34)),
+        grey(np.where(RAMP == 34, 255, RAMP)),
+    ),
+    "cmyk": cmyk(),
+    "16-bit grey": grey16(),
+    "16-bit grey, a transparent value": grey16_with_hole(),
+    "16-bit rgb": rgb16(),
+    "animated gif": animated("GIF"),
+    "animated webp": animated("WEBP"),
+    "turned by 180": rotated(3),
+    "turned right": rotated(6),
+    "turned left": rotated(8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_colour_mode_gives_its_golden_pixels(name):
+    data, golden = FIXTURES[name]
+    pixels = decode(data)
+    assert pixels.dtype == np.uint8 and pixels.shape == golden.shape
+    tolerance = 3 if name == "animated webp" else 1  # that one is stored with losses
+    assert np.abs(pixels - golden).max() <= tolerance
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    pixels = decode(grey16()[0])
+    assert pixels[0, 0, 0] == 0 and pixels[-1, -1, 0] == 255
+    assert len(np.unique(pixels)) == 16
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_modes_without_a_range_are_refused(mode):
+    values = np.zeros((4, 4), {"F": np.float32, "I": np.int32}[mode])
+    with pytest.raises(BadImage, match=f"colour mode {mode}"):
+        decode(saved(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+def test_a_truncated_file_is_refused_unless_all_pixels_are_there(kind):
+    data = encoded(noise(24, 24), kind)
+    whole = decode(data)
+    refused = 0
+    for end in (*range(0, len(data), 97), *range(len(data) - 30, len(data))):
+        try:
+            assert np.array_equal(decode(data[:end]), whole)  # the end mark alone was cut
+        except BadImage:
+            refused += 1
+    assert refused >= len(range(0, len(data), 97))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_random_damage_is_refused_or_decoded_but_no_other_error():
+    rng = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF"):
+        data = np.frombuffer(encoded(noise(16, 16), kind), np.uint8)
+        for _ in range(40):
+            damaged = data.copy()
+            places = rng.integers(0, len(data), 4)
+            damaged[places] = rng.integers(0, 256, 4)
+            try:
+                assert decode(damaged.tobytes()).dtype == np.uint8
+            except BadImage as error:
+                assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is empty"),
+        (b"a text, no picture", "not an image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
+        (bomb(), "pixels"),
+        (png(90, 100, 8, 0, b""), "90 x 100 pixels are more than the limit of 8999"),
+    ],
+)
+def test_what_is_no_image_says_why(data, reason):
+    with pytest.raises(BadImage, match=reason):
+        decode(data, max_pixels=8999)
+
+
+def test_an_image_of_exactly_the_limit_is_taken():
+    assert decode(encoded(noise(5, 6)), max_pixels=30).shape == (5, 6, 3)
+
+
+BOMBS = """
+import resource, sys, time
+from mmdit.data.images import BadImage, decode
+decode(open(sys.argv[1], "rb").read())
+slowest, before = 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[2:]:
+    data, began = open(path, "rb").read(), time.process_time()
+    try:
+        decode(data)
+        sys.exit("was decoded: " + path)
+    except BadImage:
+        slowest = max(slowest, time.process_time() - began)
+print(slowest, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_bombs_are_refused_in_50_ms_and_50_megabytes(tmp_path):
+    webp = bytearray(saved(Image.new("RGB", (8, 8)), "WEBP", lossless=True))
+    webp[21:25] = struct.pack("<I", 16382 | 16382 << 14)
+    gif = bytearray(saved(Image.new("L", (8, 8)), "GIF"))
+    gif[6:10] = b"\xff" * 4
+    large = png(9000, 9000, 8, 2, b"\0" * 9000)  # above our limit, below Pillow's
+    texts = [b"zTXt" + b"k\0\0" + zlib.compress(b"\0" * 10**8)] * 3
+    bombs = [bomb(), bytes(webp), bytes(gif), large, png(8, 8, 8, 2, b"", *texts)]
+    paths = [tmp_path / f"{i}" for i in range(len(bombs) + 1)]
+    for path, data in zip(paths, [encoded(COLOURS), *bombs], strict=True):
+        path.write_bytes(data)
+    command = [sys.executable, "-W", "ignore", "-c", BOMBS, *map(str, paths)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    seconds, memory = map(float, told.stdout.split())
+    assert seconds < 0.05 and memory < 50e6
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing")
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(2**40)  # a hole: takes no room on the disk
+    for name, reason in (
+        ("folder.png", "is a folder"),
+        ("link.png", "a link to nothing"),
+        ("none.png", "no such file"),
+        ("large.png", "bytes are more than the limit"),
+    ):
+        with pytest.raises(BadImage, match=reason):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("PNG", "png"), ("JPEG", "jpg"), ("TIFF", "tif")])
+def test_the_suffix_follows_the_content(kind, suffix):
+    assert suffix_of(encoded(COLOURS, kind)) == suffix
