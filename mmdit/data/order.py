@@ -1,6 +1,11 @@
 """The order of training samples: a pure function of (seed, position), with no state to save."""
 
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
@@ -12,12 +17,13 @@ class ShuffledOrder:
     Args:
         size: number of samples.
         seed: of the shuffling.
+        stream: tells orders of one seed apart.
     """
 
-    def __init__(self, *, size: int, seed: int) -> None:
+    def __init__(self, *, size: int, seed: int, stream: str = "order") -> None:
         if size < 1:
             raise UserError(f"size {size} must be at least 1")
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.stream = size, seed, stream
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
 
@@ -28,7 +34,88 @@ class ShuffledOrder:
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.size)
         if epoch != self._epoch:
-            generator = generator_for(self.seed, "order", epoch)
+            generator = generator_for(self.seed, self.stream, epoch)
             self._permutation = torch.randperm(self.size, generator=generator)
             self._epoch = epoch
         return int(self._permutation[offset])
+
+
+class BucketedOrder:
+    """Batches of one group each; in the long run every sample comes equally often.
+
+    Each group is an endless stream of its samples, every pass in an order of its own. Epoch e takes
+    the whole batches that end between pass e and pass e + 1 of each stream, and shuffles them. What
+    does not fill a batch waits for the next epoch: none is dropped, none is preferred, and after
+    any number of epochs fewer than `batch_size` samples of a group are waiting.
+
+    `order(start, count)` takes global positions, as `ShuffledOrder` does: batch g lies at
+    g * batch_size. So any split of it over processes or accumulation steps is the same batch.
+
+    Args:
+        group_of: the group of each sample, (n,), as an index into `groups`.
+        groups: names of the groups; those without samples do no harm.
+        batch_size: samples of a global batch. A group with fewer repeats samples in one batch.
+        seed: of the shuffling.
+    """
+
+    def __init__(
+        self, *, group_of: ArrayLike, groups: Sequence[str], batch_size: int, seed: int
+    ) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} must be at least 1")
+        indices = np.asarray(group_of)
+        if not indices.size:
+            raise UserError("size 0 must be at least 1")
+        members = {name: np.flatnonzero(indices == i) for i, name in enumerate(groups)}
+        self._members = {name: found for name, found in members.items() if len(found)}
+        self._streams = {
+            name: ShuffledOrder(size=len(found), seed=seed, stream=f"group {name}")
+            for name, found in self._members.items()
+        }
+        self._epoch, self._batches = -1, list[tuple[str, int]]()
+
+    def __call__(self, start: int, count: int) -> list[int]:
+        """Sample indices at global positions start, ..., start + count - 1."""
+        found: list[int] = []
+        while count > 0:
+            batch, offset = divmod(start, self.batch_size)
+            taken = min(count, self.batch_size - offset)
+            name, number = self._batch(batch)
+            within = self._streams[name](number * self.batch_size + offset, taken)
+            found += self._members[name][within].tolist()
+            start, count = start + taken, count - taken
+        return found
+
+    def group(self, batch: int) -> str:
+        """The name of the group of global batch number `batch`."""
+        return self._batch(batch)[0]
+
+    def _batch(self, batch: int) -> tuple[str, int]:
+        """The group of a global batch, and the number of the batch in the group's stream."""
+        # The first epoch that begins after `batch`: batches come at most one epoch's worth late.
+        most = (batch + len(self._members) + 1) * self.batch_size // self._size + 2
+        epoch = bisect.bisect_right(range(most), batch, key=self._begin) - 1
+        if epoch != self._epoch:
+            self._batches = [
+                (name, number)
+                for name in self._members
+                for number in range(self._done(name, epoch), self._done(name, epoch + 1))
+            ]
+            self._epoch = epoch
+            generator = generator_for(self.seed, "batches", epoch)
+            shuffled = torch.randperm(len(self._batches), generator=generator).tolist()
+            self._batches = [self._batches[i] for i in shuffled]
+        return self._batches[batch - self._begin(epoch)]
+
+    @property
+    def _size(self) -> int:
+        return sum(map(len, self._members.values()))
+
+    def _done(self, name: str, epochs: int) -> int:
+        """Batches of a group that are full after a number of passes."""
+        return epochs * len(self._members[name]) // self.batch_size
+
+    def _begin(self, epoch: int) -> int:
+        """Batches of all groups before an epoch."""
+        return sum(self._done(name, epoch) for name in self._members)
