@@ -1,0 +1,80 @@
+"""Aspect-ratio buckets: every picture gets the size, of about S**2 pixels, nearest to its shape.
+
+Source: the paper's finetuning at high resolution (Sec. 5.3), after NovelAI's buckets.
+"""
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image as Pillow
+
+from mmdit.data.checks import expect
+from mmdit.data.drawing import Image
+
+Size: TypeAlias = tuple[int, int]  # height, width
+
+
+class Buckets:
+    """The sizes (h, w) a picture can be given, widest last.
+
+    One for each short side from S / sqrt(max_ratio) to S in steps of `unit`, lying and standing;
+    the long side is the multiple of `unit` that comes nearest to S**2 pixels.
+
+    Args:
+        image_size: S, a multiple of `unit`; S x S is always among the sizes.
+        unit: every side is a multiple of it.
+        max_ratio: largest ratio of long to short side, at least 1.
+    """
+
+    def __init__(self, *, image_size: int, unit: int, max_ratio: float) -> None:
+        expect(unit >= 1, "unit", unit, "must be at least 1")
+        multiple = image_size > 0 and image_size % unit == 0
+        expect(multiple, "image_size", image_size, f"must be a multiple of unit {unit}")
+        expect(1 <= max_ratio < float("inf"), "max_ratio", max_ratio, "must be at least 1")
+        sizes = {(image_size, image_size)}
+        for short in range(unit, image_size, unit):
+            long = round(image_size**2 / short / unit) * unit
+            if long <= max_ratio * short:
+                sizes |= {(short, long), (long, short)}
+        self.sizes: tuple[Size, ...] = tuple(sorted(sizes, key=lambda size: size[1] / size[0]))
+
+    def of(self, sizes: ArrayLike) -> NDArray[np.int64]:
+        """Index of the size of the nearest log ratio, (n,), of pictures (n, 2): height, width.
+
+        A ratio beyond the last bucket's goes there, and loses more to the crop.
+        """
+        given = np.asarray(sizes, np.float64).reshape(-1, 2)
+        ratios = np.log([width / height for height, width in self.sizes])
+        between = (ratios[1:] + ratios[:-1]) / 2
+        return np.searchsorted(between, np.log(given[:, 1] / given[:, 0]))
+
+
+def window(picture: Size, size: Size, position: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the largest window of the shape of `size` in a picture.
+
+    `position` in [0, 1] moves it along the one side that is longer; 0.5 is the middle.
+    """
+    (height, width), (rows, columns) = picture, size
+    scale = min(height / rows, width / columns)
+    # One side fits exactly by this scale: rounding must not let the window end outside.
+    tall, wide = min(rows * scale, height), min(columns * scale, width)
+    top, left = (height - tall) * position, (width - wide) * position
+    return left, top, min(left + wide, width), min(top + tall, height)
+
+
+def fit(image: Image, size: Size, position: float = 0.5) -> Image:
+    """Crop and resize a picture (h, w, 3) to `size`.
+
+    One resampling of the window, so that an extreme shape never passes through a huge picture. The
+    filter is Pillow's bicubic, which widens with the reduction and so does not alias. Lanczos is
+    a little sharper and overshoots more at edges; bicubic is also what Frechet distances are
+    commonly measured on, and this project's evaluation resizes with, so both see the same pictures.
+    """
+    picture = (image.shape[0], image.shape[1])
+    if picture == size:
+        return image
+    height, width = size
+    box = window(picture, size, position)
+    resized = Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC, box=box)
+    return np.array(resized)
