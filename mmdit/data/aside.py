@@ -1,0 +1,61 @@
+"""Images that cannot be used: set aside, counted, listed in a report, and limited."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmdit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside its place, flush it to the disk, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may write the same report: each beside it under a name of its own.
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def report_bad(
+    bad: Mapping[str, str], *, files: int, place: Path, report: Path | None, limit: float
+) -> None:
+    """Log how many of `files` were set aside, list them in `report`, and stop above `limit`.
+
+    Args:
+        bad: name -> reason.
+        limit: greatest share of `files`.
+
+    Raises:
+        UserError: there is no file, none is left, or more than the limit are bad.
+    """
+    share = len(bad) / files if files else 0.0
+    if report is not None:
+        record = {
+            "protocol": "images-set-aside-1",
+            "place": str(place),
+            "files": files,
+            "kept": files - len(bad),
+            "set_aside": len(bad),
+            "images": [{"file": name, "reason": bad[name]} for name in sorted(bad)],
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        # A name that is no UTF-8 holds surrogates; written as escapes they are JSON too.
+        write_whole(report, text.encode(errors="backslashreplace"))
+    listed = f" (listed in {report})" if report else ""
+    if not files:
+        raise UserError(f"{place} holds no image")
+    if share > limit or len(bad) == files:
+        first = "; ".join(f"{name}: {bad[name]}" for name in sorted(bad)[:3])
+        raise UserError(
+            f"{len(bad)} of {files} images of {place} cannot be used{listed}, more than "
+            f"max_bad_fraction {limit} allows: {first}"
+        )
+    if bad:
+        log.warning("%s: %d of %d images set aside%s", place, len(bad), files, listed)

@@ -1,0 +1,221 @@
+"""Where the captions of an image folder come from, and which of several a step sees.
+
+An image has captions by kind: `{"text": ("a dog", "a brown dog"), "synthetic": ("A small ...",)}`.
+A mix such as `{"text": 0.5, "synthetic": 0.5}`, the paper's (Sec. 5.2.2), says how often each kind
+is drawn. A source is asked once per folder, for the kinds of the mix:
+`source.open(root, kinds)` gives a reader, `reader(name)` the captions of one file.
+"""
+
+import csv
+import json
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from mmdit.data.checks import expect
+from mmdit.data.images import BadImage, read_bytes
+from mmdit.errors import UserError
+from mmdit.registry import register
+
+Captions: TypeAlias = Mapping[str, Sequence[str]]
+TABLES = ("metadata.jsonl", "metadata.csv")
+
+
+class Reader(Protocol):
+    """Captions of one folder. `listed`: names of files that the source itself speaks of."""
+
+    listed: Sequence[str]
+
+    def __call__(self, name: str) -> Captions:
+        """Captions by kind of the file at `name`, relative to the folder, with slashes.
+
+        Raises:
+            BadImage: they cannot be read. A file that merely has none gets an empty mapping.
+        """
+
+
+class CaptionSource(Protocol):
+    """How an image folder keeps its captions."""
+
+    def open(self, root: Path, kinds: Sequence[str]) -> Reader: ...
+
+
+class _Plain:
+    """A reader that speaks of no file on its own."""
+
+    listed: Sequence[str] = ()
+
+    def __init__(self, read: Callable[[str], Captions]) -> None:
+        self._read = read
+
+    def __call__(self, name: str) -> Captions:
+        return self._read(name)
+
+
+@register
+class Sidecars:
+    """`photo.txt` beside `photo.jpg`: each line is a caption of the kind "text".
+
+    Those of another kind lie in `photo.<kind>.txt`, e.g. `photo.synthetic.txt`.
+    """
+
+    def open(self, root: Path, kinds: Sequence[str]) -> Reader:
+        def read(name: str) -> Captions:
+            stem = (root / name).with_suffix("")
+            found = {}
+            for kind in kinds:
+                file = stem.with_name(f"{stem.name}{sidecar_suffix(kind)}")
+                if file.is_file():
+                    found[kind] = lines_of(read_bytes(file), file.name)
+            return found
+
+        return _Plain(read)
+
+
+@register
+class Table:
+    """One table for the folder: JSON lines, or CSV with a header.
+
+    `file_name` is relative to the folder; every other column that the mix names is a kind of
+    caption: a string, in JSON also a list of them. Several lines of one file add up.
+
+    Args:
+        file: the table, relative to the folder; else metadata.jsonl or metadata.csv.
+    """
+
+    def __init__(self, *, file: str | None = None) -> None:
+        self.file = file
+
+    def open(self, root: Path, kinds: Sequence[str]) -> Reader:
+        path = self._path(root)
+        captions: dict[str, dict[str, list[str]]] = {}
+        rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+        for place, row in rows:
+            name = row.get("file_name")
+            if not isinstance(name, str):
+                raise UserError(f"{place}: file_name {name!r} must be the name of a file")
+            entry = captions.setdefault(posixpath.normpath(name), {})
+            for kind in kinds:
+                entry.setdefault(kind, []).extend(_texts(row.get(kind), f"{place}: {kind}"))
+        reader = _Plain(lambda name: captions.get(name, {}))
+        reader.listed = tuple(captions)
+        return reader
+
+    def _path(self, root: Path) -> Path:
+        files = [self.file] if self.file else TABLES
+        found = [root / file for file in files if (root / file).is_file()]
+        if len(found) != 1:
+            problem = "holds both" if found else "has no"
+            raise UserError(f"{root} {problem} {' and '.join(files)}: name one as captions.file")
+        return found[0]
+
+
+@register
+class ClassNames:
+    """The name of the folder an image lies in, as "a photo of a <class>" (Sec. 5.1).
+
+    Args:
+        template: the sentence, with {} where the class goes.
+        names: JSON file {folder: class}; else the folder's name, its underscores as spaces.
+    """
+
+    def __init__(self, *, template: str = "a photo of a {}", names: str | None = None) -> None:
+        expect(template.count("{}") == 1, "template", template, "must hold {} once")
+        self.template, self.names = template, names
+
+    def open(self, root: Path, kinds: Sequence[str]) -> Reader:
+        if "text" not in kinds:
+            raise UserError(
+                f"mix {', '.join(kinds)} must be text: class names are of no other kind"
+            )
+        names: dict[str, str] | None = None
+        if self.names:
+            names = json.loads(Path(self.names).read_text(encoding="utf-8"))
+
+        def read(name: str) -> Captions:
+            folder = posixpath.basename(posixpath.dirname(name))
+            if not folder:
+                return {}
+            if names is not None and folder not in names:
+                raise BadImage(f"{self.names} names no class for the folder {folder!r}")
+            label = names[folder] if names is not None else folder.replace("_", " ")
+            return {"text": (self.template.format(label),)}
+
+        return _Plain(read)
+
+
+def sidecar_suffix(kind: str) -> str:
+    """`.txt` of the kind "text", `.synthetic.txt` of the kind "synthetic"."""
+    return ".txt" if kind == "text" else f".{kind}.txt"
+
+
+def lines_of(data: bytes, file: str) -> tuple[str, ...]:
+    """Captions of a text file: its lines that are not blank.
+
+    Raises:
+        BadImage: it is not UTF-8.
+    """
+    try:
+        return tuple(_cleaned(data.decode("utf-8-sig").split("\n")))
+    except UnicodeDecodeError as error:
+        raise BadImage(f"its caption {file} is not UTF-8") from error
+
+
+def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
+    """A mix as plain floats, the kinds without weight left out."""
+    plain = {str(kind): float(weight) for kind, weight in mix.items()}
+    usable = all(0 <= weight < float("inf") for weight in plain.values()) and any(plain.values())
+    expect(usable, "mix", plain, "must be finite, >= 0 and not all zero")
+    for kind in plain:
+        expect(kind.isidentifier(), "mix", kind, "must be a plain word: it is part of file names")
+    return {kind: weight for kind, weight in plain.items() if weight}
+
+
+def choose(captions: Captions, mix: Mapping[str, float], generator: torch.Generator) -> str:
+    """One caption: a kind by its weight among those the image has, then any of that kind.
+
+    Exactly two numbers are drawn, so that what comes after does not depend on the captions.
+    """
+    kinds = [kind for kind in mix if captions.get(kind)]
+    weights = torch.tensor([mix[kind] for kind in kinds], dtype=torch.float64)
+    which, among = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    reached = (weights.cumsum(0) / weights.sum() > which).nonzero()
+    texts = captions[kinds[int(reached[0])]]
+    return texts[int(among * len(texts))]
+
+
+def _cleaned(texts: Iterable[str]) -> Iterator[str]:
+    """Without line breaks and doubled spaces; blank ones go."""
+    return filter(None, (" ".join(text.split()) for text in texts))
+
+
+def _texts(value: Any, place: str) -> Iterator[str]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in values):
+        raise UserError(f"{place} {value!r} must be a caption or a list of captions")
+    return _cleaned(values)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{place}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: must be an object with file_name")
+            yield place, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        for row in rows:
+            yield f"{path}, line {rows.line_num}", row

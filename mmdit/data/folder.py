@@ -1,0 +1,283 @@
+"""A folder of images with captions as a training set."""
+
+import hashlib
+import json
+import logging
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmdit.data.aside import report_bad
+from mmdit.data.buckets import Size
+from mmdit.data.caption_sources import Captions, CaptionSource
+from mmdit.data.checks import expect
+from mmdit.data.images import MAX_PIXELS, BadImage, read_bytes, read_image
+from mmdit.data.source import CaptionedImages, has_caption
+from mmdit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What looks like an image: formats without a reader here are listed as bad, not overlooked.
+SUFFIXES = frozenset(
+    (
+        *(".apng", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+        *(".ppm", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg"),
+    )
+)
+CHUNK = 1024  # images between two writes of the index
+
+
+class FolderFiles:
+    """The files of a folder that are meant as images, by their paths relative to it, sorted.
+
+    Those are the files with an image's suffix, subfolders and links included, and those that the
+    captions speak of. Names that begin with a dot are not looked at.
+
+    Attributes:
+        names: relative paths, with slashes.
+        bad: what bears an image's name and cannot be one, with the reason. Not among `names`.
+
+    Args:
+        root: the folder.
+        captions: where its captions come from.
+        kinds: the kinds of captions to read.
+    """
+
+    def __init__(self, *, root: Path, captions: CaptionSource, kinds: Sequence[str]) -> None:
+        if not root.is_dir():
+            raise UserError(f"root {str(root)!r} must be a folder")
+        self.root, self._kinds = root, tuple(kinds)
+        self._captions = captions.open(root, self._kinds)
+        self.bad: dict[str, str] = {}
+        status = root.stat()
+        found = {*self._walk("", ((status.st_dev, status.st_ino),)), *self._listed()}
+        self.names: list[str] = sorted(found)
+
+    @property
+    def files(self) -> int:
+        """How many images there could be."""
+        return len(self.names) + len(self.bad)
+
+    def read(self, name: str) -> tuple[bytes, Captions]:
+        """The content of an image file and its captions.
+
+        Raises:
+            BadImage: one cannot be read, or there is no caption.
+        """
+        return read_bytes(self.root / name), self.captions(name)
+
+    def captions(self, name: str) -> Captions:
+        """The captions of an image file alone.
+
+        Raises:
+            BadImage: there is none, or it cannot be read.
+        """
+        captions = self._captions(name)
+        if not has_caption(captions, self._kinds):
+            raise BadImage(f"has no caption of the kind {' or '.join(self._kinds)}")
+        return captions
+
+    def identity(self) -> str:
+        """Hash of the names and sizes of all files: changes when one comes, goes or grows."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            status = _status(self.root / name)
+            digest.update(f"{name}\0{status and status[0]}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def _walk(self, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        """Image files under `below`. `above`: (device, inode) of the folders on the way here."""
+        try:
+            entries = sorted(os.scandir(self.root / below), key=lambda entry: entry.name)
+        except PermissionError:
+            self.bad[below] = "is a folder that may not be listed"
+            return
+        for entry in entries:
+            name = posixpath.join(below, entry.name)
+            looks_it = posixpath.splitext(entry.name)[1].lower() in SUFFIXES
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                if looks_it:
+                    yield name
+                continue
+            if looks_it:
+                self.bad[name] = "is a folder"
+            status = entry.stat()
+            place = (status.st_dev, status.st_ino)
+            if place not in above:  # a link can lead back to a folder on the way here
+                yield from self._walk(name, (*above, place))
+
+    def _listed(self) -> Iterator[str]:
+        for name in self._captions.listed:
+            if name.startswith(("../", "/")) or name == "..":
+                self.bad[name] = "lies outside of the folder"
+            elif name not in self.bad:
+                yield name
+
+
+class ImageFolder(CaptionedImages):
+    """Images under a folder, each with captions.
+
+    Every file is decoded once when the data set is opened, so that what cannot be used is known
+    before the first step: it is set aside, counted, and listed in `report`. `index` remembers what
+    was decoded; with it, opening an unchanged folder again decodes nothing, and an interrupted
+    opening goes on. Above some hundred thousand images use `mmdit.data.pack`.
+
+    Args:
+        split, validation_fraction, image_size, unit, max_ratio, crop, mix, max_pixels,
+            max_bad_fraction, seed: see `CaptionedImages`.
+        root: the folder.
+        captions: a `Sidecars`, `Table` or `ClassNames`.
+        report: JSON file that lists what was set aside, and why.
+        index: file that remembers sizes, by name, length and time of change. It is only an
+            accelerator: without it the data set is the same.
+        threads: that decode at once when the folder is opened.
+
+    Raises:
+        UserError: no image is left, more than `max_bad_fraction` are bad, a kind of the mix never
+            occurs, or the split is empty.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        root: str,
+        captions: CaptionSource,
+        mix: Mapping[str, float],
+        image_size: int,
+        unit: int = 16,
+        max_ratio: float = 4.0,
+        crop: str = "random",
+        validation_fraction: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        max_bad_fraction: float = 0.02,
+        report: str | None = None,
+        index: str | None = None,
+        threads: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            split=split,
+            validation_fraction=validation_fraction,
+            image_size=image_size,
+            unit=unit,
+            max_ratio=max_ratio,
+            crop=crop,
+            mix=mix,
+            max_pixels=max_pixels,
+            max_bad_fraction=max_bad_fraction,
+            seed=seed,
+        )
+        expect(threads >= 1, "threads", threads, "must be at least 1")
+        self.root = Path(root)
+        self._files = FolderFiles(root=self.root, captions=captions, kinds=tuple(self.mix))
+        known = Known(Path(index) if index else None, max_pixels)
+        sizes, bad, kinds = scan(self._files, known, max_pixels=max_pixels, threads=threads)
+        report_bad(
+            bad,
+            files=self._files.files,
+            place=self.root,
+            report=Path(report) if report else None,
+            limit=max_bad_fraction,
+        )
+        for kind in self.mix:
+            if kind not in kinds:
+                raise UserError(f"mix: no image of {root} has a caption of the kind {kind!r}")
+        self._keep(list(sizes), list(sizes.values()), self.root)
+
+    def read(self, index: int) -> tuple[bytes, Captions]:
+        return self._files.read(self.names[index])
+
+
+class Known:
+    """Sizes of images decoded before, one JSON line each: a file that changed is not known.
+
+    Args:
+        path: the file; None remembers nothing.
+        max_pixels: sizes found under another limit are not known.
+    """
+
+    def __init__(self, path: Path | None, max_pixels: int) -> None:
+        self.path, self.max_pixels = path, max_pixels
+        self._rows: dict[str, list[int]] = {}
+        self._new: list[dict[str, Any]] = []
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            try:
+                row = json.loads(line)
+                self._rows[row["file"]] = row["seen"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                log.warning("%s: a line that was not written whole is decoded anew", path)
+
+    def get(self, name: str, path: Path) -> Size | None:
+        """Height and width of a file that has the length and time of change of then."""
+        row = self._rows.get(name)
+        if row is None or row[:3] != [*(_status(path) or ()), self.max_pixels]:
+            return None
+        return row[3], row[4]
+
+    def add(self, name: str, path: Path, size: Size) -> None:
+        status = _status(path)
+        if status is not None:
+            self._new.append({"file": name, "seen": [*status, self.max_pixels, *size]})
+
+    def flush(self) -> None:
+        """Append what is new."""
+        if self.path is not None and self._new:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="ascii") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in self._new))
+        self._new.clear()
+
+
+def scan(
+    files: FolderFiles, known: Known, *, max_pixels: int, threads: int
+) -> tuple[dict[str, Size], dict[str, str], set[str]]:
+    """Decode every file: name -> size of the good ones, name -> reason of the bad, kinds seen."""
+
+    def look(name: str) -> tuple[Size, Captions] | str:
+        try:
+            size = known.get(name, files.root / name)
+            if size is None:
+                height, width, _ = read_image(files.root / name, max_pixels=max_pixels).shape
+                size = (height, width)
+                known.add(name, files.root / name, size)
+            return size, files.captions(name)
+        except BadImage as error:
+            return str(error)
+
+    sizes: dict[str, Size] = {}
+    bad, kinds = dict(files.bad), set[str]()
+    total, told = len(files.names), f"looking through {files.root.name}"
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=total, desc=told, unit="image", disable=None) as bar,
+    ):
+        for start in range(0, total, CHUNK):
+            names = files.names[start : start + CHUNK]
+            for name, seen in zip(names, pool.map(look, names), strict=True):
+                if isinstance(seen, str):
+                    bad[name] = seen
+                    continue
+                sizes[name], captions = seen
+                kinds.update(kind for kind, texts in captions.items() if texts)
+            known.flush()
+            bar.update(len(names))
+    return sizes, bad, kinds
+
+
+def _status(path: Path) -> tuple[int, int] | None:
+    """Length in bytes and time of change in nanoseconds; None if nothing can be told."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,158 @@
+"""Captioned images of many sizes as batches of one size: what all image data sets share."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmdit.data.buckets import Buckets, Size, fit
+from mmdit.data.caption_sources import Captions, check_mix, choose
+from mmdit.data.checks import expect, one_of
+from mmdit.data.drawing import Image
+from mmdit.data.images import BadImage, decode
+from mmdit.data.order import BucketedOrder
+from mmdit.errors import UserError
+from mmdit.keys import generator_for
+
+SPLITS = ("train", "validation")
+CROPS = ("centre", "random")
+
+
+class CaptionedImages(ABC):
+    """A finite data set of images and captions, in the order of their names.
+
+    Which images there are, and in which order, depends on the content of the data set alone. What
+    a step sees of one (the caption, the crop) is keyed by (seed, step, index).
+
+    Args:
+        split: 'train' or 'validation'; an image's side is decided by its name alone, so adding
+            images moves none.
+        validation_fraction: share of the images held back for validation.
+        image_size: S; a batch has about S**2 pixels an image.
+        unit: every side is a multiple of it: the autoencoder's factor times the patch.
+        max_ratio: largest ratio of the sides; 1 makes all batches square.
+        crop: 'centre' or 'random'.
+        mix: kind of caption -> relative frequency.
+        max_pixels: of a file; larger ones are set aside.
+        max_bad_fraction: of images set aside, above which the run stops.
+        seed: of the choice of captions and crops.
+    """
+
+    names: Sequence[str]  # of what a sample was made from, by index
+    sizes: NDArray[np.int32]  # (n, 2): height and width in pixels, upright
+    bucket_of: NDArray[np.int64]  # (n,): index into buckets.sizes
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        validation_fraction: float,
+        image_size: int,
+        unit: int,
+        max_ratio: float,
+        crop: str,
+        mix: Mapping[str, float],
+        max_pixels: int,
+        max_bad_fraction: float,
+        seed: int,
+    ) -> None:
+        one_of("split", split, SPLITS)
+        one_of("crop", crop, CROPS)
+        expect(max_pixels >= 1, "max_pixels", max_pixels, "must be at least 1")
+        for field, value in (
+            ("validation_fraction", validation_fraction),
+            ("max_bad_fraction", max_bad_fraction),
+        ):
+            expect(0 <= value < 1, field, value, "must be in [0, 1)")
+        self.split, self.validation_fraction = split, validation_fraction
+        self.buckets = Buckets(image_size=image_size, unit=unit, max_ratio=max_ratio)
+        self.image_size, self.crop, self.seed = image_size, crop, seed
+        self.mix = check_mix(mix)
+        self.max_pixels, self.max_bad_fraction = max_pixels, max_bad_fraction
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[bytes, Captions]:
+        """The encoded image and its captions of the mix, by kind.
+
+        Raises:
+            BadImage: it is not what it was when the data set was opened.
+        """
+
+    def image(self, index: int) -> Image:
+        """The whole picture, upright: uint8 (h, w, 3)."""
+        return self._open(index)[0]
+
+    def size_of(self, index: int) -> Size:
+        """Height and width that a sample has in a batch, a size of `buckets`."""
+        return self.buckets.sizes[self.bucket_of[index]]
+
+    def sample(self, index: int, step: int) -> tuple[Image, str]:
+        """What training step `step` sees of a sample: uint8 (*size_of(index), 3), and a caption."""
+        image, captions = self._open(index)
+        position = 0.5
+        if self.crop == "random":
+            generator = generator_for(self.seed, "crop", step, index)
+            position = float(torch.rand((), generator=generator, dtype=torch.float64))
+        caption = choose(captions, self.mix, generator_for(self.seed, "caption", step, index))
+        return fit(image, self.size_of(index), position), caption
+
+    def batch(self, indices: Iterable[int], step: int = 0) -> tuple[torch.Tensor, list[str]]:
+        """Pictures as one uint8 tensor (b, h, w, 3), and captions, as `step` sees them.
+
+        Raises:
+            ValueError: the samples are of several sizes; take the indices from `order`.
+        """
+        indices = list(indices)
+        sizes = {self.size_of(index) for index in indices}
+        expect(len(sizes) == 1, "indices", indices, f"must be of one size, not {sorted(sizes)}")
+        samples = [self.sample(index, step) for index in indices]
+        images = torch.from_numpy(np.stack([image for image, _ in samples]))
+        return images, [caption for _, caption in samples]
+
+    def order(self, *, batch_size: int, seed: int) -> BucketedOrder:
+        """The order of training, in global batches of one size each."""
+        groups = [f"{height}x{width}" for height, width in self.buckets.sizes]
+        return BucketedOrder(
+            group_of=self.bucket_of, groups=groups, batch_size=batch_size, seed=seed
+        )
+
+    def _open(self, index: int) -> tuple[Image, Captions]:
+        try:
+            data, captions = self.read(index)
+            image = decode(data, max_pixels=self.max_pixels)
+        except BadImage as error:
+            raise UserError(
+                f"{self.names[index]} has changed since the data set was opened: {error}"
+            ) from error
+        if image.shape[:2] != tuple(self.sizes[index]) or not any(map(captions.get, self.mix)):
+            raise UserError(f"{self.names[index]} has changed since the data set was opened")
+        return image, captions
+
+    def _in_split(self, name: str) -> bool:
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        held_back = int.from_bytes(digest, "little") < self.validation_fraction * 2**64
+        return held_back == (self.split == "validation")
+
+    def _keep(self, names: Sequence[str], sizes: Sequence[Size], place: object) -> list[int]:
+        """Take over the images of this split; returns their positions in `names`."""
+        kept = [i for i, name in enumerate(names) if self._in_split(name)]
+        if not kept:
+            raise UserError(
+                f"split {self.split!r} has none of the {len(names)} images of {place}: "
+                f"validation_fraction {self.validation_fraction} must be another"
+            )
+        self.names = [names[i] for i in kept]
+        self.sizes = np.array([sizes[i] for i in kept], np.int32).reshape(-1, 2)
+        self.bucket_of = self.buckets.of(self.sizes)
+        return kept
+
+
+def has_caption(captions: Captions, mix: Iterable[str]) -> bool:
+    """Whether an image has a caption of any kind of the mix."""
+    return any(captions.get(kind) for kind in mix)

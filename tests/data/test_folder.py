@@ -1,0 +1,312 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmdit.data.folder
+from mmdit.data.caption_sources import ClassNames, Sidecars, Table
+from mmdit.data.folder import ImageFolder
+from mmdit.data.images import read_bytes
+from mmdit.errors import UserError
+
+from .conftest import bomb, encoded, noise
+
+PLAIN = {"captions": Sidecars(), "mix": {"text": 1.0}, "image_size": 32, "validation_fraction": 0.0}
+
+
+def opened(folder, **arguments) -> ImageFolder:
+    return ImageFolder(**{"split": "train", "root": str(folder), **PLAIN, **arguments})
+
+
+@pytest.fixture
+def thousand(tmp_path, photo):
+    """A folder of 1,000 images of which ten are bad, each in its own way; name -> reason."""
+    root = tmp_path / "thousand"
+    good = encoded(noise(4, 4))
+    for i in range(990):
+        path = root / f"{i % 7}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(good)
+        path.with_suffix(".txt").write_text(f"picture {i}")
+    contents = {
+        "truncated.png": encoded(noise(40, 40))[:1500],
+        "empty.jpg": b"",
+        "text.png": b"I am no picture",
+        "bomb.png": bomb(),
+        "float.tiff": encoded(np.zeros((4, 4), np.float32), "TIFF"),
+        "silent.png": good,
+        "latin.png": good,
+    }
+    for name, data in contents.items():
+        (root / name).write_bytes(data)
+        (root / name).with_suffix(".txt").write_text("bad")
+    (root / "silent.txt").unlink()
+    (root / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (root / "folder.png").mkdir()
+    (root / "link.png").symlink_to("nowhere.png")
+    os.mkfifo(root / "pipe.png")
+    shutil.copy(root / "0" / "0000.png", root / "0" / "0000.jpg")  # a wrong suffix is no fault
+    (root / "._0000.png").write_bytes(b"what a file system leaves behind")
+    return root, {
+        "truncated.png": "truncated or damaged",
+        "empty.jpg": "is empty",
+        "text.png": "not an image",
+        "bomb.png": "too many pixels",
+        "float.tiff": "colour mode F",
+        "silent.png": "has no caption",
+        "latin.png": "its caption latin.txt is not UTF-8",
+        "folder.png": "is a folder",
+        "link.png": "a link to nothing",
+        "pipe.png": "not a regular file",
+    }
+
+
+def test_exactly_the_bad_ones_of_a_thousand_are_listed(thousand, tmp_path):
+    root, bad = thousand
+    report = tmp_path / "report.json"
+    once, again = (opened(root, report=str(report), threads=n) for n in (8, 1))
+    listed = json.loads(report.read_text())
+    assert {entry["file"] for entry in listed["images"]} == bad.keys()
+    for entry in listed["images"]:
+        assert bad[entry["file"]] in entry["reason"]
+    assert (listed["files"], listed["kept"], listed["set_aside"]) == (1001, 991, 10)
+    assert len(once) == 991 and list(once.names) == sorted(once.names)
+    assert once.names == again.names and np.array_equal(once.sizes, again.sizes)
+    assert "0/0000.jpg" in once.names
+    orders = [data.order(batch_size=8, seed=0)(0, 100) for data in (once, again)]
+    assert orders[0] == orders[1]
+
+
+def test_too_many_bad_ones_stop_the_run_and_are_listed(thousand, tmp_path):
+    root, bad = thousand
+    report = tmp_path / "report.json"
+    with pytest.raises(UserError, match=r"10 of 1001 images .* max_bad_fraction 0.005"):
+        opened(root, max_bad_fraction=0.005, report=str(report))
+    assert len(json.loads(report.read_text())["images"]) == len(bad)
+
+
+def test_a_file_that_may_not_be_read_is_listed(tmp_path, photo, monkeypatch):
+    for i in range(3):
+        photo(tmp_path / f"{i}.png", "told")
+
+    def guarded(path):  # to the superuser no mode of a file is a hindrance
+        if path.name == "1.png":
+            raise PermissionError(13, "Permission denied")
+        return path_read(path)
+
+    path_read = type(tmp_path).read_bytes
+    monkeypatch.setattr(type(tmp_path), "read_bytes", guarded)
+    report = tmp_path / "report.json"
+    assert len(opened(tmp_path, max_bad_fraction=0.5, report=str(report))) == 2
+    [entry] = json.loads(report.read_text())["images"]
+    assert entry == {"file": "1.png", "reason": "may not be read (permission denied)"}
+
+
+def test_other_failures_of_the_disk_set_nothing_aside(tmp_path, photo, monkeypatch):
+    photo(tmp_path / "0.png", "told")
+
+    def failing(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        read_bytes(tmp_path / "0.png")
+
+
+def test_the_index_saves_decoding_and_changes_nothing(tmp_path, photo, monkeypatch):
+    root, index = tmp_path / "photos", tmp_path / "index.jsonl"
+    for i in range(6):
+        photo(root / f"{i}.png", "told", width=8 + i)
+    first = opened(root, index=str(index))
+    decoded = []
+    read_image = mmdit.data.folder.read_image
+    monkeypatch.setattr(
+        mmdit.data.folder,
+        "read_image",
+        lambda path, **options: (decoded.append(path.name), read_image(path, **options))[1],
+    )
+    with index.open("a") as file:
+        file.write('{"file": "half a li')
+    photo(root / "3.png", "told", width=20)
+    photo(root / "7.png", "told")
+    second = opened(root, index=str(index))
+    assert sorted(decoded) == ["3.png", "7.png"]
+    assert list(second.names) == [*first.names, "7.png"]
+    assert np.array_equal(second.sizes, opened(root).sizes)
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path, photo):
+    photo(tmp_path / "elsewhere" / "b.png", "told")
+    photo(tmp_path / "photos" / "a.png", "told")
+    (tmp_path / "photos" / "there").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "back").symlink_to(tmp_path / "photos")
+    assert list(opened(tmp_path / "photos").names) == ["a.png", "there/b.png"]
+
+
+# Captions
+
+
+def test_sidecars_give_lines_and_kinds(tmp_path, photo):
+    photo(tmp_path / "a.b.png", "one\n\n  two  words \r\n")
+    (tmp_path / "a.b.synthetic.txt").write_text("three")
+    data = opened(tmp_path, mix={"text": 0.5, "synthetic": 0.5})
+    assert data.read(0)[1] == {"text": ("one", "two words"), "synthetic": ("three",)}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_tables_give_columns_and_lines_add_up(tmp_path, photo, kind):
+    for name in ("a.png", "sub/b.png", "c.png"):
+        photo(tmp_path / name, None)
+    if kind == "jsonl":
+        rows = [
+            {"file_name": "a.png", "text": ["one", "two"], "synthetic": "made"},
+            {"file_name": "sub/b.png", "text": "three", "synthetic": None},
+            {"file_name": "gone.png", "text": "four"},
+        ]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        (tmp_path / "metadata.csv").write_text(
+            'file_name,text,synthetic\na.png,one,made\na.png,two,\n"sub/b.png",three,\n'
+            "gone.png,four,\n"
+        )
+    report = tmp_path / "report.json"
+    data = opened(
+        tmp_path,
+        captions=Table(),
+        mix={"text": 0.5, "synthetic": 0.5},
+        max_bad_fraction=0.5,
+        report=str(report),
+    )
+    assert list(data.names) == ["a.png", "sub/b.png"]
+    assert [list(data.read(i)[1]["text"]) for i in (0, 1)] == [["one", "two"], ["three"]]
+    assert list(data.read(0)[1]["synthetic"]) == ["made"]
+    reasons = {e["file"]: e["reason"] for e in json.loads(report.read_text())["images"]}
+    assert reasons.keys() == {"c.png", "gone.png"}
+    assert "no such file" in reasons["gone.png"] and "no caption" in reasons["c.png"]
+
+
+def test_class_names_are_the_folders(tmp_path, photo):
+    photo(tmp_path / "golden_retriever" / "1.png", None)
+    photo(tmp_path / "n0144" / "2.png", None)
+    assert opened(tmp_path, captions=ClassNames()).batch([0])[1] == [
+        "a photo of a golden retriever"
+    ]
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"golden_retriever": "dog", "n0144": "fish"}))
+    named = opened(tmp_path, captions=ClassNames(template="{}!", names=str(names)))
+    assert named.batch([1])[1] == ["fish!"]
+
+
+def test_kinds_come_as_often_as_the_mix_says_and_every_caption_occurs(tmp_path, photo):
+    photo(tmp_path / "a.png", "one\ntwo\nthree")
+    (tmp_path / "a.synthetic.txt").write_text("made")
+    photo(tmp_path / "b.png", "alone")  # has no synthetic caption: always its own
+    data = opened(tmp_path, mix={"text": 0.5, "synthetic": 0.5})
+    told = [data.batch([0, 1], step)[1] for step in range(400)]
+    assert np.mean([first == "made" for first, _ in told]) == pytest.approx(0.5, abs=0.08)
+    assert {first for first, _ in told} == {"one", "two", "three", "made"}
+    assert {second for _, second in told} == {"alone"}
+
+
+def test_what_a_step_sees_is_keyed_by_seed_step_and_sample(tmp_path, photo):
+    for i in range(4):
+        photo(tmp_path / f"{i}.png", "one\ntwo\nthree", height=40, width=70, seed=i)
+    data, same, other = (opened(tmp_path, seed=seed) for seed in (0, 0, 1))
+    images, told = data.batch([0, 1, 2, 3], step=5)
+    assert images.shape == (4, *data.size_of(0), 3)
+    for i in (3, 1):  # alone, in another order, by another process
+        alone, caption = same.batch([i], step=5)
+        assert np.array_equal(alone[0], images[i]) and caption == [told[i]]
+    differing = [data.batch([0, 1, 2, 3], 6)[0], other.batch([0, 1, 2, 3], 5)[0]]
+    assert all(not np.array_equal(images, else_) for else_ in differing)
+
+
+def test_centre_crops_do_not_depend_on_the_step(tmp_path, photo):
+    photo(tmp_path / "a.png", "one", height=40, width=70)
+    data = opened(tmp_path, crop="centre", max_ratio=1)
+    middle = Image.fromarray(data.image(0)).resize((32, 32), 3, box=(15, 0, 55, 40))
+    assert np.array_equal(data.batch([0], 1)[0][0], np.array(middle))
+    assert np.array_equal(data.batch([0], 1)[0], data.batch([0], 2)[0])
+
+
+# Splits, batches, mistakes
+
+
+def test_splits_share_no_image_and_lose_none(tmp_path, photo):
+    for i in range(60):
+        photo(tmp_path / f"{i}.png", "told")
+    parts = [opened(tmp_path, split=s, validation_fraction=0.3) for s in ("train", "validation")]
+    names = [set(part.names) for part in parts]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 60
+    photo(tmp_path / "new.png", "told")
+    later = set(opened(tmp_path, split="validation", validation_fraction=0.3).names)
+    assert names[1] <= later  # an image that is added moves no other
+
+
+def test_a_batch_of_several_sizes_is_refused(tmp_path, photo):
+    photo(tmp_path / "a.png", "told", width=32)
+    photo(tmp_path / "b.png", "told", height=32)
+    data = opened(tmp_path)
+    with pytest.raises(ValueError, match="must be of one size"):
+        data.batch([0, 1])
+    order = data.order(batch_size=3, seed=0)
+    for step in range(6):
+        assert data.batch(order(step * 3, 3), step)[0].shape[0] == 3
+
+
+def test_an_image_that_changes_later_is_named(tmp_path, photo):
+    path = photo(tmp_path / "a.png", "told")
+    data = opened(tmp_path)
+    photo(path, "told", width=50)
+    with pytest.raises(UserError, match=r"a\.png has changed"):
+        data.batch([0])
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.png has changed.*no such file"):
+        data.batch([0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"root": "/nowhere/at/all"}, "root '/nowhere/at/all' must be a folder"),
+        ({"split": "trian"}, "did you mean 'train'"),
+        ({"crop": "center"}, "did you mean 'centre'"),
+        ({"mix": {"text": 0}}, "mix .* not all zero"),
+        ({"mix": {"text": 1, "../x": 1}}, "must be a plain word"),
+        ({"mix": {"text": 1, "synthetic": 1}}, "no image of .* has a caption of .* 'synthetic'"),
+        ({"captions": Table()}, "has no metadata.jsonl and metadata.csv"),
+        ({"captions": ClassNames(), "mix": {"label": 1}}, "mix label must be text"),
+        ({"split": "validation"}, "split 'validation' has none of the 1 images"),
+        ({"max_bad_fraction": 1.0}, r"max_bad_fraction 1.0 must be in \[0, 1\)"),
+        ({"max_pixels": 10}, "1 of 1 images .* 8 x 8 pixels are more than the limit of 10"),
+        ({"threads": 0}, "threads 0"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, photo, arguments, message):
+    photo(tmp_path / "a.png", "told")
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "metadata.jsonl, line 2: not JSON"),
+        ('["a.png"]', "line 2: must be an object"),
+        ('{"text": "x"}', "line 2: file_name None must be the name"),
+        ('{"file_name": "a.png", "text": 3}', "line 2: text 3 must be a caption"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_by_line(tmp_path, photo, line, message):
+    photo(tmp_path / "a.png", None)
+    (tmp_path / "metadata.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, captions=Table())
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no image"):
+        opened(tmp_path)
