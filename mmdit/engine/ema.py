@@ -1,8 +1,15 @@
-"""Exponential moving average of a module's weights, in float32."""
+"""Exponential moving averages of a module's weights, in float32.
+
+A profile says how long an average remembers, as a pure function of the step; so the step and the
+average are all that a resumed run needs.
+"""
 
 import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,24 +18,109 @@ from mmdit.errors import UserError
 M = TypeVar("M", bound=nn.Module)
 
 
-class EMA(Generic[M]):
-    """A shadow of the trainable weights of `module`; buffers and frozen weights stay as copied.
+class Profile(ABC):
+    """How much an average keeps of itself when new weights come in."""
 
-    The paper averages every 100 batches with decay 0.99 (Sec. B.3). Early on, when few updates
-    have been seen, the decay is (1 + n) / (10 + n), so that the random start is soon forgotten.
+    every: int = 1  # steps between two updates
+
+    @abstractmethod
+    def decay(self, step: int) -> float:
+        """Share that stays when the weights after `step` steps come in; `step` from 1."""
+
+
+class ConstantDecay(Profile):
+    """The paper's: every 100 batches with decay 0.99 (Sec. B.3).
+
+    Early on, when n updates have been seen, the decay is (1 + n) / (10 + n), so that the random
+    start is soon forgotten.
 
     Args:
-        module: what is trained.
         decay: of one update, in [0, 1).
         every: steps between two updates.
     """
 
-    def __init__(self, module: M, *, decay: float, every: int) -> None:
+    def __init__(self, *, decay: float, every: int) -> None:
         if not 0.0 <= decay < 1.0:
             raise UserError(f"ema.decay {decay} must lie in [0, 1)")
         if every < 1:
             raise UserError(f"ema.every {every} must be at least 1")
-        self.decay, self.every = decay, every
+        self.limit, self.every = decay, every
+
+    def decay(self, step: int) -> float:
+        updates = step // self.every
+        return min(self.limit, (1 + updates) / (10 + updates))
+
+
+class HalfLife(Profile):
+    """Weights count half as much after every `half_life` samples, whatever the batch size.
+
+    Args:
+        half_life: in samples.
+        batch_size: samples of one step; with 1, `half_life` is in steps.
+        ramp_up: greatest half-life as a share of the samples seen, as in EDM (Karras et al. 2022),
+            so that the random start is soon forgotten; None is no limit.
+    """
+
+    def __init__(
+        self, *, half_life: float, batch_size: int = 1, ramp_up: float | None = None
+    ) -> None:
+        for name, value in (("half_life", half_life), ("batch_size", batch_size)):
+            if value <= 0:
+                raise UserError(f"ema.{name} {value} must be above 0")
+        if ramp_up is not None and ramp_up <= 0:
+            raise UserError(f"ema.ramp_up {ramp_up} must be above 0, or null for no limit")
+        self.half_life, self.batch_size, self.ramp_up = half_life, batch_size, ramp_up
+
+    def decay(self, step: int) -> float:
+        half_life = self.half_life
+        if self.ramp_up is not None:
+            half_life = min(half_life, self.ramp_up * step * self.batch_size)
+        return 0.5 ** (self.batch_size / half_life)
+
+
+class PowerFunction(Profile):
+    """Weights after step tau count as tau^gamma: memory that grows with the run (EDM2, Sec. 3.1).
+
+    The first update replaces the random start altogether.
+
+    Args:
+        sigma_rel: standard deviation of the profile, relative to the length of the run; between 0
+            and 12^-1/2 = 0.2887, the plain mean of all steps. The paper's are 0.05 and 0.10.
+    """
+
+    def __init__(self, *, sigma_rel: float) -> None:
+        self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
+
+    def decay(self, step: int) -> float:  # Eq. 127
+        return (1 - 1 / step) ** (self.gamma + 1)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """Exponent of the power function of relative standard deviation `sigma_rel`.
+
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is a cubic equation in gamma, whose
+    greatest root is meant (Karras et al. 2024, Sec. C.1).
+
+    Raises:
+        UserError: no gamma >= 0 has it.
+    """
+    if not 0.0 < sigma_rel <= 12**-0.5:
+        raise UserError(f"sigma_rel {sigma_rel} must lie in (0, 0.2887]: 12^-1/2 is a plain mean")
+    s = float(sigma_rel) ** -2
+    roots = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s])
+    return max(0.0, float(roots.real.max()))
+
+
+class EMA(Generic[M]):
+    """A shadow of the trainable weights of `module`; buffers and frozen weights stay as copied.
+
+    Args:
+        module: what is trained.
+        profile: how long the average remembers.
+    """
+
+    def __init__(self, module: M, *, profile: Profile) -> None:
+        self.profile = profile
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self._pairs = [
             (average, weight)
@@ -38,13 +130,14 @@ class EMA(Generic[M]):
         for average, _ in self._pairs:
             average.data = average.data.float()
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps have been made."""
-        if step % self.every:
-            return
-        updates = step // self.every
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        averages: list[Tensor] = [average for average, _ in self._pairs]
-        weights = [weight.float() for _, weight in self._pairs]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if step % self.profile.every == 0:
+            averages, weights = zip(*self._pairs, strict=True)
+            take_in(averages, weights, self.profile.decay(step))
+
+
+@torch.no_grad()
+def take_in(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+    """Move float32 averages to `decay` of themselves and 1 - `decay` of the weights."""
+    torch._foreach_lerp_(list(averages), [weight.float() for weight in weights], 1 - decay)

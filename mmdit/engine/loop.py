@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from mmdit.checkpoints.native import (
@@ -30,8 +30,9 @@ from mmdit.checkpoints.runs import Checkpoint
 from mmdit.data.order import ShuffledOrder
 from mmdit.engine.ema import EMA
 from mmdit.engine.loggers import Logger, MetricsFile
-from mmdit.engine.optimizers import set_lr
+from mmdit.engine.optimizers import load_moments, moments, rates_of, set_lr
 from mmdit.engine.pictures import plot_losses, save_grid
+from mmdit.engine.posthoc import PostHoc
 from mmdit.engine.runs import RunFolder
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
@@ -113,21 +114,23 @@ def train(
     optimizer: torch.optim.Optimizer,
     ema: EMA[Any],
     logger: Logger,
+    posthoc: PostHoc | None = None,
 ) -> Checkpoint:
     """Train `task` up to `settings.steps` steps, from the newest checkpoint of `run` if it has one.
 
     Args:
         seed: of the order of samples.
         schedule: factor of the optimizer's learning rate at each step.
+        posthoc: averages kept beside `ema`, to make others of after training.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the step was finished and saved.
         UserError: the loss or the gradient is not finite. The last good checkpoint stays.
     """
     module = task.module
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = rates_of(optimizer)
     order = ShuffledOrder(size=settings.samples, seed=seed)
-    start = restore(run, module, ema, optimizer)
+    start = restore(run, module, ema, optimizer, posthoc)
     metrics = MetricsFile(run.path / "metrics.jsonl", start_step=start)
     figures: dict[str, float] = {}
 
@@ -136,7 +139,7 @@ def train(
             step=step,
             finished=step >= settings.steps,
             modules={"raw": module, "ema": ema.module},
-            optimizer=optimizer_tensors(module, optimizer),
+            optimizer=moments(module, optimizer) | (posthoc.tensors() if posthoc else {}),
             keep=settings.keep,
             figures=figures,
         )
@@ -175,9 +178,11 @@ def train(
             indices = order(step * settings.batch_size, settings.batch_size)
             set_lr(optimizer, [rate * schedule(step) for rate in rates])
             loss, norm = make_step(task, optimizer, step, indices, settings.clip)
-            ema.update(step + 1)
-            bar.update()
             done = step + 1
+            ema.update(done)
+            if posthoc is not None:
+                posthoc.update(done, run.path, last=done == settings.steps)
+            bar.update()
 
             if done % settings.log_every == 0:
                 speed = (done - seen) * settings.batch_size / (time.perf_counter() - since)
@@ -226,7 +231,11 @@ def make_step(
 
 
 def restore(
-    run: RunFolder, module: nn.Module, ema: EMA[Any], optimizer: torch.optim.Optimizer
+    run: RunFolder,
+    module: nn.Module,
+    ema: EMA[Any],
+    optimizer: torch.optim.Optimizer,
+    posthoc: PostHoc | None = None,
 ) -> int:
     """Load the newest checkpoint of a run, if any; the number of steps already made."""
     checkpoint = run.latest()
@@ -235,23 +244,11 @@ def restore(
     for name, target in (("raw", module), ("ema", ema.module)):
         path = checkpoint.verified(f"{name}.safetensors")
         load_strictly(target, load_tensors(path)[0], path)
-    moments = run.load_optimizer(checkpoint)
-    for name, weight in module.named_parameters():
-        if weight.requires_grad:
-            prefix = f"{name}:"
-            state = {k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)}
-            optimizer.state[weight] = state
+    kept = run.load_optimizer(checkpoint)
+    if posthoc is not None:
+        posthoc.take(kept)
+    load_moments(module, optimizer, kept)
     return checkpoint.step
-
-
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`<weight>:<moment>` -> tensor, of every trained weight."""
-    return {
-        f"{name}:{moment}": value
-        for name, weight in module.named_parameters()
-        if weight in optimizer.state
-        for moment, value in optimizer.state[weight].items()
-    }
 
 
 def how_to_resume(run: Path, words: Sequence[str]) -> str:

@@ -15,12 +15,13 @@ from mmdit.engine.contrastive import (
     distinct_batches,
     twins,
 )
-from mmdit.engine.ema import EMA
+from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger
 from mmdit.engine.loop import Settings, train
-from mmdit.engine.optimizers import WarmupConstant, adamw
+from mmdit.engine.optimizers import adamw
 from mmdit.engine.precision import autocast
 from mmdit.engine.runs import RunFolder
+from mmdit.engine.schedules import WarmupConstant
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
@@ -167,7 +168,7 @@ def test_it_learns(tmp_path: Path):
         seed=0,
         schedule=WarmupConstant(warmup_steps=10),
         optimizer=adamw(task.module, lr=4e-3),
-        ema=EMA(task.module, decay=0.8, every=1),
+        ema=EMA(task.module, profile=ConstantDecay(decay=0.8, every=1)),
         logger=NoLogger(),
     )
     run.close()

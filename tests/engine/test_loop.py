@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoints.runs import checkpoints_in
-from mmdit.engine.ema import EMA
+from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger, read_metrics
 from mmdit.engine.loop import Settings, train
-from mmdit.engine.optimizers import WarmupConstant, adamw
+from mmdit.engine.optimizers import adamw
 from mmdit.engine.runs import RunFolder
+from mmdit.engine.schedules import WarmupConstant
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.registry import register
@@ -29,6 +31,8 @@ class Line(nn.Module):
 
 class Regression:
     """Learns the sum of its inputs, which are keyed by (step, sample)."""
+
+    protocol: ClassVar[dict[str, str | int]] = {"protocol": "regression"}
 
     def __init__(self, poison: tuple[int, int] | None = None) -> None:
         torch.manual_seed(0)
@@ -74,7 +78,7 @@ def go(
             seed=0,
             schedule=WarmupConstant(warmup_steps=3),
             optimizer=adamw(task.module, lr=0.05, weight_decay=0.1),
-            ema=EMA(task.module, decay=0.9, every=2),
+            ema=EMA(task.module, profile=ConstantDecay(decay=0.9, every=2)),
             logger=NoLogger(),
         )
     finally:

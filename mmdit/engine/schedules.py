@@ -1,0 +1,106 @@
+"""Learning-rate schedules: the factor of the learning rate at each step.
+
+Pure functions of the step, which know no past: a resumed run sees the rates of an unbroken one, and
+nothing can restart. Each begins with a linear warm-up to 1 (Sec. B.3).
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+from mmdit.errors import UserError
+
+
+class Schedule(ABC):
+    """From a step to the factor of the learning rate there.
+
+    Args:
+        warmup_steps: of the linear warm-up; 0 is none.
+
+    Raises:
+        UserError: a negative number of them.
+    """
+
+    def __init__(self, *, warmup_steps: int) -> None:
+        if warmup_steps < 0:
+            raise UserError(f"warmup_steps {warmup_steps} must not be negative")
+        self.warmup_steps = warmup_steps
+
+    def __call__(self, step: int) -> float:
+        """Factor for the step that is about to be made, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return self.warmed_up(step)
+
+    @abstractmethod
+    def warmed_up(self, step: int) -> float:
+        """Factor after the warm-up; 1 at its end."""
+
+
+class WarmupConstant(Schedule):
+    """Linear warm-up, then constant: the paper's (Sec. B.3)."""
+
+    def __init__(self, *, warmup_steps: int = 1000) -> None:
+        super().__init__(warmup_steps=warmup_steps)
+
+    def warmed_up(self, step: int) -> float:
+        return 1.0
+
+
+class WarmupCosine(Schedule):
+    """Linear warm-up, then half a cosine down to `final` (Loshchilov & Hutter 2017).
+
+    Args:
+        warmup_steps: of the linear warm-up.
+        steps: where the cosine ends; later steps stay at `final`. A longer run is another schedule
+            from the start, so the number is part of the config that a resumed run has to share.
+        final: the factor there.
+
+    Raises:
+        UserError: the cosine has no step; `final` lies outside of [0, 1].
+    """
+
+    def __init__(self, *, warmup_steps: int = 1000, steps: int, final: float = 0.0) -> None:
+        super().__init__(warmup_steps=warmup_steps)
+        _check_end(steps, warmup_steps, "warmup_steps", final)
+        self.steps, self.final = steps, final
+
+    def warmed_up(self, step: int) -> float:
+        past = min(1.0, (step - self.warmup_steps) / (self.steps - self.warmup_steps))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * past)) / 2
+
+
+class WarmupStableDecay(Schedule):
+    """Linear warm-up, constant, and a short decay 1 - sqrt at the end (Hägele et al. 2024).
+
+    About as good as a cosine of the same length, without being bound to one: until the decay
+    begins, runs of all lengths are the same.
+
+    Args:
+        warmup_steps: of the linear warm-up.
+        steps: where the decay ends; later steps stay at `final`.
+        decay_steps: its length; about a fifth of `steps` serves well.
+        final: the factor at its end.
+
+    Raises:
+        UserError: the decay has no step, or begins in the warm-up; `final` lies outside of [0, 1].
+    """
+
+    def __init__(
+        self, *, warmup_steps: int = 1000, steps: int, decay_steps: int, final: float = 0.0
+    ) -> None:
+        super().__init__(warmup_steps=warmup_steps)
+        if decay_steps < 1:
+            raise UserError(f"decay_steps {decay_steps} must be at least 1")
+        _check_end(steps, warmup_steps + decay_steps - 1, "warmup_steps + decay_steps - 1", final)
+        self.steps, self.decay_steps, self.final = steps, decay_steps, final
+
+    def warmed_up(self, step: int) -> float:
+        past = (step - (self.steps - self.decay_steps)) / self.decay_steps
+        return self.final + (1 - self.final) * (1 - math.sqrt(min(1.0, max(0.0, past))))
+
+
+def _check_end(steps: int, least: int, name: str, final: float) -> None:
+    if steps <= least:
+        raise UserError(f"steps {steps} of the schedule must be more than {name}, {least}")
+    if not 0.0 <= final <= 1.0:
+        raise UserError(f"final {final} must lie in [0, 1]: it is a factor of the learning rate")
