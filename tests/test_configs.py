@@ -12,6 +12,8 @@ import pytest
 import yaml
 from hydra.utils import instantiate
 
+import mmdit.engine.ema
+import mmdit.engine.schedules
 import mmdit.flow.grids
 import mmdit.flow.guidance
 import mmdit.flow.paths
@@ -30,12 +32,14 @@ VARIANTS = {
     "objective/shift": mmdit.flow.schedule,
     "solver": mmdit.flow.solvers,
     "guide": mmdit.flow.guidance,
+    "schedule": mmdit.engine.schedules,
+    "ema": mmdit.engine.ema,
     "grid": mmdit.flow.grids,
 }
 
 
 # What wrappers and objectives share, and no variant of its own.
-HELPERS = {"Coefficients", "like", "Sides", "squeezed"}
+HELPERS = {"Coefficients", "like", "Sides", "squeezed", "EMA", "take_in", "gamma_of"}
 
 
 def snake_case(name: str) -> str:
