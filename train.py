@@ -16,7 +16,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from configs.formulations import store_formulations
+from configs.formulations import check_variant, store_formulations
 from configs.launch import Verbatim, launch, sweep_label
 from configs.stages import (
     autoencoder_weights,
@@ -44,6 +44,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     """Compose, build, run. All is built before anything is trained: mistakes show at once."""
     began = time.perf_counter()
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    check_variant(config.variant, plain["objective"])
     device = chosen_device(config.device)
     precision = autocast(device, config.precision)
     data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}

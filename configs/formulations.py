@@ -4,10 +4,17 @@ Each picks the yaml of its family in `objective/` and sets the family's paramete
 made by rule, so they live in Hydra's store of configs rather than in 61 files.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
+from mmdit.errors import UserError
+
+OBJECTIVES = Path(__file__).resolve().parent / "objective"
+PARTS = ("path", "timesteps", "prediction")
 LOGNORM_M = (-1.0, -0.5, 0.0, 0.5, 1.0)
 LOGNORM_S = (0.2, 0.6, 1.0, 1.4, 1.8, 2.2)
 MODE_S = tuple(-1.0 + i * 2.75 / 6 for i in range(7))  # seven points, uniform in [-1, 1.75]
@@ -56,6 +63,33 @@ def study() -> list[Formulation]:
         Formulation("edm/cos", "edm_cos", {}),
     ]
     return [*plain, *modes, *lognorms, *edms, *rest]
+
+
+def parts_of(row: Formulation) -> dict[str, Any]:
+    """Path, density and prediction of a formulation, as its config has them."""
+    chosen: dict[str, str] = {}
+    for entry in OmegaConf.load(OBJECTIVES / f"{row.family}.yaml").defaults:
+        chosen |= {} if isinstance(entry, str) else entry
+    files = {part: OmegaConf.load(OBJECTIVES / part / f"{chosen[part]}.yaml") for part in PARTS}
+    parts: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(files, row.settings))  # type: ignore[assignment]
+    return parts
+
+
+def check_variant(variant: str | None, objective: Mapping[str, Any]) -> None:
+    """Refuse another objective under the name of one of the 61: a ranking would believe it.
+
+    Raises:
+        UserError: a part of `objective` is not what the study means by `variant`.
+    """
+    for row in study():
+        if row.name == variant:
+            wanted = parts_of(row)
+            for part in PARTS:
+                if objective[part] != wanted[part]:
+                    raise UserError(
+                        f"objective.{part} is {objective[part]}, but the study's {row.name} has "
+                        f"{wanted[part]}: leave it as it is, or give another name, variant=..."
+                    )
 
 
 def store_formulations() -> None:

@@ -7,8 +7,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from configs.formulations import store_formulations, study
+from configs.formulations import check_variant, store_formulations, study
 from configs.launch import CONFIGS
+from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Objective
 from mmdit.flow.solvers import euler
@@ -164,3 +165,28 @@ def tiny() -> torch.nn.Module:
             return super().forward(z_t) * torch.cos(t)[:, None, None, None]
 
     return Tiny(4, 4, 3, padding=1)
+
+
+@pytest.mark.parametrize("row", STUDY, ids=lambda row: row.option)
+def test_every_formulation_may_bear_its_name(row, composed):
+    check_variant(row.name, OmegaConf.to_container(composed[row.name].objective))
+
+
+@pytest.mark.parametrize(
+    ("variant", "override", "part"),
+    [
+        ("edm_0.00_0.60", "objective.path.P_s=3", "path"),
+        ("rf", "objective=edm", "path"),
+        ("eps_cos", "objective/prediction=v", "prediction"),
+        ("rf_mode_1.29", "objective.timesteps.s=1.0", "timesteps"),
+    ],
+)
+def test_another_objective_may_not_bear_the_name_of_one_of_them(variant, override, part, composed):
+    """A ranking would print the paper's rank of `variant` beside it."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose("train", overrides=[f"formulation={variant}", override])
+    objective = OmegaConf.to_container(config.objective)
+    with pytest.raises(UserError, match=rf"objective\.{part} is .* give another name, variant="):
+        check_variant(config.variant, objective)
+    check_variant("mine", objective)
+    check_variant(None, objective)
