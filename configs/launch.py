@@ -66,6 +66,7 @@ def launch(
         def task(config: DictConfig) -> None:
             nonlocal started
             started = True
+            sys.argv = [sys.argv[0], *arguments]  # in a worker of a launcher, too
             try:
                 job(config, dict(text))
             except Exception as failure:

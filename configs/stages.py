@@ -140,6 +140,8 @@ def clip_for_metrics(
 def sweep_folder(config: DictConfig, label: str) -> Path:
     """The run folder of a job of a multirun, named by what is varied, so that it is found again."""
     name = re.sub(r"[^\w.,=+-]", "_", f"{label},seed={config.seed}")
+    if len(name) > 150:  # file systems allow 255 bytes
+        name = f"{name[:130]}-{config_hash(name)}"
     return Path(config.runs) / config.name / name
 
 

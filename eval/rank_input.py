@@ -96,6 +96,8 @@ def read_scores(file: Path) -> dict[str, Any]:
         need(file, f"scores[{i}]", row, SCORE_FIELDS)
         if not is_number(row["guidance"]) or not isinstance(row["steps"], int):
             raise UserError(f"{file}: scores[{i}] needs numbers for steps and guidance")
+        if not isinstance(row["weights"], str) or not isinstance(row["solver"], str):
+            raise UserError(f"{file}: scores[{i}] needs names for weights and solver")
         key = tuple(row[name] for name in SCORE_FIELDS[:4])
         if key in seen:
             raise UserError(f"{file}: scores[{i}] has a setting that is there already: {key}")
@@ -115,8 +117,11 @@ def as_run(record: Mapping[str, Any]) -> Run:
     points = {
         setting: point(row) for row in record["scores"] if (setting := setting_of(row)) in SETTINGS
     }
-    facts = {name: record[name] for name in ("variant", "seed", "dataset", "protocol", "samples")}
-    return Run(**facts, points=points)
+    facts = {name: record[name] for name in ("variant", "seed", "dataset", "samples")}
+    # Distances to other real pictures, or of other noise, are other scores.
+    beside = [f"{name} {record[name]}" for name in ("references", "noise_seed") if name in record]
+    protocol = ", ".join([record["protocol"], *beside])
+    return Run(**facts, protocol=protocol, points=points)
 
 
 def setting_of(row: Mapping[str, Any]) -> Setting | None:

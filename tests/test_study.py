@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from configs.stages import sweep_folder
 from tests.test_train import run
 
 SMOKE = (
@@ -36,7 +38,7 @@ def test_each_variant_has_a_folder_named_by_its_values_and_its_scores(folder):
         settings = {(row["weights"], row["steps"], row["guidance"]) for row in scores["scores"]}
         assert len(settings) == len(scores["scores"]) == 12
         assert all(row["function_evaluations"] > 0 for row in scores["scores"])
-        manifest = json.loads(next(path.glob("checkpoints/*/manifest.json")).read_text())
+        manifest = json.loads(sorted(path.glob("checkpoints/*/manifest.json"))[-1].read_text())
         for kind, digest in scores["weights_sha256"].items():
             assert manifest["files"][f"{kind}.safetensors"]["sha256"] == digest
         (evaluation,) = path.glob("evaluations/*.json")
@@ -81,3 +83,10 @@ def test_backbones_are_matched_by_one_key(folder):
     assert "match=flops: width" in result.stdout
     refused = run(folder, "train.py", *words, "match=weight", code=2)
     assert "match=weight must be one of params, flops" in refused.stderr
+
+
+def test_folders_of_long_sweeps_have_short_names_of_their_own():
+    config = OmegaConf.create({"runs": "runs", "name": "study", "seed": 0})
+    names = {sweep_folder(config, f"{'key=value,' * 40}last={i}").name for i in range(3)}
+    assert len(names) == 3
+    assert all(len(name.encode()) <= 150 for name in names)
