@@ -200,7 +200,7 @@ def measure(
         levels += [psnr(*pair) for pair in pairs]
         similarities += [ssim(*pair) for pair in pairs]
         if features is not None:
-            two = (features.image_features(truth), features.image_features(again))
+            two = (features.image_embeddings(truth), features.image_embeddings(again))
             seen.append((two[0].cpu(), two[1].cpu()))
         shown.append((truth[:SHOWN], again[:SHOWN]))
     first = tuple(torch.cat(side)[:SHOWN] for side in zip(*shown, strict=True))
