@@ -6,6 +6,7 @@ more. And a user's mistake ends in one message and exit code 2, while a bug keep
 """
 
 import functools
+import importlib
 import os
 import re
 import sys
@@ -68,6 +69,7 @@ def launch(
             started = True
             sys.argv = [sys.argv[0], *arguments]  # in a worker of a launcher, too
             try:
+                import_modules(config.get("imports") or [])
                 job(config, dict(text))
             except Exception as failure:
                 if HydraConfig.get().mode == RunMode.RUN:
@@ -82,6 +84,7 @@ def launch(
         if describe is not None and _shows_config(arguments):
             with initialize_config_dir(str(config_dir), version_base="1.3"):
                 overrides = [a for a in arguments if "=" in a or a.startswith("~")]
+                overrides += _search_path(arguments)
                 for line in describe(compose(config_name, overrides)):
                     print(f"# {line}")
         hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(task)()
@@ -106,6 +109,30 @@ def launch(
         traceback.print_exception(error)
     print(message, file=sys.stderr)
     sys.exit(2)
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import the user's own modules, so that checkpoints may name the classes they register.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"imports: {error}; a module must lie where Python looks, as in PYTHONPATH=<folder>"
+            ) from error
+
+
+def _search_path(arguments: Sequence[str]) -> list[str]:
+    """What `--config-dir <folder>` means for a config that is composed outside of `hydra.main`."""
+    for flag, value in pairwise([*arguments, ""]):
+        name, _, attached = flag.partition("=")
+        if name in ("--config-dir", "-cd"):
+            return [f"hydra.searchpath=[file://{Path(attached or value).resolve()}]"]
+    return []
 
 
 def sweep_label() -> str | None:

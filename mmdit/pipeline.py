@@ -143,7 +143,8 @@ class Pipeline(nn.Module):
             if has != needs:
                 raise UserError(f"model.{name} is {has}, but the other parts have {needs}")
         self.mmdit, self.text, self.autoencoder = mmdit, text, autoencoder
-        objective.times(1)  # which refuses what could be trained and never sampled
+        with torch.device("cpu"):  # also where the networks are built on meta
+            objective.times(1)  # which refuses what could be trained and never sampled
         self.objective = objective
         self.image_size, self.steps, self.guidance = image_size, steps, guidance
         self.autocast: Autocast = nullcontext

@@ -63,6 +63,7 @@ def build(description: dict[str, Any]) -> Any:
     if name not in _classes:
         near = difflib.get_close_matches(str(name), _classes, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(_classes))}"
+        hint += ". A class of your own must be imported first: imports=[<module>]"
         raise UserError(f"the checkpoint names the class {name!r}, which is not known here{hint}")
     try:
         return _classes[name](**arguments)

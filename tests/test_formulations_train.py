@@ -15,7 +15,7 @@ from mmdit.engine.loop import make_step
 from mmdit.engine.precision import autocast
 from mmdit.engine.tasks import FlowTask
 from mmdit.metrics.scores import SETTINGS
-from train import build_pipeline
+from train import build_pipeline, describe
 
 TINY = (
     *("model.depth=1", "model.width=24", "model.num_heads=2"),
@@ -75,6 +75,13 @@ def test_it_trains_twenty_steps_and_paints_under_all_six_settings(row, one_threa
     assert finite == [True] * len(SETTINGS)
 
 
+@pytest.mark.parametrize("family", sorted({row.family for row in STUDY}))
+def test_its_size_is_told_without_building_it(family):
+    row = next(row for row in STUDY if row.family == family)
+    told = list(describe(composed(f"formulation={row.option}", *TINY)))
+    assert "parameters in the MMDiT" in told[0]
+
+
 def test_what_a_formulation_emphasizes_is_written_down(tmp_path):
     pipe = build_pipeline(composed("formulation=rf", "objective.shift.alpha=1", *TINY))
     report_formulation(pipe.objective, tmp_path)
@@ -106,5 +113,7 @@ def test_a_new_density_is_one_class_and_one_yaml_elsewhere(tmp_path, monkeypatch
     config = composed(elsewhere, "objective/timesteps=triangle", "objective.shift.alpha=1", *TINY)
     objective = build_pipeline(config).objective
     draw = objective.draw((1,), [torch.Generator().manual_seed(i) for i in range(2000)])
+    (told, *_) = list(describe(composed(elsewhere, "objective/timesteps=triangle", *TINY)))
+    assert "parameters" in told
     # E t = 2/3, with a standard error of 0.236 / sqrt(2000).
     assert draw.t.mean().item() == pytest.approx(2 / 3, abs=4 * 0.0053)

@@ -443,3 +443,16 @@ def test_nearest() -> None:
     assert nearest("modle", known) == "model"
     assert nearest("zebra", known) is None
     assert nearest("a", []) is None
+
+
+def test_modules_of_the_user_are_imported_before_the_job(folder, monkeypatch):
+    (folder / "mine.py").write_text("print('here am I')")
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    words = [sys.executable, "app.py", "training.root=1", "imports=[mine]"]
+    found = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and "here am I" in found.stdout
+    lost = subprocess.run(
+        [*words[:3], "imports=[lost]"], cwd=folder, capture_output=True, text=True
+    )
+    assert lost.returncode == 2
+    assert "imports: No module named 'lost'" in lost.stderr and "Traceback" not in lost.stderr

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # which one lowers on purpose after a loss that was not finite.
 FREE = (
     *("run", "runs", "resume", "logger", "device", "compile", "optimizer.lr"),
-    *("variant", "metrics", "clip"),  # for what is measured afterwards
+    *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every", "keep")),
 )
 

@@ -142,7 +142,10 @@ class LDMLinear(Path):
         if steps < 2:
             raise ValueError(f"LDMLinear: steps {steps} must be at least 2")
         self.first, self.last, self.steps = first, last, steps
-        betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64).square()
+        # A table of numbers, not of weights: it is there when networks are built on meta, too.
+        with torch.device("cpu"):
+            roots = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64)
+        betas = roots.square()
         # log a_t at t = 0, 1/T, ..., 1
         self._log_a = torch.cat([betas.new_zeros(1), (1 - betas).log().cumsum(0) / 2])
 

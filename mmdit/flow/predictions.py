@@ -130,7 +130,7 @@ class FPrediction(Prediction):
         return Coefficients(sigma / (self.sigma_data * norm), -self.sigma_data / norm)
 
     def misfit(self, path: Path) -> str | None:
-        keeps = (path.a(torch.linspace(0.1, 0.9, 9)) == 1.0).all()
+        keeps = (path.a(torch.linspace(0.1, 0.9, 9, device="cpu")) == 1.0).all()
         return None if keeps else "a_t = 1, as the paths edm and matched_edm have it"
 
     def inputs(self, path: Path, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
