@@ -62,6 +62,13 @@ def test_a_finished_variant_is_not_run_again_and_a_failed_one_stops_no_other(fol
     assert scores["variant"] == "objective.timesteps.s=0.5"  # what was varied, and no more
 
 
+def test_a_finished_variant_is_not_taken_for_one_of_another_config(folder):
+    changed = ("formulation=rf,edm_rf", "optimizer.lr=0.5")
+    result = run(folder, "train.py", "-m", *SMOKE, *changed, code=2)
+    assert "optimizer.lr was 0.0015, now 0.5" in result.stderr
+    assert result.stderr.count("2 jobs of this multirun failed") == 1
+
+
 def test_an_unfinished_variant_goes_on(folder):
     path = run_of(folder, "formulation=rf")
     (path / "scores.json").unlink()

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -26,13 +26,15 @@ from mmdit.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and its continuation: where and how often, and the learning rate,
-# which one lowers on purpose after a loss that was not finite.
+# What may differ between a run and its continuation: where and how often, ...
 FREE = (
-    *("run", "runs", "resume", "logger", "device", "compile", "optimizer.lr"),
+    *("run", "runs", "resume", "logger", "device", "compile"),
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every", "keep")),
 )
+# ... and the learning rate, which one lowers on purpose after a loss that was not finite. A variant
+# of a sweep must have been trained with its own.
+LOWERED = ("optimizer.lr",)
 
 
 class RunFolder:
@@ -211,7 +213,7 @@ def open_run(
                 f"the runs here are {[str(p) for p in root.glob('*-*') if p.is_dir()] or 'none'}"
             )
         folder = RunFolder(path)
-    return _claim(folder, config)
+    return _claim(folder, config, FREE if resume == "finish" else (*FREE, *LOWERED))
 
 
 def _step_of(run: Path) -> int:
@@ -219,7 +221,7 @@ def _step_of(run: Path) -> int:
     return found[-1].step if found else 0
 
 
-def _claim(folder: RunFolder, config: Mapping[str, Any]) -> RunFolder:
+def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[str]) -> RunFolder:
     """Keep the config in the folder, or compare it with the one that is there."""
     path = folder.path / "config.json"
     latest = folder.latest()
@@ -229,12 +231,12 @@ def _claim(folder: RunFolder, config: Mapping[str, Any]) -> RunFolder:
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
-            and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+            and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
         ]
         if changed:
             raise UserError(
                 f"cannot go on with {folder.path}, its config differs: {'; '.join(changed[:10])}. "
-                "Give the same settings, or start a new run without resume="
+                "Give the same settings, or start a new run without resume= (a sweep: under another name=)"
             )
         log.info("going on with %s at step %d", folder.path, latest.step)
     write_atomically(path, json.dumps(config, indent=1).encode())
