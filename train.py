@@ -27,6 +27,7 @@ from configs.stages import (
 )
 from mmdit.checkpoints.native import load_strictly, load_tensors
 from mmdit.checkpoints.runs import Checkpoint
+from mmdit.data.shapes import Shapes
 from mmdit.engine.ema import EMA
 from mmdit.engine.formulation import report_formulation
 from mmdit.engine.loggers import Logger
@@ -34,6 +35,7 @@ from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, tr
 from mmdit.engine.precision import autocast, chosen_device
 from mmdit.engine.runs import open_run
 from mmdit.engine.tasks import FlowTask, encode_dataset
+from mmdit.errors import UserError
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
 
@@ -48,6 +50,11 @@ def job(config: DictConfig, _: Verbatim) -> None:
     device = chosen_device(config.device)
     precision = autocast(device, config.precision)
     data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
+    if not isinstance(data["train"], Shapes):
+        raise UserError(
+            f"data: train.py trains on data=shapes only, so far; {type(data['train']).__name__} "
+            "can be read from Python"
+        )
     pipeline = build_pipeline(config).to(device)
     optimizer = instantiate(config.optimizer)(pipeline)
     ema = EMA(pipeline, profile=instantiate(config.ema))
