@@ -1,5 +1,6 @@
 """CLIP as a measuring instrument: its towers from public weights or from a run of ours."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.conditioning import TextEncoder
 
 Items = TypeVar("Items", Tensor, Sequence[str])
+SEEING = ("vision_model.", "visual_projection.")  # keys of the half that reads no text
 
 
 def load_clip_features(
@@ -105,7 +107,9 @@ def towers(
     hints = heads.get("text", {})
     if "hidden_act" in told["text"]:
         hints = {**hints, "activation": told["text"]["hidden_act"]}
-    text = load(archive, "clip_l", hints=hints, **options)
+    reading = copy.copy(archive)
+    reading.infos = {k: info for k, info in archive.infos.items() if not k.startswith(SEEING)}
+    text = load(reading, "clip_l", hints=hints, **options)
     image = load(archive, "clip_image", hints=heads.get("vision", {}), **options)
     assert isinstance(text, CLIPTextModel) and isinstance(image, CLIPImageModel)
     return text, image

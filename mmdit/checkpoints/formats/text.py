@@ -135,7 +135,6 @@ def t5(_: Description) -> list[Rule]:
 
 
 OLD_BUFFERS = (r"(text_model\.)?embeddings\.position_ids", r"logit_scale")
-SEEING = (r"vision_model\..*", r"visual_projection\.weight")  # the half of CLIP that reads no text
 
 FORMATS = [
     *(
@@ -147,7 +146,7 @@ FORMATS = [
             describe=read_clip,
             rules=clip,
             identity="text_projection.weight",
-            extras=(*OLD_BUFFERS, *SEEING),
+            extras=OLD_BUFFERS,
         )
         for kind in ("clip_l", "clip_g")
         for layout, prefixes in (
