@@ -11,6 +11,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import save
 
+from configs.formulations import store_formulations
 from configs.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,12 @@ def script(name: str) -> object:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def formulations() -> None:
+    """As the script itself makes them known."""
+    store_formulations()
 
 
 @pytest.fixture
@@ -69,6 +76,13 @@ def told(
         (("training.samples=0",), ("samples", "0")),
         (("model.colour=red",), ("model.colour",)),
         (("+model.heads=2",), ("heads", "num_heads")),
+        (("formulation=rf", "objective.path.most=3"), ("most",)),
+        (("objective=rf_mode", "objective.timesteps.s=1.76"), ("s 1.76", "2/(pi-2)")),
+        (("objective=edm", "objective.path.P_s=0"), ("P_s 0", "positive")),
+        (("objective=rf", "objective/prediction=epsilon"), ("Epsilon",)),
+        (("model=toy_uvit", "model.width=191"), ("191",)),
+        (("formulation=rf", "objective=edm"), ("study's rf",)),
+        (("match=size",), ("match=size", "params, flops")),
     ],
 )
 def test_train_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
