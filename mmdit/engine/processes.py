@@ -1,0 +1,121 @@
+"""The processes of one run, as `torchrun` starts them: who I am, and how we agree.
+
+One process needs no `torchrun`; everything here then costs nothing. Tensors of the model travel by
+the backend of their device. What is said here travels by gloo, on the CPU.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmdit.errors import UserError
+
+T = TypeVar("T")
+A_DAY = timedelta(days=1)
+
+
+class Processes:
+    """All processes of a run.
+
+    Attributes:
+        rank: of this process, from 0.
+        world_size: how many there are.
+        group: over which CPU tensors and plain objects travel; None for a single process.
+    """
+
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank, self.world_size, self.group = rank, world_size, group
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Return when all have come here."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def broadcast(self, value: T) -> T:
+        """What the main process gives, in every process; a plain object."""
+        if self.group is None:
+            return value
+        held = [value if self.main else None]
+        dist.broadcast_object_list(held, src=0, group=self.group)
+        return held[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """What each process gives, in the order of ranks; plain objects."""
+        if self.group is None:
+            return [value]
+        held: list[Any] = [None] * self.world_size
+        dist.all_gather_object(held, value, group=self.group)
+        return held
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes of a CPU tensor."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block alone; then the others do, and find its work done."""
+        if not self.main:
+            self.barrier()
+        yield
+        if self.main:
+            self.barrier()
+
+
+def join(device: torch.device, timeout: float) -> Processes:
+    """Meet the other processes that `torchrun` started; alone where it started none.
+
+    Args:
+        device: of this process; see `own_device`.
+        timeout: seconds until an exchange of tensors that nobody answers ends the run.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ:
+        return Processes()
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    # One process may rightly be busy for hours (a stage, a checkpoint) while others wait here.
+    group = dist.new_group(backend="gloo", timeout=A_DAY)
+    return Processes(dist.get_rank(), world_size, group)
+
+
+def leave() -> None:
+    """Take leave of the others, as PyTorch asks at the end of a process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: of several GPUs of a machine, its own.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    mine, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if mine >= count:
+        raise UserError(
+            f"process {mine} of this machine has no GPU: it has {count}; start as many processes "
+            f"(torchrun --nproc_per_node={count})"
+        )
+    torch.cuda.set_device(mine)
+    return torch.device("cuda", mine)
