@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 import mmdit
 from configs.launch import Verbatim, launch
-from mmdit.checkpoints.native import file_hash
-from mmdit.checkpoints.runs import newest_finished, weights_file
+from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.engine.pictures import save_grid
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.errors import UserError
@@ -82,7 +81,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "t5_length": pipe.text.t5.length,
         "given": {key: value for key, value in text.items() if "prompt" not in key},
         "weights": str(source),
-        "weights_sha256": file_hash(source) if isinstance(source, Path) else None,
+        "weights_sha256": hash_of_weights(source) if isinstance(source, Path) else None,
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__},
     }
     wishes = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
@@ -166,10 +165,10 @@ def make_folder(out: Path) -> Path:
 
 
 def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
-    """What to paint with: a weight file of this project, or the name of public weights."""
+    """What to paint with: weights of this project, or the name of public weights."""
     if checkpoint and not mmdit.is_native(checkpoint):
         if Path(checkpoint).is_dir() and not any(Path(checkpoint).rglob("*.safetensors")):
-            return weights_file(Path(checkpoint), config.weights)  # which says what it lacks
+            return find_weights(Path(checkpoint), config.weights)  # which says what it lacks
         return checkpoint
     source = Path(checkpoint) if checkpoint else newest_finished(Path(config.runs))
     if source is None:
@@ -177,7 +176,7 @@ def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
             f"there is no finished run in {config.runs}/: train one with `python train.py`, "
             "or give checkpoint=<run folder, file or hub id>"
         )
-    return weights_file(source, config.weights)
+    return find_weights(source, config.weights)
 
 
 def load(

@@ -37,7 +37,7 @@ from eval.subject import (
     whole,
     write_results,
 )
-from mmdit.checkpoints.runs import weights_file
+from mmdit.checkpoints.runs import find_weights
 from mmdit.checkpoints.sources import local
 from mmdit.engine.pictures import grid_image
 from mmdit.engine.precision import Autocast, autocast, chosen_device, chosen_dtype
@@ -117,7 +117,7 @@ def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
     given, device = text["checkpoint"], chosen_device(config.device)
     native = mmdit.is_native(given) or (Path(given).is_dir() and not holds_weights(Path(given)))
     if native:
-        source = weights_file(Path(given).expanduser(), config.weights)
+        source = find_weights(Path(given).expanduser(), config.weights)
         module = mmdit.load_autoencoder(source)
         compute = autocast(device, config.precision)
     else:

@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 import mmdit
 from configs.launch import Verbatim, launch
-from mmdit.checkpoints.native import file_hash
-from mmdit.checkpoints.runs import newest_finished, weights_file
+from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.data.captions import TASKS, Scene, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.engine.pictures import grid_image
@@ -54,7 +53,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
         raise UserError(
             f"there is no finished run in {config.runs}/: give checkpoint=<run or file>"
         )
-    weights = weights_file(source, config.weights)
+    weights = find_weights(source, config.weights)
     device = chosen_device(config.device)
     pipe = mmdit.load_pipeline(weights).to(device)
     pipe.autocast = autocast(device, config.precision)
@@ -62,7 +61,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     report: dict[str, Any] = {
         "protocol": PROTOCOL,
         "weights": str(weights),
-        "weights_sha256": file_hash(weights),
+        "weights_sha256": hash_of_weights(weights),
         "seed": config.seed,
         "prompts_per_task": n,
         "steps": config.steps or pipe.steps,

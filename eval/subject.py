@@ -16,7 +16,7 @@ from tqdm import tqdm
 import mmdit
 from configs.launch import Verbatim
 from mmdit.checkpoints.native import file_hash
-from mmdit.checkpoints.runs import newest_finished, weights_file
+from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.checkpoints.sources import local
 from mmdit.data.captions import Scene, short_caption
 from mmdit.data.shapes import Shapes
@@ -59,7 +59,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
     device = chosen_device(config.device)
     native = mmdit.is_native(given) or (Path(given).is_dir() and not holds_weights(Path(given)))
     if native:
-        source = weights_file(Path(given).expanduser(), config.weights)
+        source = find_weights(Path(given).expanduser(), config.weights)
         pipe = mmdit.load_pipeline(source, device=device, **used)
         pipe.autocast = autocast(device, config.precision)
     else:
@@ -78,7 +78,9 @@ def holds_weights(folder: Path) -> bool:
 
 
 def hash_of(source: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the names and hashes of its weight files."""
+    """SHA-256 of a run's weights; of a public file; of a folder, of its files' names and hashes."""
+    if mmdit.is_native(source):
+        return hash_of_weights(source)
     if source.is_file():
         return file_hash(source)
     files = sorted(source.rglob("*.safetensors"))
@@ -96,7 +98,7 @@ def open_features(text: Verbatim, device: torch.device) -> tuple[Features | None
         return None, {"clip": None, "clip_sha256": None}
     given = text["clip"]
     features = load_clip_features(given, device=device)
-    path = weights_file(Path(given).expanduser()) if mmdit.is_native(given) else local(given, [])
+    path = find_weights(Path(given).expanduser()) if mmdit.is_native(given) else local(given, [])
     return features, {"clip": given, "clip_sha256": hash_of(path)}
 
 

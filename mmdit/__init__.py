@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from mmdit.checkpoints import runs
 from mmdit.checkpoints.archive import open_file
-from mmdit.checkpoints.native import load_module
 from mmdit.checkpoints.public import find
-from mmdit.checkpoints.runs import weights_file
+from mmdit.checkpoints.runs import is_native
 from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
@@ -34,6 +34,7 @@ __all__ = [
     "Pipeline",
     "UserError",
     "__version__",
+    "is_native",
     "latent_preview",
     "load_autoencoder",
     "load_clip",
@@ -61,7 +62,8 @@ def load_pipeline(
     """All of a text-to-image model, in eval mode.
 
     Args:
-        source: a run folder of this project, one of its checkpoint folders or their weight files;
+        source: a run folder of this project, one of its checkpoint folders, or a file exported from
+            one;
             a single file or a folder of public weights; a hub id; or the name of a preset, like
             'sd3.5-medium'.
         weights: 'ema' or 'raw', where `source` is a run.
@@ -77,8 +79,8 @@ def load_pipeline(
     if is_native(source):
         if given := [name for name, value in published.items() if value and name != "verify"]:
             raise UserError(f"{source} is a model of this project: {given[0]} is for public ones")
-        path = weights_file(Path(source).expanduser(), weights)
-        module = load_module(path)
+        path = runs.find_weights(Path(source).expanduser(), weights)
+        module = runs.load_model(path)
         if not isinstance(module, Pipeline):
             raise UserError(f"{path} holds a {type(module).__name__}, not a text-to-image pipeline")
         without(module, [kind for kind, use in used.items() if not use])
@@ -129,8 +131,8 @@ def load_autoencoder(
 ) -> Autoencoder:
     """The autoencoder alone, of a text-to-image model or of a run that trained one."""
     if is_native(source):
-        path = weights_file(Path(source).expanduser(), weights)
-        module = load_module(path)
+        path = runs.find_weights(Path(source).expanduser(), weights)
+        module = runs.load_model(path)
         if isinstance(module, Pipeline):
             module = module.autoencoder
         if not isinstance(module, Autoencoder):
@@ -230,15 +232,3 @@ def load_controlnet(
     )
     assert isinstance(module, ControlNet)
     return module
-
-
-def is_native(source: str | Path) -> bool:
-    """Whether a source was written by this project's training: a run, a checkpoint, its file."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        run = (path / "checkpoints").is_dir() and not (path / "model_index.json").is_file()
-        return run or (path / "manifest.json").is_file()
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    # As `save_module` writes it: JSON that names a class. Others put prose there.
-    return '"class"' in open_file(path).metadata.get("description", "")

@@ -21,6 +21,7 @@ import mmdit
 from configs.launch import launch
 from eval.random_weights import models_of_size, write_random
 from mmdit.checkpoints.native import file_hash, save_module
+from mmdit.checkpoints.runs import hash_of_weights
 from mmdit.data.captions import vocabulary
 from mmdit.data.shapes import Shapes
 from mmdit.engine.runs import RunFolder
@@ -152,7 +153,7 @@ def checkpoint(folder: Path) -> Path:
 def test_attention_of_a_run(run, folder):
     report = report_of(run("attention", "samples=3", "batch_size=2", "image_sizes=[32,64]"))
     assert (report["protocol"], report["samples"], report["seed"]) == ("attention-1", 3, 0)
-    assert report["weights_sha256"] == file_hash(checkpoint(folder))
+    assert report["weights_sha256"] == hash_of_weights(checkpoint(folder))
     for size, tokens in (("32", 64 + 32), ("64", 256 + 32)):
         seen = report["sizes"][size]
         assert list(seen) == ["t=0.1", "t=0.5", "t=0.9", "all t"]
@@ -191,7 +192,7 @@ def test_encoders_by_subset(run, folder):
     assert rows[0]["loss"] == rows[1]["loss"]  # no guidance enters it
     assert len({row["loss"] for row in rows[1:]}) == 8
     assert rows[0]["clip"] != rows[1]["clip"]
-    assert report["clip_sha256"] == file_hash(folder / "clip.safetensors")
+    assert report["clip_sha256"] == hash_of_weights(folder / "clip.safetensors")
     assert (report["samples"], report["validation_samples"]) == (6, 3)
 
 
@@ -263,7 +264,7 @@ def test_geneval_goes_on_where_it_was_stopped(run, folder):
     assert paths[4].read_bytes() == b"kept as it is"
     report = json.loads((out / "report.json").read_text())
     assert (report["samples"], report["samples_per_prompt"], report["seed"]) == (18, 3, 0)
-    assert report["weights_sha256"] == file_hash(checkpoint(folder))
+    assert report["weights_sha256"] == hash_of_weights(checkpoint(folder))
     assert "seed 0, not 1" in run("geneval", *words, "seed=1", code=2)
 
 

@@ -9,12 +9,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
@@ -58,22 +59,32 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path
         UserError: with the first ten keys that are missing, unexpected or misshapen; nothing is
             loaded then.
     """
-    wanted = module.state_dict()
-    faults = {
-        "missing": [key for key in wanted if key not in tensors],
-        "unexpected": [key for key in tensors if key not in wanted],
-        "misshapen": [
-            f"{key} {tuple(tensors[key].shape)} instead of {tuple(wanted[key].shape)}"
-            for key in wanted
-            if key in tensors and tensors[key].shape != wanted[key].shape
-        ],
-    }
-    if any(faults.values()):
-        told = "; ".join(
-            f"{len(keys)} {fault}: {', '.join(keys[:10])}" for fault, keys in faults.items() if keys
-        )
+    if told := differences(module.state_dict(), tensors):
         raise UserError(f"{source} does not fit {type(module).__name__}: {told}")
     module.load_state_dict(dict(tensors))
+
+
+class Shaped(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def differences(wanted: Mapping[str, Shaped], found: Mapping[str, Shaped]) -> str:
+    """The first ten keys that are missing, unexpected or misshapen in `found`; '' if none is."""
+    faults = {
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": [key for key in found if key not in wanted],
+        "misshapen": [
+            f"{key} {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in found and tuple(found[key].shape) != tuple(wanted[key].shape)
+        ],
+    }
+    return "; ".join(
+        f"{len(keys)} {fault}: {', '.join(keys[:10])}" for fault, keys in faults.items() if keys
+    )
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -102,6 +113,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {key: json.loads(value) for key, value in metadata.items()}
 
 
+def flush(folder: Path) -> None:
+    """Make what was made and renamed in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -110,9 +130,16 @@ def file_hash(path: Path) -> str:
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of a module's weights and buffers, in hexadecimal; the same wherever they lie."""
+    return tensors_hash(module.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names, in hexadecimal; the same wherever they lie."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
+    for name, tensor in sorted(tensors.items()):
+        # Of a tensor spread over processes all is gathered: every process must ask.
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        value = gathered.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

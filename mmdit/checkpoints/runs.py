@@ -5,17 +5,30 @@ runs/shapes-001/
     metrics.jsonl          one line per logged step
     loss.png, samples/     to look at
     checkpoints/step_00001000/
-        ema.safetensors, raw.safetensors    modules, complete with their description
-        optimizer.safetensors               AdamW's moments
-        manifest.json                       step, figures, sizes and hashes; written last
+        raw/, ema/         weights as trained and averaged, in files of tensors or parts of them
+        optimizer/         its moments, likewise
+        manifest.json      step, figures, descriptions, config, sizes and hashes; written last
 """
 
+import hashlib
 import json
+import logging
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmdit.checkpoints.native import file_hash
+from torch import Tensor, nn
+
+from mmdit.checkpoints import native, shards
+from mmdit.checkpoints.archive import open_file
 from mmdit.errors import UserError
+from mmdit.registry import build
+
+log = logging.getLogger(__name__)
+STEP_FOLDER = re.compile(r"step_\d{8,}")  # others are being written, or were set aside
+WEIGHTS = ("ema", "raw")
 
 
 class Checkpoint(NamedTuple):
@@ -26,69 +39,225 @@ class Checkpoint(NamedTuple):
     finished: bool
     figures: dict[str, float]  # of the last evaluation
 
-    def verified(self, name: str) -> Path:
-        """Path of one of its files, after comparing it with the manifest.
+    def fault(self, group: str | None = None) -> str | None:
+        """What is not as it was written; None if nothing. Reads all bytes.
+
+        Args:
+            group: 'ema', 'raw' or 'optimizer'; None is all of them.
 
         Raises:
-            UserError: the file is missing, or its content has changed since it was written.
+            UserError: the manifest is damaged.
         """
-        path = self.folder / name
-        expected = read_manifest(self.folder)["files"][name]
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            size = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-            fault = f"is {size}, instead of {expected['bytes']} bytes"
-        elif file_hash(path) != expected["sha256"]:
-            fault = "does not have the content that was written (its SHA-256 differs)"
-        else:
-            return path
-        others = [c.folder for c in checkpoints_in(self.folder.parent.parent) if c != self]
-        hint = f"use an older one: {others[-1]}" if others else "there is no other in this run"
-        raise UserError(f"checkpoint {self.folder} is damaged: {name} {fault}; {hint}")
+        files: dict[str, Any] = {
+            name: expected
+            for name, expected in read_manifest(self.folder)["files"].items()
+            if group is None or name == group or name.startswith(f"{group}/")
+        }
+        with ThreadPoolExecutor(4) as threads:  # hashing leaves Python to others
+            faults = threads.map(lambda name: _fault(self.folder / name, files[name]), files)
+            told = [f"{n} {fault}" for n, fault in zip(files, faults, strict=True) if fault]
+        there = self.folder.glob(f"{group or '*'}/*.safetensors")
+        told += [
+            f"{name} is no part of it"
+            for name in sorted(path.relative_to(self.folder).as_posix() for path in there)
+            if name not in files
+        ]
+        return "; ".join(told) or None
+
+    def verified(self, group: str) -> Path:
+        """Folder of one of its groups, after comparing the files with the manifest.
+
+        Raises:
+            UserError: there is no such group; a file is missing, or its content has changed.
+        """
+        if fault := self.fault(group):
+            others = [
+                f for f in step_folders(self.folder.parent.parent) if f.name < self.folder.name
+            ]
+            hint = f"use an older one: {others[-1]}" if others else "there is no older one"
+            raise UserError(f"checkpoint {self.folder} is damaged: {fault}; {hint}")
+        if not (self.folder / group).exists():
+            raise UserError(f"checkpoint {self.folder} holds no {group}")
+        return self.folder / group
+
+
+def _fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"is {size} bytes, instead of {expected['bytes']} bytes"
+        if native.file_hash(path) != expected["sha256"]:
+            return "does not have the content that was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def sealed(facts: Mapping[str, Any]) -> bytes:
+    """A manifest as bytes, with its own hash, so that no byte of it can change unseen."""
+    digest = hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
+    return json.dumps({"manifest_sha256": digest, **facts}, indent=1).encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Facts of a checkpoint folder, written after all its other files."""
+    """Facts of a checkpoint folder, written after all its other files.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        return manifest
-    except (OSError, ValueError) as error:
+        written = (folder / "manifest.json").read_bytes()
+        manifest: dict[str, Any] = dict(json.loads(written))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} has no readable manifest.json ({error})") from error
+    if "ema.safetensors" in manifest.get("files", ()):
+        return manifest
+    manifest.pop("manifest_sha256", None)
+    if written != sealed(manifest):
+        raise UserError(f"checkpoint {folder} is damaged: its manifest.json was changed")
+    return manifest
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or damaged, oldest step first."""
+    found = [path for path in run.glob("checkpoints/step_*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """What a checkpoint folder says of itself.
+
+    Raises:
+        UserError: its manifest is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    return Checkpoint(folder, *(manifest[name] for name in ("step", "finished", "figures")))
 
 
 def checkpoints_in(run: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a run, oldest step first; found by manifest, never by clock."""
-    found = []
-    for manifest in sorted(run.glob("checkpoints/step_*/manifest.json")):
-        if not manifest.parent.name.endswith(".tmp"):
-            content = read_manifest(manifest.parent)
-            facts = (content[name] for name in ("step", "finished", "figures"))
-            found.append(Checkpoint(manifest.parent, *facts))
+    """The checkpoints of a run, oldest step first; found by manifest, never by clock.
+
+    One whose manifest is damaged is named in a warning and left out.
+
+    Raises:
+        UserError: there are some, and the manifests of all are damaged.
+    """
+    found, faults = [], []
+    for folder in step_folders(run):
+        try:
+            found.append(open_checkpoint(folder))
+        except UserError as error:
+            faults.append(str(error))
+    if faults and not found:
+        raise UserError("; ".join(faults))
+    for fault in faults:
+        log.warning("%s: it does not count", fault)
     return found
 
 
-def weights_file(source: Path, weights: str = "ema") -> Path:
-    """The file that holds the weights of a run folder, of a checkpoint folder, or the file itself.
+def is_native(source: str | Path) -> bool:
+    """Whether a source was written by this project's training: a run, a checkpoint, its weights."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        run = (path / "checkpoints").is_dir() and not (path / "model_index.json").is_file()
+        group = path.name in WEIGHTS and (path.parent / "manifest.json").is_file()
+        return run or group or (path / "manifest.json").is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    # As `save_module` writes it: JSON that names a class. Others put prose there.
+    return '"class"' in open_file(path).metadata.get("description", "")
+
+
+def find_weights(source: Path, weights: str = "ema") -> Path:
+    """The folder that holds the weights of a run or of a checkpoint, verified; or a file itself.
+
+    Of a run, the newest checkpoint whose weights are undamaged; a damaged one is named in a
+    warning.
 
     Args:
-        source: any of the three.
-        weights: 'ema' or 'raw', for the folders.
+        source: a run folder, a checkpoint folder, a folder that this gave, or an exported file.
+        weights: 'ema' or 'raw', for runs and checkpoints.
 
     Raises:
         UserError: nothing is there, or what is there is damaged.
     """
-    if weights not in ("ema", "raw"):
+    if weights not in WEIGHTS:
         raise UserError(f"weights={weights} must be ema or raw")
     if source.is_file():
         return source
     if not source.exists():
         raise UserError(f"checkpoint={source}: there is no such file or folder")
     if (source / "manifest.json").is_file():
-        found = [c for c in checkpoints_in(source.parent.parent) if c.folder == source]
-    else:
-        found = checkpoints_in(source)
+        return _group(open_checkpoint(source), weights)
+    if source.name in WEIGHTS and (source.parent / "manifest.json").is_file():
+        return _group(open_checkpoint(source.parent), source.name)
+    found = checkpoints_in(source)
     if not found:
         raise UserError(f"checkpoint={source}: that folder has no complete checkpoint")
-    return found[-1].verified(f"{weights}.safetensors")
+    newest: UserError | None = None
+    for checkpoint in reversed(found):
+        try:
+            chosen = _group(checkpoint, weights)
+        except UserError as error:
+            newest = newest or error
+        else:
+            if newest:
+                log.warning("%s. Using %s", newest, chosen)
+            return chosen
+    assert newest is not None
+    raise newest
+
+
+def _group(checkpoint: Checkpoint, weights: str) -> Path:
+    former = (checkpoint.folder / "ema.safetensors").exists()
+    return checkpoint.verified(f"{weights}.safetensors" if former else weights)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of what `find_weights` gave, on the CPU.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    return shards.read(path) if path.is_dir() else native.load_tensors(path)[0]
+
+
+def load_model(path: Path) -> nn.Module:
+    """The module that `find_weights` gave the place of; in eval mode, on the CPU.
+
+    Raises:
+        UserError: it cannot be read, or does not fit its own description.
+    """
+    if path.is_file():
+        return native.load_module(path)
+    module: nn.Module = build(description_of(path))
+    native.load_strictly(module, load_weights(path), path)
+    return module.eval()
+
+
+def description_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the module in one of its folders.
+
+    Raises:
+        UserError: nothing, or the manifest is damaged.
+    """
+    described: dict[str, Any] = read_manifest(path.parent)["descriptions"]
+    if path.name not in described:
+        raise UserError(f"checkpoint {path.parent} describes no module {path.name}")
+    return dict(described[path.name])
+
+
+def hash_of_weights(path: Path) -> str:
+    """SHA-256 of the weights that `find_weights` gave the place of, in hexadecimal.
+
+    That of `weights_hash`: the same however many processes wrote them, and in an exported file.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    return native.tensors_hash(load_weights(path))
 
 
 def newest_finished(root: Path) -> Path | None:
@@ -96,6 +265,9 @@ def newest_finished(root: Path) -> Path | None:
     finished = []
     for run in root.glob("*"):
         if (run / "config.json").is_file():
-            done = [c.folder for c in checkpoints_in(run) if c.finished]
-            finished += [(read_manifest(folder)["finished_at"], run) for folder in done]
+            try:
+                done = [c.folder for c in checkpoints_in(run) if c.finished]
+                finished += [(read_manifest(folder)["finished_at"], run) for folder in done]
+            except UserError as error:
+                log.warning("%s: the run does not count", error)
     return max(finished)[1] if finished else None

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from mmdit.checkpoints.native import (
     file_hash,
-    load_module,
     load_tensors,
     save_tensors,
     write_atomically,
 )
-from mmdit.checkpoints.runs import checkpoints_in
+from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.errors import UserError
 
@@ -194,8 +193,8 @@ def reconstruct(run: Path, *, sigma_rel: float, step: int | None = None) -> nn.M
         step: where it ends; None is the newest snapshot's.
 
     Returns:
-        The module that `ema.safetensors` holds, with these weights instead; `save_module` writes it
-        as a file that `sample.py` takes.
+        The averaged module of the newest checkpoint, with these weights instead; `save_module`
+        writes it as a file that `sample.py` takes.
 
     Raises:
         UserError: the run has no snapshot up to that step, or one is damaged.
@@ -212,7 +211,7 @@ def reconstruct(run: Path, *, sigma_rel: float, step: int | None = None) -> nn.M
         "sigma_rel %g at step %d from %d snapshots: the profile departs by %.2g of its norm",
         *(sigma_rel, end, len(snapshots), error),
     )
-    module = load_module(checkpoints_in(run)[-1].verified("ema.safetensors"))
+    module = load_model(find_weights(run))
     total: dict[str, Tensor] = {}
     weight_of = {(s.path, name): c for (s, name, _), c in zip(kept, coefficients, strict=True)}
     for snapshot in snapshots:

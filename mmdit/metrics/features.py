@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from mmdit.checkpoints.archive import Archive, verify_hashes
 from mmdit.checkpoints.folders import read_config
-from mmdit.checkpoints.native import load_module
 from mmdit.checkpoints.public import load
-from mmdit.checkpoints.runs import weights_file
+from mmdit.checkpoints.runs import find_weights, is_native, load_model
 from mmdit.checkpoints.sources import local, weights_of
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
@@ -41,7 +40,7 @@ def load_clip_features(
     Args:
         source: a file or folder of public weights with both towers, like
             openai/clip-vit-large-patch14; or a run of ours that trained a `CLIPPair`, its
-            checkpoint folder or its weight file.
+            checkpoint folder or a file exported from one.
         weights: 'ema' or 'raw', of a run.
         tokenizer: folder of the public tokenizer's files; None looks beside the weights.
         dtype: of the weights; None keeps the file's.
@@ -52,9 +51,9 @@ def load_clip_features(
         UserError: nothing of the kind is there, it is damaged, or it is another kind of model.
     """
     path = Path(source).expanduser()
-    if is_run(path):
-        file = weights_file(path, weights)
-        pair = load_module(file)
+    if is_native(path):
+        file = find_weights(path, weights)
+        pair = load_model(file)
         if not isinstance(pair, CLIPPair):
             raise UserError(f"{file} holds a {type(pair).__name__}, not a CLIPPair")
         return pair.to(dtype=dtype, device=device)
@@ -69,15 +68,6 @@ def load_clip_features(
     if "logit_scale" in archive.infos:
         pair.logit_scale.data = archive["logit_scale"].float().reshape(())
     return pair.eval().to(device=device)
-
-
-def is_run(path: Path) -> bool:
-    """Whether `path` is a run of this project, one of its checkpoint folders or weight files."""
-    if path.is_dir():
-        return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    return '"class"' in Archive([path]).metadata.get("description", "")
 
 
 def towers(
