@@ -63,10 +63,11 @@ class TextEncoder(nn.Module):
     def device(self) -> torch.device:
         return self.model.token_embedding.weight.device
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:  # -> (b, length) int64
-        return self.tokenizer(prompts).to(self.device)
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:  # -> (b, length) int64, on the CPU
+        return self.tokenizer(prompts)
 
-    def forward(self, ids: Tensor) -> Encoding:  # (b, length) int64
+    def forward(self, ids: Tensor) -> Encoding:  # (b, length) int64, anywhere
+        ids = ids.to(self.device, non_blocking=True)
         if isinstance(self.model, CLIPTextModel):
             return Encoding(*self.model(ids))
         hidden = self.model(ids)
@@ -95,7 +96,7 @@ class AbsentEncoder(nn.Module):
         return self.place.device
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:  # -> (b, length) int64, all zeros
-        return torch.zeros(len(prompts), self.length, dtype=torch.int64, device=self.device)
+        return torch.zeros(len(prompts), self.length, dtype=torch.int64)
 
     def forward(self, ids: Tensor) -> Encoding:  # (b, length) int64
         hidden = self.place.new_zeros(*ids.shape, self.width)
@@ -166,7 +167,7 @@ class TextConditioner(nn.Module):
         return self.clip_l, self.clip_g, self.t5
 
     def tokenize(self, prompts: Sequence[str]) -> TokenIds:
-        """Ids of the prompts for each encoder, on its device."""
+        """Ids of the prompts for each encoder, on the CPU: a loader's worker can make them."""
         return TokenIds(*(encoder.tokenize(prompts) for encoder in self.encoders))
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:

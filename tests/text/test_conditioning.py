@@ -205,11 +205,10 @@ def test_a_condition_of_narrow_encoders_is_narrow(text):
 
 
 @torch.no_grad()
-def test_every_encoder_gets_its_ids_where_it_is_and_clip_l_gathers_the_condition(text):
+def test_ids_are_made_on_the_cpu_and_clip_l_gathers_the_condition(text):
     apart = without(text, "clip_l")
     apart.clip_l.to("meta")
-    devices = [ids.device.type for ids in apart.tokenize(PROMPTS)]
-    assert devices == ["meta", "cpu", "cpu"]
+    assert {ids.device.type for ids in apart.tokenize(PROMPTS)} == {"cpu"}
     assert all(part.device.type == "meta" for part in apart.encode(PROMPTS))
 
 
