@@ -1,7 +1,8 @@
 """The order of training samples: a pure function of (seed, position), with no state to save."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from numpy.typing import ArrayLike
 
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
+
+Order: TypeAlias = Callable[[int, int], list[int]]  # (start, count) -> sample indices
 
 
 class ShuffledOrder:

@@ -20,6 +20,7 @@ from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
 from mmdit.data.checks import expect, one_of
 from mmdit.data.composition import Kind, hold_out
 from mmdit.data.drawing import COLOURS, SHAPES, Image, Object, draw
+from mmdit.data.order import ShuffledOrder
 
 __all__ = ["SPLITS", "Kind", "Object", "Sample", "Scene", "Shapes", "short_caption"]
 
@@ -68,6 +69,7 @@ class Shapes:
         task_weights: task -> relative frequency; a task left out has none.
         rich_fraction: share of captions that name everything instead of just what the task asks.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
+        samples: size of the training set; indices beyond it are no mistake.
 
     Raises:
         ValueError: an argument is out of range, or the arguments do not fit each other.
@@ -89,8 +91,10 @@ class Shapes:
         task_weights: Mapping[str, float] = DEFAULT_WEIGHTS,
         rich_fraction: float = 0.5,
         held_out_fraction: float = 0.125,
+        samples: int = 20_000,
     ) -> None:
         self.split, self.image_size, self.seed = split, image_size, seed
+        self.samples = samples
         self.shapes, self.colours = tuple(shapes), tuple(colours)
         self.backgrounds = tuple(backgrounds)
         self.sizes = {name: (float(least), float(most)) for name, (least, most) in sizes.items()}
@@ -134,11 +138,25 @@ class Shapes:
         """The picture of a scene at this dataset's resolution: uint8 (h, w, 3)."""
         return draw(scene.objects, scene.background, self.image_size)
 
-    def batch(self, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
-        """Pictures as one uint8 tensor (b, h, w, 3), and their captions."""
+    def __len__(self) -> int:
+        """Training sees so many; there are more, of which evaluations may take any."""
+        return self.samples
+
+    def batch(self, indices: Iterable[int], step: int = 0) -> tuple[torch.Tensor, list[str]]:
+        """Pictures as one uint8 tensor (b, h, w, 3), and their captions; the same at every step."""
+        del step
         samples = [self[index] for index in indices]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         return images, [sample.caption for sample in samples]
+
+    def square(self, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
+        """The same: these pictures are square as they are."""
+        return self.batch(indices)
+
+    def order(self, *, batch_size: int, seed: int) -> ShuffledOrder:
+        """The order of training; batches of any size, since all pictures have one."""
+        del batch_size
+        return ShuffledOrder(size=self.samples, seed=seed)
 
     @property
     def words(self) -> list[str]:
@@ -263,6 +281,7 @@ class Shapes:
         size, most = self.image_size, self.max_count
         expect(size > 0 and size % 32 == 0, "image_size", size, "must be a multiple of 32")
         expect(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2**63 - 1")
+        expect(self.samples >= 1, "samples", self.samples, "must be at least 1")
         expect(self.grid >= 1, "grid", self.grid, "must be at least 1")
         expect(self.jitter >= 0, "jitter", self.jitter, "must not be negative")
         room = min(self.grid**2, len(NUMBERS) - 1)

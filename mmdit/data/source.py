@@ -115,6 +115,18 @@ class CaptionedImages(ABC):
         images = torch.from_numpy(np.stack([image for image, _ in samples]))
         return images, [caption for _, caption in samples]
 
+    def square(self, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
+        """Pictures cropped to S x S at their centres, uint8 (b, S, S, 3), and their captions.
+
+        Always the same ones, whatever the step: for figures that are to be compared.
+        """
+        images, captions = [], []
+        for index in indices:
+            image, told = self._open(index)
+            images.append(fit(image, (self.image_size, self.image_size)))
+            captions.append(choose(told, self.mix, generator_for(self.seed, "square", index)))
+        return torch.from_numpy(np.stack(images)), captions
+
     def order(self, *, batch_size: int, seed: int) -> BucketedOrder:
         """The order of training, in global batches of one size each."""
         groups = [f"{height}x{width}" for height, width in self.buckets.sizes]
