@@ -27,15 +27,18 @@ from configs.stages import (
 )
 from mmdit.checkpoints.native import load_strictly, load_tensors
 from mmdit.checkpoints.runs import Checkpoint
+from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
+from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
 from mmdit.engine.formulation import report_formulation
-from mmdit.engine.loggers import Logger
+from mmdit.engine.loggers import Logger, NoLogger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, train
-from mmdit.engine.precision import autocast, chosen_device
-from mmdit.engine.runs import open_run
-from mmdit.engine.tasks import FlowTask, encode_dataset
-from mmdit.errors import UserError
+from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
+from mmdit.engine.processes import join, leave, own_device
+from mmdit.engine.runs import open_together
+from mmdit.engine.sources import Data
+from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
 
@@ -47,28 +50,31 @@ def job(config: DictConfig, _: Verbatim) -> None:
     began = time.perf_counter()
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_variant(config.variant, plain["objective"])
-    device = chosen_device(config.device)
+    device = own_device(chosen_device(config.device))
     precision = autocast(device, config.precision)
-    data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
-    if not isinstance(data["train"], Shapes):
-        raise UserError(
-            f"data: train.py trains on data=shapes only, so far; {type(data['train']).__name__} "
-            "can be read from Python"
-        )
-    pipeline = build_pipeline(config).to(device)
-    optimizer = instantiate(config.optimizer)(pipeline)
-    ema = EMA(pipeline, profile=instantiate(config.ema))
-    posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
-    if config.compile:
-        pipeline.mmdit.compile()
-    schedule = instantiate(config.schedule)
     settings = Settings.of(config.training, "training")
     Settings.of(config.autoencoder.training, "autoencoder.training")
     validation_size = positive(config.training, "validation_size", "training")
-    logger: Logger = instantiate(config.logger)
+    processes = join(device, settings.timeout)
+    with processes.main_first():  # what one writes while it looks through the data, others find
+        data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
+    pipeline = build_pipeline(config).to(device)
+    ema = EMA(pipeline, profile=instantiate(config.ema))
+    parallel = instantiate(config.parallel)
+    recompute(pipeline, config.activation_checkpointing)
+    if config.compile:
+        pipeline.mmdit.compile()
+    dtype = chosen_dtype(device, config.precision)
+    parallel.place(pipeline, ema.module, device=device, dtype=dtype)
+    optimizer = instantiate(config.optimizer)(pipeline)
+    posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
+    schedule = instantiate(config.schedule)
+    latents = instantiate(config.latents)
+    logger: Logger = instantiate(config.logger) if processes.main else NoLogger()
 
     label = sweep_label()
-    run = open_run(
+    run = open_together(
+        processes,
         Path(config.runs),
         name=config.name,
         run=config.run or (label and str(sweep_folder(config, label))),
@@ -79,22 +85,24 @@ def job(config: DictConfig, _: Verbatim) -> None:
         log.info("%s is finished", run.path)
         return
     try:
-        path = autoencoder_weights(config, plain, data, device, precision)
+        with processes.main_first():
+            path = autoencoder_weights(config, plain, data, device, precision)
         for holder in (pipeline, ema.module):
             load_strictly(holder.autoencoder, load_tensors(path)[0], path)
         # A group that is left out has no key.
         measured = config.get("metrics") is not None
         measure = clip_for_metrics(config, plain, device, precision) if measured else None
-        report_formulation(pipeline.objective, run.path)
-        latents, captions = encode_dataset(
-            pipeline.autoencoder, data["train"], settings.samples, precision
-        )
+        if processes.main:
+            report_formulation(pipeline.objective, run.path)
         task = FlowTask(
             module=pipeline,
-            latents=latents,
-            captions=captions,
-            validation=data["validation"],
-            validation_size=validation_size,
+            source=latents(
+                data=data["train"],
+                autoencoder=pipeline.autoencoder,
+                text=pipeline.text,
+                autocast=precision,
+            ),
+            validation=validation_of(data["validation"], validation_size),
             seed=config.seed,
             autocast=precision,
         )
@@ -109,18 +117,23 @@ def job(config: DictConfig, _: Verbatim) -> None:
             ema=ema,
             logger=logger,
             posthoc=posthoc,
+            processes=processes,
+            parallel=parallel,
         )
         if measure is not None:
             pipelines = {"ema": ema.module, "raw": pipeline}
             variant = config.variant or label or config.name
             write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
     except Interrupted as stop:
-        print(f"\nstopped by {stop}; saved in {stop.checkpoint.folder}", file=sys.stderr)
-        print(f"to go on: {how_to_resume(run.path, sys.argv[1:])}", file=sys.stderr)
+        if processes.main:
+            print(f"\nstopped by {stop}; saved in {stop.checkpoint.folder}", file=sys.stderr)
+            print(f"to go on: {how_to_resume(run.path, sys.argv[1:])}", file=sys.stderr)
         sys.exit(128 + stop.number)
     finally:
         logger.close()
-    tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)
+        leave()
+    if processes.main:
+        tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)
 
 
 def describe(config: DictConfig) -> Iterator[str]:
@@ -169,6 +182,19 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     )
     pipeline.latent_size(config.image_size, config.image_size)
     return pipeline
+
+
+def validation_of(data: Data, count: int) -> Validation:
+    """The first `count` pictures of the validation split, and what to paint to look at."""
+    images, captions = data.square(range(min(count, len(data))))
+    return Validation(images, captions, prompts_of(data) or captions[:16])
+
+
+def prompts_of(data: Data) -> list[str]:
+    """Prompts that ask for each task, where a data set has tasks."""
+    if not isinstance(data, Shapes):
+        return []
+    return [short_caption(data.scene_for_task(task, i)) for task in TASKS for i in range(4)]
 
 
 def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:

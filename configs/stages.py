@@ -28,6 +28,7 @@ from mmdit.engine.optimizers import adamw
 from mmdit.engine.precision import Autocast
 from mmdit.engine.runs import RunFolder, config_hash
 from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.sources import Data
 from mmdit.engine.tasks import AutoencoderTask, Task
 from mmdit.metrics.scores import PROTOCOL
 from mmdit.pipeline import Pipeline
@@ -93,7 +94,7 @@ def train_stage(
 def autoencoder_weights(
     config: DictConfig,
     plain: dict[str, Any],
-    data: dict[str, Shapes],
+    data: dict[str, Data],
     device: torch.device,
     precision: Autocast,
 ) -> Path:
@@ -103,7 +104,7 @@ def autoencoder_weights(
         return AutoencoderTask(
             module=module,  # type: ignore[arg-type]
             data=data["train"],
-            validation=data["validation"],
+            truth=data["validation"].square(range(min(64, len(data["validation"]))))[0],
             kl_weight=config.autoencoder.kl_weight,
             seed=config.seed,
             autocast=precision,
@@ -118,7 +119,11 @@ def clip_for_metrics(
 ) -> tuple[CLIPPair, Shapes]:
     """The CLIP that measures, and the pictures it compares with: the same at every seed."""
     seed = config.metrics.seed
-    splits = {s: instantiate(config.data, split=s, seed=seed) for s in ("train", "validation")}
+    samples = config.clip.samples
+    splits = {
+        split: instantiate(config.data, split=split, seed=seed, samples=samples)
+        for split in ("train", "validation")
+    }
 
     def task(module: nn.Module) -> Task:
         assert isinstance(module, CLIPPair)
@@ -129,7 +134,7 @@ def clip_for_metrics(
             autocast=precision,
         )
 
-    data = {**plain["data"], "seed": seed}
+    data = {**plain["data"], "seed": seed, "samples": samples}
     recipe = {"clip": plain["clip"], "data": data, "precision": plain["precision"]}
     path = find_or_train(config, "clip", recipe, task, device, seed=seed)
     clip = instantiate(config.clip.model).to(device).eval()

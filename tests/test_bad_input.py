@@ -73,7 +73,7 @@ def told(
         (("resume=runs/nowhere",), ("runs/nowhere", "no run")),
         (("text.dropout=1.5",), ("dropout 1.5", "[0, 1]")),
         (("text.clip_l.model.vocabulary_size=8",), ("vocabulary_size 8", "at least")),
-        (("training.samples=0",), ("samples", "0")),
+        (("data.samples=0",), ("samples", "0")),
         (("model.colour=red",), ("model.colour",)),
         (("+model.heads=2",), ("heads", "num_heads")),
         (("formulation=rf", "objective.path.most=3"), ("most",)),

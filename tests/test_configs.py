@@ -13,7 +13,9 @@ import yaml
 from hydra.utils import instantiate
 
 import mmdit.engine.ema
+import mmdit.engine.parallel
 import mmdit.engine.schedules
+import mmdit.engine.sources
 import mmdit.flow.grids
 import mmdit.flow.guidance
 import mmdit.flow.paths
@@ -35,11 +37,16 @@ VARIANTS = {
     "schedule": mmdit.engine.schedules,
     "ema": mmdit.engine.ema,
     "grid": mmdit.flow.grids,
+    "parallel": mmdit.engine.parallel,
+    "latents": mmdit.engine.sources,
 }
 
 
 # What wrappers and objectives share, and no variant of its own.
-HELPERS = {"Coefficients", "like", "Sides", "squeezed", "EMA", "take_in", "gamma_of"}
+HELPERS = {
+    *("Coefficients", "like", "Sides", "squeezed", "EMA", "take_in", "local", "gamma_of"),
+    *("Parallel", "world_size", "check_started", "whole", "Data", "Read", "Source", "encode"),
+}
 
 
 def snake_case(name: str) -> str:

@@ -11,11 +11,15 @@ from omegaconf import DictConfig
 from configs.formulations import store_formulations, study
 from configs.launch import CONFIGS
 from mmdit.engine.formulation import report_formulation
-from mmdit.engine.loop import make_step
+from mmdit.engine.loader import Part
+from mmdit.engine.parallel import Single
 from mmdit.engine.precision import autocast
+from mmdit.engine.processes import Processes
+from mmdit.engine.sources import FromMemory
+from mmdit.engine.step import Stepper
 from mmdit.engine.tasks import FlowTask
 from mmdit.metrics.scores import SETTINGS
-from train import build_pipeline, describe
+from train import build_pipeline, describe, validation_of
 
 TINY = (
     *("model.depth=1", "model.width=24", "model.num_heads=2"),
@@ -43,20 +47,31 @@ def one_thread():
 def test_it_trains_twenty_steps_and_paints_under_all_six_settings(row, one_thread):
     config = composed(f"formulation={row.option}", "experiment=table1", *TINY)
     pipe = build_pipeline(config)
-    data = instantiate(config.data, split="train")
+    precision = autocast(torch.device("cpu"), "fp32")
     task = FlowTask(
         module=pipe,
-        latents=torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-        captions=[data.caption(i) for i in range(8)],
-        validation=instantiate(config.data, split="validation"),
-        validation_size=2,
+        source=FromMemory(
+            data=instantiate(config.data, split="train", samples=8),
+            autoencoder=pipe.autoencoder,
+            text=pipe.text,
+            autocast=precision,
+        ),
+        validation=validation_of(instantiate(config.data, split="validation"), 2),
         seed=0,
-        autocast=autocast(torch.device("cpu"), "fp32"),
+        autocast=precision,
     )
-    optimizer = instantiate(config.optimizer)(pipe)
+    make_step = Stepper(
+        pipe,
+        task.loss,
+        parallel=Single(),
+        processes=Processes(),
+        optimizer=instantiate(config.optimizer)(pipe),
+        clip=1.0,
+        skips=False,
+    )
     before = [weight.clone() for weight in pipe.mmdit.parameters()]
     for step in range(20):  # raises where a loss or a gradient is not finite
-        make_step(task, optimizer, step, [0, 1, 2, 3], clip=1.0)
+        make_step([Part(step, [0, 1, 2, 3], task.example(step, [0, 1, 2, 3]))])
     after = list(pipe.mmdit.parameters())
     assert not any(torch.equal(w, b) for w, b in zip(after, before, strict=True) if w.ndim > 1)
     losses = task.evaluate(pipe)

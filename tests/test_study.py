@@ -13,7 +13,7 @@ SMOKE = (
     *("experiment=smoke", "precision=fp32", "metrics=study", "name=study"),
     *("metrics.samples=6", "metrics.references=8", "metrics.batch_size=6"),
     *("clip.training.steps=2", "clip.training.batch_size=8", "clip.training.evaluate_every=2"),
-    *("clip.training.save_every=2", "clip.training.samples=64"),
+    *("clip.training.save_every=2", "clip.samples=64"),
 )
 
 

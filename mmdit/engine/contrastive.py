@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.data.order import Order
 from mmdit.data.shapes import Shapes
 from mmdit.engine.precision import Autocast
+from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.text.clip_pair import CLIPPair
 
@@ -49,8 +51,20 @@ class ContrastiveTask:
     def protocol(self) -> dict[str, str | int]:
         return {"protocol": "retrieval-1", "samples": CHOICES * len(self._rounds), "seed": 0}
 
-    def loss(self, step: int, indices: Sequence[int]) -> Tensor:
-        images, captions = self.data.batch(indices)
+    def order(self, *, batch_size: int, seed: int) -> Order:
+        return self.data.order(batch_size=batch_size, seed=seed)
+
+    def example(self, step: int, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        return self.data.batch(indices, step)
+
+    def times(self, example: tuple[Tensor, list[str]]) -> None:
+        return None
+
+    def work(self, example: tuple[Tensor, list[str]]) -> Work:
+        return Work()
+
+    def loss(self, example: tuple[Tensor, list[str]]) -> Tensor:
+        images, captions = example
         with self.autocast():
             seen = self.module.image_features(images)
             told = self.module.text_features(captions)

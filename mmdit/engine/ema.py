@@ -5,6 +5,7 @@ average are all that a resumed run needs.
 """
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmdit.errors import UserError
 
@@ -122,13 +124,16 @@ class EMA(Generic[M]):
     def __init__(self, module: M, *, profile: Profile) -> None:
         self.profile = profile
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._pairs = [
-            (average, weight)
-            for average, weight in zip(self.module.parameters(), module.parameters(), strict=True)
-            if weight.requires_grad
-        ]
-        for average, _ in self._pairs:
-            average.data = average.data.float()
+        self._trained = module
+        for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
+            if weight.requires_grad:
+                average.data = average.data.float()
+
+    @functools.cached_property
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Averages and weights, found after both may have been spread over processes."""
+        both = zip(self.module.parameters(), self._trained.parameters(), strict=True)
+        return [(average, weight) for average, weight in both if weight.requires_grad]
 
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps have been made."""
@@ -137,7 +142,13 @@ class EMA(Generic[M]):
             take_in(averages, weights, self.profile.decay(step))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The share of a tensor that this process holds, sharing memory with it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def take_in(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
     """Move float32 averages to `decay` of themselves and 1 - `decay` of the weights."""
-    torch._foreach_lerp_(list(averages), [weight.float() for weight in weights], 1 - decay)
+    own = [local(average) for average in averages]
+    torch._foreach_lerp_(own, [local(weight).float() for weight in weights], 1 - decay)

@@ -22,15 +22,18 @@ from mmdit.checkpoints.native import (
     write_atomically,
 )
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in
+from mmdit.engine.processes import Processes
 from mmdit.errors import UserError
 
 log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: where and how often, ...
 FREE = (
-    *("run", "runs", "resume", "logger", "device", "compile"),
+    *("run", "runs", "resume", "logger", "device", "compile", "parallel"),
+    "activation_checkpointing",
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every", "keep")),
+    *(f"training.{key}" for key in ("accumulation", "workers", "timeout", "nonfinite")),
 )
 # ... and the learning rate, which one lowers on purpose after a loss that was not finite. A variant
 # of a sweep must have been trained with its own.
@@ -38,22 +41,26 @@ LOWERED = ("optimizer.lr",)
 
 
 class RunFolder:
-    """A run folder held by this process alone.
+    """A run folder held by this process, alone or for those that train with it.
 
     Args:
         path: made if it is not there.
         wait: for another process to let go of it.
+        held: False in the processes that train with the one that holds it.
 
     Raises:
         UserError: another process is using it, and `wait` is off.
     """
 
-    def __init__(self, path: Path, *, wait: bool = False) -> None:
+    def __init__(self, path: Path, *, wait: bool = False, held: bool = True) -> None:
         self.path = path
+        self._lock: IO[str] | None = None
+        if not held:
+            return
         path.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[str] = (path / ".lock").open("a+")
+        self._lock = (path / ".lock").open("a+")
         if wait:
-            self._wait()
+            self._wait(self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -67,17 +74,24 @@ class RunFolder:
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
 
-    def _wait(self) -> None:
+    def _wait(self, lock: IO[str]) -> None:
         """Return when no other process holds the folder."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             log.info("waiting for another process, which is using %s", self.path)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def mark(self, state: str, **facts: Any) -> None:
+        """Write `status.json`: RUNNING, PREEMPTED, FAILED or FINISHED, and where it stood."""
+        if self._lock is not None:
+            content = json.dumps({"state": state, **facts}, indent=1)
+            write_atomically(self.path / "status.json", content.encode())
 
     def latest(self) -> Checkpoint | None:
         """The complete checkpoint of the greatest step."""
@@ -166,6 +180,13 @@ def next_run(root: Path, name: str) -> Path:
 def config_hash(config: Any) -> str:
     """Eight hexadecimal digits of the content of a plain config."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def open_together(processes: Processes, *arguments: Any, **options: Any) -> RunFolder:
+    """`open_run` by the main process, which holds the folder for the others."""
+    folder = open_run(*arguments, **options) if processes.main else None
+    path = processes.broadcast(folder and folder.path)
+    return folder or RunFolder(path, held=False)  # type: ignore[arg-type]
 
 
 def open_run(

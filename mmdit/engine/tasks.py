@@ -1,15 +1,15 @@
 """What is learned: the loss of a batch, and how well the result does. The loop knows no more."""
 
+import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from mmdit.data.captions import TASKS, short_caption
-from mmdit.data.shapes import Shapes
+from mmdit.data.order import Order
 from mmdit.engine.precision import Autocast
+from mmdit.engine.sources import Data, Source
 from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
@@ -18,10 +18,22 @@ from mmdit.metrics.reconstruction import psnr
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
+from mmdit.text.conditioning import TokenIds
+
+
+class Work(NamedTuple):
+    """What one sample costs a step, forward and backward; zeros where nobody counts."""
+
+    tokens: int = 0
+    flops: float = 0.0
 
 
 class Task(Protocol):
-    """A module to train, with its loss and its evaluation."""
+    """A module to train, with its loss and its evaluation.
+
+    `example` runs on the CPU, in a loader's worker if there are any; all that chance decides about
+    a step happens there. `loss` follows from it and the weights alone.
+    """
 
     @property
     def module(self) -> nn.Module:
@@ -31,14 +43,33 @@ class Task(Protocol):
     def protocol(self) -> dict[str, str | int]:
         """Under which name, on how many samples and with which seed `evaluate` measures."""
 
-    def loss(self, step: int, indices: Sequence[int]) -> Tensor:
-        """Loss of each sample (b,), drawn with keys (seed, step, sample index)."""
+    def order(self, *, batch_size: int, seed: int) -> Order:
+        """Sample indices by position."""
+
+    def example(self, step: int, indices: Sequence[int]) -> Any:
+        """What the step needs to know of these samples, drawn with keys (seed, step, index)."""
+
+    def loss(self, example: Any) -> Tensor:
+        """Loss of each sample, (b,)."""
+
+    def times(self, example: Any) -> Tensor | None:
+        """The noise level t of each sample, (b,) on the CPU, by which losses are told apart."""
+
+    def work(self, example: Any) -> Work:
+        """Cost of each sample."""
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Validation figures of `module`, raw or averaged."""
 
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
         """Images (n, h, w, 3) uint8 that show what `module` can do, and their captions."""
+
+
+class Pictures(NamedTuple):
+    """An example of `AutoencoderTask`."""
+
+    images: Tensor  # uint8 (b, height, width, 3)
+    noise: Tensor  # of the posterior (b, c, h, w)
 
 
 class AutoencoderTask:
@@ -50,7 +81,7 @@ class AutoencoderTask:
     Args:
         module: the autoencoder.
         data: training images.
-        validation: images for the PSNR.
+        truth: images for the PSNR, uint8 (n, h, w, 3).
         kl_weight: weight of the KL term, mean over latent values, against the squared error, mean
             over pixel values.
         seed: of the posterior's noise.
@@ -61,8 +92,8 @@ class AutoencoderTask:
         self,
         *,
         module: Autoencoder,
-        data: Shapes,
-        validation: Shapes,
+        data: Data,
+        truth: Tensor,
         kl_weight: float,
         seed: int,
         autocast: Autocast,
@@ -72,26 +103,36 @@ class AutoencoderTask:
         self.module, self.data, self.kl_weight = module, data, kl_weight
         self.seed, self.autocast = seed, autocast
         self.device = next(module.parameters()).device
-        self._truth = validation.batch(range(64))[0]
+        self._truth = truth
 
     @property
     def protocol(self) -> dict[str, str | int]:
         return {"protocol": "reconstruction-1", "samples": len(self._truth), "seed": self.seed}
 
-    def loss(self, step: int, indices: Sequence[int]) -> Tensor:
-        x = from_pixels(self.data.batch(indices)[0]).to(self.device)
+    def order(self, *, batch_size: int, seed: int) -> Order:
+        return self.data.order(batch_size=batch_size, seed=seed)
+
+    def example(self, step: int, indices: Sequence[int]) -> Pictures:
+        images, _ = self.data.batch(indices, step)
+        factor = self.module.factor
+        shape = (self.module.latent_channels, *(side // factor for side in images.shape[1:3]))
+        generators = [generator_for(self.seed, "posterior", step, index) for index in indices]
+        return Pictures(images, torch.stack([torch.randn(shape, generator=g) for g in generators]))
+
+    def loss(self, example: Pictures) -> Tensor:
+        x = from_pixels(example.images.to(self.device))
         with self.autocast():
             posterior = self.module.posterior(x)
-            shape = posterior.mean.shape[1:]
-            noise = torch.stack(
-                [
-                    torch.randn(shape, generator=generator_for(self.seed, "posterior", step, i))
-                    for i in indices
-                ]
-            ).to(self.device)
-            reconstruction = self.module.decoder(posterior.sample(noise)).float()
+            z = posterior.sample(example.noise.to(self.device))
+            reconstruction = self.module.decoder(z).float()
         error = (reconstruction - x).square().flatten(1).mean(1)
         return error + self.kl_weight * posterior.kl().flatten(1).mean(1)
+
+    def times(self, example: Pictures) -> None:
+        return None
+
+    def work(self, example: Pictures) -> Work:
+        return Work()
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -113,16 +154,34 @@ class AutoencoderTask:
 
     def _measure_latents(self, module: Autoencoder, count: int = 1024) -> None:
         """Set the scale and shift of `module` from the raw latents of `count` training images."""
+        numbers = range(min(count, len(self.data)))
         with self.autocast():
             raw = torch.cat(
                 [
                     module.posterior(
-                        from_pixels(self.data.batch(range(i, i + 128))[0]).to(self.device)
+                        from_pixels(self.data.square(numbers[i : i + 128])[0]).to(self.device)
                     ).mean
-                    for i in range(0, count, 128)
+                    for i in numbers[::128]
                 ]
             )
         module.normalize(raw.mean(), raw.std())
+
+
+class Captioned(NamedTuple):
+    """An example of `FlowTask`."""
+
+    x: Tensor  # pixels or latents, as the source reads them
+    text: TokenIds
+    kept: Tensor  # bool (b, 3): which encoders speak
+    draw: Draw
+
+
+class Validation(NamedTuple):
+    """What a flow is judged by, always the same."""
+
+    images: Tensor  # uint8 (n, h, w, 3)
+    captions: list[str]
+    prompts: list[str]  # of the pictures that are painted
 
 
 class FlowTask:
@@ -130,10 +189,8 @@ class FlowTask:
 
     Args:
         module: the pipeline; its autoencoder stays as it is.
-        latents: of the training images, (n, c, h, w), any float dtype.
-        captions: of the training images.
-        validation: captioned images, for the validation loss and the pictures.
-        validation_size: number of images in the validation loss.
+        source: of latents and texts.
+        validation: for the validation loss and the pictures.
         seed: of timesteps, noise and encoder drop-out.
         autocast: precision of the forward pass.
     """
@@ -142,38 +199,51 @@ class FlowTask:
         self,
         *,
         module: Pipeline,
-        latents: Tensor,
-        captions: Sequence[str],
-        validation: Shapes,
-        validation_size: int,
+        source: Source,
+        validation: Validation,
         seed: int,
         autocast: Autocast,
     ) -> None:
-        self.module, self.latents, self.captions = module, latents, captions
+        self.module, self.source, self.validation = module, source, validation
         self.seed, self.autocast = seed, autocast
-        images, self._validation_captions = validation.batch(range(validation_size))
         with torch.no_grad(), autocast():
-            x = from_pixels(images).to(module.device)
+            x = from_pixels(validation.images).to(module.device)
             self._validation_latents = module.autoencoder.encode(x)
-        self._prompts = [
-            short_caption(validation.scene_for_task(task, i)) for task in TASKS for i in range(4)
-        ]
+        self._flops = functools.cache(
+            functools.partial(module.mmdit.flops, text_length=module.text.context_length)
+        )
 
     @property
     def protocol(self) -> dict[str, str | int]:
-        samples = len(self._validation_captions)
+        samples = len(self.validation.captions)
         return {"protocol": "validation-1", "samples": samples, "seed": self.seed}
 
-    def loss(self, step: int, indices: Sequence[int]) -> Tensor:
-        module = self.module
-        x_0 = self.latents[list(indices)].float()
+    def order(self, *, batch_size: int, seed: int) -> Order:
+        return self.source.order(batch_size=batch_size, seed=seed)
+
+    def example(self, step: int, indices: Sequence[int]) -> Captioned:
+        x, text = self.source.read(step, indices)
         generators = [generator_for(self.seed, "flow", step, index) for index in indices]
-        draw = Draw(*(d.to(x_0.device) for d in module.objective.draw(x_0.shape[1:], generators)))
-        kept = module.text.draw_kept(generators).to(x_0.device)
-        ids = module.text.tokenize([self.captions[index] for index in indices])
+        draw = self.module.objective.draw(self.source.latent_shape(x), generators)
+        return Captioned(x, text, self.module.text.draw_kept(generators), draw)
+
+    def loss(self, example: Captioned) -> Tensor:
+        module = self.module
+        x_0 = self.source.latents(example.x)
+        draw = Draw(*(part.to(x_0.device, non_blocking=True) for part in example.draw))
         with self.autocast():
-            c_vec, c_ctxt = module.text(ids, kept)
+            c_vec, c_ctxt = module.text(example.text, example.kept)
             return module.objective(module.mmdit, x_0, c_vec, c_ctxt, draw)
+
+    def times(self, example: Captioned) -> Tensor:
+        return example.draw.t
+
+    def work(self, example: Captioned) -> Work:
+        """Of the network alone, whose backward pass costs two forward passes."""
+        _, height, width = self.source.latent_shape(example.x)
+        p = self.module.mmdit.patch_size
+        tokens = (height // p) * (width // p) + self.module.text.context_length
+        return Work(tokens, 3.0 * self._flops(height=height, width=width))
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -182,7 +252,7 @@ class FlowTask:
         That is the greatest attention logit and the entropy, averaged over the last five blocks.
         """
         assert isinstance(module, Pipeline)
-        latents, captions = self._validation_latents, self._validation_captions
+        latents, captions = self._validation_latents, self.validation.captions
         module.autocast = self.autocast
         with self.autocast():
             levels = validation_loss(module, latents, captions, seed=self.seed)
@@ -197,24 +267,6 @@ class FlowTask:
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
         assert isinstance(module, Pipeline)
         module.autocast = self.autocast
-        images = module(self._prompts, seeds=range(len(self._prompts)))
-        return images.cpu(), self._prompts
-
-
-@torch.no_grad()
-def encode_dataset(
-    autoencoder: Autoencoder, data: Shapes, count: int, autocast: Autocast
-) -> tuple[Tensor, list[str]]:
-    """Latents (n, c, h, w) of the first `count` images, in half precision (Sec. E.1), and captions.
-
-    The images never change, so they are drawn and encoded once instead of at every step.
-    """
-    device = next(autoencoder.parameters()).device
-    latents: list[Tensor] = []
-    captions: list[str] = []
-    for start in tqdm(range(0, count, 256), desc="encoding images", unit="batch", disable=None):
-        images, told = data.batch(range(start, min(start + 256, count)))
-        with autocast():
-            latents.append(autoencoder.encode(from_pixels(images).to(device)).to(torch.bfloat16))
-        captions += told
-    return torch.cat(latents), captions
+        prompts = self.validation.prompts
+        images = module(prompts, seeds=range(len(prompts)))
+        return images.cpu(), prompts

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoints.runs import checkpoints_in
+from mmdit.data.order import Order, ShuffledOrder
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger, read_metrics
 from mmdit.engine.loop import Settings, train
 from mmdit.engine.optimizers import adamw
 from mmdit.engine.runs import RunFolder
 from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.registry import register
@@ -39,14 +41,23 @@ class Regression:
         self.module = Line()
         self.poison = poison  # (step, place in the batch) where the loss is not finite
 
-    def loss(self, step: int, indices: Sequence[int]) -> Tensor:
+    def order(self, *, batch_size: int, seed: int) -> Order:
+        return ShuffledOrder(size=10, seed=seed)
+
+    def example(self, step: int, indices: Sequence[int]) -> Tensor:
         x = torch.stack([torch.randn(3, generator=generator_for("x", step, i)) for i in indices])
-        error = (self.module.linear(x)[:, 0] - x.sum(1)).square()
         if self.poison is not None and self.poison[0] == step:
-            error = error * torch.tensor(
-                [float("nan") if i == self.poison[1] else 1.0 for i in range(len(indices))]
-            )
-        return error
+            x[self.poison[1]] = float("nan")
+        return x
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.module.linear(x)[:, 0] - x.sum(1)).square()
+
+    def times(self, x: Tensor) -> Tensor:
+        return torch.linspace(0, 1, len(x))
+
+    def work(self, x: Tensor) -> Work:
+        return Work()
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Line)
@@ -67,7 +78,6 @@ def go(
             run=run,
             settings=Settings(
                 steps=steps,
-                samples=10,
                 batch_size=4,
                 clip=1.0,
                 log_every=log_every,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoints.native import load_tensors
 from mmdit.checkpoints.runs import checkpoints_in
+from mmdit.data.order import Order, ShuffledOrder
 from mmdit.engine.ema import EMA, ConstantDecay, HalfLife, PowerFunction, Profile
 from mmdit.engine.loggers import NoLogger, read_metrics
 from mmdit.engine.loop import Settings, train
@@ -20,6 +21,7 @@ from mmdit.engine.optimizers import adamw, adamw_8bit, by_kind, load_moments, mo
 from mmdit.engine.posthoc import PostHoc, snapshots_in
 from mmdit.engine.runs import RunFolder
 from mmdit.engine.schedules import Schedule, WarmupConstant, WarmupCosine, WarmupStableDecay
+from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.models.clip import CLIPTextModel
@@ -207,10 +209,21 @@ class Reading:
         torch.manual_seed(0)
         self.module = Reader()
 
-    def loss(self, step: int, indices: Sequence[int]) -> Tensor:
-        ids = torch.stack(
+    def order(self, *, batch_size: int, seed: int) -> Order:
+        return ShuffledOrder(size=10, seed=seed)
+
+    def example(self, step: int, indices: Sequence[int]) -> Tensor:
+        return torch.stack(
             [torch.randint(8, (3,), generator=generator_for("x", step, i)) for i in indices]
         )
+
+    def times(self, ids: Tensor) -> None:
+        return None
+
+    def work(self, ids: Tensor) -> Work:
+        return Work()
+
+    def loss(self, ids: Tensor) -> Tensor:
         return (self.module.model(ids).pooled.sum(1) - ids.float().mean(1)).square()
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -228,7 +241,6 @@ def go(folder: Path, steps: int, optimizer: Make, schedule: Schedule, profile: P
         run=run,
         settings=Settings(
             steps=steps,
-            samples=10,
             batch_size=2,
             clip=1.0,
             log_every=1,

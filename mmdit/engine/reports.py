@@ -1,0 +1,102 @@
+"""What a run tells: figures into `metrics.jsonl` and a logger, evaluations, pictures."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.checkpoints.native import weights_hash, write_atomically
+from mmdit.engine.loggers import Logger, MetricsFile
+from mmdit.engine.pictures import plot_losses, save_grid
+from mmdit.engine.processes import Processes
+from mmdit.engine.tasks import Task
+
+log = logging.getLogger(__name__)
+MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy")
+BINS = 4  # of the noise level, by which training losses are told apart
+
+
+class Reports:
+    """Writes what happens; every process measures, the main one writes.
+
+    Args:
+        path: of the run.
+        task: what evaluates.
+        logger: receives all figures and pictures, too.
+        processes: of the run.
+        start: number of steps already made; what was told of later ones is dropped.
+        steps: of the whole run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        task: Task,
+        logger: Logger,
+        processes: Processes,
+        start: int,
+        steps: int,
+    ) -> None:
+        self.path, self.task, self.logger, self.processes = path, task, logger, processes
+        self.steps = steps
+        self._metrics = (
+            MetricsFile(path / "metrics.jsonl", start_step=start) if processes.main else None
+        )
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures after `step` steps."""
+        if self._metrics is not None:
+            self._metrics.log(step, figures)
+            self.logger.log(step, figures)
+
+    def evaluate(self, step: int, averaged: nn.Module, raw: nn.Module) -> dict[str, float]:
+        """Validation figures, EMA and raw, and pictures of what the average can do."""
+        record: dict[str, Any] = {**self.task.protocol, "step": step}
+        figures: dict[str, float] = {}
+        for kind, which in (("ema", averaged), ("raw", raw)):
+            measured = self.task.evaluate(which)
+            record[kind] = {"weights_sha256": weights_hash(which), **measured}
+            figures |= {f"{kind}/{k}": v for k, v in measured.items()}
+        images, captions = self.task.picture(averaged)
+        if self._metrics is not None:
+            name = f"step_{step:08d}"
+            path = self.path / "evaluations" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, json.dumps(record, indent=1).encode())
+            self.figures(step, figures)
+            told = ", ".join(f"{k} {figures[k]:.4g}" for k in MAIN_FIGURES if k in figures)
+            log.info("%s: step %d of %d, %s", self.path.name, step, self.steps, told)
+            grid = save_grid(images, captions, path=self.path / "samples" / f"{name}.png")
+            self.logger.picture(step, "samples", grid)
+            curves = plot_losses(self._metrics.rows, self.path / "loss.png")
+            self.logger.picture(step, "curves", curves)
+        return figures
+
+    def close(self) -> None:
+        """Nothing is told after this."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def by_level(t: Tensor, losses: Tensor) -> dict[str, float]:
+    """Mean loss in each of `BINS` intervals of t, (b,); none where no sample fell into it."""
+    number = (t * BINS).long().clamp(0, BINS - 1)
+    return {
+        f"loss_t{i / BINS:.2f}-{(i + 1) / BINS:.2f}": losses[number == i].mean().item()
+        for i in range(BINS)
+        if bool((number == i).any())
+    }
+
+
+def levels(parts_t: list[Tensor | None], losses: Tensor, processes: Processes) -> dict[str, float]:
+    """`by_level` of the whole batch of a step; nothing for tasks without noise levels."""
+    found = [t for t in parts_t if t is not None]
+    if not found:
+        return {}
+    everyone = processes.gather((torch.cat(found), losses))
+    return by_level(torch.cat([t for t, _ in everyone]), torch.cat([loss for _, loss in everyone]))
