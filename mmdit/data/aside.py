@@ -1,10 +1,13 @@
 """Images that cannot be used: set aside, counted, listed in a report, and limited."""
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from mmdit.errors import UserError
 
@@ -13,14 +16,24 @@ log = logging.getLogger(__name__)
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file beside its place, flush it to the disk, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may write the same report: each beside it under a name of its own.
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with beside.open("wb") as file:
+    with whole(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which appears at `path` when the block ends well, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of several machines may write the same file: each under a name of its own.
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def report_bad(

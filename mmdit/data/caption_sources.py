@@ -9,6 +9,7 @@ is drawn. A source is asked once per folder, for the kinds of the mix:
 import csv
 import json
 import posixpath
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -17,7 +18,7 @@ import torch
 
 from mmdit.data.checks import expect
 from mmdit.data.images import BadImage, read_bytes
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 from mmdit.registry import register
 
 Captions: TypeAlias = Mapping[str, Sequence[str]]
@@ -152,6 +153,14 @@ def sidecar_suffix(kind: str) -> str:
     return ".txt" if kind == "text" else f".{kind}.txt"
 
 
+def kind_of(suffix: str) -> str | None:
+    """The kind of caption of a file's suffix, or None: turns `sidecar_suffix` round."""
+    if suffix == ".txt":
+        return "text"
+    kind = suffix.removeprefix(".").removesuffix(".txt")
+    return kind if kind.isidentifier() and suffix == sidecar_suffix(kind) else None
+
+
 def lines_of(data: bytes, file: str) -> tuple[str, ...]:
     """Captions of a text file: its lines that are not blank.
 
@@ -159,9 +168,36 @@ def lines_of(data: bytes, file: str) -> tuple[str, ...]:
         BadImage: it is not UTF-8.
     """
     try:
-        return tuple(_cleaned(data.decode("utf-8-sig").split("\n")))
+        return tuple(cleaned(data.decode("utf-8-sig").split("\n")))
     except UnicodeDecodeError as error:
         raise BadImage(f"its caption {file} is not UTF-8") from error
+
+
+def object_of(data: bytes, file: str) -> dict[str, Any]:
+    """A JSON object; an empty one where the JSON is something else.
+
+    Raises:
+        BadImage: it is not JSON.
+    """
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadImage(f"its {file} is not JSON: {first_line(error)}") from error
+    return row if isinstance(row, dict) else {}
+
+
+def columns_of(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Captions of a JSON object, by kind: its keys with a string or a list of strings."""
+    lists = {kind: value if isinstance(value, list) else [value] for kind, value in row.items()}
+    found = {
+        kind: tuple(cleaned(texts)) for kind, texts in lists.items() if all(map(_is_text, texts))
+    }
+    return {kind: texts for kind, texts in found.items() if texts}
+
+
+def cleaned(texts: Iterable[str]) -> Iterator[str]:
+    """Without line breaks and doubled spaces; blank ones go."""
+    return filter(None, (" ".join(text.split()) for text in texts))
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
@@ -187,16 +223,16 @@ def choose(captions: Captions, mix: Mapping[str, float], generator: torch.Genera
     return texts[int(among * len(texts))]
 
 
-def _cleaned(texts: Iterable[str]) -> Iterator[str]:
-    """Without line breaks and doubled spaces; blank ones go."""
-    return filter(None, (" ".join(text.split()) for text in texts))
+def _is_text(value: object) -> bool:
+    """Whether it can be encoded too: JSON can hold halves of surrogate pairs."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _texts(value: Any, place: str) -> Iterator[str]:
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(text, str) for text in values):
+    if not all(map(_is_text, values)):
         raise UserError(f"{place} {value!r} must be a caption or a list of captions")
-    return _cleaned(values)
+    return cleaned(values)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -87,7 +87,7 @@ class FolderFiles:
         digest = hashlib.sha256()
         for name in self.names:
             status = _status(self.root / name)
-            digest.update(f"{name}\0{status and status[0]}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{status and status[0]}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def _walk(self, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -278,6 +278,6 @@ def _status(path: Path) -> tuple[int, int] | None:
     """Length in bytes and time of change in nanoseconds; None if nothing can be told."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # no file, or a name that none can have
         return None
     return status.st_size, status.st_mtime_ns

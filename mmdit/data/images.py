@@ -50,6 +50,10 @@ class BadImage(UserError):
     """An image that cannot be used; the message is the reason, without the file's name."""
 
 
+class TooLarge(BadImage):
+    """An image with more pixels than the limit: under a greater one it may be usable."""
+
+
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image:
     """Pixels of a file, upright: uint8 (h, w, 3).
 
@@ -63,8 +67,8 @@ def read_bytes(path: Path) -> bytes:
     """The content of a regular file of at most `MAX_BYTES`.
 
     Raises:
-        BadImage: nothing is there, it is no file, or it may not be read. Other failures of the
-            disk or the network are no property of the image and stay what they are.
+        BadImage: nothing is there, it is no file, has an impossible name, or may not be read. Other
+            failures of the disk or the network are no property of the image and stay what they are.
     """
     try:
         status = path.stat()
@@ -79,14 +83,19 @@ def read_bytes(path: Path) -> bytes:
         raise BadImage("a link to nothing" if path.is_symlink() else "no such file") from error
     except PermissionError as error:
         raise BadImage("may not be read (permission denied)") from error
+    except BadImage:
+        raise
+    except ValueError as error:  # of the name: a zero byte, half of a surrogate pair
+        raise BadImage("has a name that no file can have") from error
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     """Pixels of an encoded image, upright: uint8 (h, w, 3). The policies are this module's table.
 
     Raises:
-        BadImage: the data is empty, of no known format, truncated or damaged, has more than
-            `max_pixels` pixels (nothing is decoded then) or a colour mode without defined range.
+        BadImage: the data is empty, of no known format, truncated or damaged, or of a colour mode
+            without defined range.
+        TooLarge: it has more than `max_pixels` pixels; nothing is decoded then.
     """
     if not data:
         raise BadImage("is empty")
@@ -103,7 +112,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     except UnidentifiedImageError as error:
         raise BadImage(f"is not an image of a known format ({', '.join(FORMATS)})") from error
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
-        raise BadImage(f"too many pixels: {first_line(error)}") from error
+        raise TooLarge(f"too many pixels: {first_line(error)}") from error
     except Exception as error:  # a damaged file makes Pillow's readers fail in any way
         raise BadImage(f"truncated or damaged: {first_line(error)}") from error
 
@@ -116,7 +125,7 @@ def suffix_of(data: bytes) -> str:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadImage(f"{width} x {height} pixels are more than the limit of {max_pixels}")
+        raise TooLarge(f"{width} x {height} pixels are more than the limit of {max_pixels}")
 
 
 def _is_wide(image: Pillow.Image) -> bool:

@@ -188,6 +188,29 @@ def test_tables_give_columns_and_lines_add_up(tmp_path, photo, kind):
     assert "no such file" in reasons["gone.png"] and "no caption" in reasons["c.png"]
 
 
+def test_names_that_no_file_can_have_are_listed(tmp_path, photo):
+    photo(tmp_path / "a.png", None)
+    names = ["a.png", "zero\0.png", "half\ud800.png", "../out.png", ""]
+    rows = [json.dumps({"file_name": name, "text": "told"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    report = tmp_path / "report.json"
+    data = opened(
+        tmp_path,
+        captions=Table(),
+        max_bad_fraction=0.9,
+        report=str(report),
+        index=str(tmp_path / "index.jsonl"),
+    )
+    assert list(data.names) == ["a.png"]
+    reasons = {e["file"]: e["reason"] for e in json.loads(report.read_text())["images"]}
+    assert reasons == {
+        "zero\0.png": "has a name that no file can have",
+        "half\ud800.png": "has a name that no file can have",
+        "../out.png": "lies outside of the folder",
+        ".": "is a folder",
+    }
+
+
 def test_class_names_are_the_folders(tmp_path, photo):
     photo(tmp_path / "golden_retriever" / "1.png", None)
     photo(tmp_path / "n0144" / "2.png", None)
@@ -298,6 +321,7 @@ def test_mistakes_are_named(tmp_path, photo, arguments, message):
         ('["a.png"]', "line 2: must be an object"),
         ('{"text": "x"}', "line 2: file_name None must be the name"),
         ('{"file_name": "a.png", "text": 3}', "line 2: text 3 must be a caption"),
+        ('{"file_name": "a.png", "text": "\\ud800"}', "line 2: text '.*' must be a caption"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named_by_line(tmp_path, photo, line, message):
