@@ -2,8 +2,9 @@
 
 import io
 import struct
+import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,21 @@ def photo() -> Callable[..., Path]:
         return path
 
     return write
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **about: object) -> None:
+    """Add a member; `about`: attributes of its header."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for key, value in about.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def tar_of(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A tar file of regular members, in the order given; names may repeat."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            add(tar, name, data)
+    return path
