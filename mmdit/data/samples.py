@@ -1,0 +1,119 @@
+"""Samples of a tar file: which members belong together, and what they hold."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from mmdit.data.buckets import Size
+from mmdit.data.caption_sources import columns_of, kind_of, lines_of, object_of
+from mmdit.data.folder import SUFFIXES
+from mmdit.data.images import BadImage
+from mmdit.data.tar import Member, Span
+
+ORIGIN = "packed_from"  # key of a sample's .json: the name of the file that was packed
+
+Measure: TypeAlias = Callable[[str, bytes], Size]  # key and image -> height, width
+
+
+class Sample(NamedTuple):
+    """One usable sample of a tar file.
+
+    Attributes:
+        key: its members' name up to the first dot.
+        origin: name of the file it was packed from, if it says so.
+        height, width: of the image in pixels, upright.
+        image: where the image lies.
+        texts: where the captions of a kind lie, one a line.
+        table: where the .json lies.
+        columns: the kinds of captions in the .json.
+    """
+
+    key: str
+    origin: str | None
+    height: int
+    width: int
+    image: Span
+    texts: Mapping[str, Span]
+    table: Span | None
+    columns: Sequence[str]
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of captions it has."""
+        return {*self.texts, *self.columns}
+
+    @classmethod
+    def of(cls, row: list[Any]) -> "Sample":
+        """Turns round what JSON makes of a sample: a list of its attributes."""
+        key, origin, height, width, image, texts, table, columns = row
+        return cls(
+            key=key,
+            origin=origin,
+            height=height,
+            width=width,
+            image=Span(*image),
+            texts={kind: Span(*span) for kind, span in texts.items()},
+            table=Span(*table) if table else None,
+            columns=columns,
+        )
+
+
+def group(members: Sequence[Member]) -> dict[str, list[Member]]:
+    """Members by the name up to the first dot of its last part, in the order of the file.
+
+    Those of one sample need not follow each other. Names that begin with a dot or have none, and
+    WebDataset's own notes (`__name__`), are not looked at.
+    """
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        folder, slash, name = member.name.rpartition("/")
+        stem, dot, _ = name.partition(".")
+        if stem and dot and not member.name.startswith("__"):
+            groups.setdefault(folder + slash + stem, []).append(member)
+    return groups
+
+
+def look(path: Path, key: str, members: Sequence[Member], measure: Measure) -> Sample:
+    """What the members of one key hold; all captions are read, whichever are used later.
+
+    Args:
+        path: the tar file.
+        key: their name up to the first dot.
+        members: all of that key.
+        measure: says the size of an image, or decodes it.
+
+    Raises:
+        BadImage: there is not exactly one image, or a member cannot be read.
+    """
+    by_suffix: dict[str, Member] = {}
+    for member in members:
+        suffix = member.name[len(key) :]
+        if suffix in by_suffix:
+            raise BadImage(f"has two {suffix} under one key")
+        by_suffix[suffix] = member
+    images = [member for suffix, member in by_suffix.items() if suffix.lower() in SUFFIXES]
+    if len(images) != 1:
+        raise BadImage(f"has {len(images)} images under one key, not one: {', '.join(by_suffix)}")
+    texts, table, columns, origin = dict[str, Span](), None, list[str](), None
+    with path.open("rb") as file:
+        image, data = images[0].read(file)
+        height, width = measure(key, data)
+        for suffix, member in by_suffix.items():
+            if kind := kind_of(suffix):
+                span, data = member.read(file)
+                if lines_of(data, suffix):
+                    texts[kind] = span
+            elif suffix == ".json":
+                table, data = member.read(file)
+                row = object_of(data, suffix)
+                origin = _origin(row)
+                columns = [kind for kind in columns_of(row) if kind.isidentifier()]
+    return Sample(key, origin, height, width, image, texts, table, columns)
+
+
+def _origin(row: dict[str, Any]) -> str | None:
+    name = row.pop(ORIGIN, None)
+    try:
+        return name if isinstance(name, str) and name.encode("utf-8", "surrogateescape") else None
+    except UnicodeEncodeError:
+        return None

@@ -1,0 +1,191 @@
+"""Captioned images in tar shards, WebDataset's layout, read at any position.
+
+The library `webdataset` reads such shards as a stream: its order follows from shards, workers and a
+shuffle buffer. Here the order of training is a pure function of (seed, position), for any number of
+processes, so each shard has an index (`mmdit.data.index`) and a sample is one seek.
+"""
+
+import json
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit.data.aside import report_bad
+from mmdit.data.buckets import Size
+from mmdit.data.caption_sources import Captions, columns_of, lines_of, object_of
+from mmdit.data.checks import expect
+from mmdit.data.images import MAX_PIXELS, BadImage
+from mmdit.data.index import index_shards
+from mmdit.data.patterns import find
+from mmdit.data.samples import Sample
+from mmdit.data.source import CaptionedImages
+from mmdit.data.tar import Span
+from mmdit.errors import UserError
+
+PACKED = "pack.json"  # what `mmdit.data.pack` notes beside the shards it writes
+
+
+class Shards(CaptionedImages):
+    """Tar shards below a folder, each sample an image with captions.
+
+    Captions of the kind "text" are the lines of `.txt`, those of another kind of `.<kind>.txt`;
+    where there is no such member, the string or list of strings of that name in `.json`.
+
+    Samples are in the order of the shards' names, and within a shard in its own. A folder of images
+    and the shards packed from it are the same data set: same names, order, splits and pictures.
+
+    Args:
+        split, validation_fraction, image_size, unit, max_ratio, crop, mix, max_pixels,
+            max_bad_fraction, seed: see `CaptionedImages`.
+        root: the folder.
+        shards: which of its files, such as "cc12m-{000000..000009}.tar"; else all that were packed
+            there, or all *.tar.
+        report: JSON file that lists what was set aside, and why.
+        index: folder for the indices of the shards; else each lies beside its shard.
+        threads: that decode at once where a shard has no index.
+
+    Raises:
+        UserError: a shard is missing, cut off or damaged, packing has not finished, no image is
+            left, more than `max_bad_fraction` are bad, a kind of the mix never occurs, or the split
+            is empty.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        root: str,
+        mix: Mapping[str, float],
+        image_size: int,
+        shards: str | None = None,
+        unit: int = 16,
+        max_ratio: float = 4.0,
+        crop: str = "random",
+        validation_fraction: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        max_bad_fraction: float = 0.02,
+        report: str | None = None,
+        index: str | None = None,
+        threads: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            split=split,
+            validation_fraction=validation_fraction,
+            image_size=image_size,
+            unit=unit,
+            max_ratio=max_ratio,
+            crop=crop,
+            mix=mix,
+            max_pixels=max_pixels,
+            max_bad_fraction=max_bad_fraction,
+            seed=seed,
+        )
+        expect(threads >= 1, "threads", threads, "must be at least 1")
+        self.root = Path(root)
+        self.shards = find(self.root, shards) if shards else _all_shards(self.root)
+        names, sizes, bad, kinds = list[str](), list[Size](), dict[str, str](), set[str]()
+        # As arrays: millions of samples as objects would fill the memory of every worker.
+        shard_of, images = array("q"), array("q")
+        captions = {kind: array("q") for kind in self.mix}
+        indices = index_shards(
+            self.shards,
+            root=self.root,
+            folder=Path(index) if index else None,
+            max_pixels=max_pixels,
+            threads=threads,
+        )
+        for number, (shard, content) in enumerate(indices):
+            bad.update({f"{shard}/{key}": reason for key, reason in content.bad.items()})
+            for sample in content.samples:
+                name = sample.origin or f"{shard}/{sample.key}"
+                kinds.update(sample.kinds)
+                reason = self._unusable(sample)
+                if reason:
+                    bad[name] = reason
+                    continue
+                names.append(name)
+                sizes.append((sample.height, sample.width))
+                shard_of.append(number)
+                images.extend(sample.image)
+                for kind, spans in captions.items():
+                    spans.extend(_caption_span(sample, kind))
+        report_bad(
+            bad,
+            files=len(names) + len(bad),
+            place=self.root,
+            report=Path(report) if report else None,
+            limit=max_bad_fraction,
+        )
+        for kind in self.mix:
+            if kind not in kinds:
+                raise UserError(f"mix: no image of {root} has a caption of the kind {kind!r}")
+        kept = self._keep(names, sizes, self.root)
+        self._shard_of = _rows(shard_of, 1)[kept, 0]
+        self._images = _rows(images, 3)[kept]
+        self._captions = {kind: _rows(spans, 4)[kept] for kind, spans in captions.items()}
+
+    def read(self, index: int) -> tuple[bytes, Captions]:
+        path = self.shards[self._shard_of[index]]
+        captions = {}
+        try:
+            # Opened anew each time: no descriptor to share between processes or to run out of.
+            with path.open("rb") as file:
+                for kind, spans in self._captions.items():
+                    *span, in_table = spans[index].tolist()
+                    data = Span(*span).read(file)
+                    if in_table:
+                        captions[kind] = columns_of(object_of(data, ".json"))[kind]
+                    elif data:
+                        captions[kind] = lines_of(data, kind)
+                return Span(*self._images[index].tolist()).read(file), captions
+        except FileNotFoundError as error:
+            raise BadImage(f"{path} is gone") from error
+
+    def _unusable(self, sample: Sample) -> str | None:
+        """Why a sample that is whole cannot be used here."""
+        if sample.height * sample.width > self.max_pixels:
+            size = f"{sample.width} x {sample.height}"
+            return f"{size} pixels are more than the limit of {self.max_pixels}"
+        if not sample.kinds & self.mix.keys():
+            return f"has no caption of the kind {' or '.join(self.mix)}"
+        return None
+
+
+def _all_shards(root: Path) -> list[Path]:
+    """The shards that were packed into a folder, or all that it holds.
+
+    Raises:
+        UserError: packing has not finished, a shard is missing, or there is none.
+    """
+    packed = root / PACKED
+    if not packed.is_file():
+        return find(root, "*.tar")
+    try:
+        record = json.loads(packed.read_text(encoding="ascii"))
+        complete, shards = record["complete"], record["shards"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{packed} is damaged: name the shards as shards='*.tar'") from error
+    if not complete:
+        raise UserError(f"{root} is not packed to the end: give the same command again")
+    for name, shard in shards.items():
+        path = root / name
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise UserError(f"{path} must be there with {shard['bytes']} bytes, as it was packed")
+    return [root / name for name in shards]
+
+
+def _caption_span(sample: Sample, kind: str) -> tuple[int, ...]:
+    """Offset, length, CRC, and whether a .json lies there; zeros where there is no caption."""
+    if kind in sample.texts:
+        return *sample.texts[kind], 0
+    if kind in sample.columns and sample.table:
+        return *sample.table, 1
+    return 0, 0, 0, 0
+
+
+def _rows(values: array, width: int) -> NDArray[np.int64]:
+    return np.array(values, np.int64).reshape(-1, width)
