@@ -1,0 +1,295 @@
+"""A folder of captioned images as tar shards: `python -m mmdit.data.pack photos shards`.
+
+Images keep their bytes: nothing is encoded again. Each is decoded once, and what cannot be used is
+set aside, counted and listed in set_aside.json. Shard i holds the usable ones of the i-th
+`per_shard` files by name, so what was written before an interruption stays as it is: the same
+command goes on. A sample's .json tells the name of its file, so order and splits are the folder's.
+"""
+
+import argparse
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from tqdm import tqdm
+
+from mmdit.data.aside import report_bad, whole, write_whole
+from mmdit.data.buckets import Size
+from mmdit.data.caption_sources import (
+    Captions,
+    CaptionSource,
+    ClassNames,
+    Sidecars,
+    Table,
+    check_mix,
+    sidecar_suffix,
+)
+from mmdit.data.checks import expect
+from mmdit.data.commands import add_options, command
+from mmdit.data.folder import FolderFiles
+from mmdit.data.images import MAX_PIXELS, BadImage, decode, suffix_of
+from mmdit.data.index import AT_ONCE, index_path, make_index
+from mmdit.data.samples import ORIGIN
+from mmdit.data.shards import PACKED
+from mmdit.errors import UserError
+
+
+class Candidates(Protocol):
+    """What may be packed, in a fixed order. `bad`: what is known to be unusable, with reasons."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def bad(self) -> Mapping[str, str]: ...
+
+    def read(self, name: str) -> tuple[bytes, Captions]:
+        """The encoded image and its captions by kind. Raises BadImage."""
+
+    def identity(self) -> str:
+        """Changes when the candidates do."""
+
+
+class Checked(NamedTuple):
+    """An image that was decoded, with what a shard says of it."""
+
+    name: str
+    data: bytes
+    captions: Captions
+    size: Size
+
+
+def pack(
+    source: Candidates,
+    out: Path,
+    *,
+    kinds: Sequence[str] = ("text",),
+    per_shard: int = 1000,
+    max_pixels: int = MAX_PIXELS,
+    max_bad_fraction: float = 0.02,
+    threads: int = 8,
+) -> None:
+    """Write shards of `source` into the folder `out`, or go on with them.
+
+    Args:
+        source: what to pack.
+        out: a new folder, or one where this packing was interrupted.
+        kinds: of captions, that the source reads.
+        per_shard: files of the source that go into one shard.
+        max_pixels: of an image; larger ones are set aside.
+        max_bad_fraction: share of files set aside, above which packing stops.
+        threads: that decode at once.
+
+    Raises:
+        UserError: `out` holds shards of something else, or too many images are bad.
+    """
+    expect(per_shard >= 1, "per_shard", per_shard, "must be at least 1")
+    expect(threads >= 1, "threads", threads, "must be at least 1")
+    expect(max_pixels >= 1, "max_pixels", max_pixels, "must be at least 1")
+    expect(0 <= max_bad_fraction < 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1)")
+    names, bad = source.names, dict(source.bad)
+    settings = {
+        "source": source.identity(),
+        "kinds": list(kinds),
+        "per_shard": per_shard,
+        "max_pixels": max_pixels,
+    }
+    record = Record(out, settings)
+    files = len(names) + len(bad)
+
+    def report() -> None:
+        report_bad(
+            bad,
+            files=files,
+            place=out,
+            report=out / "set_aside.json",
+            limit=max_bad_fraction,
+        )
+
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=len(names), desc=f"packing {out.name}", unit="image", disable=None) as bar,
+    ):
+        for start in range(0, len(names), per_shard):
+            some = names[start : start + per_shard]
+            tar = out / f"shard-{start // per_shard:06d}.tar"
+            aside = record.finished(tar)
+            if aside is None:
+                aside = _pack_shard(tar, source, some, start, max_pixels, pool, bar.update)
+                record.add(tar, aside)
+            else:
+                bar.update(len(some))
+            bad.update(aside)
+            if len(bad) > max_bad_fraction * files:
+                report()  # which stops here: the rest would not make it better
+    report()
+    record.complete()
+
+
+class Record:
+    """What is packed into a folder, and how far: the file pack.json in it.
+
+    Args:
+        out: the folder.
+        settings: of the packing.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, object]) -> None:
+        self._path, self._shards = out / PACKED, dict[str, dict[str, Any]]()
+        self._settings = settings
+        if self._path.is_file():
+            self._shards = self._read(out)
+        elif out.exists() and not out.is_dir():
+            raise UserError(f"{out} must be a folder")
+        elif out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
+            raise UserError(f"{out} must be a new or empty folder, or hold shards to go on with")
+        else:
+            self._write(complete=False)
+
+    def finished(self, tar: Path) -> dict[str, str] | None:
+        """What was set aside from a shard that was written before, with reasons; None if none."""
+        shard = self._shards.get(tar.name)
+        if shard is None or not tar.is_file() or tar.stat().st_size != shard["bytes"]:
+            return None
+        return shard["bad"]
+
+    def add(self, tar: Path, bad: Mapping[str, str]) -> None:
+        """Note a shard that is written."""
+        self._shards[tar.name] = {"bytes": tar.stat().st_size, "bad": bad}
+        self._write(complete=False)
+
+    def complete(self) -> None:
+        """Note that no more shards come."""
+        self._write(complete=True)
+
+    def _read(self, out: Path) -> dict[str, dict[str, Any]]:
+        try:
+            before = json.loads(self._path.read_text(encoding="ascii"))
+            differing = [key for key in self._settings if before[key] != self._settings[key]]
+            shards = before["shards"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self._path} is damaged: choose another folder") from error
+        if differing:
+            raise UserError(
+                f"{out} holds shards packed otherwise ({', '.join(differing)} differ): choose "
+                "another folder, or remove it"
+            )
+        return shards
+
+    def _write(self, *, complete: bool) -> None:
+        record = {**self._settings, "complete": complete, "shards": self._shards}
+        write_whole(self._path, json.dumps(record, indent=1).encode())
+
+
+def _pack_shard(
+    tar: Path,
+    source: Candidates,
+    names: Sequence[str],
+    start: int,
+    max_pixels: int,
+    pool: Executor,
+    progress: Callable[[int], object],
+) -> dict[str, str]:
+    """Write one tar file and its index; name -> reason of what was set aside."""
+    bad: dict[str, str] = {}
+    sizes: dict[str, Size] = {}
+
+    def look(name: str) -> Checked | str:
+        try:
+            data, captions = source.read(name)
+            height, width, _ = decode(data, max_pixels=max_pixels).shape
+            return Checked(name, data, captions, (height, width))
+        except BadImage as error:
+            return str(error)
+
+    def usable() -> Iterator[tuple[str, Checked]]:
+        for first in range(0, len(names), AT_ONCE):
+            some = names[first : first + AT_ONCE]
+            for number, seen in enumerate(pool.map(look, some), start + first):
+                if isinstance(seen, str):
+                    bad[names[number - start]] = seen
+                    continue
+                key = f"{number:09d}"
+                sizes[key] = seen.size
+                yield key, seen
+            progress(len(some))
+
+    write_tar(tar, usable())
+    index = make_index(tar, max_pixels=max_pixels, pool=pool, measure=lambda key, _: sizes[key])
+    index.save(index_path(tar))
+    return bad
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Checked]]) -> None:
+    """Write samples, by key, as a tar file, whole or not at all.
+
+    The same samples give the same bytes: no member has a time or an owner.
+    """
+    with whole(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for key, sample in samples:
+            members = {
+                f".{suffix_of(sample.data)}": sample.data,
+                ".json": json.dumps({ORIGIN: sample.name}).encode(),
+                **{
+                    sidecar_suffix(kind): "\n".join(texts).encode()
+                    for kind, texts in sample.captions.items()
+                    if texts
+                },
+            }
+            for suffix, data in members.items():
+                member = tarfile.TarInfo(key + suffix)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command: see the module. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmdit.data.pack", description="Pack a folder of captioned images."
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, help="folder of shards; the same command goes on")
+    choices = ("sidecars", "table", "class_names")
+    parser.add_argument("--captions", choices=choices, default="sidecars")
+    parser.add_argument("--table", help="for table: another file than metadata.jsonl or .csv")
+    parser.add_argument("--template", default="a photo of a {}", help="for class_names")
+    parser.add_argument("--names", help="for class_names: JSON file {folder: class}")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["text"], help="kinds of captions: text synthetic"
+    )
+    parser.add_argument("--per-shard", type=int, default=1000, help="files that go into one shard")
+    add_options(parser)
+    given = parser.parse_args(arguments)
+
+    def body() -> None:
+        captions: CaptionSource = Sidecars()
+        if given.captions == "table":
+            captions = Table(file=given.table)
+        elif given.captions == "class_names":
+            captions = ClassNames(template=given.template, names=given.names)
+        kinds = tuple(check_mix(dict.fromkeys(given.kinds, 1.0)))
+        source = FolderFiles(root=given.folder, captions=captions, kinds=kinds)
+        pack(
+            source,
+            given.out,
+            kinds=kinds,
+            per_shard=given.per_shard,
+            max_pixels=given.max_pixels,
+            max_bad_fraction=given.max_bad_fraction,
+            threads=given.threads,
+        )
+        print(f"{given.out} is complete: train with data=shards data.root={given.out}")
+
+    return command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

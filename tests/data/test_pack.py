@@ -1,0 +1,276 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import mmdit.data.aside
+import mmdit.data.pack
+from mmdit.data import pack
+from mmdit.data.caption_sources import Sidecars
+from mmdit.data.folder import FolderFiles, ImageFolder
+from mmdit.data.shards import Shards
+from mmdit.errors import UserError
+
+from .conftest import encoded, noise
+
+SEEN = {
+    "image_size": 32,
+    "max_bad_fraction": 0.2,
+    "mix": {"text": 0.5, "synthetic": 0.5},
+    "validation_fraction": 0.0,
+}
+KINDS = ("text", "synthetic")
+
+
+@pytest.fixture
+def photos(tmp_path, photo):
+    """Twelve images of several shapes and kinds of captions, and two that cannot be used."""
+    root = tmp_path / "photos"
+    for i in range(12):
+        path = photo(root / f"{i % 3}" / f"{i}.png", f"one {i}\ntwo é", width=8 + 3 * i, seed=i)
+        if i % 2:
+            path.with_suffix(".synthetic.txt").write_text(f"made {i}")
+    (root / "0" / "0.png").write_bytes(encoded(noise(9, 9), "JPEG"))
+    (root / "1" / "bad.png").write_bytes(b"no image")
+    (root / "1" / "bad.txt").write_text("bad")
+    (root / "folder.png").mkdir()
+    return root
+
+
+def packed(root, out, **options):
+    source = FolderFiles(root=root, captions=Sidecars(), kinds=KINDS)
+    pack.pack(source, out, kinds=KINDS, **{"per_shard": 5, "max_bad_fraction": 0.2, **options})
+    return out
+
+
+def opened(root, **arguments) -> Shards:
+    return Shards(**{"split": "train", "root": str(root), **SEEN, **arguments})
+
+
+def content(folder) -> dict[str, bytes]:
+    """All files but the report, which names the folder."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "set_aside.json"
+    }
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_folder_and_its_shards_are_the_same_data_set(photos, tmp_path, split):
+    arguments = {"split": split, "validation_fraction": 0.4, "seed": 3}
+    folder = ImageFolder(root=str(photos), captions=Sidecars(), **{**SEEN, **arguments})
+    shards = opened(packed(photos, tmp_path / "out"), **arguments)
+    assert shards.names == folder.names and np.array_equal(shards.sizes, folder.sizes)
+    assert shards.order(batch_size=2, seed=1)(0, 40) == folder.order(batch_size=2, seed=1)(0, 40)
+    for i in reversed(range(len(folder))):  # at any position, in any order
+        image, captions = shards.read(i)
+        expected, words = folder.read(i)
+        assert image == expected  # the very bytes
+        assert captions == words
+        for step in (0, 7):
+            (pixels, told), (others, heard) = shards.batch([i], step), folder.batch([i], step)
+            assert told == heard and np.array_equal(pixels, others)
+
+
+def test_both_report_the_same_images_set_aside(photos, tmp_path):
+    out = packed(photos, tmp_path / "out")
+    report = tmp_path / "folder.json"
+    ImageFolder(split="train", root=str(photos), captions=Sidecars(), report=str(report), **SEEN)
+    reports = [json.loads(path.read_text()) for path in (report, out / "set_aside.json")]
+    for told in reports:
+        told.pop("place")
+    assert reports[0] == reports[1]
+    assert [entry["file"] for entry in reports[0]["images"]] == ["1/bad.png", "folder.png"]
+
+
+def test_packing_is_a_pure_function_of_the_folder(photos, tmp_path):
+    once, again = packed(photos, tmp_path / "a"), packed(photos, tmp_path / "b", threads=1)
+    assert content(once) == content(again)
+
+
+def test_the_indices_are_those_that_the_shards_alone_give(photos, tmp_path):
+    out = packed(photos, tmp_path / "out")
+    written = content(out)
+    for path in out.glob("*.index.jsonl"):
+        path.unlink()
+    opened(out)
+    assert content(out) == written
+
+
+def test_names_of_any_bytes_are_kept(tmp_path, photo):
+    root = tmp_path / "photos"
+    for i, name in enumerate((b"a.b.c.png", b"two  blanks.png", b"K\xe4se.png", "é.png".encode())):
+        photo(root / os.fsdecode(name), f"told {i}")
+    source = FolderFiles(root=root, captions=Sidecars(), kinds=("text",))
+    pack.pack(source, tmp_path / "out")
+    data = opened(tmp_path / "out", mix={"text": 1.0})
+    assert data.names == source.names and len(data) == 4
+
+
+@pytest.mark.parametrize("killed_at", range(1, 12))
+def test_packing_goes_on_where_it_was_stopped(photos, tmp_path, monkeypatch, killed_at):
+    whole = content(packed(photos, tmp_path / "whole"))
+    calls = []
+
+    def dying(*arguments):  # before each of the writes that complete something
+        calls.append(arguments)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(mmdit.data.aside.os, "fsync", dying)
+        with pytest.raises(KeyboardInterrupt):
+            packed(photos, tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds no \*\.tar|is not packed to the end"):
+        opened(tmp_path / "out")
+    assert len(calls) == killed_at
+    resumed = content(packed(photos, tmp_path / "out"))
+    assert resumed == whole
+
+
+def test_what_is_done_is_not_done_again(photos, tmp_path, monkeypatch):
+    out = packed(photos, tmp_path / "out")
+    (out / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar must be there with \d+ bytes"):
+        opened(out)
+    looked = []
+    decode = mmdit.data.pack.decode
+    monkeypatch.setattr(
+        mmdit.data.pack, "decode", lambda data, **o: (looked.append(1), decode(data, **o))[1]
+    )
+    packed(photos, out)
+    assert len(looked) == 5 and len(opened(out)) == 12
+
+
+def test_what_was_left_by_a_killed_process_is_no_hindrance(photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "shard-000000.tar.4711.tmp").write_bytes(b"half")
+    assert len(opened(packed(photos, out))) == 12
+
+
+def test_a_shard_of_bad_images_alone_is_empty(tmp_path, photo):
+    root = tmp_path / "photos"
+    for i in range(6):
+        photo(root / f"{i}.png", "told", seed=i)
+    for i in (2, 3):
+        (root / f"{i}.png").write_bytes(b"no image")
+    source = FolderFiles(root=root, captions=Sidecars(), kinds=("text",))
+    pack.pack(source, tmp_path / "out", per_shard=2, max_bad_fraction=0.5)
+    data = opened(tmp_path / "out", mix={"text": 1.0})
+    assert data.names == ["0.png", "1.png", "4.png", "5.png"]
+
+
+def test_shards_of_something_else_are_not_gone_on_with(photos, tmp_path, photo):
+    out = packed(photos, tmp_path / "out")
+    with pytest.raises(UserError, match="per_shard differ"):
+        packed(photos, out, per_shard=6)
+    photo(photos / "new.png", "told")
+    with pytest.raises(UserError, match="source differ"):
+        packed(photos, out)
+    with pytest.raises(UserError, match="must be a new or empty folder"):
+        packed(photos, photos)
+    with pytest.raises(UserError, match="must be a folder"):
+        packed(photos, photos / "new.png")
+    (out / "pack.json").write_text("{")
+    with pytest.raises(UserError, match=r"pack\.json is damaged"):
+        packed(photos, out)
+    with pytest.raises(UserError, match=r"pack\.json is damaged"):
+        opened(out)
+
+
+def test_too_many_bad_images_stop_the_packing(photos, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"2 of 14 .* max_bad_fraction 0.1"):
+        packed(photos, out, max_bad_fraction=0.1)
+    with pytest.raises(UserError, match="is not packed to the end"):
+        opened(out)
+    packed(photos, out)  # the limit is not part of what is packed
+    assert len(opened(out)) == 12
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"per_shard": 0}, "per_shard 0 must be at least 1"),
+        ({"threads": 0}, "threads 0"),
+        ({"max_pixels": 0}, "max_pixels 0"),
+        ({"max_bad_fraction": 1}, r"max_bad_fraction 1 must be in \[0, 1\)"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(photos, tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        packed(photos, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_webdataset_reads_our_shards(photos, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    out = packed(photos, tmp_path / "out")
+    data = opened(out)
+    urls = [str(path) for path in sorted(out.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == len(data)
+    for i, sample in enumerate(samples):
+        image, captions = data.read(i)
+        assert image in (sample.get("png"), sample.get("jpg"))
+        assert sample["txt"].decode().split("\n") == list(captions["text"])
+        assert ("synthetic.txt" in sample) == ("synthetic" in captions)
+        assert json.loads(sample["json"]) == {"packed_from": data.names[i]}
+
+
+def test_shards_moved_elsewhere_without_their_notes_are_the_same(photos, tmp_path):
+    out = packed(photos, tmp_path / "out")
+    there = tmp_path / "there"
+    there.mkdir()
+    for path in out.glob("*.tar"):
+        shutil.copy(path, there)
+    ours, theirs = opened(out), opened(there)
+    assert ours.names == theirs.names
+    assert [ours.read(i) for i in range(12)] == [theirs.read(i) for i in range(12)]
+
+
+def test_the_command_packs_and_says_how_to_train(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [str(photos), str(out), "--per-shard", "4", "--max-bad-fraction", "0.2"]
+    assert pack.main(command) == 0
+    assert f"data=shards data.root={out}" in capsys.readouterr().out
+    assert len(opened(out, mix={"text": 1.0})) == 12
+    assert pack.main([*command, "--kinds", "text", "synthetic"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("captions", ["table", "class_names"])
+def test_the_command_takes_other_captions(tmp_path, photo, captions):
+    photo(tmp_path / "photos" / "red_fox" / "1.png", None)
+    rows = tmp_path / "photos" / "rows.csv"
+    rows.write_text("file_name,text\nred_fox/1.png,a photo of a red fox\n")
+    out = tmp_path / "out"
+    options = {"table": ["--table", "rows.csv"], "class_names": ["--template", "a photo of a {}"]}
+    command = [str(tmp_path / "photos"), str(out), "--captions", captions, *options[captions]]
+    assert pack.main(command) == 0
+    assert opened(out, mix={"text": 1.0}).batch([0])[1] == ["a photo of a red fox"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none", "out"], "error: root 'none' must be a folder"),
+        (["photos", "out", "--captions", "table"], "has no metadata.jsonl and metadata.csv"),
+        (["photos", "out", "--captions", "class_names", "--template", "x"], "must hold {} once"),
+        (["photos", "out", "--kinds", "../x"], "must be a plain word"),
+        (["photos", "out", "--per-shard", "0"], "per_shard 0 must be"),
+        (["photos", "photos/0/0.png"], "must be a folder"),
+        (["photos", "photos/0/0.png/out"], "Not a directory"),
+    ],
+)
+def test_mistakes_end_in_a_line_and_exit_code_2(
+    photos, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert pack.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
