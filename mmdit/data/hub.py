@@ -1,0 +1,155 @@
+"""Parquet files, or a data set of the hub, as tar shards: `python -m mmdit.data.hub`.
+
+    python -m mmdit.data.hub rows/train-000.parquet shards --image jpg --text caption
+    python -m mmdit.data.hub owner/name shards --split train --image image --text caption
+
+Needs the extra `datasets`. Files that are here are read without a network. Columns are named;
+`--text` takes several, the first is the kind "text", the others are kinds of their own names.
+Images keep the bytes they have in the data set.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdit.data.caption_sources import Captions, check_mix, cleaned
+from mmdit.data.commands import add_options, command
+from mmdit.data.images import BadImage, read_bytes
+from mmdit.data.pack import pack
+from mmdit.data.patterns import find
+from mmdit.errors import UserError, first_line
+
+
+class Rows:
+    """The rows of a map-style data set of the library `datasets`, as candidates for packing.
+
+    Args:
+        data: its image column undecoded: {"bytes": ..., "path": ...} or bytes.
+        image: name of the column of images.
+        texts: kind of caption -> name of its column, of strings or lists of them.
+    """
+
+    def __init__(self, *, data: Any, image: str, texts: dict[str, str]) -> None:
+        self._data, self._image, self._texts = data, image, texts
+        self.names = [f"row {number:09d}" for number in range(len(data))]
+        self.bad: dict[str, str] = {}
+
+    def read(self, name: str) -> tuple[bytes, Captions]:
+        """The image of a row and its captions.
+
+        Raises:
+            BadImage: it has no image, or no caption.
+        """
+        row = self._data[int(name.removeprefix("row "))]
+        image = row[self._image]
+        if isinstance(image, dict):
+            path = image.get("path")
+            image = image.get("bytes") or (path and read_bytes(Path(path)))
+        if not isinstance(image, bytes):
+            raise BadImage(f"column {self._image!r} holds no image")
+        captions = {}
+        for kind, column in self._texts.items():
+            value = row[column]
+            texts = value if isinstance(value, list) else [value]
+            captions[kind] = tuple(cleaned(text for text in texts if isinstance(text, str)))
+        if not any(captions.values()):
+            raise BadImage(f"has no caption of the kind {' or '.join(captions)}")
+        return image, captions
+
+    def identity(self) -> str:
+        """The library's own, of files and what was done to them; and the columns."""
+        return f"{self._data._fingerprint} {self._image} {self._texts}"
+
+
+def load_rows(
+    source: str, *, config: str | None, split: str, image: str, texts: Sequence[str]
+) -> Rows:
+    """Open Parquet files or a data set of the hub.
+
+    Args:
+        source: a Parquet file, a pattern of them such as "rows/{00..09}.parquet", a folder of
+            *.parquet, or the name of a data set of the hub.
+        config: of a data set that has several.
+        split: of a data set of the hub.
+        image: column of images.
+        texts: columns of captions.
+
+    Raises:
+        UserError: the library is not there, nor are the files, the data set or a column.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError('this needs the extra: pip install "sd3-mmdit[datasets]"') from error
+    files = _parquet_files(source)
+    try:
+        if files:
+            data = datasets.load_dataset("parquet", data_files=files, split="train")
+        else:
+            data = datasets.load_dataset(source, config, split=split)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the library fails in many ways, those of its own sources too
+        raise UserError(f"{source} cannot be opened: {first_line(error)}") from error
+    for column in (image, *texts):
+        if column not in data.column_names:
+            known = ", ".join(data.column_names)
+            raise UserError(f"column {column!r} must be one of {known}")
+    if isinstance(data.features[image], datasets.Image):
+        data = data.cast_column(image, datasets.Image(decode=False))
+    kinds = {"text": texts[0], **{column: column for column in texts[1:]}}
+    check_mix(dict.fromkeys(kinds, 1.0))
+    return Rows(data=data, image=image, texts=kinds)
+
+
+def _parquet_files(source: str) -> list[str]:
+    """Files that `source` names; none if it is the name of a data set."""
+    path = Path(source)
+    if path.is_dir():
+        return [str(file) for file in find(path, "*.parquet")]
+    if path.suffix == ".parquet":
+        return [str(file) for file in find(path.parent, path.name)]
+    return []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command: see the module. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmdit.data.hub", description="Pack Parquet files, or a data set of the hub."
+    )
+    parser.add_argument("source", help="file or folder of Parquet, or owner/name on the hub")
+    parser.add_argument("out", type=Path, help="folder of shards; the same command goes on")
+    parser.add_argument("--config", help="of a data set of the hub that has several")
+    parser.add_argument("--split", default="train", help="of a data set of the hub")
+    parser.add_argument("--image", default="image", help="column of images")
+    parser.add_argument("--text", nargs="+", default=["text"], help="columns of captions")
+    parser.add_argument("--per-shard", type=int, default=1000, help="rows that go into one shard")
+    add_options(parser)
+    given = parser.parse_args(arguments)
+
+    def body() -> None:
+        rows = load_rows(
+            given.source,
+            config=given.config,
+            split=given.split,
+            image=given.image,
+            texts=given.text,
+        )
+        pack(
+            rows,
+            given.out,
+            kinds=("text", *given.text[1:]),
+            per_shard=given.per_shard,
+            max_pixels=given.max_pixels,
+            max_bad_fraction=given.max_bad_fraction,
+            threads=given.threads,
+        )
+        print(f"{given.out} is complete: train with data=shards data.root={given.out}")
+
+    return command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
