@@ -25,8 +25,8 @@ from configs.stages import (
     sweep_folder,
     write_scores,
 )
-from mmdit.checkpoints.native import load_strictly, load_tensors
-from mmdit.checkpoints.runs import Checkpoint
+from mmdit.checkpoints.native import load_strictly
+from mmdit.checkpoints.runs import Checkpoint, load_weights
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.engine.activations import recompute
@@ -88,7 +88,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         with processes.main_first():
             path = autoencoder_weights(config, plain, data, device, precision)
         for holder in (pipeline, ema.module):
-            load_strictly(holder.autoencoder, load_tensors(path)[0], path)
+            load_strictly(holder.autoencoder, load_weights(path), path)
         # A group that is left out has no key.
         measured = config.get("metrics") is not None
         measure = clip_for_metrics(config, plain, device, precision) if measured else None
@@ -119,6 +119,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
             posthoc=posthoc,
             processes=processes,
             parallel=parallel,
+            config=plain,
         )
         if measure is not None:
             pipelines = {"ema": ema.module, "raw": pipeline}

@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from mmdit.checkpoints.native import load_strictly, load_tensors, write_atomically
-from mmdit.checkpoints.runs import Checkpoint, read_manifest
+from mmdit.checkpoints.native import load_strictly, write_atomically
+from mmdit.checkpoints.runs import Checkpoint, hash_of_weights, load_weights
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
 from mmdit.engine.ema import EMA, ConstantDecay
@@ -65,7 +65,7 @@ def find_or_train(
     told = {k: v for k, v in checkpoint.figures.items() if k.startswith("ema/")}
     log.info("%s: %s", stage, ", ".join(f"{k[4:]} {v:.4g}" for k, v in told.items()))
     run.close()
-    return checkpoint.verified("ema.safetensors")
+    return checkpoint.verified("ema")
 
 
 def train_stage(
@@ -138,7 +138,7 @@ def clip_for_metrics(
     recipe = {"clip": plain["clip"], "data": data, "precision": plain["precision"]}
     path = find_or_train(config, "clip", recipe, task, device, seed=seed)
     clip = instantiate(config.clip.model).to(device).eval()
-    load_strictly(clip, load_tensors(path)[0], path)
+    load_strictly(clip, load_weights(path), path)
     return clip, splits["validation"]
 
 
@@ -190,7 +190,6 @@ def write_scores(
         variant: what the run is called in a ranking.
     """
     protocol = instantiate(config.metrics)
-    files = read_manifest(checkpoint.folder)["files"]
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=2 * protocol.evaluations, desc="scoring", unit="step", disable=None)
     for kind, pipe in pipelines.items():
@@ -207,7 +206,7 @@ def write_scores(
         "seed": config.seed,
         "dataset": config.data._target_.rpartition(".")[2].lower(),
         **protocol_of(config.metrics),
-        "weights_sha256": {kind: files[f"{kind}.safetensors"]["sha256"] for kind in pipelines},
+        "weights_sha256": {kind: hash_of_weights(checkpoint.verified(kind)) for kind in pipelines},
         "training": {
             "steps": steps,
             "batch_size": batch_size,

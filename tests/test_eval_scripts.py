@@ -24,7 +24,6 @@ from mmdit.checkpoints.native import file_hash, save_module
 from mmdit.checkpoints.runs import hash_of_weights
 from mmdit.data.captions import vocabulary
 from mmdit.data.shapes import Shapes
-from mmdit.engine.runs import RunFolder
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
@@ -40,6 +39,7 @@ from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
+from tests.checkpoints_for_tests import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {"_target_": "mmdit.data.shapes.Shapes", "image_size": 32, "seed": 3}
@@ -94,11 +94,10 @@ def folder(tmp_path: Path, randomize: Callable[[nn.Module, int], nn.Module]) -> 
     """A folder with a finished run of random weights, runs/tiny-001, and clip.safetensors."""
     torch.manual_seed(0)
     pipeline = randomize(tiny_pipeline(), 0)
-    run = RunFolder(tmp_path / "runs" / "tiny-001")
-    (run.path / "config.json").write_text(json.dumps({"data": DATA}))
-    modules = {"ema": pipeline, "raw": pipeline}
-    run.save(step=1, finished=True, modules=modules, optimizer={}, keep=1, figures={})
-    run.close()
+    run = tmp_path / "runs" / "tiny-001"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"data": DATA}))
+    write_checkpoint(run, 1, {"ema": pipeline, "raw": pipeline})
     save_module(tmp_path / "clip.safetensors", randomize(tiny_clip(), 1))
     return tmp_path
 

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from configs.stages import sweep_folder
+from mmdit.checkpoints.runs import checkpoints_in, hash_of_weights
 from tests.test_train import run
 
 SMOKE = (
@@ -38,9 +39,9 @@ def test_each_variant_has_a_folder_named_by_its_values_and_its_scores(folder):
         settings = {(row["weights"], row["steps"], row["guidance"]) for row in scores["scores"]}
         assert len(settings) == len(scores["scores"]) == 12
         assert all(row["function_evaluations"] > 0 for row in scores["scores"])
-        manifest = json.loads(sorted(path.glob("checkpoints/*/manifest.json"))[-1].read_text())
+        newest = checkpoints_in(path)[-1]
         for kind, digest in scores["weights_sha256"].items():
-            assert manifest["files"][f"{kind}.safetensors"]["sha256"] == digest
+            assert hash_of_weights(newest.verified(kind)) == digest
         (evaluation,) = path.glob("evaluations/*.json")
         measured = json.loads(evaluation.read_text())
         assert measured["protocol"] == "validation-1" and measured["samples"] == 4

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+
+from mmdit.checkpoints.runs import checkpoints_in, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
@@ -42,8 +43,7 @@ def rows(run_folder: Path) -> dict[int, float]:
 
 
 def tensors(run_folder: Path, name: str = "raw") -> dict[str, torch.Tensor]:
-    newest = sorted((run_folder / "checkpoints").glob("step_*"))[-1]
-    return load_file(newest / f"{name}.safetensors")
+    return load_weights(checkpoints_in(run_folder)[-1].verified(name))
 
 
 def assert_same_run(resumed: Path, unbroken: Path) -> None:
@@ -182,11 +182,11 @@ def test_evaluation_writes_table_and_pictures(folder: Path) -> None:
 
 def test_truncated_checkpoint_is_named(folder: Path) -> None:
     train(folder, "run=runs/short", "training.steps=2")
-    weights = sorted((folder / "runs" / "short").glob("checkpoints/*/ema.safetensors"))[-1]
+    weights = sorted((folder / "runs" / "short").glob("checkpoints/*/ema/*.safetensors"))[-1]
     os.truncate(weights, weights.stat().st_size // 2)
     for script, words in (
         ("sample.py", ("prompt=a circle", "checkpoint=runs/short")),
-        ("sample.py", ("prompt=a circle", f"checkpoint={weights}")),
+        ("sample.py", ("prompt=a circle", f"checkpoint={weights.parent}")),
         (
             "train.py",
             ("experiment=smoke", "precision=fp32", "training.steps=4", "resume=runs/short"),
@@ -194,4 +194,4 @@ def test_truncated_checkpoint_is_named(folder: Path) -> None:
     ):
         told = run(folder, script, *words, code=2).stderr
         assert "damaged" in told
-        assert "ema.safetensors" in told
+        assert f"ema/{weights.name}" in told

@@ -7,6 +7,7 @@ all there is to save, and a resumed run equals an unbroken one bit for bit on th
 
 import logging
 import shlex
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,22 +16,24 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mmdit.checkpoints.native import load_strictly, load_tensors
 from mmdit.checkpoints.runs import Checkpoint
 from mmdit.engine.ema import EMA
 from mmdit.engine.loader import Loader
 from mmdit.engine.loggers import Logger
 from mmdit.engine.meter import Meter
-from mmdit.engine.optimizers import load_moments, moments, rates_of, set_lr
+from mmdit.engine.optimizers import load_moments, moments, rates_of, room_for, set_lr
 from mmdit.engine.parallel import Parallel, Single
 from mmdit.engine.posthoc import PostHoc
 from mmdit.engine.processes import Processes
 from mmdit.engine.reports import Reports, levels
+from mmdit.engine.retention import Retention
 from mmdit.engine.runs import RunFolder
+from mmdit.engine.saving import Saver
 from mmdit.engine.signals import Interrupted, Signals, time_limit
 from mmdit.engine.step import Stepper
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
+from mmdit.registry import describe
 
 log = logging.getLogger(__name__)
 REAL = ("clip", "timeout")  # settings that need not be whole
@@ -46,6 +49,8 @@ class Settings(NamedTuple):
     evaluate_every: int
     save_every: int
     keep: int  # newest checkpoints
+    keep_every: int | None = None  # steps of which this is a divisor keep theirs for good
+    keep_best: str | None = None  # figure of the evaluation, whose lowest keeps its checkpoint
     accumulation: int = 1  # parts that each process makes its share of a batch in
     workers: int = 0  # processes that prepare data for each process that trains
     timeout: float = 1800.0  # seconds after which a step is taken to hang
@@ -60,14 +65,20 @@ class Settings(NamedTuple):
                 such word.
         """
         given = {name: config[name] for name in cls._fields if name in config}
-        for name in given.keys() - {"workers", "nonfinite"}:
-            positive(config, name, where)
+        for name in given.keys() - {"workers", "nonfinite", "keep_best"}:
+            if name != "keep_every" or given[name] is not None:
+                positive(config, name, where)
         workers, nonfinite = given.get("workers", 0), given.get("nonfinite", "stop")
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
             raise UserError(f"{where}.workers={workers} must be a whole number, 0 or more")
         if nonfinite not in ("stop", "skip"):
             raise UserError(f"{where}.nonfinite={nonfinite} must be stop or skip")
         return cls(**given)
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        return Retention(last=self.keep, every=self.keep_every, best=self.keep_best)
 
 
 def positive(config: Mapping[Any, Any], name: str, where: str) -> Any:
@@ -96,6 +107,7 @@ def train(
     posthoc: PostHoc | None = None,
     processes: Processes | None = None,
     parallel: Parallel | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Train `task` up to `settings.steps` steps, from the newest checkpoint of `run` if it has one.
 
@@ -105,6 +117,7 @@ def train(
         posthoc: averages kept beside `ema`, to make others of after training.
         processes: that train together; None is this one alone.
         parallel: how; the task's module and its average have been placed.
+        config: plain config, which checkpoints keep.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGUSR1; the step was finished and saved.
@@ -114,9 +127,9 @@ def train(
     processes = processes or Processes()
     parallel = parallel or Single()
     rates = rates_of(optimizer)
-    start = restore(run, module, ema, optimizer, posthoc)
-    checkpoint = run.latest()
-    figures = dict(checkpoint.figures) if checkpoint else {}
+    saver = Saver(run.path, processes, keep=settings.retention, config=config or {})
+    found = restore(saver, module, ema, optimizer, posthoc)
+    start, figures = (found.step, dict(found.figures)) if found else (0, {})
     reports = Reports(
         run.path, task=task, logger=logger, processes=processes, start=start, steps=settings.steps
     )
@@ -139,13 +152,16 @@ def train(
         skips=settings.nonfinite == "skip",
     )
 
-    def save(step: int) -> Checkpoint:
-        return run.save(
+    modules = {"raw": module, "ema": ema.module}
+
+    def save(step: int) -> None:
+        tensors = {name: part.state_dict() for name, part in modules.items()}
+        tensors["optimizer"] = moments(module, optimizer) | (posthoc.tensors() if posthoc else {})
+        saver.save(
             step=step,
             finished=step >= settings.steps,
-            modules={"raw": module, "ema": ema.module},
-            optimizer=moments(module, optimizer) | (posthoc.tensors() if posthoc else {}),
-            keep=settings.keep,
+            tensors=tensors,
+            descriptions={name: describe(part) for name, part in modules.items()},
             figures=figures,
         )
 
@@ -158,7 +174,8 @@ def train(
         desc=run.path.name,
         disable=None if processes.main else True,
     )
-    with Signals() as signals, bar:
+    run.mark("RUNNING", step=start)
+    with Signals() as signals, saver, bar:
         steps = loader(start, settings.steps)
         for done in range(start + 1, settings.steps + 1):
             set_lr(optimizer, [rate * schedule(done - 1) for rate in rates])
@@ -187,37 +204,38 @@ def train(
             if done % settings.evaluate_every == 0 or done == settings.steps:
                 figures |= reports.evaluate(done, ema.module, module)
             if done % settings.save_every == 0 or done == settings.steps or received:
-                checkpoint = save(done)
+                save(done)
             if done % settings.log_every == 0:
                 meter.restart()
             if received and done < settings.steps:
+                checkpoint = saver.wait()
+                run.mark("PREEMPTED", step=done, signal=signal.Signals(received).name)
                 reports.close()
-                assert checkpoint is not None
                 raise Interrupted(checkpoint, received)
+        checkpoint = saver.wait()
+    run.mark("FINISHED", step=checkpoint.step)
     reports.close()
-    assert checkpoint is not None
     return checkpoint
 
 
 def restore(
-    run: RunFolder,
+    saver: Saver,
     module: nn.Module,
     ema: EMA[Any],
     optimizer: torch.optim.Optimizer,
     posthoc: PostHoc | None = None,
-) -> int:
-    """Load the newest checkpoint of a run, if any; the number of steps already made."""
-    checkpoint = run.latest()
+) -> Checkpoint | None:
+    """Load the newest checkpoint of a run that is whole, if there is any."""
+    checkpoint = saver.latest()
     if checkpoint is None:
-        return 0
-    for name, target in (("raw", module), ("ema", ema.module)):
-        path = checkpoint.verified(f"{name}.safetensors")
-        load_strictly(target, load_tensors(path)[0], path)
-    kept = run.load_optimizer(checkpoint)
+        return None
+    kept = room_for(module, saver.facts(checkpoint, "optimizer"))
+    groups = {"raw": module.state_dict(), "ema": ema.module.state_dict(), "optimizer": kept}
+    saver.load(checkpoint, groups)
     if posthoc is not None:
         posthoc.take(kept)
     load_moments(module, optimizer, kept)
-    return checkpoint.step
+    return checkpoint
 
 
 def how_to_resume(run: Path, words: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmdit.errors import UserError
@@ -90,7 +91,7 @@ def adamw_8bit(
     Moments of fewer than 4096 values, or of a number that 256 does not divide, stay float32.
 
     Raises:
-        UserError: torchao is not installed.
+        UserError: torchao is not installed, or the weights are spread over processes.
     """
     try:
         from torchao.optim import AdamW8bit
@@ -99,6 +100,11 @@ def adamw_8bit(
             "optimizer=adamw_8bit needs torchao, which is not installed: pip install torchao, or "
             "choose optimizer=adamw"
         ) from error
+    if any(isinstance(weight, DTensor) for weight in module.parameters()):
+        raise UserError(
+            "optimizer=adamw_8bit keeps moments that FSDP cannot spread: choose parallel=ddp, or "
+            "optimizer=adamw"
+        )
     beta_1, beta_2 = betas
     return AdamW8bit(decay_groups(module, weight_decay), lr=lr, betas=(beta_1, beta_2), eps=eps)
 
@@ -203,12 +209,31 @@ def moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for name, weight in module.named_parameters():
         for moment, value in optimizer.state.get(weight, {}).items():
-            if is_traceable_wrapper_subclass(value):
+            if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
                 parts = value.__tensor_flatten__()[0]
                 found |= {f"{name}:{moment}.{part}": getattr(value, part) for part in parts}
             else:
                 found[f"{name}:{moment}"] = value
     return found
+
+
+def room_for(
+    module: nn.Module, facts: Mapping[str, tuple[Sequence[int], torch.dtype]]
+) -> dict[str, Tensor]:
+    """Tensors that what `moments` gave can be read into, spread over processes as weights are.
+
+    Args:
+        facts: of each of them, shape and dtype.
+    """
+    weights = dict(module.named_parameters())
+    room: dict[str, Tensor] = {}
+    for key, (shape, dtype) in facts.items():
+        weight = weights.get(key.rpartition(":")[0])
+        if isinstance(weight, DTensor) and weight.shape == torch.Size(shape):
+            room[key] = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        else:
+            room[key] = torch.empty(tuple(shape), dtype=dtype)
+    return room
 
 
 def load_moments(

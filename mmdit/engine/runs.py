@@ -6,21 +6,11 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from torch import Tensor, nn
-
-from mmdit.checkpoints.native import (
-    file_hash,
-    load_tensors,
-    save_module,
-    save_tensors,
-    write_atomically,
-)
+from mmdit.checkpoints.native import write_atomically
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in
 from mmdit.engine.processes import Processes
 from mmdit.errors import UserError
@@ -32,7 +22,8 @@ FREE = (
     *("run", "runs", "resume", "logger", "device", "compile", "parallel"),
     "activation_checkpointing",
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
-    *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every", "keep")),
+    *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every")),
+    *(f"training.{key}" for key in ("keep", "keep_every", "keep_best")),
     *(f"training.{key}" for key in ("accumulation", "workers", "timeout", "nonfinite")),
 )
 # ... and the learning rate, which one lowers on purpose after a loss that was not finite. A variant
@@ -97,62 +88,6 @@ class RunFolder:
         """The complete checkpoint of the greatest step."""
         found = checkpoints_in(self.path)
         return found[-1] if found else None
-
-    def save(
-        self,
-        *,
-        step: int,
-        finished: bool,
-        modules: Mapping[str, nn.Module],
-        optimizer: Mapping[str, Tensor],
-        keep: int,
-        figures: Mapping[str, float],
-    ) -> Checkpoint:
-        """Write a checkpoint so that a kill at any moment leaves it whole or absent.
-
-        Args:
-            step: number of steps made.
-            finished: whether the run has reached its last step.
-            modules: file name -> registered module.
-            optimizer: tensors of the optimizer's state.
-            keep: how many checkpoints to keep, the newest ones.
-            figures: of the last evaluation.
-        """
-        folder = self.path / "checkpoints" / f"step_{step:08d}"
-        building = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        for name, module in modules.items():
-            save_module(building / f"{name}.safetensors", module)
-        save_tensors(building / "optimizer.safetensors", optimizer, {})
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            for path in sorted(building.iterdir())
-        }
-        manifest = {
-            "step": step,
-            "finished": finished,
-            "finished_at": datetime.now(UTC).isoformat() if finished else None,
-            "figures": dict(figures),
-            "files": files,
-        }
-        write_atomically(building / "manifest.json", json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-        _flush(folder.parent)
-        for old in checkpoints_in(self.path)[:-keep]:
-            shutil.rmtree(old.folder)
-        return Checkpoint(folder, step, finished, dict(figures))
-
-    def load_optimizer(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        return load_tensors(checkpoint.verified("optimizer.safetensors"))[0]
-
-
-def _flush(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def numbered_runs(root: Path, name: str) -> list[Path]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoints.native import load_tensors
-from mmdit.checkpoints.runs import checkpoints_in
+from mmdit.checkpoints.runs import checkpoints_in, load_weights
 from mmdit.data.order import Order, ShuffledOrder
 from mmdit.engine.ema import EMA, ConstantDecay, HalfLife, PowerFunction, Profile
 from mmdit.engine.loggers import NoLogger, read_metrics
@@ -261,9 +261,9 @@ def go(folder: Path, steps: int, optimizer: Make, schedule: Schedule, profile: P
 
 def content(folder: Path) -> dict[str, dict[str, Tensor]]:
     """All tensors of the newest checkpoint and of the snapshots."""
-    newest = checkpoints_in(folder)[-1].folder
-    files = [*newest.glob("*.safetensors"), *(s.path for s in snapshots_in(folder))]
-    return {file.name: load_tensors(file)[0] for file in files}
+    newest = checkpoints_in(folder)[-1]
+    found = {name: load_weights(newest.verified(name)) for name in ("raw", "ema", "optimizer")}
+    return found | {s.path.name: load_tensors(s.path)[0] for s in snapshots_in(folder)}
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_run_in_two_parts_equals_an_unbroken_one(
     go(tmp_path / "parts", stop, optimizer, schedule, profile)
     go(tmp_path / "parts", 9, optimizer, schedule, profile)
     whole, parts = content(tmp_path / "whole"), content(tmp_path / "parts")
-    assert {"optimizer.safetensors", "step_00000008.safetensors"} <= whole.keys() <= parts.keys()
+    assert {"optimizer", "step_00000008.safetensors"} <= whole.keys() <= parts.keys()
     for name, tensors in whole.items():
         assert tensors.keys() == parts[name].keys()
         assert all(torch.equal(tensors[key], parts[name][key]) for key in tensors), name
@@ -300,7 +300,7 @@ def test_a_run_in_two_parts_equals_an_unbroken_one(
 
 def test_muon_saves_by_weight_name_what_each_part_needs(tmp_path: Path) -> None:
     go(tmp_path, 2, muon, WarmupConstant(warmup_steps=1), ConstantDecay(decay=0.9, every=1))
-    saved = content(tmp_path)["optimizer.safetensors"]
+    saved = content(tmp_path)["optimizer"]
     found: dict[str, set[str]] = {}
     for key in saved:
         name, _, moment = key.rpartition(":")

@@ -12,6 +12,7 @@ from mmdit.engine.posthoc import Point, PostHoc, fit, inner, reconstruct, snapsh
 from mmdit.engine.runs import RunFolder
 from mmdit.errors import UserError
 from mmdit.registry import register
+from tests.checkpoints_for_tests import write_checkpoint
 
 STEPS = 640
 
@@ -34,10 +35,6 @@ def positions() -> Tensor:
     return 1 + steps[0].cumsum(0) / STEPS**0.5 + 0.3 * steps[1]
 
 
-def save(run: RunFolder, step: int, module: nn.Module) -> None:
-    run.save(step=step, finished=True, modules={"ema": module}, optimizer={}, keep=1, figures={})
-
-
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, Tensor]]:
     """A run with 32 snapshots, and averages of other profiles that were kept during it."""
@@ -51,7 +48,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, 
         posthoc.update(step, run.path, last=step == STEPS)
         for ema in kept.values():
             ema.update(step)
-    save(run, STEPS, kept[0.1].module)
+    write_checkpoint(run.path, STEPS, {"ema": kept[0.1].module})
     run.close()
     return run.path, {s: ema.module.weight.detach() for s, ema in kept.items()}
 
@@ -116,7 +113,7 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
     module = Walk()
     run = RunFolder(tmp_path)
     PostHoc(module, sigma_rels=[0.1], snapshot_every=1).update(1, tmp_path, last=True)
-    save(run, 1, module)
+    write_checkpoint(run.path, 1, {"ema": module})
     path = snapshots_in(tmp_path)[0].path
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -135,7 +132,7 @@ def test_snapshots_beyond_the_newest_checkpoint_do_not_count(tmp_path: Path) -> 
     posthoc = PostHoc(module, sigma_rels=[0.1], snapshot_every=2)
     for step in range(1, 9):
         posthoc.update(step, tmp_path, last=False)
-    save(run, 5, module)
+    write_checkpoint(run.path, 5, {"ema": module})
     run.close()
     assert [snapshot.step for snapshot in snapshots_in(tmp_path)] == [2, 4]
     assert checkpoints_in(tmp_path)[-1].step == 5

@@ -1,0 +1,23 @@
+"""Checkpoints of modules that nobody trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from mmdit.engine.processes import Processes
+from mmdit.engine.retention import Retention
+from mmdit.engine.saving import Saver
+from mmdit.registry import describe
+
+
+def write_checkpoint(run: Path, step: int, modules: Mapping[str, nn.Module]) -> None:
+    """A finished run's only checkpoint, of modules by their groups: 'raw', 'ema'."""
+    with Saver(run, Processes(), keep=Retention(last=1), config={}) as saver:
+        saver.save(
+            step=step,
+            finished=True,
+            tensors={name: module.state_dict() for name, module in modules.items()},
+            descriptions={name: describe(module) for name, module in modules.items()},
+            figures={},
+        )
