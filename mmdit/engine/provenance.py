@@ -1,5 +1,6 @@
 """What code a run is made by."""
 
+import contextlib
 import importlib.metadata
 import subprocess
 from pathlib import Path
@@ -17,7 +18,9 @@ def code_version() -> dict[str, Any]:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         return ended.stdout.strip()
 
-    version = {"version": importlib.metadata.version("sd3-mmdit"), "torch": torch.__version__}
+    version: dict[str, Any] = {"version": None, "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout on the path
+        version["version"] = importlib.metadata.version("sd3-mmdit")
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return {**version, "commit": None}  # a package installed inside somebody's repository
