@@ -18,7 +18,7 @@ FLOORS = [
     {"text", "checkpoints"},
     {"pipeline"},
     {"metrics", "published"},
-    {"engine", "mmdit"},  # `mmdit` is the package's own __init__.py: what users import
+    {"engine", "export", "mmdit"},  # `mmdit` is the package's own __init__.py: what users import
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

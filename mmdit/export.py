@@ -1,0 +1,69 @@
+"""Weights of a run as one file: `python -m mmdit.export runs/shapes-001 shapes.safetensors`.
+
+The file holds its own description, and goes wherever a run folder goes (`sample.py checkpoint=`,
+`mmdit.load_pipeline`). Public layouts are for other programs; what has none is refused.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdit.checkpoints.native import save_tensors
+from mmdit.checkpoints.runs import WEIGHTS, description_of, find_weights, load_model, load_weights
+from mmdit.errors import UserError
+from mmdit.published import save_diffusers, save_single_file
+
+FORMATS = ("native", "single_file", "diffusers")
+
+
+def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native") -> Path:
+    """Write the weights of a run or a checkpoint to one place; whole, or not at all.
+
+    Args:
+        source: run folder or checkpoint folder.
+        out: a .safetensors file; a folder for 'diffusers'.
+        weights: 'ema' or 'raw'.
+        form: 'native' keeps everything; 'single_file' and 'diffusers' are the public layouts.
+
+    Raises:
+        UserError: nothing is there, it is damaged, it has no such layout, or `out` cannot be
+            written.
+    """
+    path = find_weights(source, weights)
+    if path.is_file():
+        raise UserError(f"{source} is a file already: give a run folder or a checkpoint folder")
+    if form != "diffusers" and out.suffix != ".safetensors":
+        raise UserError(f"{out} must end in .safetensors")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if form == "native":
+            save_tensors(out, load_weights(path), {"description": description_of(path)})
+        elif form == "single_file":
+            save_single_file(load_model(path), out)
+        else:
+            save_diffusers(load_model(path), out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
+    return out
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The command line; exit code 2 and one line on a user's mistake."""
+    logging.basicConfig(format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m mmdit.export", description=__doc__)
+    parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("out", type=Path, help="a .safetensors file; a folder for diffusers")
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged or as trained")
+    parser.add_argument("--format", choices=FORMATS, default="native", dest="form")
+    given = parser.parse_args(words)
+    try:
+        print(export(given.source, given.out, weights=given.weights, form=given.form))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Weights of a run as one file, in one command."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mmdit
+from mmdit.checkpoints.archive import open_file
+from mmdit.checkpoints.runs import find_weights, hash_of_weights
+from mmdit.engine.processes import Processes
+from mmdit.engine.retention import Retention
+from mmdit.engine.saving import Saver
+from mmdit.export import main
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.registry import describe
+
+
+@pytest.fixture
+def run(tmp_path: Path, randomize: Callable[[nn.Module, int], nn.Module]) -> Path:
+    """A run folder with an autoencoder, raw and averaged, saved at two steps."""
+    model = Autoencoder(latent_channels=4, width=32, multipliers=[1, 2], blocks=1)
+    with Saver(tmp_path / "run", Processes(), keep=Retention(last=2), config={}) as saver:
+        for step in (1, 2):
+            states = {}
+            for i, kind in enumerate(("raw", "ema")):
+                state = randomize(model, 10 * step + i).state_dict()
+                states[kind] = {key: value.clone() for key, value in state.items()}
+            saver.save(
+                step=step,
+                finished=step == 2,
+                tensors=states,
+                descriptions=dict.fromkeys(states, describe(model)),
+                figures={},
+            )
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_an_exported_file_is_the_run(run: Path, tmp_path: Path, weights: str) -> None:
+    out = tmp_path / "new" / "model.safetensors"
+    main([str(run), str(out), "--weights", weights])
+    assert hash_of_weights(out) == hash_of_weights(find_weights(run, weights))
+    one, other = (mmdit.load_autoencoder(source, weights=weights) for source in (run, out))
+    assert describe(one) == describe(other)
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_older_checkpoint_is_exported_by_its_folder(run: Path, tmp_path: Path) -> None:
+    older = run / "checkpoints" / "step_00000001"
+    main([str(older), str(tmp_path / "older.safetensors")])
+    assert hash_of_weights(tmp_path / "older.safetensors") == hash_of_weights(older / "ema")
+    assert hash_of_weights(older / "ema") != hash_of_weights(find_weights(run))
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("single_file", "vae.safetensors"), ("diffusers", "vae")]
+)
+def test_public_layouts(run: Path, tmp_path: Path, form: str, name: str) -> None:
+    main([str(run), str(tmp_path / name), "--format", form])
+    if form == "single_file":
+        assert "decoder.conv_in.weight" in open_file(tmp_path / name).infos
+    again = mmdit.load_autoencoder(tmp_path / name)
+    whole = mmdit.load_autoencoder(run)
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert torch.allclose(again.encode(x), whole.encode(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere", "x.safetensors"], "nowhere: there is no such file or folder"),
+        (["run", "x.bin"], "x.bin must end in .safetensors"),
+        (["run", "run/config/x.safetensors"], "cannot be written"),
+        (["damaged", "x.safetensors"], "is damaged: ema/shard"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (run / "config").write_text("a file, no folder")
+    if words[0] == "damaged":
+        run.rename("damaged")
+        for file in Path("damaged").glob("checkpoints/*/ema/*"):
+            os.truncate(file, 50)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert told in message
+    assert message.count("\n") == 1 or words[0] == "damaged"  # a warning names the older one, too
+    assert not Path("x.safetensors").exists()
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    command = [sys.executable, "-m", "mmdit.export", str(run), str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout == f"{out}\n"
+    assert ended.stderr == ""
