@@ -1,7 +1,6 @@
 """What the commands of this room have in common: options, messages and exit codes."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
 
@@ -19,7 +18,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def command(body: Callable[[], None]) -> int:
     """Run a command; a user's mistake or a failing disk is told in a line, with exit code 2."""
-    logging.basicConfig(format="%(message)s")
     try:
         body()
     except (ValueError, OSError) as error:
