@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
         files: dict[str, Any] = {
             name: expected
             for name, expected in read_manifest(self.folder)["files"].items()
-            if group is None or name == group or name.startswith(f"{group}/")
+            if group is None or name.startswith(f"{group}/")
         }
         with ThreadPoolExecutor(4) as threads:  # hashing leaves Python to others
             faults = threads.map(lambda name: _fault(self.folder / name, files[name]), files)
@@ -113,7 +113,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} has no readable manifest.json ({error})") from error
     if "ema.safetensors" in manifest.get("files", ()):
-        return manifest
+        raise UserError(
+            f"checkpoint {folder} is in the former format, which this version does not go on with: "
+            f"begin a new run; its weights can still be used as the file {folder}/ema.safetensors"
+        )
     manifest.pop("manifest_sha256", None)
     if written != sealed(manifest):
         raise UserError(f"checkpoint {folder} is damaged: its manifest.json was changed")
@@ -190,16 +193,16 @@ def find_weights(source: Path, weights: str = "ema") -> Path:
     if not source.exists():
         raise UserError(f"checkpoint={source}: there is no such file or folder")
     if (source / "manifest.json").is_file():
-        return _group(open_checkpoint(source), weights)
+        return open_checkpoint(source).verified(weights)
     if source.name in WEIGHTS and (source.parent / "manifest.json").is_file():
-        return _group(open_checkpoint(source.parent), source.name)
+        return open_checkpoint(source.parent).verified(source.name)
     found = checkpoints_in(source)
     if not found:
         raise UserError(f"checkpoint={source}: that folder has no complete checkpoint")
     newest: UserError | None = None
     for checkpoint in reversed(found):
         try:
-            chosen = _group(checkpoint, weights)
+            chosen = checkpoint.verified(weights)
         except UserError as error:
             newest = newest or error
         else:
@@ -208,11 +211,6 @@ def find_weights(source: Path, weights: str = "ema") -> Path:
             return chosen
     assert newest is not None
     raise newest
-
-
-def _group(checkpoint: Checkpoint, weights: str) -> Path:
-    former = (checkpoint.folder / "ema.safetensors").exists()
-    return checkpoint.verified(f"{weights}.safetensors" if former else weights)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from mmdit.checkpoints.native import differences
 from mmdit.errors import UserError
@@ -31,6 +34,21 @@ class Fact(NamedTuple):
     dtype: torch.dtype
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """Keeps an error until all processes have come to the end, so that none waits for another."""
+
+    problem: Exception | None = None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            self.problem = error
+            nothing: Future[list[WriteResult]] = Future()
+            nothing.set_result([])
+            return nothing
+
+
 def write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Write tensors, flushed to the disk; together with the other processes of `group`.
 
@@ -40,18 +58,17 @@ def write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup 
         group: of gloo; None for a single process.
 
     Raises:
-        Exception: what went wrong in one of the processes; in all of them.
+        Exception: what went wrong in this process; the others must be told.
     """
     _hush()
-    writer = HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=files_for(tensors), save_distributed=True
-    )
+    writer = _Writer(str(folder), fqn_to_index_mapping=files_for(tensors), save_distributed=True)
     writer.per_thread_copy_ahead = 0  # that is for tensors on GPUs, and would wait for their work
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
-    except CheckpointException as error:  # no Exception itself; of every rank that failed
-        first = next(iter(error.failures.values()))[0]
-        raise first if isinstance(first, Exception) else RuntimeError(str(error)) from error
+    except CheckpointException as error:  # which is no Exception
+        raise RuntimeError(f"{folder} could not be written: {error}") from error
+    if writer.problem is not None:
+        raise writer.problem
 
 
 def files_for(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -8,10 +8,10 @@ a full disk at any moment leaves the checkpoint before it as it was.
 import errno
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -28,6 +28,7 @@ from mmdit.checkpoints.runs import (
     sealed,
     step_folders,
 )
+from mmdit.engine.files import await_file, gigabytes, make_empty, sizes, unused
 from mmdit.engine.processes import A_DAY, Processes
 from mmdit.engine.provenance import code_version
 from mmdit.engine.retention import Retention
@@ -37,7 +38,6 @@ T = TypeVar("T")
 Groups = Mapping[str, Mapping[str, Tensor]]
 log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-PATIENCE = 60.0  # seconds until files of another machine must be seen here
 
 
 class Saver:
@@ -251,9 +251,10 @@ class Saver:
         folder = self.run / "checkpoints" / f"step_{manifest['step']:08d}"
         building = folder.with_name(folder.name + ".tmp")
         try:
-            self._by_main(lambda: renewed(building))
-            for name in sorted(staged):
-                shards.write(building / name, staged[name], self.processes.group)
+            names = sorted(staged)
+            self._by_main(lambda: make_empty(building, names))
+            for name in names:
+                self._together(partial(self._write_group, building / name, staged[name]))
             mine = f"*/shard-{self.processes.rank + 1:05d}-*"
             written = self._together(lambda: sizes(building.glob(mine), building))
             merged = {name: size for part in written for name, size in part.items()}
@@ -264,6 +265,9 @@ class Saver:
             if isinstance(error, OSError):
                 raise self._explained(error, folder, staged) from error
             raise
+
+    def _write_group(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        shards.write(folder, tensors, self.processes.group)
 
     def _commit(
         self, building: Path, folder: Path, written: Mapping[str, int], manifest: Mapping[str, Any]
@@ -281,11 +285,14 @@ class Saver:
             flush(group)
         write_atomically(building / "manifest.json", sealed({**manifest, "files": files}))
         flush(building)
+        former = None
         if folder.exists():  # of a run that went on from an earlier one
-            folder.rename(renewed(folder.with_name(folder.name + ".old.tmp")))
+            former = folder.rename(unused(folder.with_name(f"{folder.name}.old.tmp")))
         building.rename(folder)
         flush(folder.parent)
         flush(self.run)
+        if former is not None:
+            shutil.rmtree(former, ignore_errors=True)
         self._retire(manifest["step"])
         return open_checkpoint(folder)
 
@@ -294,7 +301,6 @@ class Saver:
         found = [checkpoint for checkpoint in checkpoints_in(self.run) if checkpoint.step <= step]
         kept = self.keep.kept(found)
         try:
-            self._sweep()
             for checkpoint in found:
                 if checkpoint.step not in kept:
                     going = checkpoint.folder.with_name(checkpoint.folder.name + ".tmp")
@@ -332,46 +338,3 @@ def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
         }
         for name, group in tensors.items()
     }
-
-
-def renewed(folder: Path) -> Path:
-    """`folder`, not there, but its parent is."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def unused(path: Path) -> Path:
-    """`path`, or it with a number where it is taken."""
-    number = 1
-    while path.exists():
-        number += 1
-        path = path.with_name(f"{path.name.partition('.damaged')[0]}.damaged{number}")
-    return path
-
-
-def sizes(paths: Iterable[Path], folder: Path) -> dict[str, int]:
-    """Bytes of files, by their paths in `folder`."""
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-
-
-def await_file(path: Path, size: int) -> None:
-    """Return when a file that a process wrote is seen here; network file systems take a moment.
-
-    Raises:
-        UserError: it does not appear.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while not path.is_file() or path.stat().st_size != size:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{path} was written by another process and cannot be seen by the main one: the "
-                "run folder must lie on a file system that all machines share (runs=<folder>)"
-            )
-        time.sleep(0.2)
-
-
-def gigabytes(count: int) -> str:
-    """1_500_000_000 -> '1.50 GB'."""
-    return f"{count / 1e9:.2f} GB"

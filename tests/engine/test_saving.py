@@ -441,3 +441,13 @@ def test_weights_of_a_run_are_those_of_the_newest_whole_checkpoint(
         with pytest.raises(UserError, match=r"damaged: ema.* use an older one: .*step_00000001"):
             find_weights(named)
     assert newest.is_dir()  # who reads changes nothing
+
+
+def test_the_former_format_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    manifest = {"step": 1, "finished": True, "figures": {}, "files": {"ema.safetensors": {}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for source in (tmp_path, folder):
+        with pytest.raises(UserError, match=r"step_00000001 is in the former format.*ema\.safete"):
+            find_weights(source)

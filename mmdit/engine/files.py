@@ -1,0 +1,50 @@
+"""Files and folders of a run, as several machines see them."""
+
+import shutil
+import time
+from collections.abc import Iterable
+from itertools import chain, count
+from pathlib import Path
+
+from mmdit.errors import UserError
+
+PATIENCE = 60.0  # seconds until files of another machine must be seen here
+
+
+def make_empty(folder: Path, names: Iterable[str]) -> None:
+    """Make a new folder with empty ones in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+
+
+def unused(path: Path) -> Path:
+    """`path`, or it with a number in front of its last suffix where it is taken."""
+    numbered = (path.with_suffix(f".{number}{path.suffix}") for number in count(2))
+    return next(p for p in chain([path], numbered) if not p.exists())
+
+
+def sizes(paths: Iterable[Path], folder: Path) -> dict[str, int]:
+    """Bytes of files, by their paths in `folder`."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def await_file(path: Path, size: int) -> None:
+    """Return when a file that a process wrote is seen here; network file systems take a moment.
+
+    Raises:
+        UserError: it does not appear.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not path.is_file() or path.stat().st_size != size:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path} was written by another process and cannot be seen by the main one: the "
+                "run folder must lie on a file system that all machines share (runs=<folder>)"
+            )
+        time.sleep(0.2)
+
+
+def gigabytes(count: int) -> str:
+    """1_500_000_000 -> '1.50 GB'."""
+    return f"{count / 1e9:.2f} GB"
