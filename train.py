@@ -56,6 +56,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
     Settings.of(config.autoencoder.training, "autoencoder.training")
     validation_size = positive(config.training, "validation_size", "training")
     processes = join(device, settings.timeout)
+    if not processes.main:
+        logging.getLogger("mmdit").setLevel(logging.WARNING)
     with processes.main_first():  # what one writes while it looks through the data, others find
         data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
     pipeline = build_pipeline(config).to(device)

@@ -8,6 +8,7 @@ Weights stay float32 in all of them. Frozen parts (the autoencoder, encoders tha
 are not spread: every process holds them, in whatever precision they were given.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -92,9 +93,11 @@ class DDP:
         check_started("ddp")
 
     def losses(self, module: nn.Module, loss: Loss) -> Loss:
-        self._wrapped = DistributedDataParallel(
-            _Loss(module, loss), broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():  # PyTorch 2.13 renames an argument that 2.11 needs
+            warnings.simplefilter("ignore", FutureWarning)
+            self._wrapped = DistributedDataParallel(
+                _Loss(module, loss), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         return self._wrapped
 
     def quiet(self) -> AbstractContextManager[None]:
