@@ -60,11 +60,31 @@ def attention(
         (b, n, h*d).
     """
     q, k, v = (rearrange(part, "b n h d -> b h n d") for part in (q, k, v))
-    if q.device.type == "cpu" and q.requires_grad and q.shape[-2] <= 1024:
+    on_cpu, keys = q.device.type == "cpu", k.shape[-2]
+    if on_cpu and q.requires_grad and q.shape[-2] <= 1024:
         out = _explicit(q, k, v, bias=bias, causal=causal, scale=scale)
     else:
+        half = on_cpu and not q.requires_grad and q.dtype != torch.float32
+        if half and keys % 32 and (keys < 512 or keys % 2):
+            k, v, bias = _filled_up(k, v, bias=bias, causal=causal)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
     return rearrange(out, "b h n d -> b n (h d)")
+
+
+def _filled_up(
+    k: Tensor, v: Tensor, *, bias: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys up to the next multiple of 32, and the bias by which nobody sees the new ones.
+
+    On a CPU the fused kernel stumbles over a remainder of keys in bfloat16: 333 take 3.4 times as
+    long as 352. From 512 on, the bias takes as much time as the remainder of an even number.
+    """
+    missing = -k.shape[-2] % 32
+    if not causal:  # where the new ones lie in everybody's future
+        bias = k.new_zeros(1, 1, 1, k.shape[-2]) if bias is None else bias
+        bias = F.pad(bias, (0, missing), value=float("-inf"))
+    k, v = (F.pad(part, (0, 0, 0, missing)) for part in (k, v))
+    return k, v, bias
 
 
 def _explicit(

@@ -86,3 +86,18 @@ def test_heads_are_neighbouring_columns():
     assert q.shape == k.shape == v.shape == (2, 3, 2, 4)
     for heads, linear in ((q, layer.q), (k, layer.k), (v, layer.v)):
         assert torch.equal(heads[:, :, 1], linear(x)[..., 4:])
+
+
+@pytest.mark.parametrize("keys", [77, 410, 512, 513])
+@pytest.mark.parametrize("case", [*CASES, "bias of every head"])
+def test_in_bfloat16_no_key_is_added_that_anyone_sees(keys, case):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, B, keys, H, D, generator=generator).unbind()
+    options = dict(CASES.get(case, {}))
+    if "bias" in case:
+        heads = H if case == "bias of every head" else 1
+        options["bias"] = torch.randn(1, heads, keys, keys, generator=generator)
+    expected = fused(q, k, v + 1, **options)  # values far from the zeros of added keys
+    half = {name: x.bfloat16() if name == "bias" else x for name, x in options.items()}
+    out = attention(q.bfloat16(), k.bfloat16(), (v + 1).bfloat16(), **half)
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.1)
