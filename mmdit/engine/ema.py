@@ -7,7 +7,7 @@ average are all that a resumed run needs.
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -114,7 +114,11 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 class EMA(Generic[M]):
-    """A shadow of the trainable weights of `module`; buffers and frozen weights stay as copied.
+    """A shadow of the trainable weights of `module`.
+
+    Parts in which nothing is trained are shared with `module`, not copied: a frozen T5 is large,
+    and what is loaded into one is loaded into both. Other buffers and frozen weights stay as
+    copied.
 
     Args:
         module: what is trained.
@@ -123,7 +127,8 @@ class EMA(Generic[M]):
 
     def __init__(self, module: M, *, profile: Profile) -> None:
         self.profile = profile
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        shared = {id(tensor): tensor for tensor in frozen(module)}
+        self.module = copy.deepcopy(module, shared).eval().requires_grad_(False)
         self._trained = module
         for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
             if weight.requires_grad:
@@ -140,6 +145,16 @@ class EMA(Generic[M]):
         if step % self.profile.every == 0:
             averages, weights = zip(*self._pairs, strict=True)
             take_in(averages, weights, self.profile.decay(step))
+
+
+def frozen(module: nn.Module) -> Iterator[Tensor]:
+    """Weights and buffers of the parts of a module that have weights, none of them trained."""
+    trained = [weight.requires_grad for weight in module.parameters()]
+    if trained and not any(trained):
+        yield from (*module.parameters(), *module.buffers())
+    else:
+        for part in module.children():
+            yield from frozen(part)
 
 
 def local(tensor: Tensor) -> Tensor:

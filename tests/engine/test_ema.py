@@ -141,3 +141,22 @@ def test_power_function_keeps_its_shape_as_the_run_grows() -> None:
 def test_bad_numbers_are_refused(make, told: str) -> None:
     with pytest.raises(UserError, match=told):
         make()
+
+
+class Parts(nn.Module):
+    """Something trained beside something frozen; both have buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen = nn.BatchNorm1d(2), nn.BatchNorm1d(2).requires_grad_(False)
+
+
+def test_frozen_parts_are_shared_and_trained_ones_are_not() -> None:
+    module = Parts()
+    average = EMA(module, profile=PROFILES[0]).module
+    assert average is not module
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        same = average.state_dict(keep_vars=True)[name] is tensor
+        assert same == name.startswith("frozen."), name
+    module.frozen.load_state_dict({k: v + 2 for k, v in module.frozen.state_dict().items()})
+    assert (average.frozen.weight == 3).all() and (average.frozen.running_mean == 2).all()
