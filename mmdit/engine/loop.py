@@ -182,13 +182,13 @@ def train(
             with time_limit(settings.timeout):
                 parts = next(steps)
                 made = make_step(parts, signals.flags())
-            if made.updated:
-                ema.update(done)
-            else:
+            if not made.updated:
                 figures["skipped_steps"] = figures.get("skipped_steps", 0) + 1
                 log.warning("step %d: loss or gradient not finite, step left out", done - 1)
+            ema.update(done)
             if posthoc is not None:
-                posthoc.update(done, run.path, last=done == settings.steps)
+                last = done == settings.steps
+                posthoc.update(done, run.path, last=last, writes=processes.main)
             meter.count(settings.batch_size, task.work(parts[0].example))
             bar.update()
 

@@ -27,6 +27,7 @@ from mmdit.checkpoints.native import (
 )
 from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
+from mmdit.engine.parallel import whole
 from mmdit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -67,13 +68,20 @@ class PostHoc:
             for profile in self.profiles
         }
 
-    def update(self, step: int, run: Path, *, last: bool) -> None:
-        """Take in the weights after `step` steps, and keep a snapshot where one is due."""
+    def update(self, step: int, run: Path, *, last: bool, writes: bool = True) -> None:
+        """Take in the weights after `step` steps, and keep a snapshot where one is due.
+
+        Args:
+            step: number of steps made.
+            run: run folder.
+            last: whether it is the last step.
+            writes: whether this process is the one that writes.
+        """
         for name, profile in self.profiles.items():
             averages = list(self.averages[name].values())
             take_in(averages, list(self.weights.values()), profile.decay(step))
         if last or step % self.snapshot_every == 0:
-            self.snapshot(step, run)
+            self.snapshot(step, run, writes=writes)
 
     def tensors(self) -> dict[str, Tensor]:
         """`<weight>:<profile>` -> average, for a checkpoint."""
@@ -88,11 +96,14 @@ class PostHoc:
         for key, average in self.tensors().items():
             average.copy_(tensors.pop(key))
 
-    def snapshot(self, step: int, run: Path) -> None:
+    def snapshot(self, step: int, run: Path, *, writes: bool = True) -> None:
         """Write the averages into the run folder; a resumed run writes the same ones again."""
+        tensors = {key: whole(average) for key, average in self.tensors().items()}
+        if not writes:
+            return
         path = run / "snapshots" / f"step_{step:08d}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        save_tensors(path, self.tensors(), {})
+        save_tensors(path, tensors, {})
         facts = {
             "step": step,
             "sigma_rels": {name: profile.sigma_rel for name, profile in self.profiles.items()},

@@ -20,6 +20,7 @@ from mmdit.engine.loggers import NoLogger
 from mmdit.engine.loop import Settings, train
 from mmdit.engine.optimizers import adamw, muon
 from mmdit.engine.parallel import DDP, FSDP, Single
+from mmdit.engine.posthoc import PostHoc
 from mmdit.engine.processes import Processes, join, leave
 from mmdit.engine.runs import RunFolder
 from mmdit.engine.schedules import WarmupConstant
@@ -143,6 +144,7 @@ def go(folder: Path, processes: Processes, plan: dict[str, Any]) -> None:
             schedule=WarmupConstant(warmup_steps=3),
             optimizer=OPTIMIZERS[plan.get("optimizer", "adamw")](task.module, lr=1e-3),
             ema=ema,
+            posthoc=PostHoc(task.module, sigma_rels=[0.1], snapshot_every=10),
             logger=NoLogger(),
             processes=processes,
             parallel=parallel,

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmdit.data.order import ShuffledOrder
 from mmdit.engine.loggers import read_metrics
+from mmdit.engine.posthoc import snapshots_in
 
 SCRIPT = Path(__file__).with_name("parallel_process.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +102,12 @@ def test_averages_are_those_of_one_process(folder: Path) -> None:
 
     for name in ("ddp", "fsdp", "hsdp4"):
         assert last(name) == pytest.approx(last("single"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp4", "one_to_two", "two_to_one"])
+def test_snapshots_for_other_averages_are_those_of_one_process(folder: Path, name: str) -> None:
+    for mine, its in zip(snapshots_in(folder / name), snapshots_in(folder / "single"), strict=True):
+        torch.testing.assert_close(mine.tensors(), its.tensors(), rtol=1e-4, atol=1e-5)
 
 
 def test_muon_sees_whole_matrices(folder: Path) -> None:
