@@ -349,7 +349,7 @@ def test_processes_may_index_at_once(tmp_path):
         subprocess.Popen([sys.executable, "-c", OPEN, str(tmp_path)], stdout=subprocess.PIPE)
         for _ in range(2)
     ]
-    told = [run.communicate(timeout=120)[0] for run in runs]
+    told = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert told == [b"160 3.tar/0159\n"] * 2
     assert not list(tmp_path.glob("*.tmp")) and len(list(tmp_path.glob("*.index.jsonl"))) == 4
