@@ -24,7 +24,7 @@ from torch.futures import Future
 from mmdit.checkpoints.native import differences
 from mmdit.errors import UserError
 
-FILE_SIZE = 2 * 1024**3  # bytes; a file is put together in memory before it is written
+FILE_SIZE = 256 * 1024**2  # bytes; while a file is put together, Python does nothing else
 
 
 class Fact(NamedTuple):
