@@ -12,7 +12,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from mmdit.data.images import BadImage, read_bytes
 from mmdit.errors import UserError, first_line
 from mmdit.registry import register
 
+T = TypeVar("T")
 Captions: TypeAlias = Mapping[str, Sequence[str]]
 TABLES = ("metadata.jsonl", "metadata.csv")
 
@@ -210,8 +211,12 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
     return {kind: weight for kind, weight in plain.items() if weight}
 
 
-def choose(captions: Captions, mix: Mapping[str, float], generator: torch.Generator) -> str:
+def choose(
+    captions: Mapping[str, Sequence[T]], mix: Mapping[str, float], generator: torch.Generator
+) -> T:
     """One caption: a kind by its weight among those the image has, then any of that kind.
+
+    They may be texts, or whatever stands for them.
 
     Exactly two numbers are drawn, so that what comes after does not depend on the captions.
     """

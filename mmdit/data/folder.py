@@ -195,6 +195,15 @@ class ImageFolder(CaptionedImages):
     def read(self, index: int) -> tuple[bytes, Captions]:
         return self._files.read(self.names[index])
 
+    def _stamp(self, index: int) -> str:
+        name = self.names[index]
+        try:
+            captions = self._files.captions(name)
+        except BadImage as error:
+            raise self._changed(index, f": {error}") from error
+        status = _status(self.root / name)
+        return json.dumps([status and status[0], captions], sort_keys=True)
+
 
 class Known:
     """Sizes of images decoded before, one JSON line each: a file that changed is not known.

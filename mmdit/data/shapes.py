@@ -10,12 +10,14 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from mmdit.data import captions
+from mmdit.data.buckets import Size
+from mmdit.data.caption_sources import Captions
 from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
 from mmdit.data.checks import expect, one_of
 from mmdit.data.composition import Kind, hold_out
@@ -157,6 +159,25 @@ class Shapes:
         """The order of training; batches of any size, since all pictures have one."""
         del batch_size
         return ShuffledOrder(size=self.samples, seed=seed)
+
+    def size_of(self, index: int) -> Size:
+        """Height and width of every picture."""
+        del index
+        return self.image_size, self.image_size
+
+    def whole(self, index: int) -> tuple[Image, Captions]:
+        """The picture as every step sees it, and all captions: what can be kept."""
+        sample = self[index]
+        return sample.image, {"text": (sample.caption,)}
+
+    def pick(self, captions: Mapping[str, Sequence[T]], index: int, step: int) -> T:
+        """The caption that step `step` sees of a sample, of all that it has: its only one."""
+        del index, step
+        return captions["text"][0]
+
+    def identity(self) -> dict[str, Any]:
+        """All that `whole` follows from, as plain data: two of the same give the same."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     @property
     def words(self) -> list[str]:

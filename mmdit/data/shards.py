@@ -145,6 +145,11 @@ class Shards(CaptionedImages):
         except FileNotFoundError as error:
             raise BadImage(f"{path} is gone") from error
 
+    def _stamp(self, index: int) -> str:
+        spans = [self._images[index], *(spans[index] for spans in self._captions.values())]
+        # Where in a shard it lies does not matter.
+        return json.dumps([span[1:].tolist() for span in spans])
+
     def _unusable(self, sample: Sample) -> str | None:
         """Why a sample that is whole cannot be used here."""
         if sample.height * sample.width > self.max_pixels:

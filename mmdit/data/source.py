@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from mmdit.keys import generator_for
 
 SPLITS = ("train", "validation")
 CROPS = ("centre", "random")
+T = TypeVar("T")
 
 
 class CaptionedImages(ABC):
@@ -99,8 +101,42 @@ class CaptionedImages(ABC):
         if self.crop == "random":
             generator = generator_for(self.seed, "crop", step, index)
             position = float(torch.rand((), generator=generator, dtype=torch.float64))
-        caption = choose(captions, self.mix, generator_for(self.seed, "caption", step, index))
-        return fit(image, self.size_of(index), position), caption
+        return fit(image, self.size_of(index), position), self.pick(captions, index, step)
+
+    def pick(self, captions: Mapping[str, Sequence[T]], index: int, step: int) -> T:
+        """The caption that step `step` sees of a sample, of all that it has."""
+        return choose(captions, self.mix, generator_for(self.seed, "caption", step, index))
+
+    def whole(self, index: int) -> tuple[Image, Captions]:
+        """The picture as every step sees it, and all captions: what can be kept.
+
+        Raises:
+            UserError: steps see different crops.
+        """
+        self._expect_no_chance()
+        image, captions = self._open(index)
+        return fit(image, self.size_of(index)), captions
+
+    def identity(self) -> dict[str, Any]:
+        """All that `whole` follows from, as plain data: two of the same give the same.
+
+        An image that is replaced by another of as many pixels and bytes is not noticed.
+
+        Raises:
+            UserError: steps see different crops, or a file is gone.
+        """
+        self._expect_no_chance()
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.names):
+            height, width = self.sizes[index]
+            row = f"{name}\0{height}x{width} {self._stamp(index)}\n"
+            digest.update(row.encode("utf-8", "surrogatepass"))
+        return {
+            "images": len(self),
+            "content": digest.hexdigest(),
+            "captions": sorted(self.mix),
+            "sizes": [list(size) for size in self.buckets.sizes],
+        }
 
     def batch(self, indices: Iterable[int], step: int = 0) -> tuple[torch.Tensor, list[str]]:
         """Pictures as one uint8 tensor (b, h, w, 3), and captions, as `step` sees them.
@@ -134,17 +170,34 @@ class CaptionedImages(ABC):
             group_of=self.bucket_of, groups=groups, batch_size=batch_size, seed=seed
         )
 
+    @abstractmethod
+    def _stamp(self, index: int) -> str:
+        """What tells a sample's files from others: lengths, hashes, captions.
+
+        Raises:
+            UserError: they are gone.
+        """
+
+    def _expect_no_chance(self) -> None:
+        if self.crop != "centre":
+            raise UserError(
+                f"data.crop={self.crop} shows another part of a picture at each step, so its "
+                "latents cannot be kept: choose data.crop=centre, or latents=from_pixels"
+            )
+
     def _open(self, index: int) -> tuple[Image, Captions]:
         try:
             data, captions = self.read(index)
             image = decode(data, max_pixels=self.max_pixels)
         except BadImage as error:
-            raise UserError(
-                f"{self.names[index]} has changed since the data set was opened: {error}"
-            ) from error
+            raise self._changed(index, f": {error}") from error
         if image.shape[:2] != tuple(self.sizes[index]) or not any(map(captions.get, self.mix)):
-            raise UserError(f"{self.names[index]} has changed since the data set was opened")
+            raise self._changed(index)
         return image, captions
+
+    def _changed(self, index: int, reason: str = "") -> UserError:
+        name = self.names[index]
+        return UserError(f"{name} has changed since the data set was opened{reason}")
 
     def _in_split(self, name: str) -> bool:
         digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()

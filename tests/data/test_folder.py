@@ -255,6 +255,52 @@ def test_centre_crops_do_not_depend_on_the_step(tmp_path, photo):
     assert np.array_equal(data.batch([0], 1)[0], data.batch([0], 2)[0])
 
 
+# What can be kept
+
+
+def test_what_is_kept_gives_what_every_step_sees(tmp_path, photo):
+    photo(tmp_path / "a.png", "one\ntwo", height=40, width=70)
+    (tmp_path / "a.synthetic.txt").write_text("made")
+    data = opened(tmp_path, crop="centre", mix={"text": 0.5, "synthetic": 0.5})
+    image, captions = data.whole(0)
+    assert captions == {"text": ("one", "two"), "synthetic": ("made",)}
+    numbered = {"text": range(2), "synthetic": range(2, 3)}
+    for step in range(50):
+        pictures, told = data.batch([0], step)
+        assert np.array_equal(pictures[0], image)
+        assert data.pick(captions, 0, step) == told[0]
+        assert ["one", "two", "made"][data.pick(numbered, 0, step)] == told[0]
+
+
+def test_the_identity_tells_pictures_captions_and_sizes(tmp_path, photo):
+    photo(tmp_path / "a.png", "one", seed=1)
+    photo(tmp_path / "b.png", "two", seed=2)
+
+    def identity(**arguments):
+        return opened(tmp_path, crop="centre", **arguments).identity()
+
+    seen = [identity()]
+    assert identity(seed=5, index=str(tmp_path / "index")) == seen[0]  # what is kept is the same
+    seen += [identity(image_size=64), identity(max_ratio=1)]
+    (tmp_path / "b.txt").write_text("zwei")
+    seen.append(identity())
+    photo(tmp_path / "b.png", "zwei", height=9)
+    seen.append(identity())
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    seen.append(identity())
+    assert len({json.dumps(each) for each in seen}) == len(seen)
+    (tmp_path / "c.png").unlink()
+    assert identity()["images"] == 1
+
+
+def test_random_crops_cannot_be_kept(tmp_path, photo):
+    photo(tmp_path / "a.png", "one")
+    for ask in (ImageFolder.identity, lambda data: data.whole(0)):
+        with pytest.raises(UserError, match=r"crop=random .* data\.crop=centre"):
+            ask(opened(tmp_path))
+
+
 # Splits, batches, mistakes
 
 

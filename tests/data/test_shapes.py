@@ -277,3 +277,19 @@ def test_bad_indices_and_tasks_are_refused():
         data[-1]
     with pytest.raises(ValueError, match="did you mean 'position'"):
         data.scene_for_task("positions", 0)
+
+
+def test_what_is_kept_gives_what_every_step_sees():
+    data = Shapes(split="train")
+    image, captions = data.whole(7)
+    images, told = data.batch([7], step=3)
+    assert np.array_equal(images[0], image) and image.shape[:2] == data.size_of(7)
+    assert data.pick(captions, 7, 3) == told[0]
+
+
+def test_the_identity_tells_arguments():
+    plain = Shapes(split="train").identity()
+    assert plain == Shapes(split="train").identity()
+    others = ({"seed": 1}, {"image_size": 64}, {"samples": 5}, {"rich_fraction": 0.0})
+    assert all(Shapes(split="train", **other).identity() != plain for other in others)
+    assert Shapes(split="validation").identity() != plain

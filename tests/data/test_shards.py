@@ -222,6 +222,24 @@ def test_names_within_json_that_nothing_can_have_are_not_taken(tmp_path):
 # Which files
 
 
+def test_the_identity_tells_content_not_where_it_lies(tmp_path):
+    def identity(name: str, members: list[tuple[str, bytes]]) -> dict[str, object]:
+        folder = tmp_path / name
+        folder.mkdir()
+        tar_of(folder / "a.tar", members)
+        return opened(folder, crop="centre").identity()
+
+    first = plain(3)
+    turned = [*first[4:], *first[:4]]
+    said = [*first[:-1], ("0002.txt", b"picture X")]
+    drawn = [*first[:4], ("0002.png", encoded(noise(8, 10, 99))), first[5]]
+    one = identity("one", first)
+    assert identity("same", first) == one
+    assert one != identity("turned", turned)  # another order
+    assert len({one["content"], identity("said", said)["content"]}) == 2
+    assert len({one["content"], identity("drawn", drawn)["content"]}) == 2
+
+
 def test_a_pattern_chooses_shards_and_the_order_is_that_of_names(tmp_path):
     for i in (11, 9, 10):
         tar_of(tmp_path / f"s-{i:06d}.tar", plain(2, i))
