@@ -32,6 +32,14 @@ class Encoding(NamedTuple):
     pooled: Tensor  # (b, p); T5 pools nothing: p = 0
 
 
+class Encodings(NamedTuple):
+    """What each encoder says of a batch of prompts."""
+
+    clip_l: Encoding
+    clip_g: Encoding
+    t5: Encoding
+
+
 @register
 class TextEncoder(nn.Module):
     """A tokenizer and the network that reads its ids.
@@ -196,12 +204,26 @@ class TextConditioner(nn.Module):
         draws = torch.stack([torch.rand(3, generator=generator) for generator in generators])
         return draws >= self.dropout
 
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing in it is trained, so that its words for a prompt never change."""
+        return not any(weight.requires_grad for weight in self.parameters())
+
     def forward(self, ids: TokenIds, kept: Tensor | None = None) -> Condition:
         """Token ids to the condition; `kept` (b, 3) says which encoders speak, all when None."""
+        return self.join(self.encodings(ids), kept)
+
+    def encodings(self, ids: TokenIds) -> Encodings:
+        """What each encoder says, on its own device."""
+        both = zip(self.encoders, ids, strict=True)
+        return Encodings(*(encoder(own_ids) for encoder, own_ids in both))
+
+    def join(self, encodings: Encodings, kept: Tensor | None = None) -> Condition:
+        """The condition that the encoders' words make; `kept` as in `forward`."""
         device = self.clip_l.device
         hidden, pooled = [], []
-        for i, (encoder, own_ids) in enumerate(zip(self.encoders, ids, strict=True)):
-            states, vector = (part.to(device) for part in encoder(own_ids))
+        for i, encoding in enumerate(encodings):
+            states, vector = (part.to(device, non_blocking=True) for part in encoding)
             if kept is not None:
                 # Filled rather than multiplied: zero times an overflow would not be zero.
                 drop = ~kept[:, i].to(device)

@@ -1,5 +1,6 @@
 """Text to token ids, one call for every tokenizer: `tokenizer(texts) -> (b, length) int64`."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -37,6 +38,10 @@ class PromptTokenizer(ABC):
     def __call__(self, texts: Sequence[str]) -> Tensor:  # -> (b, length) int64
         encoded = self._tokenizer.encode_batch(list(texts))
         return torch.tensor([item.ids for item in encoded], dtype=torch.int64)
+
+    def identity(self) -> str:
+        """SHA-256 of all that ids follow from: vocabulary, rules, length and padding."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def excess(self, text: str) -> int:
         """Tokens of `text` beyond `length`, which are cut off."""

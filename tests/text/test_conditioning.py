@@ -119,6 +119,24 @@ def test_a_dropped_encoder_gets_no_gradient(text):
     assert any(grad.any() for grad in grads["t5"])
 
 
+@torch.no_grad()
+def test_what_encoders_said_can_be_joined_later_and_dropped_then(text):
+    ids = text.tokenize(PROMPTS)
+    said = text.encodings(ids)
+    for kept in (None, torch.tensor([[True, False, True], [False, True, False]])):
+        for one, other in zip(text.join(said, kept), text(ids, kept), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_conditioner_is_frozen_when_all_of_its_weights_are(text):
+    assert not text.frozen
+    text.clip_l.requires_grad_(False)
+    text.clip_g.requires_grad_(False)
+    assert not text.frozen
+    text.t5.requires_grad_(False)
+    assert text.frozen and without(text, *NAMES).frozen
+
+
 @pytest.mark.parametrize("empty", ["", "  \n"])
 @torch.no_grad()
 def test_an_empty_prompt_is_all_zeros_and_leaves_the_others_alone(text, empty):
