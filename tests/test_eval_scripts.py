@@ -146,7 +146,7 @@ def report_of(told: str) -> dict[str, Any]:
 
 
 def checkpoint(folder: Path) -> Path:
-    return folder / "runs/tiny-001/checkpoints/step_00000001/ema.safetensors"
+    return folder / "runs/tiny-001/checkpoints/step_00000001/ema"
 
 
 def test_attention_of_a_run(run, folder):
