@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmdit.data.order import Order
 from mmdit.engine.processes import Processes
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Loader:
                 deaths += 1
                 if deaths == self.DEATHS:
                     raise UserError(
-                        f"a loader worker died {deaths} times in a row at step "
+                        f"{deaths} loader workers died in a row before step "
                         f"{start + made // self.accumulation} ({error}): if memory ran out, lower "
                         "training.workers; with training.workers=0 the cause shows"
                     ) from error
@@ -151,9 +151,9 @@ class Loader:
                 part = next(parts)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
-                    raise WorkerDied(str(error)) from error
+            except (RuntimeError, EOFError, OSError) as error:
+                if self.workers and told_of_death(error):
+                    raise WorkerDied(f"a loader worker died: {first_line(error)}") from error
                 raise
             self.waited += time.perf_counter() - began
             if isinstance(part, UserError):
@@ -163,6 +163,17 @@ class Loader:
 
 class WorkerDied(Exception):
     """A worker process was killed."""
+
+
+def told_of_death(error: Exception) -> bool:
+    """Whether this is how PyTorch tells of a dead worker, and no error that a worker raised.
+
+    The death is found by looking after it, or because the tensors that it held open are gone.
+    """
+    raised_in_worker = "Caught " in str(error) and "in DataLoader worker process" in str(error)
+    looked_after = "DataLoader worker" in str(error) and "exited unexpectedly" in str(error)
+    gone = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
+    return not raised_in_worker and (looked_after or gone)
 
 
 def _start_worker(_: int) -> None:

@@ -7,7 +7,6 @@ all there is to save, and a resumed run equals an unbroken one bit for bit on th
 
 import logging
 import shlex
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -51,6 +50,7 @@ class Settings(NamedTuple):
     keep: int  # newest checkpoints
     keep_every: int | None = None  # steps of which this is a divisor keep theirs for good
     keep_best: str | None = None  # figure of the evaluation, whose lowest keeps its checkpoint
+    asynchronous: bool = False  # write checkpoints while training goes on
     accumulation: int = 1  # parts that each process makes its share of a batch in
     workers: int = 0  # processes that prepare data for each process that trains
     timeout: float = 1800.0  # seconds after which a step is taken to hang
@@ -65,7 +65,7 @@ class Settings(NamedTuple):
                 such word.
         """
         given = {name: config[name] for name in cls._fields if name in config}
-        for name in given.keys() - {"workers", "nonfinite", "keep_best"}:
+        for name in given.keys() - {"workers", "nonfinite", "keep_best", "asynchronous"}:
             if name != "keep_every" or given[name] is not None:
                 positive(config, name, where)
         workers, nonfinite = given.get("workers", 0), given.get("nonfinite", "stop")
@@ -73,6 +73,8 @@ class Settings(NamedTuple):
             raise UserError(f"{where}.workers={workers} must be a whole number, 0 or more")
         if nonfinite not in ("stop", "skip"):
             raise UserError(f"{where}.nonfinite={nonfinite} must be stop or skip")
+        if not isinstance(given.get("asynchronous", False), bool):
+            raise UserError(f"{where}.asynchronous={given['asynchronous']} must be true or false")
         return cls(**given)
 
     @property
@@ -127,7 +129,13 @@ def train(
     processes = processes or Processes()
     parallel = parallel or Single()
     rates = rates_of(optimizer)
-    saver = Saver(run.path, processes, keep=settings.retention, config=config or {})
+    saver = Saver(
+        run.path,
+        processes,
+        keep=settings.retention,
+        config=config or {},
+        asynchronous=settings.asynchronous,
+    )
     found = restore(saver, module, ema, optimizer, posthoc)
     start, figures = (found.step, dict(found.figures)) if found else (0, {})
     reports = Reports(
@@ -174,8 +182,7 @@ def train(
         desc=run.path.name,
         disable=None if processes.main else True,
     )
-    run.mark("RUNNING", step=start)
-    with Signals() as signals, saver, bar:
+    with Signals() as signals, run.marked(start), saver, bar:
         steps = loader(start, settings.steps)
         for done in range(start + 1, settings.steps + 1):
             set_lr(optimizer, [rate * schedule(done - 1) for rate in rates])
@@ -209,11 +216,9 @@ def train(
                 meter.restart()
             if received and done < settings.steps:
                 checkpoint = saver.wait()
-                run.mark("PREEMPTED", step=done, signal=signal.Signals(received).name)
                 reports.close()
                 raise Interrupted(checkpoint, received)
         checkpoint = saver.wait()
-    run.mark("FINISHED", step=checkpoint.step)
     reports.close()
     return checkpoint
 

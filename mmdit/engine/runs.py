@@ -6,14 +6,17 @@ import json
 import logging
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from mmdit.checkpoints.native import write_atomically
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in
 from mmdit.engine.processes import Processes
-from mmdit.errors import UserError
+from mmdit.engine.signals import Interrupted
+from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,10 @@ FREE = (
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every")),
     *(f"training.{key}" for key in ("keep", "keep_every", "keep_best")),
-    *(f"training.{key}" for key in ("accumulation", "workers", "timeout", "nonfinite")),
+    *(
+        f"training.{key}"
+        for key in ("asynchronous", "accumulation", "workers", "timeout", "nonfinite")
+    ),
 )
 # ... and the learning rate, which one lowers on purpose after a loss that was not finite. A variant
 # of a sweep must have been trained with its own.
@@ -78,11 +84,32 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def mark(self, state: str, **facts: Any) -> None:
-        """Write `status.json`: RUNNING, PREEMPTED, FAILED or FINISHED, and where it stood."""
+    @contextmanager
+    def marked(self, step: int) -> Iterator[None]:
+        """Keep `status.json` while training runs from `step` on.
+
+        Its state is RUNNING, then FINISHED, PREEMPTED (a signal, after which all was saved) or
+        FAILED; after a kill -9 it still says RUNNING.
+        """
+        self._mark("RUNNING", step=step)
+        try:
+            yield
+        except Interrupted as stop:
+            number = signal.Signals(stop.number)
+            self._mark("PREEMPTED", step=stop.checkpoint.step, signal=number.name)
+            raise
+        except BaseException as error:
+            self._mark("FAILED", error=first_line(error))
+            raise
+        self._mark("FINISHED")
+
+    def _mark(self, state: str, **facts: Any) -> None:
         if self._lock is not None:
-            content = json.dumps({"state": state, **facts}, indent=1)
-            write_atomically(self.path / "status.json", content.encode())
+            content = json.dumps({"state": state, "process": os.getpid(), **facts}, indent=1)
+            try:
+                write_atomically(self.path / "status.json", content.encode())
+            except OSError as error:  # a full disk must not hide what happened
+                log.warning("status.json could not be written: %s", error)
 
     def latest(self) -> Checkpoint | None:
         """The complete checkpoint of the greatest step."""

@@ -58,13 +58,18 @@ class Stepper:
 
         Raises:
             UserError: the loss or the gradient is not finite, in every process if it is in one; the
-                weights are as they were.
+                weights are as they were. Or memory ran out.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        *first, last = parts
-        with self.parallel.quiet():
-            losses = [self._backward(part.example, len(parts)) for part in first]
-        losses.append(self._backward(last.example, len(parts)))
+        try:
+            *first, last = parts
+            with self.parallel.quiet():
+                losses = [self._backward(part.example, len(parts)) for part in first]
+            losses.append(self._backward(last.example, len(parts)))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise UserError(_what_needs_less(parts)) from error
+            raise
         own = torch.cat(losses).float().cpu()
         # A gradient that is not finite in one process is not finite in any after the exchange, ...
         norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.clip)).item()
@@ -95,3 +100,19 @@ class Stepper:
             + ". The weights were not updated: lower optimizer.lr, and go on from the last "
             "checkpoint with resume=auto, or leave such steps out with training.nonfinite=skip"
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a GPU or of the CPU, raised this."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _what_needs_less(parts: Sequence[Part]) -> str:
+    size = len(parts[0].indices)
+    smaller = f"training.accumulation={2 * len(parts)} (the same losses), " if size > 1 else ""
+    return (
+        f"step {parts[0].step}: out of memory with {size} samples at a time. Try {smaller}"
+        "activation_checkpointing=full, precision=bf16, or parallel=fsdp on more GPUs; "
+        "eval/memory.py tells beforehand what a config needs"
+    )

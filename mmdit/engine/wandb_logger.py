@@ -1,10 +1,13 @@
 """Weights & Biases: the only file that imports wandb."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 
 class WandbLogger:
@@ -20,6 +23,7 @@ class WandbLogger:
             raise ValueError(f"logger.mode {mode!r} must be 'online' or 'offline'")
         self.project, self.mode = project, mode
         self._run: Any = None
+        self._lost = False
 
     def start(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -40,13 +44,27 @@ class WandbLogger:
             ) from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
+        self._send(lambda: self._run.log(dict(figures), step=step))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         import wandb
 
-        self._run.log({name: wandb.Image(str(path))}, step=step)
+        self._send(lambda: self._run.log({name: wandb.Image(str(path))}, step=step))
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._send(self._run.finish)
+
+    def _send(self, send: Callable[[], object]) -> None:
+        """Training outlives W&B, which itself waits and tries again while it can."""
+        import wandb
+
+        try:
+            send()
+        except (wandb.Error, OSError) as error:
+            if not self._lost:
+                log.warning(
+                    "W&B is lost (%s): training goes on, and all figures are in metrics.jsonl",
+                    first_line(error),
+                )
+            self._lost = True
