@@ -29,12 +29,25 @@ class Case(NamedTuple):
 
 
 SMALL = {"class": "MMDiT", "depth": 6, "width": 384, "num_heads": 6}  # 33M parameters
+# The size of configs/model/toy.yaml, whose MLPs, half as wide, diffusers' class does not have.
+TOY = {
+    "class": "MMDiT",
+    "depth": 4,
+    "width": 192,
+    "num_heads": 3,
+    "context_width": 128,
+    "pooled_width": 128,
+    "position_size": 24,
+    "position_grid": 4,
+    "position_base": 4,
+}
 D24 = {"class": "MMDiT", "depth": 24, "width": 1536, "num_heads": 24}  # 2.0B: SD3 Medium
 VAE: dict[str, Any] = {"class": "Autoencoder"}
 T5 = {**ENCODERS["t5"], "depth": 4}  # of 24 equal layers
 CASES = {
     "small_forward": Case("mmdit", SMALL, "forward", batch=4, pixels=256, text=154),
     "small_train": Case("mmdit", SMALL, "train", batch=4, pixels=256, text=154),
+    "toy_train": Case("mmdit", TOY, "train", batch=128, pixels=64, text=26),
     "d24_forward": Case("mmdit", D24, "forward", batch=1, pixels=512, text=154),
     "d24_forward_333": Case("mmdit", D24, "forward", batch=1, pixels=512, text=333),
     "vae_decode": Case("autoencoder", VAE, "decode", batch=1, pixels=512),
@@ -114,8 +127,8 @@ def random_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) ->
             return {
                 "z_t": noise(b, 16, side, side),
                 "t": torch.linspace(0.1, 0.9, b),
-                "c_vec": noise(b, 2048),
-                "c_ctxt": noise(b, case.text, 4096),
+                "c_vec": noise(b, case.model.get("pooled_width", 2048)),
+                "c_ctxt": noise(b, case.text, case.model.get("context_width", 4096)),
                 "target": noise(b, 16, side, side),
             }
         case "autoencoder":
