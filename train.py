@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,26 @@ from omegaconf import DictConfig, OmegaConf
 from configs.formulations import check_variant, store_formulations
 from configs.launch import Verbatim, launch, sweep_label
 from configs.stages import (
-    autoencoder_weights,
+    check_until,
     clip_for_metrics,
+    give_autoencoder,
     is_finished,
     sweep_folder,
     write_scores,
 )
-from mmdit.checkpoints.native import load_strictly
-from mmdit.checkpoints.runs import Checkpoint, load_weights
+from mmdit.checkpoints.runs import Checkpoint
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
+from mmdit.engine.encoding import Data
 from mmdit.engine.formulation import report_formulation
 from mmdit.engine.loggers import Logger, NoLogger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, train
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
-from mmdit.engine.processes import join, leave, own_device
+from mmdit.engine.precompute import Unfinished
+from mmdit.engine.processes import Processes, join, leave, own_device
 from mmdit.engine.runs import open_together
-from mmdit.engine.sources import Data
 from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
@@ -53,7 +55,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
     device = own_device(chosen_device(config.device))
     precision = autocast(device, config.precision)
     settings = Settings.of(config.training, "training")
-    Settings.of(config.autoencoder.training, "autoencoder.training")
+    if config.autoencoder.training is not None:
+        Settings.of(config.autoencoder.training, "autoencoder.training")
     validation_size = positive(config.training, "validation_size", "training")
     processes = join(device, settings.timeout)
     if not processes.main:
@@ -71,9 +74,25 @@ def job(config: DictConfig, _: Verbatim) -> None:
     optimizer = instantiate(config.optimizer)(pipeline)
     posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
     schedule = instantiate(config.schedule)
-    latents = instantiate(config.latents)
+    source = instantiate(config.latents)(
+        data=data["train"],
+        autoencoder=pipeline.autoencoder,
+        text=pipeline.text,
+        autocast=precision,
+    )
     logger: Logger = instantiate(config.logger) if processes.main else NoLogger()
 
+    def prepare() -> None:
+        with processes.main_first():
+            give_autoencoder(pipeline.autoencoder, config, plain, data, device, precision)
+        if config.until != "autoencoder":
+            source.prepare(processes)
+
+    if config.until is not None:
+        check_until(config.until, source)
+        with closing(processes, logger, "the same command"):
+            prepare()
+        return
     label = sweep_label()
     run = open_together(
         processes,
@@ -86,11 +105,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
     if label and is_finished(config, run):
         log.info("%s is finished", run.path)
         return
-    try:
-        with processes.main_first():
-            path = autoencoder_weights(config, plain, data, device, precision)
-        for holder in (pipeline, ema.module):
-            load_strictly(holder.autoencoder, load_weights(path), path)
+    with closing(processes, logger, how_to_resume(run.path, sys.argv[1:])):
+        prepare()
         # A group that is left out has no key.
         measured = config.get("metrics") is not None
         measure = clip_for_metrics(config, plain, device, precision) if measured else None
@@ -98,12 +114,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
             report_formulation(pipeline.objective, run.path)
         task = FlowTask(
             module=pipeline,
-            source=latents(
-                data=data["train"],
-                autoencoder=pipeline.autoencoder,
-                text=pipeline.text,
-                autocast=precision,
-            ),
+            source=source,
             validation=validation_of(data["validation"], validation_size),
             seed=config.seed,
             autocast=precision,
@@ -127,16 +138,22 @@ def job(config: DictConfig, _: Verbatim) -> None:
             pipelines = {"ema": ema.module, "raw": pipeline}
             variant = config.variant or label or config.name
             write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
-    except Interrupted as stop:
+    if processes.main:
+        tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)
+
+
+@contextmanager
+def closing(processes: Processes, logger: Logger, again: str) -> Iterator[None]:
+    """Close all at the end of the block, and after a signal tell how to go on: by `again`."""
+    try:
+        yield
+    except (Interrupted, Unfinished) as stop:
         if processes.main:
-            print(f"\nstopped by {stop}; saved in {stop.checkpoint.folder}", file=sys.stderr)
-            print(f"to go on: {how_to_resume(run.path, sys.argv[1:])}", file=sys.stderr)
+            print(f"\nstopped by {stop}\nto go on: {again}", file=sys.stderr)
         sys.exit(128 + stop.number)
     finally:
         logger.close()
         leave()
-    if processes.main:
-        tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)
 
 
 def describe(config: DictConfig) -> Iterator[str]:

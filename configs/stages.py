@@ -22,19 +22,33 @@ from mmdit.checkpoints.runs import Checkpoint, hash_of_weights, load_weights
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
 from mmdit.engine.ema import EMA, ConstantDecay
+from mmdit.engine.encoding import Data
 from mmdit.engine.loggers import NoLogger
 from mmdit.engine.loop import Settings, train
 from mmdit.engine.optimizers import adamw
 from mmdit.engine.precision import Autocast
 from mmdit.engine.runs import RunFolder, config_hash
 from mmdit.engine.schedules import WarmupConstant
-from mmdit.engine.sources import Data
+from mmdit.engine.sources import FromCache, Source
 from mmdit.engine.tasks import AutoencoderTask, Task
+from mmdit.errors import UserError
 from mmdit.metrics.scores import PROTOCOL
+from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline
 from mmdit.text.clip_pair import CLIPPair
 
 log = logging.getLogger("mmdit.stages")
+
+
+UNTIL = ("autoencoder", "cache")
+
+
+def check_until(until: str, source: Source) -> None:
+    """Raises UserError if there is no such stage to stop at."""
+    if until not in UNTIL:
+        raise UserError(f"until={until} must be null or one of {', '.join(UNTIL)}")
+    if until == "cache" and not isinstance(source, FromCache):
+        raise UserError("until=cache makes a cache for latents=from_cache: give both")
 
 
 def find_or_train(
@@ -91,14 +105,17 @@ def train_stage(
     )
 
 
-def autoencoder_weights(
+def give_autoencoder(
+    autoencoder: Autoencoder,
     config: DictConfig,
     plain: dict[str, Any],
     data: dict[str, Data],
     device: torch.device,
     precision: Autocast,
-) -> Path:
-    """The trained autoencoder of this config."""
+) -> None:
+    """Load the trained autoencoder of this config; a public one has been loaded already."""
+    if config.autoencoder.training is None:
+        return
 
     def task(module: nn.Module) -> Task:
         return AutoencoderTask(
@@ -111,7 +128,8 @@ def autoencoder_weights(
         )
 
     recipe = {key: plain[key] for key in ("autoencoder", "data", "seed", "precision")}
-    return find_or_train(config, "autoencoder", recipe, task, device, seed=config.seed)
+    path = find_or_train(config, "autoencoder", recipe, task, device, seed=config.seed)
+    load_strictly(autoencoder, load_weights(path), path)
 
 
 def clip_for_metrics(

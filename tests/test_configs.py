@@ -45,7 +45,7 @@ VARIANTS = {
 # What wrappers and objectives share, and no variant of its own.
 HELPERS = {
     *("Coefficients", "like", "Sides", "squeezed", "EMA", "take_in", "frozen", "local", "gamma_of"),
-    *("Parallel", "world_size", "check_started", "whole", "Data", "Read", "Source", "encode"),
+    *("Parallel", "world_size", "check_started", "whole", "Read", "Source", "encode"),
 }
 
 

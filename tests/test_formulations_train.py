@@ -48,14 +48,16 @@ def test_it_trains_twenty_steps_and_paints_under_all_six_settings(row, one_threa
     config = composed(f"formulation={row.option}", "experiment=table1", *TINY)
     pipe = build_pipeline(config)
     precision = autocast(torch.device("cpu"), "fp32")
+    source = FromMemory(
+        data=instantiate(config.data, split="train", samples=8),
+        autoencoder=pipe.autoencoder,
+        text=pipe.text,
+        autocast=precision,
+    )
+    source.prepare(Processes())
     task = FlowTask(
         module=pipe,
-        source=FromMemory(
-            data=instantiate(config.data, split="train", samples=8),
-            autoencoder=pipe.autoencoder,
-            text=pipe.text,
-            autocast=precision,
-        ),
+        source=source,
         validation=validation_of(instantiate(config.data, split="validation"), 2),
         seed=0,
         autocast=precision,

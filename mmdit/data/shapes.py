@@ -77,6 +77,8 @@ class Shapes:
         ValueError: an argument is out of range, or the arguments do not fit each other.
     """
 
+    kinds = ("text",)  # of captions
+
     def __init__(
         self,
         *,

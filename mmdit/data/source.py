@@ -78,6 +78,11 @@ class CaptionedImages(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of captions, sorted."""
+        return tuple(sorted(self.mix))
+
     @abstractmethod
     def read(self, index: int) -> tuple[bytes, Captions]:
         """The encoded image and its captions of the mix, by kind.
@@ -134,7 +139,7 @@ class CaptionedImages(ABC):
         return {
             "images": len(self),
             "content": digest.hexdigest(),
-            "captions": sorted(self.mix),
+            "captions": list(self.kinds),
             "sizes": [list(size) for size in self.buckets.sizes],
         }
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 FREE = (
     *("run", "runs", "resume", "logger", "device", "compile", "parallel"),
     "activation_checkpointing",
+    *(f"latents.{key}" for key in ("folder", "root", "shard_size", "threads", "verify")),
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every")),
     *(f"training.{key}" for key in ("keep", "keep_every", "keep_best")),

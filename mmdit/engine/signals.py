@@ -14,7 +14,8 @@ class Interrupted(Exception):
     """A signal asked the run to stop; it has been saved."""
 
     def __init__(self, checkpoint: Checkpoint, number: int) -> None:
-        super().__init__(f"{signal.Signals(number).name} after step {checkpoint.step}")
+        name = signal.Signals(number).name
+        super().__init__(f"{name} after step {checkpoint.step}; saved in {checkpoint.folder}")
         self.checkpoint, self.number = checkpoint, number
 
 

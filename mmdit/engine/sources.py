@@ -1,46 +1,39 @@
 """Where the latents and texts of a step come from: pixels encoded at each step, or once."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.cache import Cache
 from mmdit.data.order import Order
+from mmdit.engine.encoding import HALF, Data, Encoded, Lasting, encode, encode_each
 from mmdit.engine.precision import Autocast
+from mmdit.engine.precompute import Precomputation
+from mmdit.engine.processes import Processes
+from mmdit.engine.runs import config_hash
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.pipeline import from_pixels
-from mmdit.text.conditioning import TextConditioner, TokenIds
+from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenIds
 
-# Of latents that training sees, wherever they come from (Sec. E.1).
-HALF = torch.bfloat16
-
-
-class Data(Protocol):
-    """A data set as training sees it: samples of one size in a batch, keyed by the step."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int], step: int = 0) -> tuple[Tensor, list[str]]:
-        """Pictures, uint8 (b, h, w, 3), and captions, as a step sees them."""
-
-    def square(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """The same at S x S, cropped at the centre: what judges, whatever the step."""
-
-    def order(self, *, batch_size: int, seed: int) -> Order:
-        """Sample indices by position, in batches of one size each."""
+log = logging.getLogger(__name__)
 
 
 class Read(NamedTuple):
     """Samples as a source reads them, on the CPU."""
 
     x: Tensor  # pixels, or latents
-    text: TokenIds
+    text: TokenIds | Encodings  # or what frozen encoders said of it
 
 
 class Source(Protocol):
     """Latents and texts for `FlowTask`."""
+
+    def prepare(self, processes: Processes) -> None:
+        """Make what is read from: by all processes of a run, once, before the first step."""
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         """Sample indices by position."""
@@ -70,6 +63,9 @@ class FromPixels:
     ) -> None:
         self.data, self.autoencoder, self.text, self.autocast = data, autoencoder, text, autocast
 
+    def prepare(self, processes: Processes) -> None:
+        """Nothing: pictures are read when they are needed."""
+
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.data.order(batch_size=batch_size, seed=seed)
 
@@ -86,33 +82,17 @@ class FromPixels:
         return encode(self.autoencoder, x, self.autocast).float()
 
 
-class FromMemory:
-    """Pictures of one size that never change: encoded once, their latents kept in memory.
-
-    Args:
-        data, autoencoder, text, autocast: as in `FromPixels`.
-    """
+class _Kept:
+    """What sources share that keep the latents of pictures that never change."""
 
     def __init__(
-        self, *, data: Data, autoencoder: Autoencoder, text: TextConditioner, autocast: Autocast
+        self, *, data: Lasting, autoencoder: Autoencoder, text: TextConditioner, autocast: Autocast
     ) -> None:
-        self.data, self.text = data, text
+        self.data, self.autoencoder, self.text, self.autocast = data, autoencoder, text, autocast
         self.device = next(autoencoder.parameters()).device
-        latents: list[Tensor] = []
-        self.captions: list[str] = []
-        starts = range(0, len(data), 256)
-        for start in tqdm(starts, desc="encoding images", unit="batch", disable=None):
-            images, told = data.batch(range(start, min(start + 256, len(data))))
-            latents.append(encode(autoencoder, images, autocast).cpu())
-            self.captions += told
-        self.encoded = torch.cat(latents)
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.data.order(batch_size=batch_size, seed=seed)
-
-    def read(self, step: int, indices: Sequence[int]) -> Read:
-        captions = [self.captions[index] for index in indices]
-        return Read(self.encoded[list(indices)], self.text.tokenize(captions))
 
     def latent_shape(self, x: Tensor) -> tuple[int, int, int]:  # (b, c, h, w)
         _, c, h, w = x.shape
@@ -122,10 +102,120 @@ class FromMemory:
         return x.to(self.device, non_blocking=True).float()
 
 
-@torch.no_grad()
-def encode(autoencoder: Autoencoder, images: Tensor, autocast: Autocast) -> Tensor:
-    """Pictures, uint8 (b, h, w, 3) -> normalized latents (b, c, h, w) in half precision."""
-    device = next(autoencoder.parameters()).device
-    with autocast():
-        pixels = from_pixels(images.to(device, non_blocking=True))
-        return autoencoder.encode(pixels).to(HALF)
+class FromMemory(_Kept):
+    """Pictures are encoded once, their latents kept in memory, by each process for itself.
+
+    Args:
+        data, autoencoder, text, autocast: as in `FromPixels`.
+    """
+
+    def prepare(self, processes: Processes) -> None:
+        found: dict[int, Encoded] = {}
+        indices = range(len(self.data))
+        with tqdm(total=len(indices), desc="encoding images", unit="image", disable=None) as bar:
+            for sample in encode_each(
+                self.data,
+                indices,
+                autoencoder=self.autoencoder,
+                autocast=self.autocast,
+                threads=4,
+            ):
+                found[sample.number] = sample
+                bar.update()
+        self.encoded = [found[index].latent for index in indices]
+        self.captions = [found[index].captions for index in indices]
+
+    def read(self, step: int, indices: Sequence[int]) -> Read:
+        captions = [self.data.pick(self.captions[index], index, step) for index in indices]
+        latents = torch.stack([self.encoded[index] for index in indices])
+        return Read(latents, self.text.tokenize(captions))
+
+
+class FromCache(_Kept):
+    """Pictures are encoded once, their latents kept on disk (Sec. E.1), and so are the words of
+    text encoders that are not trained.
+
+    What is read equals what is encoded at each step. All captions of a picture are kept, and each
+    encoder's words for itself: which caption a step sees, and which encoders are dropped, is drawn
+    as ever.
+
+    Args:
+        data, autoencoder, text, autocast: as in `FromPixels`.
+        folder: of the cache; made if it is not there. None is one in `root` that is named by all
+            that the cache follows from.
+        root: where that is.
+        shard_size: samples of a file.
+        threads: that read pictures while the cache is made.
+        verify: compare the whole cache with its hashes first. What is read is compared anyway.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: Lasting,
+        autoencoder: Autoencoder,
+        text: TextConditioner,
+        autocast: Autocast,
+        folder: str | None = None,
+        root: str = "runs",
+        shard_size: int = 512,
+        threads: int = 8,
+        verify: bool = False,
+    ) -> None:
+        super().__init__(data=data, autoencoder=autoencoder, text=text, autocast=autocast)
+        self.folder, self.root, self.shard_size = folder, root, shard_size
+        self.threads, self.verify = threads, verify
+
+    def prepare(self, processes: Processes) -> None:
+        """Make the cache, or what it lacks.
+
+        Raises:
+            Unfinished: a signal asked to stop.
+            UserError: the folder holds a cache that was made otherwise, or is damaged.
+        """
+        precompute = Precomputation(
+            data=self.data,
+            autoencoder=self.autoencoder,
+            text=self.text,
+            autocast=self.autocast,
+            threads=self.threads,
+        )
+        # Hashing large encoders takes a while: one process does.
+        identity = processes.broadcast(precompute.identity() if processes.main else {})
+        folder = Path(self.folder or Path(self.root) / f"cache-{config_hash(identity)}")
+        with processes.main_first():
+            self.cache = Cache(
+                folder,
+                identity=identity,
+                samples=len(self.data),
+                kinds=self.data.kinds,
+                shard_size=self.shard_size,
+            )
+        precompute(self.cache, processes)
+        if self.verify and processes.main:
+            self.cache.verify()
+        log.info("%d samples in the cache %s", len(self.data), folder)
+
+    def read(self, step: int, indices: Sequence[int]) -> Read:
+        latents = torch.stack([self.cache.latent(index) for index in indices])
+        captions = [
+            self.cache.caption(index, self.data.pick(self.cache.captions(index), index, step))
+            for index in indices
+        ]
+        if not captions[0].said:
+            return Read(latents, self.text.tokenize([caption.text for caption in captions]))
+        said = {name: torch.stack([c.said[name] for c in captions]) for name in captions[0].said}
+        return Read(latents, self._encodings(said, len(indices)))
+
+    def _encodings(self, said: dict[str, Tensor], batch: int) -> Encodings:
+        """What was kept, and zeros where an encoder is absent or pools nothing."""
+        nothing = torch.zeros((), dtype=HALF)
+        return Encodings(
+            *(
+                Encoding(
+                    said.get(f"{name}.hidden", nothing.expand(batch, e.length, e.width)),
+                    said.get(f"{name}.pooled", nothing.expand(batch, e.pooled_width)),
+                )
+                for name, e in zip(Encodings._fields, self.text.encoders, strict=True)
+            )
+        )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.data.order import Order
+from mmdit.engine.encoding import Data, condition
 from mmdit.engine.precision import Autocast
-from mmdit.engine.sources import Data, Source
+from mmdit.engine.sources import Source
 from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
@@ -18,7 +19,7 @@ from mmdit.metrics.reconstruction import psnr
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
-from mmdit.text.conditioning import TokenIds
+from mmdit.text.conditioning import Encodings, TokenIds
 
 
 class Work(NamedTuple):
@@ -171,7 +172,7 @@ class Captioned(NamedTuple):
     """An example of `FlowTask`."""
 
     x: Tensor  # pixels or latents, as the source reads them
-    text: TokenIds
+    text: TokenIds | Encodings
     kept: Tensor  # bool (b, 3): which encoders speak
     draw: Draw
 
@@ -232,7 +233,7 @@ class FlowTask:
         x_0 = self.source.latents(example.x)
         draw = Draw(*(part.to(x_0.device, non_blocking=True) for part in example.draw))
         with self.autocast():
-            c_vec, c_ctxt = module.text(example.text, example.kept)
+            c_vec, c_ctxt = condition(module.text, example.text, example.kept)
             return module.objective(module.mmdit, x_0, c_vec, c_ctxt, draw)
 
     def times(self, example: Captioned) -> Tensor:
