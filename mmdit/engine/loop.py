@@ -138,6 +138,8 @@ def train(
     )
     found = restore(saver, module, ema, optimizer, posthoc)
     start, figures = (found.step, dict(found.figures)) if found else (0, {})
+    if found and processes.main:
+        log.info("going on with %s at step %d", run.path, start)
     reports = Reports(
         run.path, task=task, logger=logger, processes=processes, start=start, steps=settings.steps
     )

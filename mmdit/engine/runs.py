@@ -223,7 +223,6 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
                 "Give the same settings, or start a new run without resume= "
                 "(a sweep: under another name=)"
             )
-        log.info("going on with %s at step %d", folder.path, latest.step)
     write_atomically(path, json.dumps(config, indent=1).encode())
     return folder
 
