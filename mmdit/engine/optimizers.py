@@ -97,7 +97,7 @@ def adamw_8bit(
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise UserError(
-            "optimizer=adamw_8bit needs torchao, which is not installed: pip install -e \".[low_bit]\", or "
+            "optimizer=adamw_8bit needs torchao, which is not installed: pip install torchao, or "
             "choose optimizer=adamw"
         ) from error
     if any(isinstance(weight, DTensor) for weight in module.parameters()):
