@@ -6,6 +6,7 @@ all there is to save, and a resumed run equals an unbroken one bit for bit on th
 """
 
 import logging
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -248,4 +249,6 @@ def restore(
 def how_to_resume(run: Path, words: Sequence[str]) -> str:
     """The command line that goes on with a run started with `words`."""
     kept = [word for word in words if not word.startswith(("resume=", "run="))]
-    return shlex.join(["python", "train.py", *kept, f"resume={run}"])
+    count = os.environ.get("LOCAL_WORLD_SIZE")  # of processes that torchrun started here
+    program = ["torchrun", f"--nproc_per_node={count}"] if count else ["python"]
+    return shlex.join([*program, "train.py", *kept, f"resume={run}"])
