@@ -34,6 +34,7 @@ from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
 from mmdit.engine.encoding import Data
 from mmdit.engine.formulation import report_formulation
+from mmdit.engine.loader import share
 from mmdit.engine.loggers import Logger, NoLogger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, train
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
@@ -59,6 +60,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         Settings.of(config.autoencoder.training, "autoencoder.training")
     validation_size = positive(config.training, "validation_size", "training")
     processes = join(device, settings.timeout)
+    share(settings.batch_size, processes, settings.accumulation)
     if not processes.main:
         logging.getLogger("mmdit").setLevel(logging.WARNING)
     with processes.main_first():  # what one writes while it looks through the data, others find

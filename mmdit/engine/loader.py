@@ -77,14 +77,8 @@ class Loader:
         ahead: int = 2,
         pin: bool = False,
     ) -> None:
-        shares = processes.world_size * accumulation
-        if batch_size % shares:
-            raise UserError(
-                f"batch_size {batch_size} must be divisible by {processes.world_size} processes x "
-                f"accumulation {accumulation}"
-            )
         self.examples, self.order = _Examples(make), order
-        self.batch_size, self.size = batch_size, batch_size // shares
+        self.batch_size, self.size = batch_size, share(batch_size, processes, accumulation)
         self.processes, self.accumulation = processes, accumulation
         self.workers, self.ahead, self.pin = workers, ahead, pin
         self.waited = 0.0
@@ -159,6 +153,21 @@ class Loader:
             if isinstance(part, UserError):
                 raise part
             yield part
+
+
+def share(batch_size: int, processes: Processes, accumulation: int) -> int:
+    """How many samples of a batch a process computes at a time.
+
+    Raises:
+        UserError: they cannot be shared evenly.
+    """
+    shares = processes.world_size * accumulation
+    if batch_size % shares:
+        raise UserError(
+            f"batch_size {batch_size} must be divisible by {processes.world_size} processes x "
+            f"accumulation {accumulation}"
+        )
+    return batch_size // shares
 
 
 class WorkerDied(Exception):
