@@ -146,9 +146,21 @@ def config_hash(config: Any) -> str:
 
 
 def open_together(processes: Processes, *arguments: Any, **options: Any) -> RunFolder:
-    """`open_run` by the main process, which holds the folder for the others."""
-    folder = open_run(*arguments, **options) if processes.main else None
-    path = processes.broadcast(folder and folder.path)
+    """`open_run` by the main process, which holds the folder for the others.
+
+    Raises:
+        UserError: what `open_run` raises, in all processes.
+    """
+    folder: RunFolder | None = None
+    problem: UserError | None = None
+    if processes.main:
+        try:
+            folder = open_run(*arguments, **options)
+        except UserError as error:
+            problem = error
+    path, told = processes.broadcast((folder and folder.path, problem))
+    if told is not None:
+        raise problem or told
     return folder or RunFolder(path, held=False)  # type: ignore[arg-type]
 
 
