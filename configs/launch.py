@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from configs.messages import explain
+from mmdit.engine.processes import give_way, tell_torchrun
 from mmdit.errors import UserError, first_line
 
 Verbatim = dict[str, str]
@@ -103,6 +104,8 @@ def launch(
     if len(failed) > 1:  # the last one stands far above by now, the first is told below
         print(f"{len(failed)} jobs of this multirun failed:", *failed, sep="\n  ", file=sys.stderr)
     message = explain(error, in_job=started, verbatim=verbatim, config_dir=config_dir)
+    give_way(error, mistake=message is not None)
+    tell_torchrun(message or f"{type(error).__name__}: {first_line(error)}")
     if message is None:
         raise error  # outside the handlers above, so that its traceback has no "during handling of"
     if full_error:

@@ -4,10 +4,13 @@ One process needs no `torchrun`; everything here then costs nothing. Tensors of 
 the backend of their device. What is said here travels by gloo, on the CPU.
 """
 
+import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -101,6 +104,33 @@ def leave() -> None:
     """Take leave of the others, as PyTorch asks at the end of a process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether this only tells that another process has gone, which knows why."""
+    by_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return by_gloo or isinstance(error, dist.DistError)
+
+
+def give_way(error: BaseException, *, mistake: bool) -> None:
+    """Let one process tell of a failure for all, where `torchrun` started several.
+
+    It ends all when one has ended, and so this one while it waits. Of a user's mistake, which all
+    make, the main process tells; of a process that has gone, that one.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if is_lost(error):
+        time.sleep(10)
+    elif mistake and os.environ.get("RANK") != "0":
+        time.sleep(5)
+
+
+def tell_torchrun(message: str) -> None:
+    """Have the page that `torchrun` ends with say why, too."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def own_device(device: torch.device) -> torch.device:
