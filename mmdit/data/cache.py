@@ -12,8 +12,6 @@ there. Of a shard only what is asked for is read. All that is read is compared w
 import hashlib
 import json
 import logging
-import os
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +20,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from mmdit.data.aside import write_whole
+from mmdit.data.aside import whole, write_whole
 from mmdit.data.caption_sources import Captions
 from mmdit.data.checks import expect
 from mmdit.errors import UserError, first_line
@@ -149,22 +147,20 @@ class Cache:
         with ThreadPoolExecutor(4) as threads:  # hashing leaves Python to others
             hashes = list(threads.map(lambda pair: _hash(pair[0]), made))
         pairs = zip(made, hashes, strict=True)
-        if damaged := [path for (path, expected), found in pairs if found != expected]:
-            raise _damaged(damaged[0], f"{len(damaged)} of {len(made)} shards have another hash")
+        if damaged := [path.name for (path, expected), found in pairs if found != expected]:
+            raise UserError(
+                f"{len(damaged)} of {len(made)} shards of {self.folder} are damaged, their SHA-256 "
+                f"differs: {', '.join(damaged[:10])}; delete them, and they are made again"
+            )
 
     def write(self, number: int, samples: Samples) -> None:
         """Make a shard: flushed to the disk, then moved to its place, then noted."""
         path = self.path(number)
-        beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            tensors, sums = self._tensors(samples)
-            save_file(tensors, beside, metadata={"tables": str(sums)})
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-            record = {"bytes": beside.stat().st_size, "sha256": _hash(beside)}
-            beside.rename(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        tensors, tables = self._tensors(samples)
+        data = save(tensors, {"tables": str(tables)})
+        with whole(path) as file:
+            file.write(data)
+        record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_whole(path.with_suffix(".json"), json.dumps(record).encode())
 
     def complete(self) -> None:
@@ -223,7 +219,8 @@ class Cache:
     def _tensors(self, samples: Samples) -> tuple[dict[str, Tensor], int]:
         """A shard's tensors, and the checksum of its tables."""
         texts = [text.encode("utf-8") for text in texts_of(samples.captions, self.kinds)]
-        rows = [[_bytes(part[m]) for part in samples.said.values()] for m in range(len(texts))]
+        said = sorted(samples.said)
+        rows = [[_bytes(samples.said[name][m]) for name in said] for m in range(len(texts))]
         counts = [[len(told.get(kind, ())) for kind in self.kinds] for told in samples.captions]
         tables = {
             "shapes": torch.tensor([list(latent.shape) for latent in samples.latents]),
@@ -237,7 +234,7 @@ class Cache:
         content = {
             "latents": torch.cat([latent.flatten() for latent in samples.latents]),
             "texts": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8),
-            **{f"said.{name}": part.contiguous() for name, part in samples.said.items()},
+            **{f"said.{name}": samples.said[name].contiguous() for name in said},
         }
         return {**tables, **content}, _sum(*(_bytes(tables[name]) for name in TABLES))
 
@@ -267,7 +264,7 @@ class Shard:
         self._ends = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).tolist()
         self._starts = [0, *self._shapes.prod(dim=1).cumsum(0).tolist()]
         self._firsts = [0, *self._counts.flatten().cumsum(0).tolist()]
-        self._said = [name for name in self._file.keys() if name.startswith("said.")]  # noqa: SIM118
+        self._said = sorted(name for name in self._file.keys() if name.startswith("said."))  # noqa: SIM118
 
     def latent(self, i: int) -> Tensor:
         """The latent of the shard's i-th sample."""

@@ -1,0 +1,189 @@
+"""A cache on disk: what was written is read, or its damage is named."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmdit.data.cache
+from mmdit.data.cache import Cache, Samples, differences, texts_of
+from mmdit.errors import UserError
+
+KINDS = ("synthetic", "text")
+IDENTITY = {"autoencoder": {"weights": "1" * 64}, "data set": {"images": 5}, "t5": None}
+SIZES = [(4, 2, 3), (4, 3, 2), (4, 2, 2), (4, 2, 3), (4, 1, 4)]
+CAPTIONS = [
+    {"text": ("one", "zwei", "drei")},
+    {"synthetic": ("ein", "è"), "text": ("b",)},
+    {"synthetic": ("only",)},
+    {"text": ("赤い丸",), "other": ("not kept",)},
+    {"text": ("last",), "synthetic": ()},
+]
+
+
+def opened(folder: Path, identity=IDENTITY) -> Cache:
+    return Cache(folder, identity=identity, samples=5, kinds=KINDS, shard_size=2)
+
+
+def samples_of(indices: range) -> Samples:
+    generator = torch.Generator().manual_seed(indices[0])
+    captions = [CAPTIONS[i] for i in indices]
+    count = len(texts_of(captions, KINDS))
+    return Samples(
+        [torch.randn(SIZES[i], generator=generator).bfloat16() for i in indices],
+        captions,
+        {
+            "t5.hidden": torch.randn(count, 3, 2, generator=generator).bfloat16(),
+            "clip_l.pooled": torch.randn(count, 4, generator=generator).bfloat16(),
+        },
+    )
+
+
+def fill(cache: Cache) -> None:
+    for number in cache.missing():
+        cache.write(number, samples_of(cache.indices(number)))
+
+
+@pytest.fixture
+def cache(tmp_path) -> Cache:
+    cache = opened(tmp_path / "cache")
+    fill(cache)
+    cache.complete()
+    return opened(tmp_path / "cache")
+
+
+def test_what_was_written_is_read_at_any_position(cache):
+    for index in (4, 0, 2, 1, 3):
+        shard = range(5)[index // 2 * 2 :][:2]
+        written, place = samples_of(shard), index - shard[0]
+        assert torch.equal(cache.latent(index), written.latents[place])
+        before = len(texts_of(written.captions[:place], KINDS))
+        kept = [(k, t) for k in KINDS for t in CAPTIONS[index].get(k, ())]
+        found = [(kind, n) for kind, numbers in cache.captions(index).items() for n in numbers]
+        assert [kind for kind, _ in kept] == [kind for kind, _ in found]
+        for i, ((_, text), (_, number)) in enumerate(zip(kept, found, strict=True)):
+            caption = cache.caption(index, number)
+            assert caption.text == text
+            assert caption.said.keys() == written.said.keys()
+            for name, part in written.said.items():
+                assert torch.equal(caption.said[name], part[before + i]), name
+
+
+def test_an_interrupted_cache_goes_on_at_the_first_shard_that_is_not_there(tmp_path, monkeypatch):
+    cache = opened(tmp_path)
+    assert cache.missing() == [0, 1, 2]
+    cache.write(1, samples_of(cache.indices(1)))
+    assert cache.missing() == [0, 2]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", killed)
+        cache.write(0, samples_of(cache.indices(0)))
+    again = opened(tmp_path)
+    assert again.missing() == [0, 2]
+    made = again.path(1).stat().st_mtime_ns
+    fill(again)
+    again.complete()
+    assert opened(tmp_path).missing() == []
+    assert again.path(1).stat().st_mtime_ns == made
+    assert {p.suffix for p in tmp_path.glob("shard*")} == {".safetensors"}  # the notes are in one
+
+
+def test_a_shard_that_is_deleted_is_made_again(cache):
+    before = cache.path(1).read_bytes()
+    cache.path(1).unlink()
+    again = opened(cache.folder)
+    assert again.missing() == [1]
+    fill(again)
+    again.complete()
+    assert cache.path(1).read_bytes() == before
+
+
+def test_a_truncated_shard_is_named(cache):
+    os.truncate(cache.path(1), cache.path(1).stat().st_size - 1)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is damaged .* bytes instead of"):
+        opened(cache.folder).missing()
+
+
+def read_all(cache: Cache) -> None:
+    for index in range(5):
+        cache.latent(index)
+        for numbers in cache.captions(index).values():
+            for number in numbers:
+                cache.caption(index, number)
+
+
+def test_any_flipped_byte_is_noticed_when_it_is_read(cache):
+    path = cache.path(0)
+    whole = path.read_bytes()
+    read_all(cache)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for position in range(header, len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        damaged = opened(cache.folder)
+        assert damaged.missing() == []  # of the same size
+        with pytest.raises(UserError, match=r"shard-00000\.safetensors is damaged"):
+            read_all(damaged)
+        if position % 100 == 0:
+            with pytest.raises(UserError, match=r"^1 of 3 shards .* differs: shard-00000\."):
+                damaged.verify()
+    path.write_bytes(whole)
+    opened(cache.folder).verify()
+
+
+def test_a_damaged_header_is_named(cache):
+    data = cache.path(2).read_bytes()
+    cache.path(2).write_bytes(b"x" * 40 + data[40:])
+    with pytest.raises(UserError, match=r"shard-00002\.safetensors is damaged"):
+        opened(cache.folder).latent(4)
+
+
+def test_a_cache_of_something_else_is_refused_with_what_differs(cache):
+    other = {**IDENTITY, "autoencoder": {"weights": "2" * 64}, "t5": {"tokens": 77}}
+    with pytest.raises(UserError) as caught:
+        opened(cache.folder, other)
+    assert "made with another autoencoder (weights: 111111111111..., not 222222222222" in str(
+        caught.value
+    )
+    assert "another t5 (null, not {" in str(caught.value)
+    assert "data set" not in str(caught.value)
+
+
+def test_folders_and_files_that_are_no_cache_are_refused(tmp_path, cache):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else than a cache"):
+        opened(tmp_path / "other")
+    facts = json.loads((cache.folder / "cache.json").read_text())
+    for damage in ("", "[]", "{}", json.dumps({**facts, "protocol": "mmdit-cache-0"})):
+        (cache.folder / "cache.json").write_text(damage)
+        with pytest.raises(UserError, match="delete the cache"):
+            opened(cache.folder)
+
+
+def test_what_another_process_made_is_seen(tmp_path):
+    first, second = opened(tmp_path), opened(tmp_path)
+    fill(first)
+    assert second.missing() == []
+    first.complete()
+    second.reopen()
+    assert second.missing() == []
+
+
+def test_more_shards_than_are_held_open(cache, monkeypatch):
+    monkeypatch.setattr(mmdit.data.cache, "OPEN", 1)
+    read_all(cache)
+    read_all(cache)
+
+
+def test_differences_name_what_and_its_particulars():
+    same = {"a": {"x": 1, "y": [1, 2]}, "b": None}
+    assert differences(same, same) == []
+    assert differences(same, {"a": {"x": 1, "y": [1, 3]}, "b": None}) == [
+        "another a (y: [1, 2], not [1, 3])"
+    ]
+    assert differences(same, {**same, "b": "z"}) == ["another b (null, not z)"]
