@@ -204,6 +204,77 @@ def load_text(
     Raises:
         UserError: an encoder or a tokenizer that is used is not there.
     """
+    parts = load_encoders(
+        used, t5_length=t5_length, encoders=encoders, tokenizers=tokenizers, load=load
+    )
+    three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, t5_length)}
+    return TextConditioner(**three, empty_prompt="encoded")
+
+
+def frozen_text(
+    *,
+    source: str,
+    tokenizers: str | None = None,
+    use_clip_l: bool = True,
+    use_clip_g: bool = True,
+    use_t5: bool = True,
+    t5_length: int = 77,
+    dropout: float = 0.464,
+    allow_pickle: bool = False,
+    verify: bool = False,
+) -> TextConditioner:
+    """Published text encoders to train a network on; they are not trained themselves.
+
+    Args:
+        source: single file, folder, hub id, or the name of a preset.
+        tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not in `source`.
+        use_clip_l, use_clip_g, use_t5: an encoder left out contributes zeros of its published size.
+        t5_length: tokens that T5 reads.
+        dropout: see `TextConditioner`.
+        allow_pickle, verify: see `load_published`.
+
+    Raises:
+        UserError: an encoder or a tokenizer that is used is not there.
+    """
+    used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
+    wanted = [kind for kind, use in used.items() if use]
+    folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[kind] for kind in wanted]
+    if source in PRESETS and not Path(source).exists():
+        source = PRESETS[source].hub
+    path = local(source, folders)
+    beside = path if path.is_dir() else path.parent
+    parts = load_encoders(
+        used,
+        t5_length=t5_length,
+        encoders=path,
+        # Where a checkpoint finds them again, from whatever folder it is opened.
+        tokenizers=(local(tokenizers, folders) if tokenizers else beside).absolute(),
+        load={"allow_pickle": allow_pickle, "verify": verify},
+    )
+    three: dict[str, Any] = {
+        "clip_l": AbsentEncoder(width=768, pooled_width=768, length=77),
+        "clip_g": AbsentEncoder(width=1280, pooled_width=1280, length=77),
+        "t5": AbsentEncoder(width=4096, length=t5_length),
+        **parts,
+    }
+    text = TextConditioner(**three, dropout=dropout)
+    text.requires_grad_(False)
+    return text
+
+
+def load_encoders(
+    used: Mapping[str, bool],
+    *,
+    t5_length: int,
+    encoders: Path,
+    tokenizers: Path,
+    load: Mapping[str, Any],
+) -> dict[str, TextEncoder]:
+    """The encoders that are used, by kind.
+
+    Raises:
+        UserError: an encoder or a tokenizer that is used is not there.
+    """
     parts: dict[str, TextEncoder] = {}
     for kind in (kind for kind in ENCODERS if used[kind]):
         try:
@@ -224,8 +295,7 @@ def load_text(
         except UserError as error:
             raise UserError(f"{error}. (Elsewhere: text.tokenizers=<folder>)") from None
         parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
-    three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, t5_length)}
-    return TextConditioner(**three, empty_prompt="encoded")
+    return parts
 
 
 def zeros_for(

@@ -13,8 +13,18 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
+import mmdit
 from mmdit.checkpoints.formats import FORMATS
 from mmdit.checkpoints.public import kind_of, slots_of
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.mmdit import MMDiT
+from mmdit.models.t5 import T5Encoder
+from mmdit.pipeline import Pipeline
+from mmdit.published import published_objective
+from mmdit.text.clip_tokenizer import CLIPTokenizer
+from mmdit.text.conditioning import TextConditioner, TextEncoder
+from mmdit.text.t5_tokenizer import t5_tokenizer_in
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -141,3 +151,72 @@ def t5_files(tmp_path_factory) -> Path:
     )
     (folder / "spiece.model").write_bytes(model.getvalue())
     return folder
+
+
+# A tiny model of every part
+
+
+@pytest.fixture(scope="session")
+def tiny_published(tmp_path_factory, clip_files, t5_files) -> Path:
+    """A whole MMDiT-X pipeline of tiny random models, as a folder in diffusers' layout."""
+    torch.manual_seed(0)
+    clip_l = CLIPTokenizer(
+        vocabulary=str(clip_files / "vocab.json"),
+        merges=str(clip_files / "merges.txt"),
+        pad_with_end=True,
+    )
+    clip_g = CLIPTokenizer(
+        vocabulary=str(clip_files / "vocab.json"),
+        merges=str(clip_files / "merges.txt"),
+        pad_with_end=False,
+    )
+    t5 = t5_tokenizer_in(t5_files, length=20)
+    towers = {"vocabulary_size": 520, "depth": 3}
+    pipe = Pipeline(
+        mmdit=MMDiT(
+            depth=3,
+            width=64,
+            num_heads=4,
+            context_width=48,
+            pooled_width=40,
+            qk_norm=True,
+            dual_attention=[0],
+            position_size=12,
+            position_grid=8,
+        ),
+        text=TextConditioner(
+            clip_l=TextEncoder(
+                tokenizer=clip_l, model=CLIPTextModel(width=16, num_heads=2, **towers)
+            ),
+            clip_g=TextEncoder(
+                tokenizer=clip_g,
+                model=CLIPTextModel(
+                    width=24, num_heads=3, activation="gelu", projection_width=24, **towers
+                ),
+            ),
+            t5=TextEncoder(
+                tokenizer=t5,
+                model=T5Encoder(
+                    vocabulary_size=t5.vocabulary_size,
+                    width=48,
+                    depth=2,
+                    num_heads=4,
+                    head_width=8,
+                    hidden=64,
+                ),
+            ),
+            empty_prompt="encoded",
+        ),
+        autoencoder=Autoencoder(width=32, multipliers=[1, 2], blocks=1),
+        objective=published_objective(3.0),
+        image_size=32,
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in pipe.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim < 2:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return mmdit.save_diffusers(pipe, tmp_path_factory.mktemp("published") / "tiny")

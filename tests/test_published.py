@@ -16,15 +16,13 @@ from mmdit.errors import UserError
 from mmdit.flow.guidance import ClassifierFreeGuidance, SkipLayerGuidance
 from mmdit.flow.solvers import dpmpp_2m, euler
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.models.clip import CLIPTextModel
 from mmdit.models.controlnet import ControlledMMDiT, ControlNet
 from mmdit.models.mmdit import MMDiT
-from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import NetworkVelocity, Pipeline
-from mmdit.published import PRESETS, chosen_preset, published_objective
-from mmdit.text.clip_tokenizer import CLIPTokenizer
+from mmdit.published import PRESETS, chosen_preset, frozen_text, published_objective
+from mmdit.registry import build, describe
 from mmdit.text.conditioning import TextConditioner, TextEncoder, TokenIds
-from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
+from mmdit.text.t5_tokenizer import T5Tokenizer
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
 
 
@@ -104,70 +102,10 @@ def conditioner(models: dict[str, Any]) -> TextConditioner:
 # A tiny model of every part
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, clip_files, t5_files) -> Path:
+@pytest.fixture
+def tiny(tiny_published) -> Path:
     """A whole MMDiT-X pipeline of tiny random models, as a folder in diffusers' layout."""
-    torch.manual_seed(0)
-    clip_l = CLIPTokenizer(
-        vocabulary=str(clip_files / "vocab.json"),
-        merges=str(clip_files / "merges.txt"),
-        pad_with_end=True,
-    )
-    clip_g = CLIPTokenizer(
-        vocabulary=str(clip_files / "vocab.json"),
-        merges=str(clip_files / "merges.txt"),
-        pad_with_end=False,
-    )
-    t5 = t5_tokenizer_in(t5_files, length=20)
-    towers = {"vocabulary_size": 520, "depth": 3}
-    pipe = Pipeline(
-        mmdit=MMDiT(
-            depth=3,
-            width=64,
-            num_heads=4,
-            context_width=48,
-            pooled_width=40,
-            qk_norm=True,
-            dual_attention=[0],
-            position_size=12,
-            position_grid=8,
-        ),
-        text=TextConditioner(
-            clip_l=TextEncoder(
-                tokenizer=clip_l, model=CLIPTextModel(width=16, num_heads=2, **towers)
-            ),
-            clip_g=TextEncoder(
-                tokenizer=clip_g,
-                model=CLIPTextModel(
-                    width=24, num_heads=3, activation="gelu", projection_width=24, **towers
-                ),
-            ),
-            t5=TextEncoder(
-                tokenizer=t5,
-                model=T5Encoder(
-                    vocabulary_size=t5.vocabulary_size,
-                    width=48,
-                    depth=2,
-                    num_heads=4,
-                    head_width=8,
-                    hidden=64,
-                ),
-            ),
-            empty_prompt="encoded",
-        ),
-        autoencoder=Autoencoder(width=32, multipliers=[1, 2], blocks=1),
-        objective=published_objective(3.0),
-        image_size=32,
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in pipe.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim < 2:
-                parameter.add_(0.1 * noise)
-            else:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
-    return mmdit.save_diffusers(pipe, tmp_path_factory.mktemp("published") / "tiny")
+    return tiny_published
 
 
 PAINT = {"steps": 8, "guidance": 4.5, "height": 32, "width": 24, "seed": 3}
@@ -278,6 +216,32 @@ def test_t5_in_float16_keeps_its_wide_layer_in_float32(tiny):
     with torch.no_grad():
         t5.token_embedding.weight.mul_(2000)  # beyond float16 after one layer
         assert t5(torch.tensor([[5, 6, 1]])).isfinite().all()
+
+
+def test_frozen_encoders_say_what_they_say_in_their_pipeline(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    text = frozen_text(source=tiny.name, t5_length=20, dropout=0.3)
+    assert text.frozen and text.dropout == 0.3
+    assert not text.encode([""]).c_vec.any()  # training's: as if all were dropped
+    monkeypatch.chdir(tmp_path)  # its description finds the tokenizers from anywhere
+    again = build(describe(text))
+    again.load_state_dict(text.state_dict())
+    expected = mmdit.load_pipeline(tiny, t5_length=20).text.encode(["a red cat"])
+    for found in (text.encode(["a red cat"]), again.encode(["a red cat"])):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(
+                one, other
+            )  # other kernels compute where there are gradients
+
+
+def test_frozen_encoders_can_be_left_out(tiny):
+    text = frozen_text(source=str(tiny), t5_length=20, use_t5=False)
+    c_vec, c_ctxt = text.encode(["a red cat"])
+    assert c_ctxt.shape == (1, 77 + 20, 4096) and not c_ctxt[:, 77:].any()
+    expected = mmdit.load_pipeline(tiny, t5_length=20).text.encode(["a red cat"])
+    torch.testing.assert_close(c_vec, expected.c_vec)
+    with pytest.raises(UserError, match="tokenizers"):
+        frozen_text(source=str(tiny), tokenizers=str(tiny / "vae"))
 
 
 def test_the_published_sizes_choose_their_preset():

@@ -166,8 +166,9 @@ def load_model(
         verify_hashes(archive)
     in_layout = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
     config = read_config(folder) if in_layout else {}
-    module = load(
-        archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype, verify=verify
-    )
+    with torch.device("cpu"):  # also where other networks are built on meta, to be counted
+        module = load(
+            archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype, verify=verify
+        )
     check_config(kind, module, config, folder)
     return module
