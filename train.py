@@ -42,6 +42,7 @@ from mmdit.engine.precompute import Unfinished
 from mmdit.engine.processes import Processes, join, leave, own_device
 from mmdit.engine.runs import open_together
 from mmdit.engine.tasks import FlowTask, Validation
+from mmdit.errors import UserError
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
 
@@ -61,6 +62,10 @@ def job(config: DictConfig, _: Verbatim) -> None:
     validation_size = positive(config.training, "validation_size", "training")
     processes = join(device, settings.timeout)
     share(settings.batch_size, processes, settings.accumulation)
+    if config.get("metrics") is not None and processes.world_size > 1:
+        raise UserError(
+            "metrics: scores are measured by one process; start train.py without torchrun"
+        )
     if not processes.main:
         logging.getLogger("mmdit").setLevel(logging.WARNING)
     with processes.main_first():  # what one writes while it looks through the data, others find
