@@ -1,7 +1,9 @@
 """Encode a data set once, into a cache: by all processes of a run, and on after an interruption."""
 
+import contextlib
 import logging
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,30 +90,31 @@ class Precomputation:
             Unfinished: SIGINT, SIGTERM or SIGUSR1.
             UserError: a picture has changed, or a shard is damaged.
         """
-        folder = None
-        if processes.main and cache.missing():
-            folder = RunFolder(cache.folder, wait=True)  # for another run that makes it, too
-            cache.reopen()
-        missing = processes.broadcast(cache.missing() if processes.main else [])
-        own = missing[processes.rank :: processes.world_size]
-        if missing:
-            log.info("making %d shards of %d in %s", len(missing), len(cache), cache.folder)
+        with contextlib.ExitStack() as held:
+            if processes.main and cache.missing():
+                # Another run that makes it, too, is waited for.
+                held.callback(RunFolder(cache.folder, wait=True).close)
+                cache.reopen()
+            missing = processes.broadcast(cache.missing() if processes.main else [])
+            if missing:
+                log.info("making %d shards of %d in %s", len(missing), len(cache), cache.folder)
+            self._make(cache, missing[processes.rank :: processes.world_size], processes.main)
+            processes.barrier()
+            if processes.main:
+                cache.complete()
+        processes.barrier()
+
+    def _make(self, cache: Cache, numbers: Sequence[int], shown: bool) -> None:
+        """Make these shards."""
         bar = tqdm(
-            total=sum(len(cache.indices(number)) for number in own),
+            total=sum(len(cache.indices(number)) for number in numbers),
             desc="precomputing",
             unit="image",
-            disable=None if processes.main else True,
+            disable=None if shown and numbers else True,
         )
         with Signals() as signals, bar:
-            for number in own:
-                samples = self._samples(cache, number, signals, bar)
-                cache.write(number, samples)
-        processes.barrier()
-        if processes.main:
-            cache.complete()
-        if folder is not None:
-            folder.close()
-        processes.barrier()
+            for number in numbers:
+                cache.write(number, self._samples(cache, number, signals, bar))
 
     def _samples(self, cache: Cache, number: int, signals: Signals, bar: "tqdm[Any]") -> Samples:
         found: dict[int, Encoded] = {}
