@@ -194,6 +194,32 @@ def inner(p: Point, q: Point) -> float:
     return factor * (shorter.step / longer.step) ** longer.gamma / longer.step
 
 
+class Combination(NamedTuple):
+    """How an average is made of the snapshots of a run."""
+
+    step: int  # where its profile ends
+    snapshots: list[Snapshot]
+    shares: dict[tuple[Path, str], float]  # of each profile of each snapshot
+    error: float  # see `Fit`
+
+
+def combine(run: Path, *, sigma_rel: float, step: int | None = None) -> Combination:
+    """What `reconstruct` does, told beforehand; arguments and errors are the same."""
+    found = snapshots_in(run)
+    snapshots = [s for s in found if step is None or s.step <= step]
+    if not snapshots:
+        until = "" if step is None else f" up to step {step}"
+        raise UserError(f"run {run} has no snapshots{until}: train with posthoc=power_functions")
+    end = snapshots[-1].step if step is None else step
+    if end > found[-1].step:
+        raise UserError(f"step {step} is beyond the newest snapshot of {run}: {found[-1].step}")
+    kept = [(s, name, sigma) for s in snapshots for name, sigma in s.sigma_rels.items()]
+    points = [Point(gamma_of(sigma), s.step) for s, _, sigma in kept]
+    coefficients, error = fit(points, Point(gamma_of(sigma_rel), end))
+    shares = {(s.path, name): float(c) for (s, name, _), c in zip(kept, coefficients, strict=True)}
+    return Combination(end, snapshots, shares, error)
+
+
 @torch.no_grad()
 def reconstruct(run: Path, *, sigma_rel: float, step: int | None = None) -> nn.Module:
     """The average of a profile that was not kept, from the snapshots of a run.
@@ -208,27 +234,19 @@ def reconstruct(run: Path, *, sigma_rel: float, step: int | None = None) -> nn.M
         writes it as a file that `sample.py` takes.
 
     Raises:
-        UserError: the run has no snapshot up to that step, or one is damaged.
+        UserError: the run has no snapshot up to that step, or none from it on, or one is damaged.
     """
-    snapshots = [s for s in snapshots_in(run) if step is None or s.step <= step]
-    if not snapshots:
-        until = "" if step is None else f" up to step {step}"
-        raise UserError(f"run {run} has no snapshots{until}: train with posthoc=power_functions")
-    end = snapshots[-1].step if step is None else step
-    kept = [(s, name, sigma) for s in snapshots for name, sigma in s.sigma_rels.items()]
-    points = [Point(gamma_of(sigma), s.step) for s, _, sigma in kept]
-    coefficients, error = fit(points, Point(gamma_of(sigma_rel), end))
+    combination = combine(run, sigma_rel=sigma_rel, step=step)
     log.info(
         "sigma_rel %g at step %d from %d snapshots: the profile departs by %.2g of its norm",
-        *(sigma_rel, end, len(snapshots), error),
+        *(sigma_rel, combination.step, len(combination.snapshots), combination.error),
     )
     module = load_model(find_weights(run))
     total: dict[str, Tensor] = {}
-    weight_of = {(s.path, name): c for (s, name, _), c in zip(kept, coefficients, strict=True)}
-    for snapshot in snapshots:
+    for snapshot in combination.snapshots:
         for key, average in snapshot.tensors().items():
             name, _, profile = key.rpartition(":")
-            share = float(weight_of[snapshot.path, profile]) * average.double()
+            share = combination.shares[snapshot.path, profile] * average.double()
             total[name] = total[name] + share if name in total else share
     for name, weight in module.named_parameters():
         if name in total:
