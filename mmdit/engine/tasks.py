@@ -151,7 +151,8 @@ class AutoencoderTask:
         x = from_pixels(truth).to(self.device)
         with self.autocast():
             reconstruction = to_pixels(module.decode(module.encode(x)))
-        return torch.cat([truth, reconstruction.cpu()]), ["image"] * 8 + ["reconstruction"] * 8
+        captions = ["image"] * len(truth) + ["reconstruction"] * len(truth)
+        return torch.cat([truth, reconstruction.cpu()]), captions
 
     def _measure_latents(self, module: Autoencoder, count: int = 1024) -> None:
         """Set the scale and shift of `module` from the raw latents of `count` training images."""
