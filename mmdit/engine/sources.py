@@ -135,9 +135,9 @@ class FromCache(_Kept):
     """Pictures are encoded once, their latents kept on disk (Sec. E.1), and so are the words of
     text encoders that are not trained.
 
-    What is read equals what is encoded at each step. All captions of a picture are kept, and each
-    encoder's words for itself: which caption a step sees, and which encoders are dropped, is drawn
-    as ever.
+    What is read is what is encoded at each step, but for the last bit of values whose sums in
+    float32 depend on the batch. All captions of a picture are kept, and each encoder's words for
+    itself: which caption a step sees, and which encoders are dropped, is drawn as ever.
 
     Args:
         data, autoencoder, text, autocast: as in `FromPixels`.
