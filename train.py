@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -146,7 +147,10 @@ def job(config: DictConfig, _: Verbatim) -> None:
             variant = config.variant or label or config.name
             write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
     if processes.main:
-        tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)
+        prompt = next(iter(task.validation.prompts))
+        tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60, prompt)
+        if isinstance(data["train"], Shapes):
+            log.info("measure it:     python eval/compositional.py checkpoint=%s", run.path)
 
 
 @contextmanager
@@ -224,7 +228,7 @@ def prompts_of(data: Data) -> list[str]:
     return [short_caption(data.scene_for_task(task, i)) for task in TASKS for i in range(4)]
 
 
-def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:
+def tell_results(run: Path, checkpoint: Checkpoint, minutes: float, prompt: str) -> None:
     """What came out, where it is, and what to do with it."""
     figures = checkpoint.figures
     log.info("finished %s in %.1f minutes", run, minutes)
@@ -233,8 +237,7 @@ def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:
     log.info("  curves      %s", run / "loss.png")
     log.info("  metrics     %s", run / "metrics.jsonl")
     log.info("  checkpoint  %s", checkpoint.folder)
-    log.info('paint with it:  python sample.py prompt="a red circle above a blue square"')
-    log.info("measure it:     python eval/compositional.py checkpoint=%s", run)
+    log.info("paint with it:  python sample.py prompt=%s", shlex.quote(prompt))
 
 
 if __name__ == "__main__":
