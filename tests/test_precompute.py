@@ -1,0 +1,153 @@
+"""Training on a folder of pictures, from pixels and from a cache, as a user does it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs.stages import check_until
+from mmdit.data.shapes import Shapes
+from mmdit.engine.loggers import read_metrics
+from mmdit.engine.sources import FromPixels
+from mmdit.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = [(32, 32), (24, 48), (48, 24), (40, 33)]
+PICTURES = (
+    *("experiment=smoke", "precision=fp32", "data=folder", "~data.samples", "data.root=photos"),
+    *("data.unit=8", "data.max_ratio=2", "data.crop=centre", "data.validation_fraction=0.2"),
+    *("+data.mix.synthetic=1", "data.index=index", "training.steps=4"),
+)
+PUBLIC = (
+    *("text=published", "text.source=tiny", "text.t5_length=20"),
+    *("autoencoder=published", "autoencoder.model.source=tiny", "autoencoder.training=null"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_published) -> Path:
+    """A folder to work in: pictures, and tiny public models."""
+    shapes, folder = Shapes(split="train"), tmp_path_factory.mktemp("work")
+    (folder / "tiny").symlink_to(tiny_published)
+    (folder / "photos").mkdir()
+    for i in range(32):
+        height, width = SIDES[i % 4]
+        picture = Image.fromarray(shapes[i].image).resize((width, height))
+        picture.save(folder / "photos" / f"{i:02d}.png")
+        (folder / "photos" / f"{i:02d}.txt").write_text(shapes.caption(100 + i))
+        (folder / "photos" / f"{i:02d}.synthetic.txt").write_text(shapes.caption(200 + i))
+    return folder
+
+
+def command(script: str, *words: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *words]
+
+
+def run(folder: Path, script: str, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        command(script, *words),
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def losses(run_folder: Path) -> dict[float, float]:
+    """step -> training loss."""
+    rows = read_metrics(run_folder / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def train(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run(folder, "train.py", *PICTURES, *words, code=code)
+
+
+@pytest.fixture(scope="module", params=[(), PUBLIC], ids=["trained", "public"])
+def models(request, folder) -> tuple[str, ...]:
+    """Which encoders; a run from pixels of each is there."""
+    words: tuple[str, ...] = request.param
+    train(folder, *words, "latents=from_pixels", f"run=runs/pixels{len(words)}")
+    return words
+
+
+def test_losses_from_a_cache_are_those_from_pixels(folder, models):
+    from_cache = ("latents=from_cache", "latents.shard_size=7", f"latents.root=made{len(models)}")
+    told = train(folder, *models, *from_cache, "until=cache").stdout
+    assert "making 4 shards of 4" in told
+    told = train(
+        folder, *models, *from_cache, f"run=runs/cache{len(models)}", "training.workers=2"
+    ).stdout
+    assert "making" not in told and "in the cache made" in told
+    ours, theirs = (losses(folder / "runs" / f"{s}{len(models)}") for s in ("cache", "pixels"))
+    assert len(theirs) == 4
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_run_on_public_encoders_paints(folder, models):
+    words = ("prompt=a red circle", f"checkpoint=runs/pixels{len(models)}", "steps=2", "seed=1")
+    assert (
+        run(folder, "sample.py", *words, "num_images=1", "out=out").stdout.count("seed1.png") == 1
+    )
+
+
+def test_a_cache_of_another_autoencoder_is_refused(folder):
+    made = (*PUBLIC, "latents=from_cache", "latents.folder=mine", "until=cache")
+    train(folder, *made)
+    other = made[:3] + made[6:]  # the toy's own
+    told = train(folder, *other, code=2).stderr
+    assert "mine was made with another autoencoder (" in told
+    assert "name another folder" in told
+
+
+def test_only_stages_that_there_are_can_be_stopped_at():
+    pixels = FromPixels.__new__(FromPixels)
+    for until, told in (("tea", "null or one of autoencoder, cache"), ("cache", "from_cache")):
+        with pytest.raises(UserError, match=told):
+            check_until(until, pixels)
+    check_until("autoencoder", pixels)
+
+
+def test_sigterm_leaves_finished_shards_and_two_processes_make_the_rest(folder):
+    words = ("data=shapes", "data.samples=2000", "latents=from_cache", "latents.folder=shapes")
+    words = ("experiment=smoke", "precision=fp32", *words, "latents.shard_size=20")
+    process = subprocess.Popen(
+        command("train.py", *words, "until=cache"),
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("shapes/*.safetensors"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "finished shards stay in shapes" in told and "the same command" in told
+    made = {p: p.stat().st_mtime_ns for p in folder.glob("shapes/*.safetensors")}
+    assert 2 <= len(made) < 100
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    subprocess.run(
+        [*torchrun, *command("train.py", *words, "until=cache", "parallel=ddp")[1:]],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    assert len(list(folder.glob("shapes/*.safetensors"))) == 100
+    assert not list(folder.glob("shapes/*.json.tmp")) and not list(
+        folder.glob("shapes/shard*.json")
+    )
+    assert all(p.stat().st_mtime_ns == time_ for p, time_ in made.items())
