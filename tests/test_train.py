@@ -2,56 +2,23 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from mmdit.checkpoints.runs import checkpoints_in, load_weights
+from tests.training_for_tests import (
+    SMOKE,
+    assert_same_run,
+    losses,
+    run,
+    start,
+    train,
+    wait_for_step,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
-
-
-def command(script: str, *words: str) -> list[str]:
-    return [sys.executable, str(ROOT / script), *words]
-
-
-def run(folder: Path, script: str, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        command(script, *words), cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    assert code == 1 or "Traceback" not in result.stderr
-    return result
-
-
-def train(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    fixed = ("experiment=smoke", "precision=fp32", "training.save_every=2")
-    return run(folder, "train.py", *fixed, *words, code=code)
-
-
-def rows(run_folder: Path) -> dict[int, float]:
-    """step -> training loss."""
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
-
-
-def tensors(run_folder: Path, name: str = "raw") -> dict[str, torch.Tensor]:
-    return load_weights(checkpoints_in(run_folder)[-1].verified(name))
-
-
-def assert_same_run(resumed: Path, unbroken: Path) -> None:
-    assert rows(resumed) == rows(unbroken)
-    for name in ("raw", "ema", "optimizer"):
-        ours, theirs = tensors(resumed, name), tensors(unbroken, name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
 
 
 @pytest.fixture(scope="module")
@@ -91,34 +58,9 @@ def test_n_steps_and_n_more_equal_2n(folder: Path) -> None:
 
 
 def start_and_wait(folder: Path, name: str, steps: int) -> subprocess.Popen[str]:
-    words = ("experiment=smoke", "precision=fp32", "training.save_every=2")
-    process = subprocess.Popen(
-        command("train.py", *words, f"run=runs/{name}", "resume=auto", "training.steps=100000"),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = folder / "runs" / name / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("gradient_norm") >= steps):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    process = start(folder, f"run=runs/{name}", "resume=auto")
+    wait_for_step(process, folder / "runs" / name, steps)
     return process
-
-
-def test_sigterm_saves_and_says_how_to_go_on(folder: Path) -> None:
-    process = start_and_wait(folder, "stopped", 3)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM" in told
-    assert "resume=runs/stopped" in told
-    made = max(rows(folder / "runs" / "stopped"))
-    final = max(STEPS, made)
-    train(folder, "resume=runs/stopped", f"training.steps={final}")
-    ours, unbroken = rows(folder / "runs" / "stopped"), rows(folder / "runs" / "smoke-001")
-    assert {step: ours[step] for step in unbroken} == unbroken
 
 
 def test_kill_9_loses_at_most_one_interval(folder: Path) -> None:
@@ -126,10 +68,10 @@ def test_kill_9_loses_at_most_one_interval(folder: Path) -> None:
         process = start_and_wait(folder, "killed", steps)
         process.kill()
         process.communicate()
-    ours = rows(folder / "runs" / "killed")
+    ours = losses(folder / "runs" / "killed")
     final = max(STEPS, max(ours))
     train(folder, "resume=runs/killed", f"training.steps={final}")
-    ours, unbroken = rows(folder / "runs" / "killed"), rows(folder / "runs" / "smoke-001")
+    ours, unbroken = losses(folder / "runs" / "killed"), losses(folder / "runs" / "smoke-001")
     assert sorted(ours) == list(range(1, final + 1))
     assert {step: ours[step] for step in unbroken} == unbroken
 
@@ -189,7 +131,7 @@ def test_truncated_checkpoint_is_named(folder: Path) -> None:
         ("sample.py", ("prompt=a circle", f"checkpoint={weights.parent}")),
         (
             "train.py",
-            ("experiment=smoke", "precision=fp32", "training.steps=4", "resume=runs/short"),
+            (*SMOKE, "training.steps=4", "resume=runs/short"),
         ),
     ):
         told = run(folder, script, *words, code=2).stderr
