@@ -22,6 +22,9 @@ from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.text.conditioning import Encodings, TokenIds
 
 
+MEGAPIXEL = 2**20  # of the validation, to encode at a time
+
+
 class Work(NamedTuple):
     """What one sample costs a step, forward and backward; zeros where nobody counts."""
 
@@ -208,9 +211,14 @@ class FlowTask:
     ) -> None:
         self.module, self.source, self.validation = module, source, validation
         self.seed, self.autocast = seed, autocast
+        pixels = validation.images.shape[1] * validation.images.shape[2]
         with torch.no_grad(), autocast():
-            x = from_pixels(validation.images).to(module.device)
-            self._validation_latents = module.autoencoder.encode(x)
+            self._validation_latents = torch.cat(
+                [
+                    module.autoencoder.encode(from_pixels(images).to(module.device))
+                    for images in validation.images.split(max(1, MEGAPIXEL // pixels))
+                ]
+            )
         self._flops = functools.cache(
             functools.partial(module.mmdit.flops, text_length=module.text.context_length)
         )
