@@ -21,7 +21,6 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.text.conditioning import Encodings, TokenIds
 
-
 MEGAPIXEL = 2**20  # of the validation, to encode at a time
 
 
