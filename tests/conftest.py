@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,12 @@ from mmdit.published import published_objective
 from mmdit.text.clip_tokenizer import CLIPTokenizer
 from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.t5_tokenizer import t5_tokenizer_in
+
+# Tests run two at a time, and so do the processes that they start: one thread for each. Threads that
+# wait for each other's cores would make a test many times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

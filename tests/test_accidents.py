@@ -104,6 +104,7 @@ def test_a_stopped_run_of_two_processes_goes_on_with_one(folder: Path) -> None:
     assert [ours[step] for step in whole] == pytest.approx(list(whole.values()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(folder: Path) -> None:
     path = folder / "runs" / "one_to_two"
     shutil.copytree(folder / "runs" / "whole", path)

@@ -272,7 +272,7 @@ def test_any_key_missing_or_misshapen_is_named(tiny, tmp_path, name, layout):
     hints = {"clip_g": {"num_heads": 2, "activation": "gelu"}}.get(kind, {})
     format = find(open_file(write(tmp_path / "x.safetensors", tensors)), kind).format
     alternatives = {*format.copies, *format.copies.values(), *format.arguments, format.identity}
-    for key in sorted(tensors.keys() - alternatives)[::9]:
+    for key in sorted(tensors.keys() - alternatives)[::27]:
         others = {k: v for k, v in tensors.items() if k != key}
         for damaged in ({}, {key: torch.ones(())}, {key: torch.ones(0, 3)}):
             path = write(tmp_path / "x.safetensors", {**others, **damaged})

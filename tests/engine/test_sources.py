@@ -181,7 +181,7 @@ def test_latents_are_rounded_alike_and_captions_drawn_alike(photos, tmp_path):
         # another last bit, and one value in hundreds then rounds to the neighbour.
         ours, theirs = pixels.latents(one.x), cached.latents(other.x)
         assert (ours == theirs).float().mean() > 0.99
-        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-5)
         assert pixels.latent_shape(one.x) == cached.latent_shape(other.x)
         for ours, theirs in zip(one.text, other.text, strict=True):
             assert torch.equal(ours, theirs)

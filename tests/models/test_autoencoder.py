@@ -32,9 +32,9 @@ def test_parameters_of_the_public_autoencoder():
     assert autoencoder.factor == 8
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_config_builds(file):
-    assert on_meta(file).latent_channels == 16
+@pytest.mark.parametrize("name", ["sd3", "toy"])
+def test_every_architecture_builds(name):
+    assert on_meta(CONFIGS / f"{name}.yaml").latent_channels == 16
 
 
 @torch.no_grad()
