@@ -27,8 +27,8 @@ from mmdit.text.clip_tokenizer import CLIPTokenizer
 from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.t5_tokenizer import t5_tokenizer_in
 
-# Tests run two at a time, and so do the processes that they start: one thread for each. Threads that
-# wait for each other's cores would make a test many times slower.
+# Tests run two at a time, and so do the processes that they start: one thread for each. Threads
+# that wait for each other's cores would make a test many times slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
