@@ -9,6 +9,7 @@ Images keep the bytes they have in the data set.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ def load_rows(
         import datasets
     except ImportError as error:
         raise UserError('this needs the extra: pip install "sd3-mmdit[datasets]"') from error
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what is wrong is told once, here
     files = _parquet_files(source)
     try:
         if files:
