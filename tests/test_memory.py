@@ -85,10 +85,16 @@ def test_a_prediction_is_what_real_steps_take(run, words):
     "words",
     [
         ("parallel=fsdp", "precision=bf16", "batch=4"),
-        ("parallel=fsdp", "precision=fp32", "batch=32", "activation_checkpointing=full"),
-        ("parallel=ddp", "precision=bf16", "batch=8", "training.accumulation=2"),
+        pytest.param(
+            ("parallel=fsdp", "precision=fp32", "batch=32", "activation_checkpointing=full"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("parallel=ddp", "precision=bf16", "batch=8", "training.accumulation=2"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(words),
 )
 def test_the_same_for_two_processes(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)

@@ -43,7 +43,6 @@ PLANS: dict[int, list[dict[str, Any]]] = {
     ],
     4: [
         {"name": "ddp4", "parallel": "ddp", "workers": 2},
-        {"name": "fsdp4", "parallel": "fsdp"},
         {"name": "hsdp4", "parallel": "hsdp", "accumulation": 2},
     ],
 }
@@ -86,7 +85,7 @@ def reports(folder: Path, run: str, name: str) -> list[dict[str, Any]]:
     "name",
     [
         *("workers", "full", "selective", "ddp", "ddp_parts", "fsdp", "fsdp_parts", "fsdp_full"),
-        *("ddp4", "fsdp4", "hsdp4"),
+        *("ddp4", "hsdp4"),
     ],
 )
 def test_losses_are_those_of_one_process(folder: Path, name: str) -> None:
