@@ -87,8 +87,8 @@ class Loader:
         """Step and sample indices of each part of this process."""
         for step in range(start, stop):
             for i in range(self.accumulation):
-                share = i * self.processes.world_size + self.processes.rank
-                position = step * self.batch_size + share * self.size
+                number = i * self.processes.world_size + self.processes.rank
+                position = step * self.batch_size + number * self.size
                 yield step, self.order(position, self.size)
 
     def __call__(self, start: int, stop: int) -> Iterator[list[Part]]:

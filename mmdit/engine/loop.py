@@ -208,9 +208,10 @@ def train(
                 told = {"loss": made.loss, "gradient_norm": made.norm}
                 told |= {"lr": rates[0] * schedule(done - 1)}
                 told |= levels([task.times(p.example) for p in parts], made.losses, processes)
-                reports.figures(done, told | meter.figures())
-                speed = meter.figures()["images_per_second"]
-                bar.set_postfix_str(f"loss {made.loss:.4f}, {speed:.0f} images/s")
+                told |= meter.figures()
+                reports.figures(done, told)
+                speed = f"{told['images_per_second']:.0f} images/s"
+                bar.set_postfix_str(f"loss {made.loss:.4f}, {speed}")
             if done % settings.evaluate_every == 0 or done == settings.steps:
                 figures |= reports.evaluate(done, ema.module, module)
             if done % settings.save_every == 0 or done == settings.steps or received:

@@ -60,7 +60,7 @@ class Single:
         if (count := world_size()) > 1:
             raise UserError(
                 f"parallel=single is for one process, and torchrun started {count}: choose "
-                "parallel=ddp, fsdp or hsdp"
+                "parallel=ddp or fsdp"
             )
 
     def losses(self, module: nn.Module, loss: Loss) -> Loss:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.data.order import Order
-from mmdit.engine.encoding import Data, condition
+from mmdit.engine.encoding import AT_ONCE, Data, condition
 from mmdit.engine.precision import Autocast
 from mmdit.engine.sources import Source
 from mmdit.errors import UserError
@@ -20,8 +20,6 @@ from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.text.conditioning import Encodings, TokenIds
-
-MEGAPIXEL = 2**20  # of the validation, to encode at a time
 
 
 class Work(NamedTuple):
@@ -215,7 +213,7 @@ class FlowTask:
             self._validation_latents = torch.cat(
                 [
                     module.autoencoder.encode(from_pixels(images).to(module.device))
-                    for images in validation.images.split(max(1, MEGAPIXEL // pixels))
+                    for images in validation.images.split(max(1, AT_ONCE // pixels))
                 ]
             )
         self._flops = functools.cache(
