@@ -18,7 +18,7 @@ from typing import Any
 from mmdit.data.caption_sources import Captions, check_mix, cleaned
 from mmdit.data.commands import add_options, command
 from mmdit.data.images import BadImage, read_bytes
-from mmdit.data.pack import pack
+from mmdit.data.pack import pack_as_asked
 from mmdit.data.patterns import find
 from mmdit.errors import UserError, first_line
 
@@ -139,16 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             image=given.image,
             texts=given.text,
         )
-        pack(
-            rows,
-            given.out,
-            kinds=("text", *given.text[1:]),
-            per_shard=given.per_shard,
-            max_pixels=given.max_pixels,
-            max_bad_fraction=given.max_bad_fraction,
-            threads=given.threads,
-        )
-        print(f"{given.out} is complete: train with data=shards data.root={given.out}")
+        pack_as_asked(rows, ("text", *given.text[1:]), given)
 
     return command(body)
 

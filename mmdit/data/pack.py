@@ -250,6 +250,20 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Checked]]) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
+def pack_as_asked(source: Candidates, kinds: Sequence[str], given: argparse.Namespace) -> None:
+    """`pack` with the options of a command, and what to do with the shards."""
+    pack(
+        source,
+        given.out,
+        kinds=kinds,
+        per_shard=given.per_shard,
+        max_pixels=given.max_pixels,
+        max_bad_fraction=given.max_bad_fraction,
+        threads=given.threads,
+    )
+    print(f"{given.out} is complete: train with data=shards data.root={given.out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: see the module. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -276,17 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.captions == "class_names":
             captions = ClassNames(template=given.template, names=given.names)
         kinds = tuple(check_mix(dict.fromkeys(given.kinds, 1.0)))
-        source = FolderFiles(root=given.folder, captions=captions, kinds=kinds)
-        pack(
-            source,
-            given.out,
-            kinds=kinds,
-            per_shard=given.per_shard,
-            max_pixels=given.max_pixels,
-            max_bad_fraction=given.max_bad_fraction,
-            threads=given.threads,
-        )
-        print(f"{given.out} is complete: train with data=shards data.root={given.out}")
+        pack_as_asked(FolderFiles(root=given.folder, captions=captions, kinds=kinds), kinds, given)
 
     return command(body)
 

@@ -110,7 +110,7 @@ def test_snapshots_for_other_averages_are_those_of_one_process(folder: Path, nam
 
 
 def test_muon_sees_whole_matrices(folder: Path) -> None:
-    assert losses(folder, "fsdp_muon") == pytest.approx(losses(folder, "muon"), rel=1e-5)
+    assert losses(folder, "fsdp_muon") == pytest.approx(losses(folder, "muon"), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["one_to_two", "two_to_one"])
