@@ -116,14 +116,12 @@ def give_way(error: BaseException, *, mistake: bool) -> None:
     """Let one process tell of a failure for all, where `torchrun` started several.
 
     It ends all when one has ended, and so this one while it waits. Of a user's mistake, which all
-    make, the main process tells; of a process that has gone, that one.
+    make, the main process tells; of a process that has gone, that one. A minute is long enough for
+    them: on a busy machine one process may import its modules many seconds after another.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    if is_lost(error):
-        time.sleep(10)
-    elif mistake and os.environ.get("RANK") != "0":
-        time.sleep(5)
+    others_tell = is_lost(error) or (mistake and os.environ.get("RANK") != "0")
+    if "TORCHELASTIC_RUN_ID" in os.environ and others_tell:
+        time.sleep(60)
 
 
 def tell_torchrun(message: str) -> None:
