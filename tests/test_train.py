@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import mmdit
+from mmdit.checkpoints import shards
+from mmdit.checkpoints.runs import checkpoints_in
+from mmdit.errors import UserError
 from tests.training_for_tests import (
     SMOKE,
     assert_same_run,
@@ -43,6 +48,20 @@ def test_run_leaves_what_it_promises(folder: Path) -> None:
     levels = [f"ema/loss_t{(i + 1) / 8:.3f}" for i in range(8)]
     assert last["ema/loss"] == pytest.approx(sum(last[name] for name in levels[:-1]) / 7)
     assert {"raw/loss", "step"} <= last.keys()
+
+
+def test_what_nobody_trains_is_written_once(folder: Path) -> None:
+    newest = checkpoints_in(folder / "runs" / "smoke-001")[-1].folder
+    groups = {name: set(shards.facts(newest / name)) for name in ("raw", "ema", "frozen")}
+    assert all(key.startswith("autoencoder.") for key in groups["frozen"])
+    assert not any(key.startswith("autoencoder.") for key in groups["raw"] | groups["ema"])
+    whole = mmdit.load_pipeline(folder / "runs" / "smoke-001").state_dict().keys()
+    assert groups["ema"] | groups["frozen"] == groups["raw"] | groups["frozen"] == set(whole)
+    shutil.copytree(newest, folder / "copy")
+    damaged = next((folder / "copy" / "frozen").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged: frozen/"):
+        mmdit.load_pipeline(folder / "copy")
 
 
 def test_autoencoder_is_reused(folder: Path) -> None:

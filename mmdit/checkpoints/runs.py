@@ -6,6 +6,7 @@ runs/shapes-001/
     loss.png, samples/     to look at
     checkpoints/step_00001000/
         raw/, ema/         weights as trained and averaged, in files of tensors or parts of them
+        frozen/            those that both share, since nobody trains them
         optimizer/         its moments, likewise
         manifest.json      step, figures, descriptions, config, sizes and hashes; written last
 """
@@ -29,6 +30,7 @@ from mmdit.registry import build
 log = logging.getLogger(__name__)
 STEP_FOLDER = re.compile(r"step_\d{8,}")  # others are being written, or were set aside
 WEIGHTS = ("ema", "raw")
+FROZEN = "frozen"
 
 
 class Checkpoint(NamedTuple):
@@ -43,20 +45,25 @@ class Checkpoint(NamedTuple):
         """What is not as it was written; None if nothing. Reads all bytes.
 
         Args:
-            group: 'ema', 'raw' or 'optimizer'; None is all of them.
+            group: 'ema', 'raw' (with what is frozen) or 'optimizer'; None is all of them.
 
         Raises:
             UserError: the manifest is damaged.
         """
+        groups = {group, FROZEN} if group in WEIGHTS else {group}
         files: dict[str, Any] = {
             name: expected
             for name, expected in read_manifest(self.folder)["files"].items()
-            if group is None or name.startswith(f"{group}/")
+            if group is None or name.partition("/")[0] in groups
         }
         with ThreadPoolExecutor(4) as threads:  # hashing leaves Python to others
             faults = threads.map(lambda name: _fault(self.folder / name, files[name]), files)
             told = [f"{n} {fault}" for n, fault in zip(files, faults, strict=True) if fault]
-        there = self.folder.glob(f"{group or '*'}/*.safetensors")
+        there = [
+            path
+            for path in self.folder.glob("*/*.safetensors")
+            if group is None or path.parent.name in groups
+        ]
         told += [
             f"{name} is no part of it"
             for name in sorted(path.relative_to(self.folder).as_posix() for path in there)
@@ -219,7 +226,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: they cannot be read.
     """
-    return shards.read(path) if path.is_dir() else native.load_tensors(path)[0]
+    if not path.is_dir():
+        return native.load_tensors(path)[0]
+    frozen = path.parent / FROZEN
+    shared = shards.read(frozen) if path.name in WEIGHTS and frozen.is_dir() else {}
+    return shards.read(path) | shared
 
 
 def load_model(path: Path) -> nn.Module:

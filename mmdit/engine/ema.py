@@ -123,11 +123,16 @@ class EMA(Generic[M]):
     Args:
         module: what is trained.
         profile: how long the average remembers.
+
+    Attributes:
+        module: the shadow.
+        shared: keys, in the state dict of either module, of what belongs to both.
     """
 
     def __init__(self, module: M, *, profile: Profile) -> None:
         self.profile = profile
         shared = {id(tensor): tensor for tensor in frozen(module)}
+        self.shared = frozenset(key for key, tensor in named(module) if id(tensor) in shared)
         self.module = copy.deepcopy(module, shared).eval().requires_grad_(False)
         self._trained = module
         for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
@@ -145,6 +150,12 @@ class EMA(Generic[M]):
         if step % self.profile.every == 0:
             averages, weights = zip(*self._pairs, strict=True)
             take_in(averages, weights, self.profile.decay(step))
+
+
+def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers by their keys; one that has two keys comes twice."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def frozen(module: nn.Module) -> Iterator[Tensor]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.checkpoints.runs import Checkpoint
+from mmdit.checkpoints.runs import FROZEN, Checkpoint
 from mmdit.engine.ema import EMA
 from mmdit.engine.loader import Loader
 from mmdit.engine.loggers import Logger
@@ -166,7 +166,7 @@ def train(
     modules = {"raw": module, "ema": ema.module}
 
     def save(step: int) -> None:
-        tensors = {name: part.state_dict() for name, part in modules.items()}
+        tensors = weights_of(module, ema)
         tensors["optimizer"] = moments(module, optimizer) | (posthoc.tensors() if posthoc else {})
         saver.save(
             step=step,
@@ -239,12 +239,22 @@ def restore(
     if checkpoint is None:
         return None
     kept = room_for(module, saver.facts(checkpoint, "optimizer"))
-    groups = {"raw": module.state_dict(), "ema": ema.module.state_dict(), "optimizer": kept}
-    saver.load(checkpoint, groups)
+    saver.load(checkpoint, {**weights_of(module, ema), "optimizer": kept})
     if posthoc is not None:
         posthoc.take(kept)
     load_moments(module, optimizer, kept)
     return checkpoint
+
+
+def weights_of(module: nn.Module, ema: EMA[Any]) -> dict[str, dict[str, Tensor]]:
+    """All weights by their groups in a checkpoint: raw, averaged, and what both share."""
+    raw, averaged = module.state_dict(), ema.module.state_dict()
+    frozen = {key: raw.pop(key) for key in list(raw) if key in ema.shared}
+    return {
+        "raw": raw,
+        "ema": {key: averaged[key] for key in raw},
+        **({FROZEN: frozen} if frozen else {}),
+    }
 
 
 def how_to_resume(run: Path, words: Sequence[str]) -> str:

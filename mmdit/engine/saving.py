@@ -90,8 +90,8 @@ class Saver:
         Args:
             step: number of steps made.
             finished: whether the run has reached its last step.
-            tensors: group ('raw', 'ema', 'optimizer') -> key -> tensor, on any device; the same
-                keys in all processes. Of a DTensor each writes its part.
+            tensors: group ('raw', 'ema', 'frozen', 'optimizer') -> key -> tensor, on any device;
+                the same keys in all processes. Of a DTensor each writes its part.
             descriptions: group -> description of its module, of those that hold a module.
             figures: of the last evaluation.
 

@@ -153,10 +153,11 @@ class Parts(nn.Module):
 
 def test_frozen_parts_are_shared_and_trained_ones_are_not() -> None:
     module = Parts()
-    average = EMA(module, profile=PROFILES[0]).module
+    ema = EMA(module, profile=PROFILES[0])
+    average = ema.module
     assert average is not module
     for name, tensor in module.state_dict(keep_vars=True).items():
         same = average.state_dict(keep_vars=True)[name] is tensor
-        assert same == name.startswith("frozen."), name
+        assert same == name.startswith("frozen.") == (name in ema.shared), name
     module.frozen.load_state_dict({k: v + 2 for k, v in module.frozen.state_dict().items()})
     assert (average.frozen.weight == 3).all() and (average.frozen.running_mean == 2).all()

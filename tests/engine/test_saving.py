@@ -31,7 +31,8 @@ from mmdit.engine.saving import Saver
 from mmdit.errors import UserError
 
 WRITER = Path(__file__).with_name("endless_writer.py")
-KINDS = ("raw", "ema", "optimizer", "manifest")
+GROUPS = ("raw", "ema", "frozen", "optimizer")
+KINDS = (*GROUPS, "manifest")
 
 
 def groups(seed: int = 0) -> dict[str, dict[str, Tensor]]:
@@ -53,6 +54,7 @@ def groups(seed: int = 0) -> dict[str, dict[str, Tensor]]:
             "empty": normal(0, 4),
         },
         "ema": {"layer.weight": normal(8, 6)},
+        "frozen": {"table": normal(3, 5)},
         "optimizer": {
             "layer.weight:step": torch.tensor(7.0),
             "codes": torch.arange(9, dtype=torch.uint8),
@@ -83,7 +85,7 @@ def room(saver: Saver, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
             key: torch.zeros(fact.shape, dtype=fact.dtype)
             for key, fact in saver.facts(checkpoint, name).items()
         }
-        for name in ("raw", "ema", "optimizer")
+        for name in GROUPS
     }
 
 
@@ -144,7 +146,7 @@ def test_manifest_tells_where_a_checkpoint_comes_from(make: Make) -> None:
     assert manifest["world_size"] == 1
     assert manifest["descriptions"]["ema"] == {"class": "Thing"}
     assert manifest["code"]["torch"] == torch.__version__
-    assert {name.partition("/")[0] for name in manifest["files"]} == {"raw", "ema", "optimizer"}
+    assert {name.partition("/")[0] for name in manifest["files"]} == set(GROUPS)
     assert {len(facts["sha256"]) for facts in manifest["files"].values()} == {64}
 
 
