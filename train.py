@@ -89,12 +89,21 @@ def job(config: DictConfig, _: Verbatim) -> None:
         autocast=precision,
     )
     logger: Logger = instantiate(config.logger) if processes.main else NoLogger()
+    text_device = None if config.text_device is None else chosen_device(config.text_device)
+    if text_device is not None and not pipeline.text.frozen:
+        raise UserError(
+            f"text_device={config.text_device} is for encoders that are not trained, as those of "
+            "text=published; leave it out"
+        )
 
     def prepare() -> None:
         with processes.main_first():
             give_autoencoder(pipeline.autoencoder, config, plain, data, device, precision)
         if config.until != "autoencoder":
             source.prepare(processes)
+        if text_device is not None:
+            for module in (pipeline, ema.module):
+                module.text.to(text_device)
 
     if config.until is not None:
         check_until(config.until, source)

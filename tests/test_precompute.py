@@ -83,9 +83,10 @@ def test_losses_from_a_cache_are_those_from_pixels(folder, models):
     from_cache = ("latents=from_cache", "latents.shard_size=7", f"latents.root=made{len(models)}")
     told = train(folder, *models, *from_cache, "until=cache").stdout
     assert "making 4 shards of 4" in told
-    told = train(
-        folder, *models, *from_cache, f"run=runs/cache{len(models)}", "training.workers=2"
-    ).stdout
+    words = (f"run=runs/cache{len(models)}", "training.workers=2")
+    if models:
+        words += ("text_device=cpu",)
+    told = train(folder, *models, *from_cache, *words).stdout
     assert "making" not in told and "in the cache made" in told
     ours, theirs = (losses(folder / "runs" / f"{s}{len(models)}") for s in ("cache", "pixels"))
     assert len(theirs) == 4
@@ -106,6 +107,11 @@ def test_a_cache_of_another_autoencoder_is_refused(folder):
     told = train(folder, *other, code=2).stderr
     assert "mine was made with another autoencoder (" in told
     assert "name another folder" in told
+
+
+def test_encoders_that_are_trained_stay_with_the_network(folder):
+    told = train(folder, "text_device=cpu", code=2).stderr
+    assert told.startswith("text_device=cpu is for encoders that are not trained")
 
 
 def test_only_stages_that_there_are_can_be_stopped_at():

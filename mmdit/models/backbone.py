@@ -207,8 +207,8 @@ class Backbone(nn.Module, ABC):
         Args:
             z_t: noised latent (b, c, h, w).
             t: time in [0, 1], 0 data and 1 noise, (b,).
-            c_vec: pooled text (b, p).
-            c_ctxt: text tokens (b, l, context_width).
+            c_vec: pooled text (b, p), of any dtype, on any device.
+            c_ctxt: text tokens (b, l, context_width), likewise.
 
         Returns:
             (b, c, h, w).
@@ -225,7 +225,7 @@ class Backbone(nn.Module, ABC):
 
     def text_tokens(self, c_ctxt: Tensor) -> Tensor:
         """Text of the encoders (b, l, context_width) in the width of the network: (b, l, d)."""
-        return self.context_embedding(c_ctxt.to(self.dtype))
+        return self.context_embedding(c_ctxt.to(self.context_embedding.weight))
 
     def image_tokens(self, z: Tensor) -> Tensor:
         """Patches of a latent (b, c, h, w), with their positions: (b, n, d)."""

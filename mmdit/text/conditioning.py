@@ -120,8 +120,8 @@ class TextConditioner(nn.Module):
     An encoder that is dropped contributes zeros, and so does an absent one.
 
     Encoders may differ in dtype and device. The condition has one dtype, the widest among them
-    (float32 for CLIP in float32 beside T5 in bfloat16), which rounds nobody's values; the network
-    casts it to its own. It lies on the device of `clip_l`.
+    (float32 for CLIP in float32 beside T5 in bfloat16), which rounds nobody's values. It lies on
+    the device of `clip_l`; the network brings it to its own device and dtype.
 
     Args:
         clip_l, clip_g, t5: the encoders.

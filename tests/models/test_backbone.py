@@ -86,6 +86,14 @@ def test_a_fresh_network_predicts_exactly_zero(kind, qk_norm):
 
 
 @each_kind
+def test_text_may_come_from_another_device(kind: str) -> None:
+    model = network(kind).to("meta")
+    z_t, t, c_vec, c_ctxt = inputs()
+    out = model(z_t.to("meta"), t.to("meta"), c_vec.double(), c_ctxt.bfloat16())
+    assert (out.device.type, out.dtype) == ("meta", torch.float32)
+
+
+@each_kind
 def test_a_fresh_network_learns(kind):
     """All is zero at first, but not the gradient of the last layer; then it reaches all."""
     model = network(kind, qk_norm=True)
