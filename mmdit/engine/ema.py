@@ -132,7 +132,7 @@ class EMA(Generic[M]):
     def __init__(self, module: M, *, profile: Profile) -> None:
         self.profile = profile
         shared = {id(tensor): tensor for tensor in frozen(module)}
-        self.shared = frozenset(key for key, tensor in named(module) if id(tensor) in shared)
+        self.shared = frozenset(key for key, tensor in _named(module) if id(tensor) in shared)
         self.module = copy.deepcopy(module, shared).eval().requires_grad_(False)
         self._trained = module
         for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
@@ -152,7 +152,7 @@ class EMA(Generic[M]):
             take_in(averages, weights, self.profile.decay(step))
 
 
-def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights and buffers by their keys; one that has two keys comes twice."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
