@@ -19,13 +19,13 @@ from mmdit.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = [(32, 32), (24, 48), (48, 24), (40, 33)]
 PICTURES = (
-    *("experiment=smoke", "precision=fp32", "data=folder", "~data.samples", "data.root=photos"),
+    *("experiment=smoke", "precision=fp32", "data=folder", "data.root=photos"),
     *("data.unit=8", "data.max_ratio=2", "data.crop=centre", "data.validation_fraction=0.2"),
-    *("+data.mix.synthetic=1", "data.index=index", "training.steps=4"),
+    *("data.mix={text: 1, synthetic: 1}", "data.index=index", "training.steps=4"),
 )
 PUBLIC = (
     *("text=published", "text.source=tiny", "text.t5_length=20"),
-    *("autoencoder=published", "autoencoder.model.source=tiny", "autoencoder.training=null"),
+    *("autoencoder=published", "autoencoder.model.source=tiny"),
 )
 
 
@@ -103,7 +103,7 @@ def test_a_run_on_public_encoders_paints(folder, models):
 def test_a_cache_of_another_autoencoder_is_refused(folder):
     made = (*PUBLIC, "latents=from_cache", "latents.folder=mine", "until=cache")
     train(folder, *made)
-    other = made[:3] + made[6:]  # the toy's own
+    other = made[:3] + made[5:]  # the toy's own
     told = train(folder, *other, code=2).stderr
     assert "mine was made with another autoencoder (" in told
     assert "name another folder" in told

@@ -130,7 +130,7 @@ class ImageFolder(CaptionedImages):
     opening goes on. Above some hundred thousand images use `mmdit.data.pack`.
 
     Args:
-        split, validation_fraction, image_size, unit, max_ratio, crop, mix, max_pixels,
+        split, validation_fraction, image_size, unit, max_ratio, crop, mix, samples, max_pixels,
             max_bad_fraction, seed: see `CaptionedImages`.
         root: the folder.
         captions: a `Sidecars`, `Table` or `ClassNames`.
@@ -150,8 +150,9 @@ class ImageFolder(CaptionedImages):
         split: str,
         root: str,
         captions: CaptionSource,
-        mix: Mapping[str, float],
         image_size: int,
+        mix: Mapping[str, float] | None = None,
+        samples: int | None = None,
         unit: int = 16,
         max_ratio: float = 4.0,
         crop: str = "random",
@@ -171,6 +172,7 @@ class ImageFolder(CaptionedImages):
             max_ratio=max_ratio,
             crop=crop,
             mix=mix,
+            samples=samples,
             max_pixels=max_pixels,
             max_bad_fraction=max_bad_fraction,
             seed=seed,

@@ -38,7 +38,7 @@ class Shards(CaptionedImages):
     and the shards packed from it are the same data set: same names, order, splits and pictures.
 
     Args:
-        split, validation_fraction, image_size, unit, max_ratio, crop, mix, max_pixels,
+        split, validation_fraction, image_size, unit, max_ratio, crop, mix, samples, max_pixels,
             max_bad_fraction, seed: see `CaptionedImages`.
         root: the folder.
         shards: which of its files, such as "cc12m-{000000..000009}.tar"; else all that were packed
@@ -58,8 +58,9 @@ class Shards(CaptionedImages):
         *,
         split: str,
         root: str,
-        mix: Mapping[str, float],
         image_size: int,
+        mix: Mapping[str, float] | None = None,
+        samples: int | None = None,
         shards: str | None = None,
         unit: int = 16,
         max_ratio: float = 4.0,
@@ -80,6 +81,7 @@ class Shards(CaptionedImages):
             max_ratio=max_ratio,
             crop=crop,
             mix=mix,
+            samples=samples,
             max_pixels=max_pixels,
             max_bad_fraction=max_bad_fraction,
             seed=seed,

@@ -37,7 +37,9 @@ class CaptionedImages(ABC):
         unit: every side is a multiple of it: the autoencoder's factor times the patch.
         max_ratio: largest ratio of the sides; 1 makes all batches square.
         crop: 'centre' or 'random'.
-        mix: kind of caption -> relative frequency.
+        mix: kind of caption -> relative frequency; None is 'text' alone.
+        samples: train on so many images only, chosen by their names: a larger number adds to a
+            smaller one. None is all.
         max_pixels: of a file; larger ones are set aside.
         max_bad_fraction: of images set aside, above which the run stops.
         seed: of the choice of captions and crops.
@@ -56,7 +58,8 @@ class CaptionedImages(ABC):
         unit: int,
         max_ratio: float,
         crop: str,
-        mix: Mapping[str, float],
+        mix: Mapping[str, float] | None,
+        samples: int | None,
         max_pixels: int,
         max_bad_fraction: float,
         seed: int,
@@ -64,6 +67,7 @@ class CaptionedImages(ABC):
         one_of("split", split, SPLITS)
         one_of("crop", crop, CROPS)
         expect(max_pixels >= 1, "max_pixels", max_pixels, "must be at least 1")
+        expect(samples is None or samples >= 1, "samples", samples, "must be at least 1")
         for field, value in (
             ("validation_fraction", validation_fraction),
             ("max_bad_fraction", max_bad_fraction),
@@ -72,7 +76,7 @@ class CaptionedImages(ABC):
         self.split, self.validation_fraction = split, validation_fraction
         self.buckets = Buckets(image_size=image_size, unit=unit, max_ratio=max_ratio)
         self.image_size, self.crop, self.seed = image_size, crop, seed
-        self.mix = check_mix(mix)
+        self.mix, self.samples = check_mix({"text": 1.0} if mix is None else mix), samples
         self.max_pixels, self.max_bad_fraction = max_pixels, max_bad_fraction
 
     def __len__(self) -> int:
@@ -204,14 +208,13 @@ class CaptionedImages(ABC):
         name = self.names[index]
         return UserError(f"{name} has changed since the data set was opened{reason}")
 
-    def _in_split(self, name: str) -> bool:
-        digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        held_back = int.from_bytes(digest, "little") < self.validation_fraction * 2**64
-        return held_back == (self.split == "validation")
-
     def _keep(self, names: Sequence[str], sizes: Sequence[Size], place: object) -> list[int]:
         """Take over the images of this split; returns their positions in `names`."""
-        kept = [i for i, name in enumerate(names) if self._in_split(name)]
+        lots = [lot(name) for name in names]
+        limit = self.validation_fraction * 2**64
+        kept = [i for i, drawn in enumerate(lots) if (drawn < limit) == (self.split != "train")]
+        if self.split == "train" and self.samples is not None:
+            kept = sorted(sorted(kept, key=lots.__getitem__)[: self.samples])
         if not kept:
             raise UserError(
                 f"split {self.split!r} has none of the {len(names)} images of {place}: "
@@ -221,6 +224,12 @@ class CaptionedImages(ABC):
         self.sizes = np.array([sizes[i] for i in kept], np.int32).reshape(-1, 2)
         self.bucket_of = self.buckets.of(self.sizes)
         return kept
+
+
+def lot(name: str) -> int:
+    """What an image draws by its name, in [0, 2^64): who is held back, and who is left out."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def has_caption(captions: Captions, mix: Iterable[str]) -> bool:

@@ -21,6 +21,21 @@ def opened(folder, **arguments) -> ImageFolder:
     return ImageFolder(**{"split": "train", "root": str(folder), **PLAIN, **arguments})
 
 
+def test_so_many_samples_are_a_part_of_more(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.png").write_bytes(encoded(noise(4, 4)))
+        (tmp_path / f"{i:02d}.txt").write_text(f"picture {i}")
+    every = opened(tmp_path, mix=None, validation_fraction=0.3)
+    parts = [opened(tmp_path, samples=n, validation_fraction=0.3).names for n in (5, 12, 100)]
+    assert [len(names) for names in parts] == [5, 12, len(every)]
+    assert set(parts[0]) < set(parts[1]) < set(parts[2]) == set(every.names)
+    assert parts[1] == sorted(parts[1]) != every.names[:12]
+    held_back = opened(tmp_path, split="validation", samples=2, validation_fraction=0.3)
+    assert len(held_back) == 40 - len(every)
+    with pytest.raises(ValueError, match="samples 0 must be at least 1"):
+        opened(tmp_path, samples=0)
+
+
 @pytest.fixture
 def thousand(tmp_path, photo):
     """A folder of 1,000 images of which ten are bad, each in its own way; name -> reason."""
