@@ -58,7 +58,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     device = own_device(chosen_device(config.device))
     precision = autocast(device, config.precision)
     settings = Settings.of(config.training, "training")
-    if config.autoencoder.training is not None:
+    if config.autoencoder.trained:
         Settings.of(config.autoencoder.training, "autoencoder.training")
     validation_size = positive(config.training, "validation_size", "training")
     processes = join(device, settings.timeout)

@@ -114,7 +114,7 @@ def give_autoencoder(
     precision: Autocast,
 ) -> None:
     """Load the trained autoencoder of this config; a public one has been loaded already."""
-    if config.autoencoder.training is None:
+    if not config.autoencoder.trained:
         return
 
     def task(module: nn.Module) -> Task:
