@@ -47,8 +47,17 @@ def explain(
         case omegaconf_errors.OmegaConfBaseException() | yaml.YAMLError() if not in_job:
             return str(error)
         case ValueError() if not in_job:
-            return f"{error}\n(command line: {' '.join(sys.argv[1:])})"
+            return _explain_value(error, config_dir)
     return _explain_partial(error)
+
+
+def _explain_value(error: ValueError, config_dir: Path) -> str:
+    """What Hydra could not read; `group=null` is no way to leave a group out."""
+    for word in sys.argv[1:]:
+        group, _, value = word.partition("=")
+        if value.strip().lower() == "null" and (config_dir / group.partition("@")[0]).is_dir():
+            return f"{word}: a group is left out by ~{group}"
+    return f"{error}\n(command line: {' '.join(sys.argv[1:])})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

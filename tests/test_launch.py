@@ -296,6 +296,7 @@ def test_shell_completion_reads_past_a_prompt(
         (["lr=3"], "Did you mean optimizer.lr?"),
         (["promt=a"], "Did you mean prompt?"),
         (["promt=a, (b"], 'Did you mean prompt="..."?'),
+        (["model=null"], "model=null: a group is left out by ~model"),
         (["objective/pth=edm"], "Did you mean objective/path?"),
         (["-m", "training.step=1,2"], "Did you mean training.steps?"),
         (["model=tpy"], "model has no option 'tpy'. Did you mean model=toy? Available: small, toy"),

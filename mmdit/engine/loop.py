@@ -62,10 +62,12 @@ class Settings(NamedTuple):
         """The settings among the keys of a config section.
 
         Raises:
-            UserError: a value is no positive number, not whole where it counts something, or no
-                such word.
+            UserError: a key is missing; a value is no positive number, not whole where it counts
+                something, or no such word.
         """
         given = {name: config[name] for name in cls._fields if name in config}
+        if missing := [n for n in cls._fields if n not in given and n not in cls._field_defaults]:
+            raise UserError(f"{where} has no {', '.join(missing)}, and needs them")
         for name in given.keys() - {"workers", "nonfinite", "keep_best", "asynchronous"}:
             if name != "keep_every" or given[name] is not None:
                 positive(config, name, where)

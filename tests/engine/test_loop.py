@@ -177,6 +177,14 @@ def test_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
+def test_settings_that_are_missing_are_named() -> None:
+    with pytest.raises(UserError, match=r"training has no batch_size, keep, and needs them"):
+        Settings.of(
+            {"steps": 1, "clip": 1.0, "log_every": 1, "evaluate_every": 1, "save_every": 1},
+            "training",
+        )
+
+
 def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     first = RunFolder(tmp_path)
     with pytest.raises(UserError, match="in use by process"):
