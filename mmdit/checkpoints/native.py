@@ -4,6 +4,7 @@ The header's metadata holds the module's description (plain JSON, see `mmdit.reg
 says by itself what it is. Files appear whole or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,11 +25,16 @@ from mmdit.registry import build, describe
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place, flush it to the disk, then move it there."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk its part would take the last of space
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def save_module(path: Path, module: nn.Module) -> None:

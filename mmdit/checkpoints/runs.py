@@ -119,13 +119,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = dict(json.loads(written))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} has no readable manifest.json ({error})") from error
-    if "ema.safetensors" in manifest.get("files", ()):
+    manifest.pop("manifest_sha256", None)
+    whole = written == sealed(manifest)
+    if not whole and (folder / "ema.safetensors").is_file():
         raise UserError(
             f"checkpoint {folder} is in the former format, which this version does not go on with: "
             f"begin a new run; its weights can still be used as the file {folder}/ema.safetensors"
         )
-    manifest.pop("manifest_sha256", None)
-    if written != sealed(manifest):
+    if not whole:
         raise UserError(f"checkpoint {folder} is damaged: its manifest.json was changed")
     return manifest
 
@@ -133,7 +134,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def step_folders(run: Path) -> list[Path]:
     """The checkpoint folders of a run, whole or damaged, oldest step first."""
     found = [path for path in run.glob("checkpoints/step_*") if STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=number_of)
+
+
+def number_of(folder: Path) -> int:
+    """The step that the name of a checkpoint folder says."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -143,13 +149,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: its manifest is missing or damaged.
     """
     manifest = read_manifest(folder)
+    if STEP_FOLDER.fullmatch(folder.name) and number_of(folder) != manifest["step"]:
+        raise UserError(
+            f"checkpoint {folder} is that of step {manifest['step']}: its name was changed"
+        )
     return Checkpoint(folder, *(manifest[name] for name in ("step", "finished", "figures")))
 
 
-def checkpoints_in(run: Path) -> list[Checkpoint]:
+def checkpoints_in(run: Path, *, warn: bool = True) -> list[Checkpoint]:
     """The checkpoints of a run, oldest step first; found by manifest, never by clock.
 
-    One whose manifest is damaged is named in a warning and left out.
+    One whose manifest is damaged is left out, and named in a warning if `warn` is on.
 
     Raises:
         UserError: there are some, and the manifests of all are damaged.
@@ -162,7 +172,7 @@ def checkpoints_in(run: Path) -> list[Checkpoint]:
             faults.append(str(error))
     if faults and not found:
         raise UserError("; ".join(faults))
-    for fault in faults:
+    for fault in faults if warn else ():
         log.warning("%s: it does not count", fault)
     return found
 
@@ -211,6 +221,8 @@ def find_weights(source: Path, weights: str = "ema") -> Path:
         try:
             chosen = checkpoint.verified(weights)
         except UserError as error:
+            if not checkpoint.folder.is_dir():  # training goes on, and keeps only the newest
+                return find_weights(source, weights)
             newest = newest or error
         else:
             if newest:
@@ -226,11 +238,19 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: they cannot be read.
     """
-    if not path.is_dir():
+    if path.is_file():
         return native.load_tensors(path)[0]
     frozen = path.parent / FROZEN
-    shared = shards.read(frozen) if path.name in WEIGHTS and frozen.is_dir() else {}
-    return shards.read(path) | shared
+    try:
+        shared = shards.read(frozen) if path.name in WEIGHTS and frozen.is_dir() else {}
+        return shards.read(path) | shared
+    except UserError as error:
+        if path.is_dir():
+            raise
+        raise UserError(
+            f"{path} was deleted while it was read, by a run that keeps only its newest "
+            "checkpoints (training.keep): give the command again"
+        ) from error
 
 
 def load_model(path: Path) -> nn.Module:
@@ -241,8 +261,9 @@ def load_model(path: Path) -> nn.Module:
     """
     if path.is_file():
         return native.load_module(path)
+    weights = load_weights(path)
     module: nn.Module = build(description_of(path))
-    native.load_strictly(module, load_weights(path), path)
+    native.load_strictly(module, weights, path)
     return module.eval()
 
 

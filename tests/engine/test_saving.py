@@ -21,6 +21,7 @@ from mmdit.checkpoints.runs import (
     Checkpoint,
     checkpoints_in,
     find_weights,
+    load_weights,
     read_manifest,
     sealed,
     step_folders,
@@ -294,6 +295,29 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(make: Make
             make().latest()
 
 
+@pytest.mark.parametrize("content", ['{"files": null}', '{"files": 5}', "[]", "{}", "\xff"])
+def test_a_manifest_that_says_nothing_is_damaged(make: Make, content: str) -> None:
+    saver = make()
+    for step in (1, 2):
+        save(saver, step)
+    (saver.wait().folder / "manifest.json").write_text(content, encoding="latin-1")
+    found = make().latest()
+    assert found is not None and found.step == 1
+
+
+def test_a_checkpoint_under_another_name_does_not_count(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = make()
+    for step in (1, 2):
+        save(saver, step)
+    folder = saver.wait().folder
+    folder.rename(folder.with_name("step_00000007"))
+    found = make().latest()
+    assert found is not None and found.step == 1
+    assert "is that of step 2: its name was changed" in caplog.text
+
+
 def test_manifests_are_compared_byte_by_byte(tmp_path: Path) -> None:
     facts = {"step": 1, "figures": {"loss": 1e-5}, "files": {"raw/x": {"bytes": 3}}}
     path = tmp_path / "manifest.json"
@@ -445,11 +469,35 @@ def test_weights_of_a_run_are_those_of_the_newest_whole_checkpoint(
     assert newest.is_dir()  # who reads changes nothing
 
 
+def test_weights_that_training_deletes_meanwhile_are_looked_for_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = make(last=1)
+    save(saver, 1)
+    saver.wait()
+    verified = Checkpoint.verified
+
+    def slow(checkpoint: Checkpoint, group: str) -> Path:
+        if checkpoint.step == 1:
+            save(saver, 2)
+            saver.wait()
+        return verified(checkpoint, group)
+
+    monkeypatch.setattr(Checkpoint, "verified", slow)
+    path = find_weights(tmp_path)
+    assert path.parent.name == "step_00000002"
+    save(saver, 3)
+    saver.wait()
+    with pytest.raises(UserError, match=r"was deleted while it was read.*give the command again"):
+        load_weights(path)
+
+
 def test_the_former_format_is_refused_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
     manifest = {"step": 1, "finished": True, "figures": {}, "files": {"ema.safetensors": {}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "ema.safetensors").touch()
     for source in (tmp_path, folder):
         with pytest.raises(UserError, match=r"step_00000001 is in the former format.*ema\.safete"):
             find_weights(source)
