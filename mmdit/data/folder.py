@@ -5,18 +5,19 @@ import json
 import logging
 import os
 import posixpath
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from mmdit.data.aside import report_bad
-from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions, CaptionSource
 from mmdit.data.checks import expect
-from mmdit.data.images import MAX_PIXELS, BadImage, read_bytes, read_image
+from mmdit.data.images import MAX_PIXELS, BadImage, decode, read_bytes
 from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
 
@@ -135,8 +136,8 @@ class ImageFolder(CaptionedImages):
         root: the folder.
         captions: a `Sidecars`, `Table` or `ClassNames`.
         report: JSON file that lists what was set aside, and why.
-        index: file that remembers sizes, by name, length and time of change. It is only an
-            accelerator: without it the data set is the same.
+        index: file that remembers sizes and checksums, by name, length and time of change. It is
+            only an accelerator: without it the data set is the same.
         threads: that decode at once when the folder is opened.
 
     Raises:
@@ -181,7 +182,7 @@ class ImageFolder(CaptionedImages):
         self.root = Path(root)
         self._files = FolderFiles(root=self.root, captions=captions, kinds=tuple(self.mix))
         known = Known(Path(index) if index else None, max_pixels)
-        sizes, bad, kinds = scan(self._files, known, max_pixels=max_pixels, threads=threads)
+        seen, bad, kinds = scan(self._files, known, max_pixels=max_pixels, threads=threads)
         report_bad(
             bad,
             files=self._files.files,
@@ -192,10 +193,17 @@ class ImageFolder(CaptionedImages):
         for kind in self.mix:
             if kind not in kinds:
                 raise UserError(f"mix: no image of {root} has a caption of the kind {kind!r}")
-        self._keep(list(sizes), list(sizes.values()), self.root)
+        kept = self._keep(
+            list(seen), [(each.height, each.width) for each in seen.values()], self.root
+        )
+        contents = np.array([(each.length, each.crc32) for each in seen.values()], np.int64)
+        self._contents = contents[kept]  # (n, 2)
 
     def read(self, index: int) -> tuple[bytes, Captions]:
-        return self._files.read(self.names[index])
+        data, captions = self._files.read(self.names[index])
+        if [len(data), zlib.crc32(data)] != self._contents[index].tolist():
+            raise BadImage("its bytes are others")
+        return data, captions
 
     def _stamp(self, index: int) -> str:
         name = self.names[index]
@@ -203,16 +211,33 @@ class ImageFolder(CaptionedImages):
             captions = self._files.captions(name)
         except BadImage as error:
             raise self._changed(index, f": {error}") from error
-        status = _status(self.root / name)
-        return json.dumps([status and status[0], captions], sort_keys=True)
+        if _status(self.root / name) is None:
+            raise self._changed(index, ": no such file")
+        return json.dumps([*self._contents[index].tolist(), captions], sort_keys=True)
+
+
+class Seen(NamedTuple):
+    """What an image file was when it was decoded.
+
+    Attributes:
+        length, changed: bytes, and the time of change in nanoseconds.
+        height, width: in pixels, upright.
+        crc32: of its bytes.
+    """
+
+    length: int
+    changed: int
+    height: int
+    width: int
+    crc32: int
 
 
 class Known:
-    """Sizes of images decoded before, one JSON line each: a file that changed is not known.
+    """Images decoded before, one JSON line each: a file that changed is not known.
 
     Args:
         path: the file; None remembers nothing.
-        max_pixels: sizes found under another limit are not known.
+        max_pixels: what was found under another limit is not known.
     """
 
     def __init__(self, path: Path | None, max_pixels: int) -> None:
@@ -224,21 +249,20 @@ class Known:
         for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             try:
                 row = json.loads(line)
-                self._rows[row["file"]] = row["seen"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                self._rows[row["file"]] = [int(number) for number in row["seen"]]
+            except (ValueError, KeyError, TypeError):
                 log.warning("%s: a line that was not written whole is decoded anew", path)
 
-    def get(self, name: str, path: Path) -> Size | None:
-        """Height and width of a file that has the length and time of change of then."""
-        row = self._rows.get(name)
-        if row is None or row[:3] != [*(_status(path) or ()), self.max_pixels]:
+    def get(self, name: str, path: Path) -> Seen | None:
+        """What is known of a file that has the length and time of change of then."""
+        limit, *seen = self._rows.get(name, [0])
+        if limit != self.max_pixels or len(seen) != len(Seen._fields):
             return None
-        return row[3], row[4]
+        known = Seen(*seen)
+        return known if known[:2] == _status(path) else None
 
-    def add(self, name: str, path: Path, size: Size) -> None:
-        status = _status(path)
-        if status is not None:
-            self._new.append({"file": name, "seen": [*status, self.max_pixels, *size]})
+    def add(self, name: str, seen: Seen) -> None:
+        self._new.append({"file": name, "seen": [self.max_pixels, *seen]})
 
     def flush(self) -> None:
         """Append what is new."""
@@ -251,21 +275,25 @@ class Known:
 
 def scan(
     files: FolderFiles, known: Known, *, max_pixels: int, threads: int
-) -> tuple[dict[str, Size], dict[str, str], set[str]]:
-    """Decode every file: name -> size of the good ones, name -> reason of the bad, kinds seen."""
+) -> tuple[dict[str, Seen], dict[str, str], set[str]]:
+    """Decode every file: name -> what the good ones are, name -> reason of the bad, kinds seen."""
 
-    def look(name: str) -> tuple[Size, Captions] | str:
+    def look(name: str) -> tuple[Seen, Captions] | str:
+        path = files.root / name
         try:
-            size = known.get(name, files.root / name)
-            if size is None:
-                height, width, _ = read_image(files.root / name, max_pixels=max_pixels).shape
-                size = (height, width)
-                known.add(name, files.root / name, size)
-            return size, files.captions(name)
+            seen = known.get(name, path)
+            if seen is None:
+                status = _status(path)  # before reading: what changes meanwhile is not known
+                data = read_bytes(path)
+                height, width, _ = decode(data, max_pixels=max_pixels).shape
+                changed = status[1] if status else 0
+                seen = Seen(len(data), changed, height, width, zlib.crc32(data))
+                known.add(name, seen)
+            return seen, files.captions(name)
         except BadImage as error:
             return str(error)
 
-    sizes: dict[str, Size] = {}
+    good: dict[str, Seen] = {}
     bad, kinds = dict(files.bad), set[str]()
     total, told = len(files.names), f"looking through {files.root.name}"
     with (
@@ -274,15 +302,15 @@ def scan(
     ):
         for start in range(0, total, CHUNK):
             names = files.names[start : start + CHUNK]
-            for name, seen in zip(names, pool.map(look, names), strict=True):
-                if isinstance(seen, str):
-                    bad[name] = seen
+            for name, looked in zip(names, pool.map(look, names), strict=True):
+                if isinstance(looked, str):
+                    bad[name] = looked
                     continue
-                sizes[name], captions = seen
+                good[name], captions = looked
                 kinds.update(kind for kind, texts in captions.items() if texts)
             known.flush()
             bar.update(len(names))
-    return sizes, bad, kinds
+    return good, bad, kinds
 
 
 def _status(path: Path) -> tuple[int, int] | None:

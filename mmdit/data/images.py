@@ -54,15 +54,6 @@ class TooLarge(BadImage):
     """An image with more pixels than the limit: under a greater one it may be usable."""
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image:
-    """Pixels of a file, upright: uint8 (h, w, 3).
-
-    Raises:
-        BadImage: see `decode` and `read_bytes`.
-    """
-    return decode(read_bytes(path), max_pixels=max_pixels)
-
-
 def read_bytes(path: Path) -> bytes:
     """The content of a regular file of at most `MAX_BYTES`.
 

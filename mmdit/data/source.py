@@ -129,8 +129,6 @@ class CaptionedImages(ABC):
     def identity(self) -> dict[str, Any]:
         """All that `whole` follows from, as plain data: two of the same give the same.
 
-        An image that is replaced by another of as many pixels and bytes is not noticed.
-
         Raises:
             UserError: steps see different crops, or a file is gone.
         """

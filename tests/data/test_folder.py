@@ -137,18 +137,18 @@ def test_the_index_saves_decoding_and_changes_nothing(tmp_path, photo, monkeypat
         photo(root / f"{i}.png", "told", width=8 + i)
     first = opened(root, index=str(index))
     decoded = []
-    read_image = mmdit.data.folder.read_image
+    decode = mmdit.data.folder.decode
     monkeypatch.setattr(
-        mmdit.data.folder,
-        "read_image",
-        lambda path, **options: (decoded.append(path.name), read_image(path, **options))[1],
+        mmdit.data.folder, "decode", lambda data, **o: (decoded.append(data), decode(data, **o))[1]
     )
-    with index.open("a") as file:
-        file.write('{"file": "half a li')
+    lines = index.read_text().splitlines()
+    old = json.loads(lines[0]) | {"seen": [8, 1, 2]}  # as written before there were checksums
+    odd = [{"file": "1.png", "seen": 5}, {"file": "2.png", "seen": ["x"]}, [1]]
+    index.write_text("\n".join([*map(json.dumps, [old, *odd]), *lines[2:], '{"file": "half a li']))
     photo(root / "3.png", "told", width=20)
     photo(root / "7.png", "told")
-    second = opened(root, index=str(index))
-    assert sorted(decoded) == ["3.png", "7.png"]
+    second = opened(root, index=str(index), threads=1)
+    assert decoded == [(root / f"{i}.png").read_bytes() for i in (0, 1, 3, 7)]
     assert list(second.names) == [*first.names, "7.png"]
     assert np.array_equal(second.sizes, opened(root).sizes)
 
@@ -307,6 +307,40 @@ def test_the_identity_tells_pictures_captions_and_sizes(tmp_path, photo):
     assert len({json.dumps(each) for each in seen}) == len(seen)
     (tmp_path / "c.png").unlink()
     assert identity()["images"] == 1
+
+
+def bmp(seed: int) -> bytes:
+    return encoded(noise(8, 8, seed), "BMP")
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(noise(8, 8), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize("contents", [(bmp(1), bmp(2)), (turned(1), turned(3))])
+def test_the_identity_tells_files_of_one_length_and_size_apart(tmp_path, contents):
+    before, after = contents
+    assert len(before) == len(after)
+    (tmp_path / "a.txt").write_text("told")
+    options = {"crop": "centre", "index": str(tmp_path / "index")}
+    (tmp_path / "a.jpg").write_bytes(before)
+    data = opened(tmp_path, **options)
+    first = data.identity()
+    assert opened(tmp_path, **options).identity() == first
+    (tmp_path / "a.jpg").write_bytes(after)
+    assert opened(tmp_path, **options).identity() != first
+    with pytest.raises(UserError, match=r"a\.jpg has changed .*: its bytes are others"):
+        data.batch([0])
+
+
+def test_the_identity_of_a_file_that_is_gone_is_refused(tmp_path, photo):
+    path = photo(tmp_path / "a.png", "told")
+    data = opened(tmp_path, crop="centre")
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.png has changed .*: no such file"):
+        data.identity()
 
 
 def test_random_crops_cannot_be_kept(tmp_path, photo):

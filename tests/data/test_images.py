@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdit.data.images import BadImage, decode, read_image, suffix_of
+from mmdit.data.images import BadImage, decode, read_bytes, suffix_of
 
 from .conftest import bomb, encoded, noise, png
 
@@ -327,7 +327,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         ("large.png", "bytes are more than the limit"),
     ):
         with pytest.raises(BadImage, match=reason):
-            read_image(tmp_path / name)
+            read_bytes(tmp_path / name)
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("PNG", "png"), ("JPEG", "jpg"), ("TIFF", "tif")])
