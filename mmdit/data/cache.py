@@ -6,7 +6,8 @@
     shard-00000.json        size and hash of a shard that cache.json does not list yet
 
 A shard appears whole or not at all, so that an interrupted cache goes on at the first that is not
-there. Of a shard only what is asked for is read. All that is read is compared with its checksum.
+there. Of a shard only what is asked for is read. All that is read is compared with its checksum;
+the header of a shard tells which one it is, and of which cache.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = "mmdit-cache-1"
+PROTOCOL = "mmdit-cache-2"
 OPEN = 256  # shards that a process holds open
 TABLES = ("shapes", "counts", "latent_sums", "text_ends", "caption_sums")
 Identity: TypeAlias = Mapping[str, Any]
@@ -157,7 +158,8 @@ class Cache:
         """Make a shard: flushed to the disk, then moved to its place, then noted."""
         path = self.path(number)
         tensors, tables = self._tensors(samples)
-        data = save(tensors, {"tables": str(tables)})
+        # Under one key: the order of several is left to chance, and a shard's bytes would be.
+        data = save(tensors, {"facts": json.dumps({"tables": tables, **self._place(number)})})
         with whole(path) as file:
             file.write(data)
         record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -199,8 +201,14 @@ class Cache:
         if number not in self._open:
             if len(self._open) >= OPEN:
                 self._open.clear()
-            self._open[number] = Shard(self.path(number), self.kinds)
+            self._open[number] = Shard(self.path(number), self.kinds, self._place(number))
         return self._open[number]
+
+    def _place(self, number: int) -> dict[str, str]:
+        """What the header of a shard says of where it belongs."""
+        made = [self._facts["identity"], self.samples, self.kinds, self.shard_size]
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        return {"cache": digest, "shard": f"{number} of {len(self)}"}
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """What is noted of each shard: size and hash; None where it is still to be made."""
@@ -245,21 +253,29 @@ class Shard:
     Args:
         path: of the file.
         kinds: of captions.
+        place: what its header must say of where it belongs.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or belongs elsewhere.
     """
 
-    def __init__(self, path: Path, kinds: Sequence[str]) -> None:
+    def __init__(self, path: Path, kinds: Sequence[str], place: Mapping[str, str]) -> None:
         self.path, self.kinds = path, kinds
         try:
             self._file = safe_open(path, framework="pt")
             tables = {name: self._file.get_tensor(name) for name in TABLES}
-            expected = self._file.metadata()["tables"]
-        except (SafetensorError, OSError, KeyError) as error:
+            facts = json.loads(self._file.metadata()["facts"])
+            expected, cache, shard = (facts[key] for key in ("tables", "cache", "shard"))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, first_line(error)) from error
-        if str(_sum(*(_bytes(tables[name]) for name in TABLES))) != expected:
+        if _sum(*(_bytes(tables[name]) for name in TABLES)) != expected:
             raise _damaged(path, "its tables have another checksum")
+        if (cache, shard) != (place["cache"], place["shard"]):
+            other = "this cache" if cache == place["cache"] else "a cache that was made otherwise"
+            raise UserError(
+                f"{path} should be shard {place['shard']}, and is shard {shard} of {other}: delete "
+                "this file, and it is made again"
+            )
         self._shapes, self._counts, self._latent_sums, ends, self._caption_sums = tables.values()
         self._ends = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).tolist()
         self._starts = [0, *self._shapes.prod(dim=1).cumsum(0).tolist()]

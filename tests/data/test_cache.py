@@ -142,6 +142,33 @@ def test_a_damaged_header_is_named(cache):
         opened(cache.folder).latent(4)
 
 
+def test_a_shard_of_another_cache_is_refused(cache, tmp_path):
+    other = opened(tmp_path / "other", {**IDENTITY, "autoencoder": {"weights": "2" * 64}})
+    fill(other)
+    size = cache.path(0).stat().st_size
+    cache.path(0).write_bytes(other.path(0).read_bytes())
+    assert cache.path(0).stat().st_size == size
+    damaged = opened(cache.folder)
+    assert damaged.missing() == []
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors .* made otherwise: delete this"):
+        damaged.latent(0)
+
+
+def test_shards_that_changed_places_are_refused(cache):
+    first, second = cache.path(0), cache.path(1)
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    for path in (first, second):  # of the same size, as shards of a real cache are
+        path.with_suffix(".json").write_text(
+            json.dumps({"bytes": path.stat().st_size, "sha256": ""})
+        )
+    swapped = opened(cache.folder)
+    for index, told in ((0, "shard 0 of 3, and is shard 1 of 3 of this"), (2, "1 of 3, and is sh")):
+        with pytest.raises(UserError, match=told):
+            swapped.latent(index)
+
+
 def test_a_cache_of_something_else_is_refused_with_what_differs(cache):
     other = {**IDENTITY, "autoencoder": {"weights": "2" * 64}, "t5": {"tokens": 77}}
     with pytest.raises(UserError) as caught:
