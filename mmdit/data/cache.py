@@ -105,7 +105,9 @@ class Cache:
         try:
             facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             protocol, made = facts["protocol"], facts["identity"]
-        except (ValueError, KeyError, TypeError) as error:
+            expect(facts["shard_size"] >= 1, "shard_size", facts["shard_size"], "must be 1 or more")
+            facts["shards"] = {name: _record(told) for name, told in facts["shards"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({first_line(error)}): delete the cache") from error
         if protocol != PROTOCOL:
             raise UserError(
@@ -158,8 +160,10 @@ class Cache:
         """Make a shard: flushed to the disk, then moved to its place, then noted."""
         path = self.path(number)
         tensors, tables = self._tensors(samples)
+        content = {name: list(t.shape) for name, t in tensors.items() if name not in TABLES}
+        facts = {"tables": tables, "content": content, **self._place(number)}
         # Under one key: the order of several is left to chance, and a shard's bytes would be.
-        data = save(tensors, {"facts": json.dumps({"tables": tables, **self._place(number)})})
+        data = save(tensors, {"facts": json.dumps(facts)})
         with whole(path) as file:
             file.write(data)
         record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -215,8 +219,7 @@ class Cache:
         for number in range(len(self)):
             path = self.path(number)
             note = path.with_suffix(".json")
-            record = json.loads(note.read_text()) if note.is_file() else None
-            record = record or self._facts["shards"].get(path.name)
+            record = _noted(note) if note.is_file() else self._facts["shards"].get(path.name)
             if record is None or not path.is_file():
                 yield number, None
                 continue
@@ -266,6 +269,13 @@ class Shard:
             tables = {name: self._file.get_tensor(name) for name in TABLES}
             facts = json.loads(self._file.metadata()["facts"])
             expected, cache, shard = (facts[key] for key in ("tables", "cache", "shard"))
+            found = {
+                name: self._file.get_slice(name).get_shape()
+                for name in self._file.keys()  # noqa: SIM118
+                if name not in TABLES
+            }
+            if found != facts["content"]:
+                raise ValueError(f"it holds {found} instead of {facts['content']}")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, first_line(error)) from error
         if _sum(*(_bytes(tables[name]) for name in TABLES)) != expected:
@@ -280,7 +290,7 @@ class Shard:
         self._ends = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).tolist()
         self._starts = [0, *self._shapes.prod(dim=1).cumsum(0).tolist()]
         self._firsts = [0, *self._counts.flatten().cumsum(0).tolist()]
-        self._said = sorted(name for name in self._file.keys() if name.startswith("said."))  # noqa: SIM118
+        self._said = sorted(name for name in found if name.startswith("said."))
 
     def latent(self, i: int) -> Tensor:
         """The latent of the shard's i-th sample."""
@@ -326,6 +336,19 @@ def differences(made: Identity, wanted: Identity) -> list[str]:
         if changed:
             told.append(f"another {what} ({'; '.join(changed)})")
     return told
+
+
+def _noted(path: Path) -> dict[str, Any] | None:
+    """The record that a note holds; None if it is cut or damaged."""
+    try:
+        return _record(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _record(told: Any) -> dict[str, Any]:
+    """What is known of a shard that was made."""
+    return {"bytes": told["bytes"], "sha256": told["sha256"]}
 
 
 def _short(value: object) -> str:

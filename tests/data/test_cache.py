@@ -169,6 +169,27 @@ def test_shards_that_changed_places_are_refused(cache):
             swapped.latent(index)
 
 
+def test_any_flipped_bit_of_a_header_is_noticed(cache):
+    path = cache.path(0)
+    whole = path.read_bytes()
+    for position in range(8 + int.from_bytes(whole[:8], "little")):
+        flipped = bytes([whole[position] ^ (1 << position % 8)])
+        path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
+        with pytest.raises(UserError, match=r"shard-00000\.safetensors .* delete this file"):
+            read_all(opened(cache.folder))
+
+
+@pytest.mark.parametrize("note", [b"", b'{"bytes": 12', b"[]", b"{}", b"\xff"])
+def test_a_shard_whose_note_is_damaged_is_made_again(tmp_path, note):
+    fill(opened(tmp_path))
+    (tmp_path / "shard-00001.json").write_bytes(note)
+    again = opened(tmp_path)
+    assert again.missing() == [1]
+    fill(again)
+    again.complete()
+    assert opened(tmp_path).missing() == []
+
+
 def test_a_cache_of_something_else_is_refused_with_what_differs(cache):
     other = {**IDENTITY, "autoencoder": {"weights": "2" * 64}, "t5": {"tokens": 77}}
     with pytest.raises(UserError) as caught:
@@ -186,7 +207,13 @@ def test_folders_and_files_that_are_no_cache_are_refused(tmp_path, cache):
     with pytest.raises(UserError, match="something else than a cache"):
         opened(tmp_path / "other")
     facts = json.loads((cache.folder / "cache.json").read_text())
-    for damage in ("", "[]", "{}", json.dumps({**facts, "protocol": "mmdit-cache-0"})):
+    changes = [
+        *({"protocol": "mmdit-cache-0"}, {"shards": None}, {"shards": {"shard-00000": {}}}),
+        *({"shard_size": 0}, {"shard_size": None}),
+    ]
+    damages = ["", "[]", "{}", *(json.dumps({**facts, **change}) for change in changes)]
+    damages += [json.dumps({k: facts[k] for k in facts if k != key}) for key in facts]
+    for damage in damages:
         (cache.folder / "cache.json").write_text(damage)
         with pytest.raises(UserError, match="delete the cache"):
             opened(cache.folder)
