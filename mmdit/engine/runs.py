@@ -7,13 +7,14 @@ import logging
 import os
 import re
 import signal
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from mmdit.checkpoints.native import write_atomically
-from mmdit.checkpoints.runs import Checkpoint, checkpoints_in
+from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, read_manifest
 from mmdit.engine.processes import Processes
 from mmdit.engine.signals import Interrupted
 from mmdit.errors import UserError, first_line
@@ -47,7 +48,7 @@ class RunFolder:
         held: False in the processes that train with the one that holds it.
 
     Raises:
-        UserError: another process is using it, and `wait` is off.
+        UserError: another process is using it, and `wait` is off; or it cannot be written.
     """
 
     def __init__(self, path: Path, *, wait: bool = False, held: bool = True) -> None:
@@ -55,8 +56,14 @@ class RunFolder:
         self._lock: IO[str] | None = None
         if not held:
             return
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("a+")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(
+                f"run folder {path} cannot be written ({error.strerror}): choose another with "
+                "runs=<folder of all runs> or run=<folder>"
+            ) from error
         if wait:
             self._wait(self._lock)
         try:
@@ -71,6 +78,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
+        HELD.add(self)
 
     def _wait(self, lock: IO[str]) -> None:
         """Return when no other process holds the folder."""
@@ -116,6 +124,18 @@ class RunFolder:
         """The complete checkpoint of the greatest step."""
         found = checkpoints_in(self.path)
         return found[-1] if found else None
+
+
+HELD: weakref.WeakSet[RunFolder] = weakref.WeakSet()  # by this process
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: a loader worker that outlives a kill -9 must not hold the folder."""
+    for folder in list(HELD):
+        folder.close()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def numbered_runs(root: Path, name: str) -> list[Path]:
@@ -194,19 +214,20 @@ def open_run(
         folder = RunFolder(Path(run))
     elif resume == "auto":
         candidates = [Path(run)] if run else numbered_runs(root, name)
-        left = [path for path in candidates if _step_of(path) < steps]
-        if not left:
+        newest_first = reversed(candidates)  # one that is damaged matters if it is the newest only
+        left = next((path for path in newest_first if _step_of(path) < steps), None)
+        if left is None:
             log.info(
                 "resume=auto: no run %s has steps left, starting a new one", run or f"{name}-*"
             )
             return open_run(root, name=name, run=run, resume=None, config=config)
-        folder = RunFolder(left[-1])
+        folder = RunFolder(left)
     else:
         path = Path(resume)
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
             raise UserError(
-                f"resume={resume}: there is no run in that folder (it has no config.json); "
-                f"the runs here are {[str(p) for p in root.glob('*-*') if p.is_dir()] or 'none'}"
+                f"resume={resume}: there is no run in that folder (no config.json, no checkpoints);"
+                f" the runs here are {[str(p) for p in root.glob('*-*') if p.is_dir()] or 'none'}"
             )
         folder = RunFolder(path)
     return _claim(folder, config, FREE if resume == "finish" else (*FREE, *LOWERED))
@@ -218,11 +239,11 @@ def _step_of(run: Path) -> int:
 
 
 def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[str]) -> RunFolder:
-    """Keep the config in the folder, or compare it with the one that is there."""
-    path = folder.path / "config.json"
+    """Keep the config in the folder, or compare it with that of the newest checkpoint."""
     latest = folder.latest()
     if latest is not None:
-        before, now = dict(_flat(json.loads(path.read_text()))), dict(_flat(config))
+        before = dict(_flat(read_manifest(latest.folder)["config"]))
+        now = dict(_flat(config))
         changed = [
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -235,7 +256,7 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
                 "Give the same settings, or start a new run without resume= "
                 "(a sweep: under another name=)"
             )
-    write_atomically(path, json.dumps(config, indent=1).encode())
+    write_atomically(folder.path / "config.json", json.dumps(config, indent=1).encode())
     return folder
 
 

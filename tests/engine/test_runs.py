@@ -1,0 +1,122 @@
+"""Run folders: who holds them, which one a run goes on with, and what may differ then."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmdit.checkpoints.runs import step_folders
+from mmdit.engine.loop import how_to_resume
+from mmdit.engine.processes import Processes
+from mmdit.engine.retention import Retention
+from mmdit.engine.runs import RunFolder, open_run
+from mmdit.engine.saving import Saver
+from mmdit.errors import UserError
+
+CONFIG: dict[str, Any] = {"seed": 0, "training": {"steps": 10}, "optimizer": {"lr": 0.1}}
+
+
+def save(run: Path, step: int, config: Mapping[str, Any] = CONFIG) -> None:
+    with Saver(run, Processes(), keep=Retention(last=5), config=config) as saver:
+        saver.save(
+            step=step,
+            finished=False,
+            tensors={"raw": {"w": torch.ones(1)}},
+            descriptions={},
+            figures={},
+        )
+
+
+def opened(root: Path, **changes: Any) -> Path:
+    arguments = {"name": "a", "run": None, "resume": "auto", "config": CONFIG, **changes}
+    folder = open_run(root, **arguments)
+    folder.close()
+    return folder.path
+
+
+def test_the_newest_run_with_steps_left_goes_on(tmp_path: Path) -> None:
+    for number, step in ((1, 4), (2, 6), (3, 10)):
+        save(tmp_path / f"a-{number:03d}", step)
+    assert opened(tmp_path).name == "a-002"
+    assert opened(tmp_path, config={**CONFIG, "training": {"steps": 11}}).name == "a-003"
+
+
+def test_an_older_run_that_is_damaged_stops_no_newer_one(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save(tmp_path / f"a-{number:03d}", 4)
+    (step_folders(tmp_path / "a-001")[0] / "manifest.json").write_text("")
+    assert opened(tmp_path).name == "a-002"
+    (step_folders(tmp_path / "a-002")[0] / "manifest.json").write_text("")
+    with pytest.raises(UserError, match="a-002"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_a_run_goes_on_without_its_config_file(tmp_path: Path, content: str | None) -> None:
+    run = tmp_path / "a-001"
+    save(run, 4)
+    if content is not None:
+        (run / "config.json").write_text(content)
+    assert opened(tmp_path, resume=str(run)) == run
+    assert json.loads((run / "config.json").read_text()) == CONFIG
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "a-001"
+    save(run, 4)
+    save(run, 6, {**CONFIG, "seed": 1})
+    with pytest.raises(UserError, match=r"its config differs: seed was 1, now 0"):
+        opened(tmp_path, resume=str(run))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run folder .*file/x cannot be written.*runs="):
+        RunFolder(tmp_path / "file" / "x")
+
+
+@pytest.fixture
+def child() -> Iterator[int]:
+    """A forked process that waits to be killed."""
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    yield child
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_forked_worker_does_not_hold_the_folder(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = RunFolder(tmp_path)
+    request.getfixturevalue("child")
+    with pytest.raises(UserError, match="in use"):
+        RunFolder(tmp_path)  # a fork must not let go of it either
+    folder.close()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            RunFolder(tmp_path).close()
+            return
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_how_to_resume() -> None:
+    words = ["model=toy", "run=runs/x", "prompt=a b"]
+    assert how_to_resume(Path("runs/x"), words) == (
+        "python train.py model=toy 'prompt=a b' resume=runs/x"
+    )
+    told = how_to_resume(Path("runs/sw/seed=0,1"), ["seed=0"])
+    assert told == """python train.py seed=0 'resume="runs/sw/seed=0,1"'"""
+    sweep = ["-m", "seed=0,1", "run=x"]
+    assert how_to_resume(None, sweep) == "python train.py -m seed=0,1 run=x"
