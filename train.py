@@ -37,7 +37,7 @@ from mmdit.engine.encoding import Data
 from mmdit.engine.formulation import report_formulation
 from mmdit.engine.loader import share
 from mmdit.engine.loggers import Logger, NoLogger
-from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, train
+from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, take_frozen, train
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.engine.precompute import Unfinished
 from mmdit.engine.processes import Processes, join, leave, own_device
@@ -53,6 +53,8 @@ log = logging.getLogger("mmdit.train")
 def job(config: DictConfig, _: Verbatim) -> None:
     """Compose, build, run. All is built before anything is trained: mistakes show at once."""
     began = time.perf_counter()
+    for key in ("name", "runs", "run", "resume"):  # name=2024 is a name all the same
+        config[key] = config[key] if config[key] is None else str(config[key])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_variant(config.variant, plain["objective"])
     device = own_device(chosen_device(config.device))
@@ -96,9 +98,10 @@ def job(config: DictConfig, _: Verbatim) -> None:
             "text=published; leave it out"
         )
 
-    def prepare() -> None:
-        with processes.main_first():
-            give_autoencoder(pipeline.autoencoder, config, plain, data, device, precision)
+    def prepare(run: Path | None) -> None:
+        if run is None or not take_frozen(run, pipeline, ema):
+            with processes.main_first():
+                give_autoencoder(pipeline.autoencoder, config, plain, data, device, precision)
         if config.until != "autoencoder":
             source.prepare(processes)
         if text_device is not None:
@@ -108,7 +111,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     if config.until is not None:
         check_until(config.until, source)
         with closing(processes, logger, "the same command"):
-            prepare()
+            prepare(None)
         return
     label = sweep_label()
     run = open_together(
@@ -122,8 +125,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
     if label and is_finished(config, run):
         log.info("%s is finished", run.path)
         return
-    with closing(processes, logger, how_to_resume(run.path, sys.argv[1:])):
-        prepare()
+    with closing(processes, logger, how_to_resume(None if label else run.path, sys.argv[1:])):
+        prepare(run.path)
         # A group that is left out has no key.
         measured = config.get("metrics") is not None
         measure = clip_for_metrics(config, plain, device, precision) if measured else None

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdit.checkpoints.native import load_strictly, write_atomically
-from mmdit.checkpoints.runs import Checkpoint, hash_of_weights, load_weights
+from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, hash_of_weights, load_weights
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
 from mmdit.engine.ema import EMA, ConstantDecay
@@ -69,17 +69,40 @@ def find_or_train(
         build_task: what to learn, of a fresh module.
         seed: of the stage's weights and order.
     """
-    run = RunFolder(Path(config.runs) / f"{stage}-{config_hash(recipe)}", wait=True)
-    checkpoint = run.latest()
-    if checkpoint is None or not checkpoint.finished:
-        log.info("training the %s in %s", stage, run.path)
-        checkpoint = train_stage(config[stage], stage, run, build_task, device, seed)
+    path = Path(str(config.runs)) / f"{stage}-{config_hash(recipe)}"
+    trained = trained_in(path, stage)
+    if trained is not None:
+        log.info("reusing the %s of %s", stage, path)
     else:
-        log.info("reusing the %s of %s", stage, run.path)
+        run = RunFolder(path, wait=True)
+        trained = trained_in(path, stage)  # by the process that was waited for
+        if trained is None:
+            log.info("training the %s in %s", stage, path)
+            train_stage(config[stage], stage, run, build_task, device, seed)
+            trained = trained_in(path, stage)
+        run.close()
+    assert trained is not None
+    checkpoint, weights = trained
     told = {k: v for k, v in checkpoint.figures.items() if k.startswith("ema/")}
     log.info("%s: %s", stage, ", ".join(f"{k[4:]} {v:.4g}" for k, v in told.items()))
-    run.close()
-    return checkpoint.verified("ema")
+    return weights
+
+
+def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Path] | None:
+    """The last checkpoint of a stage that has been trained to its end, and its averaged weights.
+
+    The folder is only read: it may belong to somebody else.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    try:
+        found = checkpoints_in(path)
+        if not found or not found[-1].finished:
+            return None
+        return found[-1], found[-1].verified("ema")
+    except UserError as error:
+        raise UserError(f"{error}. Delete {path}: the {stage} is then trained again") from error
 
 
 def train_stage(
@@ -89,11 +112,11 @@ def train_stage(
     build_task: Callable[[nn.Module], Task],
     device: torch.device,
     seed: int,
-) -> Checkpoint:
+) -> None:
     """Train a stage in its folder, with the same loop as the flow."""
     torch.manual_seed(seed)
     module = instantiate(recipe.model).to(device)
-    return train(
+    train(
         build_task(module),
         run=run,
         settings=Settings.of(recipe.training, f"{stage}.training"),

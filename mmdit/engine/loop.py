@@ -6,7 +6,9 @@ all there is to save, and a resumed run equals an unbroken one bit for bit on th
 """
 
 import logging
+import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.checkpoints.runs import FROZEN, Checkpoint
+from mmdit.checkpoints import shards
+from mmdit.checkpoints.runs import FROZEN, Checkpoint, checkpoints_in
 from mmdit.engine.ema import EMA
 from mmdit.engine.loader import Loader
 from mmdit.engine.loggers import Logger
@@ -30,13 +33,14 @@ from mmdit.engine.retention import Retention
 from mmdit.engine.runs import RunFolder
 from mmdit.engine.saving import Saver
 from mmdit.engine.signals import Interrupted, Signals, time_limit
-from mmdit.engine.step import Stepper
+from mmdit.engine.step import WHAT_TO_DO, Stepper
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
 from mmdit.registry import describe
 
 log = logging.getLogger(__name__)
 REAL = ("clip", "timeout")  # settings that need not be whole
+MOST_SKIPPED = 100  # steps in a row, after which nothing will be finite any more
 
 
 class Settings(NamedTuple):
@@ -76,6 +80,8 @@ class Settings(NamedTuple):
             raise UserError(f"{where}.workers={workers} must be a whole number, 0 or more")
         if nonfinite not in ("stop", "skip"):
             raise UserError(f"{where}.nonfinite={nonfinite} must be stop or skip")
+        if not isinstance(best := given.get("keep_best"), str | None):
+            raise UserError(f"{where}.keep_best={best} must be the name of a figure, as ema/loss")
         if not isinstance(given.get("asynchronous", False), bool):
             raise UserError(f"{where}.asynchronous={given['asynchronous']} must be true or false")
         return cls(**given)
@@ -94,7 +100,7 @@ def positive(config: Mapping[Any, Any], name: str, where: str) -> Any:
     """
     value = config[name]
     kind, expected = (float | int, "a") if name in REAL else (int, "a whole")
-    if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
         raise UserError(f"{where}.{name}={value} must be {expected} number above 0")
     return value
 
@@ -167,6 +173,14 @@ def train(
 
     modules = {"raw": module, "ema": ema.module}
 
+    def evaluate(step: int) -> None:
+        figures.update(reports.evaluate(step, ema.module, module))
+        if settings.keep_best is not None and settings.keep_best not in figures:
+            log.warning(
+                "training.keep_best=%s is no figure of the evaluation, so none is the best: %s",
+                *(settings.keep_best, ", ".join(sorted(figures))),
+            )
+
     def save(step: int) -> None:
         tensors = weights_of(module, ema)
         tensors["optimizer"] = moments(module, optimizer) | (posthoc.tensors() if posthoc else {})
@@ -178,6 +192,7 @@ def train(
             figures=figures,
         )
 
+    skipped = 0  # steps in a row
     module.train()
     meter = Meter(loader, device, processes.world_size)
     bar = tqdm(
@@ -194,9 +209,15 @@ def train(
             with time_limit(settings.timeout):
                 parts = next(steps)
                 made = make_step(parts, signals.flags())
-            if not made.updated:
+            skipped = 0 if made.updated else skipped + 1
+            if skipped:
                 figures["skipped_steps"] = figures.get("skipped_steps", 0) + 1
                 log.warning("step %d: loss or gradient not finite, step left out", done - 1)
+            if skipped == MOST_SKIPPED:
+                raise UserError(
+                    f"step {done - 1}: {skipped} steps in a row were left out, because loss or "
+                    f"gradient was not finite. {WHAT_TO_DO}"
+                )
             ema.update(done)
             if posthoc is not None:
                 last = done == settings.steps
@@ -214,9 +235,11 @@ def train(
                 reports.figures(done, told)
                 speed = f"{told['images_per_second']:.0f} images/s"
                 bar.set_postfix_str(f"loss {made.loss:.4f}, {speed}")
-            if done % settings.evaluate_every == 0 or done == settings.steps:
-                figures |= reports.evaluate(done, ema.module, module)
-            if done % settings.save_every == 0 or done == settings.steps or received:
+            evaluates = done % settings.evaluate_every == 0 or done == settings.steps
+            if evaluates:
+                evaluate(done)
+            best = evaluates and settings.keep_best is not None  # of the weights that were measured
+            if done % settings.save_every == 0 or done == settings.steps or received or best:
                 save(done)
             if done % settings.log_every == 0:
                 meter.restart()
@@ -224,6 +247,9 @@ def train(
                 checkpoint = saver.wait()
                 reports.close()
                 raise Interrupted(checkpoint, received)
+        if found and start >= settings.steps and not found.finished:  # fewer steps than before
+            evaluate(start)
+            save(start)
         checkpoint = saver.wait()
     reports.close()
     return checkpoint
@@ -259,9 +285,31 @@ def weights_of(module: nn.Module, ema: EMA[Any]) -> dict[str, dict[str, Tensor]]
     }
 
 
-def how_to_resume(run: Path, words: Sequence[str]) -> str:
-    """The command line that goes on with a run started with `words`."""
-    kept = [word for word in words if not word.startswith(("resume=", "run="))]
+def take_frozen(run: Path, module: nn.Module, ema: EMA[Any]) -> bool:
+    """Load what nobody trains from a run's newest checkpoint; whether there was one.
+
+    A run goes on with the very autoencoder and encoders that it began with, even where they would
+    by now come out differently.
+    """
+    for checkpoint in reversed(checkpoints_in(run, warn=False)):
+        folder = checkpoint.folder / FROZEN
+        if folder.is_dir() and checkpoint.fault(FROZEN) is None:
+            shards.read_into(folder, weights_of(module, ema).get(FROZEN, {}))
+            return True
+    return False
+
+
+def how_to_resume(run: Path | None, words: Sequence[str]) -> str:
+    """The command line that goes on with a run started with `words`.
+
+    Args:
+        run: None in a sweep, whose every job finds its own.
+    """
+    kept = list(words)
+    if run is not None:
+        kept = [word for word in words if not word.startswith(("resume=", "run="))]
+        plain = re.fullmatch(r"[\w./-]+", str(run))  # to Hydra
+        kept.append(f"resume={run}" if plain else f'resume="{run}"')
     count = os.environ.get("LOCAL_WORLD_SIZE")  # of processes that torchrun started here
     program = ["torchrun", f"--nproc_per_node={count}"] if count else ["python"]
-    return shlex.join([*program, "train.py", *kept, f"resume={run}"])
+    return shlex.join([*program, "train.py", *kept])

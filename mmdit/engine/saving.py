@@ -111,11 +111,6 @@ class Saver:
             "descriptions": dict(descriptions),
             "config": self.config,
         }
-        if self.keep.best is not None and figures and self.keep.best not in figures:
-            log.warning(
-                "training.keep_best=%s is no figure of the evaluation, so none is the best: %s",
-                *(self.keep.best, ", ".join(sorted(figures))),
-            )
         self._pending = self._thread.submit(self._write, staged, manifest)
         if not self.asynchronous:
             self._settle()
@@ -218,7 +213,7 @@ class Saver:
         """Remove what killed processes left unfinished."""
         for path in self.run.glob("checkpoints/*.tmp"):
             log.info("removing %s, which was not finished", path)
-            shutil.rmtree(path)
+            remove(path)
 
     def _find(self) -> Checkpoint | None:
         faults: dict[Path, str] = {}
@@ -298,14 +293,15 @@ class Saver:
 
     def _retire(self, step: int) -> None:
         """Delete what need not stay. A failure here is none of the checkpoint's."""
-        found = [checkpoint for checkpoint in checkpoints_in(self.run) if checkpoint.step <= step]
+        everything = checkpoints_in(self.run, warn=False)
+        found = [checkpoint for checkpoint in everything if checkpoint.step <= step]
         kept = self.keep.kept(found)
         try:
             for checkpoint in found:
                 if checkpoint.step not in kept:
                     going = checkpoint.folder.with_name(checkpoint.folder.name + ".tmp")
                     checkpoint.folder.rename(going)
-                    shutil.rmtree(going)
+                    remove(going)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
 
@@ -327,6 +323,14 @@ class Saver:
             f"space (old runs; training.keep={self.keep.last} is how many stay), or move {self.run}"
             " to another disk, and go on with resume=<that folder>"
         )
+
+
+def remove(path: Path) -> None:
+    """A folder with all that it holds; of a link, which may lead to another disk, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:

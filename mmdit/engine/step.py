@@ -12,6 +12,11 @@ from mmdit.engine.parallel import Loss, Parallel, whole
 from mmdit.engine.processes import Processes
 from mmdit.errors import UserError
 
+WHAT_TO_DO = (
+    "Lower optimizer.lr and go on from the last checkpoint with resume=auto; where its weights are "
+    "ruined already, delete it, and the one before is used"
+)
+
 
 class Step(NamedTuple):
     """What came of a step."""
@@ -97,8 +102,8 @@ class Stepper:
         return (
             f"step {parts[0].step}: the loss is {loss} and the gradient norm {norm}"
             + (f"; not finite for samples {bad[:10]}" if bad else "")
-            + ". The weights were not updated: lower optimizer.lr, and go on from the last "
-            "checkpoint with resume=auto, or leave such steps out with training.nonfinite=skip"
+            + f". The weights were not updated. {WHAT_TO_DO}; or leave such steps out with "
+            "training.nonfinite=skip"
         )
 
 

@@ -1,5 +1,6 @@
 """The loop on a model of a few weights: a run is a pure function of its config and seed."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoints.runs import checkpoints_in
 from mmdit.data.order import Order, ShuffledOrder
+from mmdit.engine import loop
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger, read_metrics
 from mmdit.engine.loop import Settings, train
@@ -175,6 +177,47 @@ def test_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     go(tmp_path, 6)
     go(tmp_path / "whole", 6)
     assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_a_run_that_never_gets_finite_again_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(Regression, "loss", lambda self, x: self.module.linear(x)[:, 0] / 0)
+    with pytest.raises(UserError, match=r"step 2: 3 steps in a row were left out.*optimizer\.lr"):
+        go(tmp_path, 6, nonfinite="skip")
+
+
+def test_the_best_checkpoint_is_that_of_the_weights_that_were_measured(tmp_path: Path) -> None:
+    go(tmp_path, 7, keep_best="ema/loss")  # evaluates at 5 and 7, saves at even steps, keeps 3
+    assert [checkpoint.step for checkpoint in checkpoints_in(tmp_path)] == [5, 6, 7]
+
+
+def test_a_figure_that_is_none_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    go(tmp_path, 5, keep_best="ema/los")
+    assert "keep_best=ema/los is no figure" in caplog.text
+
+
+def test_a_stopped_run_of_no_steps_left_is_measured_and_finished(tmp_path: Path) -> None:
+    go(tmp_path, 6)
+    shutil.rmtree(checkpoints_in(tmp_path)[-1].folder)
+    go(tmp_path, 4)
+    (checkpoint,) = [c for c in checkpoints_in(tmp_path) if c.step == 4]
+    assert checkpoint.finished and "ema/loss" in checkpoint.figures
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"clip": float("nan")}, r"training\.clip=nan must be a number above 0"),
+        ({"timeout": float("inf")}, r"training\.timeout=inf must be a number above 0"),
+        ({"keep_best": 5}, r"training\.keep_best=5 must be the name of a figure"),
+    ],
+)
+def test_settings_that_are_none_are_refused(change: dict[str, Any], told: str) -> None:
+    plain: dict[str, Any] = dict.fromkeys(Settings._fields[:7], 1)
+    with pytest.raises(UserError, match=told):
+        Settings.of({**plain, **change}, "training")
 
 
 def test_settings_that_are_missing_are_named() -> None:

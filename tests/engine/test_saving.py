@@ -355,9 +355,18 @@ def test_retention(
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.endswith("tmp")] == []
 
 
-def test_a_figure_that_is_none_is_named(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    save(make(best="ema/los"), 1, ema_loss=0.1)
-    assert "keep_best=ema/los is no figure" in caplog.text
+def test_of_a_link_to_a_checkpoint_the_link_is_removed(make: Make, tmp_path: Path) -> None:
+    saver = make(last=1)
+    save(saver, 1)
+    elsewhere = saver.wait().folder.rename(tmp_path / "another disk")
+    (tmp_path / "checkpoints" / "step_00000001").symlink_to(elsewhere)
+    (tmp_path / "checkpoints" / "notes.tmp").touch()
+    save(saver, 2)
+    saver.wait()
+    found = make().latest()
+    assert found is not None and found.step == 2
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert (elsewhere / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("keep", [{"last": 0}, {"last": None}, {"every": 0}, {"every": 1.5}])
