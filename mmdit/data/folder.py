@@ -20,6 +20,7 @@ from mmdit.data.checks import expect
 from mmdit.data.images import MAX_PIXELS, BadImage, decode, read_bytes
 from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
+from mmdit.registry import describe
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class FolderFiles:
         if not root.is_dir():
             raise UserError(f"root {str(root)!r} must be a folder")
         self.root, self._kinds = root, tuple(kinds)
-        self._captions = captions.open(root, self._kinds)
+        self._captions, self._source = captions.open(root, self._kinds), describe(captions)
         self.bad: dict[str, str] = {}
         status = root.stat()
         found = {*self._walk("", ((status.st_dev, status.st_ino),)), *self._listed()}
@@ -83,13 +84,10 @@ class FolderFiles:
             raise BadImage(f"has no caption of the kind {' or '.join(self._kinds)}")
         return captions
 
-    def identity(self) -> str:
-        """Hash of the names and sizes of all files: changes when one comes, goes or grows."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            status = _status(self.root / name)
-            digest.update(f"{name}\0{status and status[0]}\n".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+    def identity(self) -> dict[str, Any]:
+        """Which files there are, as a hash of their names, and where captions come from."""
+        names = "\n".join(self.names).encode("utf-8", "surrogatepass")
+        return {"files": hashlib.sha256(names).hexdigest()[:16], "captions": self._source}
 
     def _walk(self, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
         """Image files under `below`. `above`: (device, inode) of the folders on the way here."""

@@ -59,9 +59,9 @@ class Rows:
             raise BadImage(f"has no caption of the kind {' or '.join(captions)}")
         return image, captions
 
-    def identity(self) -> str:
+    def identity(self) -> dict[str, Any]:
         """The library's own, of files and what was done to them; and the columns."""
-        return f"{self._data._fingerprint} {self._image} {self._texts}"
+        return {"rows": self._data._fingerprint, "image": self._image, "text": self._texts}
 
 
 def load_rows(

@@ -3,14 +3,18 @@
 Images keep their bytes: nothing is encoded again. Each is decoded once, and what cannot be used is
 set aside, counted and listed in set_aside.json. Shard i holds the usable ones of the i-th
 `per_shard` files by name, so what was written before an interruption stays as it is: the same
-command goes on. A sample's .json tells the name of its file, so order and splits are the folder's.
+command goes on, and refuses a folder that has changed. A sample's .json tells the name of its file,
+so order and splits are the folder's.
 """
 
 import argparse
+import contextlib
+import fcntl
 import io
 import json
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -33,10 +37,13 @@ from mmdit.data.checks import expect
 from mmdit.data.commands import add_options, command
 from mmdit.data.folder import FolderFiles
 from mmdit.data.images import MAX_PIXELS, BadImage, decode, suffix_of
-from mmdit.data.index import AT_ONCE, index_path, make_index
+from mmdit.data.index import AT_ONCE, ShardIndex, index_path, make_index
 from mmdit.data.samples import ORIGIN
 from mmdit.data.shards import PACKED
+from mmdit.data.tar import state_of
 from mmdit.errors import UserError
+
+LOCK = ".lock"  # held by the process that writes into a folder
 
 
 class Candidates(Protocol):
@@ -51,8 +58,8 @@ class Candidates(Protocol):
     def read(self, name: str) -> tuple[bytes, Captions]:
         """The encoded image and its captions by kind. Raises BadImage."""
 
-    def identity(self) -> str:
-        """Changes when the candidates do."""
+    def identity(self) -> Mapping[str, Any]:
+        """Which candidates there are and how they are read, as plain data: what -> particulars."""
 
 
 class Checked(NamedTuple):
@@ -86,7 +93,8 @@ def pack(
         threads: that decode at once.
 
     Raises:
-        UserError: `out` holds shards of something else, or too many images are bad.
+        UserError: `out` holds shards of something else or of what has changed since, another
+            process packs into it, or too many images are bad.
     """
     expect(per_shard >= 1, "per_shard", per_shard, "must be at least 1")
     expect(threads >= 1, "threads", threads, "must be at least 1")
@@ -94,12 +102,11 @@ def pack(
     expect(0 <= max_bad_fraction < 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1)")
     names, bad = source.names, dict(source.bad)
     settings = {
-        "source": source.identity(),
+        **source.identity(),
         "kinds": list(kinds),
         "per_shard": per_shard,
         "max_pixels": max_pixels,
     }
-    record = Record(out, settings)
     files = len(names) + len(bad)
 
     def report() -> None:
@@ -112,23 +119,49 @@ def pack(
         )
 
     with (
+        _alone(out),
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(names), desc=f"packing {out.name}", unit="image", disable=None) as bar,
     ):
+        record = Record(out, settings)
         for start in range(0, len(names), per_shard):
             some = names[start : start + per_shard]
             tar = out / f"shard-{start // per_shard:06d}.tar"
-            aside = record.finished(tar)
-            if aside is None:
+            finished = record.finished(tar)
+            if finished is None:
                 aside = _pack_shard(tar, source, some, start, max_pixels, pool, bar.update)
                 record.add(tar, aside)
             else:
-                bar.update(len(some))
+                index, aside = finished
+                _check_shard(out, index, source, some, start, max_pixels, pool, bar.update)
             bad.update(aside)
             if len(bad) > max_bad_fraction * files:
                 report()  # which stops here: the rest would not make it better
-    report()
-    record.complete()
+        report()
+        record.complete()
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from packing into `out`, which is made if it is not there.
+
+    Raises:
+        UserError: another process does, or the folder holds something else than shards.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} must be a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    others = any(path.suffix != ".tmp" and path.name != LOCK for path in out.iterdir())
+    if others and not (out / PACKED).is_file():
+        raise UserError(f"{out} must be a new or empty folder, or hold shards to go on with")
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process packs into {out}: wait for it, or choose another folder"
+            ) from error
+        yield
 
 
 class Record:
@@ -139,7 +172,7 @@ class Record:
         settings: of the packing.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: it is packed otherwise.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, object]) -> None:
@@ -147,19 +180,21 @@ class Record:
         self._settings = settings
         if self._path.is_file():
             self._shards = self._read(out)
-        elif out.exists() and not out.is_dir():
-            raise UserError(f"{out} must be a folder")
-        elif out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
-            raise UserError(f"{out} must be a new or empty folder, or hold shards to go on with")
         else:
             self._write(complete=False)
 
-    def finished(self, tar: Path) -> dict[str, str] | None:
-        """What was set aside from a shard that was written before, with reasons; None if none."""
+    def finished(self, tar: Path) -> tuple[ShardIndex, dict[str, str]] | None:
+        """The index of a shard that was written before, and name -> reason of what was set aside.
+
+        None if there is no such shard, or not as it was written.
+        """
         shard = self._shards.get(tar.name)
         if shard is None or not tar.is_file() or tar.stat().st_size != shard["bytes"]:
             return None
-        return shard["bad"]
+        index = ShardIndex.load(index_path(tar))
+        if index is None or index.state != state_of(tar):
+            return None
+        return index, shard["bad"]
 
     def add(self, tar: Path, bad: Mapping[str, str]) -> None:
         """Note a shard that is written."""
@@ -173,20 +208,80 @@ class Record:
     def _read(self, out: Path) -> dict[str, dict[str, Any]]:
         try:
             before = json.loads(self._path.read_text(encoding="ascii"))
-            differing = [key for key in self._settings if before[key] != self._settings[key]]
-            shards = before["shards"]
-        except (ValueError, KeyError) as error:
+            shards = {
+                name: {"bytes": int(shard["bytes"]), "bad": dict(shard["bad"])}
+                for name, shard in before["shards"].items()
+            }
+            differing = [
+                f"{key} {before.get(key)!r} then, {value!r} now"
+                for key, value in self._settings.items()
+                if before.get(key) != value
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self._path} is damaged: choose another folder") from error
         if differing:
-            raise UserError(
-                f"{out} holds shards packed otherwise ({', '.join(differing)} differ): choose "
-                "another folder, or remove it"
-            )
+            raise _otherwise(out, "; ".join(differing))
         return shards
 
     def _write(self, *, complete: bool) -> None:
         record = {**self._settings, "complete": complete, "shards": self._shards}
         write_whole(self._path, json.dumps(record, indent=1).encode())
+
+
+def _otherwise(out: Path, what: str) -> UserError:
+    return UserError(
+        f"{out} holds shards packed otherwise ({what}): choose another folder, or remove it"
+    )
+
+
+def _check_shard(
+    out: Path,
+    index: ShardIndex,
+    source: Candidates,
+    names: Sequence[str],
+    start: int,
+    max_pixels: int,
+    pool: Executor,
+    progress: Callable[[int], object],
+) -> None:
+    """Compare a shard with what it would be packed from now, by checksums.
+
+    Raises:
+        UserError: an image or its captions are others.
+    """
+    packed = {sample.key: sample for sample in index.samples}
+
+    def difference(number: int) -> str | None:
+        name, sample = names[number - start], packed.get(_key(number))
+        try:
+            data, captions = source.read(name)
+            if sample is None:  # its bytes are kept nowhere: whether it is usable is all there is
+                decode(data, max_pixels=max_pixels)
+        except BadImage as error:
+            return None if sample is None else f"{name} {error}"
+        if sample is None:
+            return f"{name} was set aside then and is usable now"
+        if sample.image[1:] != (len(data), zlib.crc32(data)):
+            return f"the image {name} is another"
+        texts = {kind: zlib.crc32(text) for kind, text in _texts(captions).items()}
+        if texts != {kind: span.crc32 for kind, span in sample.texts.items()}:
+            return f"the captions of {name} are others"
+        return None
+
+    for what in pool.map(difference, range(start, start + len(names))):
+        if what is not None:
+            raise _otherwise(out, what)
+        progress(1)
+
+
+def _key(number: int) -> str:
+    """Of a sample, by its position in the source."""
+    return f"{number:09d}"
+
+
+def _texts(captions: Captions) -> dict[str, bytes]:
+    """What is written of captions, by kind."""
+    return {kind: "\n".join(texts).encode() for kind, texts in captions.items() if texts}
 
 
 def _pack_shard(
@@ -217,7 +312,7 @@ def _pack_shard(
                 if isinstance(seen, str):
                     bad[names[number - start]] = seen
                     continue
-                key = f"{number:09d}"
+                key = _key(number)
                 sizes[key] = seen.size
                 yield key, seen
             progress(len(some))
@@ -238,11 +333,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Checked]]) -> None:
             members = {
                 f".{suffix_of(sample.data)}": sample.data,
                 ".json": json.dumps({ORIGIN: sample.name}).encode(),
-                **{
-                    sidecar_suffix(kind): "\n".join(texts).encode()
-                    for kind, texts in sample.captions.items()
-                    if texts
-                },
+                **{sidecar_suffix(kind): t for kind, t in _texts(sample.captions).items()},
             }
             for suffix, data in members.items():
                 member = tarfile.TarInfo(key + suffix)

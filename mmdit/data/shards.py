@@ -173,16 +173,17 @@ def _all_shards(root: Path) -> list[Path]:
         return find(root, "*.tar")
     try:
         record = json.loads(packed.read_text(encoding="ascii"))
-        complete, shards = record["complete"], record["shards"]
-    except (ValueError, KeyError) as error:
+        complete = record["complete"]
+        lengths = {name: int(shard["bytes"]) for name, shard in record["shards"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{packed} is damaged: name the shards as shards='*.tar'") from error
     if not complete:
         raise UserError(f"{root} is not packed to the end: give the same command again")
-    for name, shard in shards.items():
+    for name, length in lengths.items():
         path = root / name
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise UserError(f"{path} must be there with {shard['bytes']} bytes, as it was packed")
-    return [root / name for name in shards]
+        if not path.is_file() or path.stat().st_size != length:
+            raise UserError(f"{path} must be there with {length} bytes, as it was packed")
+    return [root / name for name in lengths]
 
 
 def _caption_span(sample: Sample, kind: str) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def test_parquet_files_become_shards_without_network(
         assert captions == {"text": (f"told {i}",), "more": (f"made {i}", "twice")}
     assert hub.main(command) == 0  # all is done: goes on to nothing
     assert hub.main([*command, "--image", "jpg"]) == 2
-    assert "source differ" in capsys.readouterr().err
+    assert "image 'image' then, 'jpg' now" in capsys.readouterr().err
 
 
 def test_one_parquet_file_with_images_as_plain_bytes(parquet, tmp_path):

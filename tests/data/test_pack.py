@@ -166,20 +166,82 @@ def test_a_shard_of_bad_images_alone_is_empty(tmp_path, photo):
 
 def test_shards_of_something_else_are_not_gone_on_with(photos, tmp_path, photo):
     out = packed(photos, tmp_path / "out")
-    with pytest.raises(UserError, match="per_shard differ"):
+    with pytest.raises(UserError, match="per_shard 5 then, 6 now"):
         packed(photos, out, per_shard=6)
     photo(photos / "new.png", "told")
-    with pytest.raises(UserError, match="source differ"):
+    with pytest.raises(UserError, match=r"files '\w+' then, '\w+' now"):
         packed(photos, out)
     with pytest.raises(UserError, match="must be a new or empty folder"):
         packed(photos, photos)
     with pytest.raises(UserError, match="must be a folder"):
         packed(photos, photos / "new.png")
-    (out / "pack.json").write_text("{")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"complete": true, "shards": {"a.tar": 5}}'])
+def test_a_damaged_note_of_what_is_packed_is_refused(photos, tmp_path, text):
+    out = packed(photos, tmp_path / "out")
+    (out / "pack.json").write_text(text)
     with pytest.raises(UserError, match=r"pack\.json is damaged"):
         packed(photos, out)
     with pytest.raises(UserError, match=r"pack\.json is damaged"):
         opened(out)
+
+
+def replaced(root):
+    old = (root / "1" / "4.png").read_bytes()
+    new = encoded(noise(8, 20, 4), "BMP")
+    assert len(new) != len(old)
+    (root / "1" / "4.png").write_bytes(new)
+
+
+def turned(root):
+    path = root / "0" / "0.png"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1  # as long as before, and as large
+    path.write_bytes(data)
+
+
+def mended(root):
+    (root / "1" / "bad.png").write_bytes(encoded(noise(9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (replaced, r"the image 1/4\.png is another"),
+        (turned, r"the image 0/0\.png is another"),
+        (mended, r"1/bad\.png was set aside then and is usable now"),
+        (lambda root: (root / "1" / "4.png").write_bytes(b""), r"the image 1/4\.png is another"),
+        (lambda root: (root / "2" / "2.txt").write_text("edited"), r"captions of 2/2\.png are oth"),
+        (lambda root: (root / "0" / "3.synthetic.txt").unlink(), r"captions of 0/3\.png are oth"),
+        (lambda root: (root / "2" / "2.txt").unlink(), r"2/2\.png has no caption"),
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_has_changed_since_is_not_gone_on_with(photos, tmp_path, change, told, complete):
+    out = packed(photos, tmp_path / "out")
+    if not complete:
+        note = json.loads((out / "pack.json").read_text())
+        (out / "pack.json").write_text(json.dumps(note | {"complete": False}))
+    before = content(out)
+    change(photos)
+    with pytest.raises(UserError, match=f"holds shards packed otherwise .*{told}"):
+        packed(photos, out)
+    assert content(out) == before
+
+
+def test_two_do_not_pack_into_one_folder_at_once(photos, tmp_path):
+    out = tmp_path / "out"
+
+    class Slow(FolderFiles):
+        def read(self, name):  # while this packs, another begins
+            with pytest.raises(UserError, match="another process packs into"):
+                packed(photos, out, per_shard=6)
+            return super().read(name)
+
+    source = Slow(root=photos, captions=Sidecars(), kinds=KINDS)
+    pack.pack(source, out, kinds=KINDS, per_shard=5, max_bad_fraction=0.2)
+    assert content(out) == content(packed(photos, tmp_path / "alone"))
 
 
 def test_too_many_bad_images_stop_the_packing(photos, tmp_path):
@@ -244,7 +306,7 @@ def test_the_command_packs_and_says_how_to_train(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("captions", ["table", "class_names"])
-def test_the_command_takes_other_captions(tmp_path, photo, captions):
+def test_the_command_takes_other_captions(tmp_path, photo, captions, capsys):
     photo(tmp_path / "photos" / "red_fox" / "1.png", None)
     rows = tmp_path / "photos" / "rows.csv"
     rows.write_text("file_name,text\nred_fox/1.png,a photo of a red fox\n")
@@ -253,6 +315,11 @@ def test_the_command_takes_other_captions(tmp_path, photo, captions):
     command = [str(tmp_path / "photos"), str(out), "--captions", captions, *options[captions]]
     assert pack.main(command) == 0
     assert opened(out, mix={"text": 1.0}).batch([0])[1] == ["a photo of a red fox"]
+    assert pack.main(command) == 0
+    for changed in (["sidecars"], ["class_names", "--template", "my {}"]):
+        assert pack.main([*command[:3], *changed]) == 2
+        told = capsys.readouterr().err
+        assert "packed otherwise (captions {'class': " in told and changed[-1] in told.lower()
 
 
 @pytest.mark.parametrize(
