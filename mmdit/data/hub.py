@@ -9,6 +9,7 @@ Images keep the bytes they have in the data set.
 """
 
 import argparse
+import glob
 import logging
 import sys
 from collections.abc import Sequence
@@ -75,11 +76,19 @@ def load_rows(
         config: of a data set that has several.
         split: of a data set of the hub.
         image: column of images.
-        texts: columns of captions.
+        texts: columns of captions; the first is the kind "text".
 
     Raises:
-        UserError: the library is not there, nor are the files, the data set or a column.
+        UserError: the library is not there, nor are the files, the data set or a column, or two
+            columns would be captions of one kind.
     """
+    kinds = {"text": texts[0], **{column: column for column in texts[1:]}}
+    if len(kinds) < len(texts):
+        raise UserError(
+            f"text {', '.join(texts)} must be columns of a kind each: the first is the kind "
+            "'text', so no other may be called so, nor may one come twice"
+        )
+    check_mix(dict.fromkeys(kinds, 1.0))
     try:
         import datasets
     except ImportError as error:
@@ -94,26 +103,28 @@ def load_rows(
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the library fails in many ways, those of its own sources too
-        raise UserError(f"{source} cannot be opened: {first_line(error)}") from error
+        told = first_line(error)
+        if error.__cause__ is not None:  # of several lines, the reason last
+            told = f"{told}: {' '.join(str(error.__cause__).split())}"
+        raise UserError(f"{source} cannot be opened: {told}") from error
     for column in (image, *texts):
         if column not in data.column_names:
             known = ", ".join(data.column_names)
             raise UserError(f"column {column!r} must be one of {known}")
     if isinstance(data.features[image], datasets.Image):
         data = data.cast_column(image, datasets.Image(decode=False))
-    kinds = {"text": texts[0], **{column: column for column in texts[1:]}}
-    check_mix(dict.fromkeys(kinds, 1.0))
     return Rows(data=data, image=image, texts=kinds)
 
 
 def _parquet_files(source: str) -> list[str]:
     """Files that `source` names; none if it is the name of a data set."""
     path = Path(source)
+    files: list[Path] = []
     if path.is_dir():
-        return [str(file) for file in find(path, "*.parquet")]
-    if path.suffix == ".parquet":
-        return [str(file) for file in find(path.parent, path.name)]
-    return []
+        files = find(path, "*.parquet")
+    elif path.suffix == ".parquet":
+        files = find(path.parent, path.name)
+    return [glob.escape(str(file)) for file in files]  # the library takes names for patterns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

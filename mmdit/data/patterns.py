@@ -32,7 +32,8 @@ def find(root: Path, pattern: str) -> list[Path]:
 
     Args:
         root: the folder.
-        pattern: relative to it, with slashes; braces as in `expand`, wildcards as in a shell.
+        pattern: relative to it, with slashes; braces as in `expand`, wildcards as in a shell. A
+            file of just this name is meant itself.
 
     Raises:
         UserError: a file that the pattern names is not there, or none is.
@@ -41,6 +42,8 @@ def find(root: Path, pattern: str) -> list[Path]:
         raise UserError(f"root {str(root)!r} must be a folder")
     if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
         raise UserError(f"pattern {pattern!r} must be relative to root {str(root)!r} and below it")
+    if (root / pattern).is_file():
+        return [root / pattern]
     found, missing = set[Path](), []
     for name in expand(pattern):
         if any(character in name for character in "*?["):

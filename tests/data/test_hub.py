@@ -51,12 +51,17 @@ def test_rows_become_shards(tmp_path):
 # Parquet files, by the library itself
 
 
+def write_rows(path, columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
 @pytest.fixture
 def parquet(tmp_path, monkeypatch):
     """Two files of five rows, and no network to look for anything else."""
     pytest.importorskip("datasets")
-    import pyarrow
-    import pyarrow.parquet
 
     def refused(*arguments, **options):
         raise AssertionError("asked for the network")
@@ -74,7 +79,7 @@ def parquet(tmp_path, monkeypatch):
             "caption": [f"told {i}" for i in numbers],
             "more": [[f"made {i}", "twice"] for i in numbers],
         }
-        pyarrow.parquet.write_table(pyarrow.table(rows), folder / f"rows-{file}.parquet")
+        write_rows(folder / f"rows-{file}.parquet", rows)
     return folder
 
 
@@ -105,6 +110,12 @@ def test_one_parquet_file_with_images_as_plain_bytes(parquet, tmp_path):
     assert data.read(0)[0][:2] == b"\xff\xd8"
 
 
+def test_a_file_whose_name_is_also_a_pattern_is_read(parquet, tmp_path):
+    file = (parquet / "rows-1.parquet").rename(parquet / "rows [3].parquet")
+    assert hub.main([str(file), str(tmp_path / "out"), "--text", "caption"]) == 0
+    assert len(opened(tmp_path / "out", {"text": 1})) == 5
+
+
 def test_columns_of_the_librarys_own_type_keep_their_bytes(parquet, tmp_path):
     import datasets
 
@@ -124,6 +135,10 @@ def test_columns_of_the_librarys_own_type_keep_their_bytes(parquet, tmp_path):
         (["rows/none.parquet"], r"rows has no none.parquet"),
         (["empty"], "empty holds no *.parquet"),
         (["junk.parquet"], "junk.parquet cannot be opened"),
+        (["none.parquet", "--text", "caption", "text"], "text caption, text must be columns of a"),
+        (["none.parquet", "--text", "a", "b", "b"], "text a, b, b must be columns of a kind each"),
+        (["none.parquet", "--text", "a", "a-b"], "mix 'a-b' must be a plain word"),
+        (["differing"], "because column names don't match"),
     ],
 )
 def test_mistakes_end_in_a_line_and_exit_code_2(
@@ -132,6 +147,9 @@ def test_mistakes_end_in_a_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk.parquet").write_bytes(b"no table")
+    (tmp_path / "differing").mkdir()
+    for column in ("caption", "text"):
+        write_rows(tmp_path / "differing" / f"{column}.parquet", {column: ["one"]})
     source, *options = arguments
     assert hub.main([source, "out", *options]) == 2
     told = capsys.readouterr().err

@@ -56,6 +56,13 @@ def test_files_are_found_sorted_and_once(tmp_path):
         assert find(tmp_path, pattern) == [tmp_path / name for name in names]
 
 
+@pytest.mark.parametrize("name", ["a [3].tar", "a{1}.tar", "a{.tar"])
+def test_a_file_of_just_this_name_is_found(tmp_path, name):
+    for other in (name, "a 3.tar", "a1.tar"):
+        (tmp_path / other).touch()
+    assert find(tmp_path, name) == [tmp_path / name]
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
