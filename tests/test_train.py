@@ -76,6 +76,15 @@ def test_n_steps_and_n_more_equal_2n(folder: Path) -> None:
     assert_same_run(folder / "runs" / "halves", folder / "runs" / "smoke-001")
 
 
+def test_a_run_goes_on_with_the_autoencoder_it_began_with(folder: Path) -> None:
+    train(folder, "runs=alone", "run=alone/x", f"training.steps={STEPS // 2}")
+    (autoencoder,) = (folder / "alone").glob("autoencoder-*")
+    shutil.rmtree(autoencoder)
+    told = train(folder, "runs=alone", "resume=alone/x", f"training.steps={STEPS}").stdout
+    assert "autoencoder in" not in told and not autoencoder.exists()
+    assert_same_run(folder / "alone" / "x", folder / "runs" / "smoke-001")
+
+
 def start_and_wait(folder: Path, name: str, steps: int) -> subprocess.Popen[str]:
     process = start(folder, f"run=runs/{name}", "resume=auto")
     wait_for_step(process, folder / "runs" / name, steps)
