@@ -1,5 +1,6 @@
 """Training on a folder of pictures, from pixels and from a cache, as a user does it."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,11 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from configs.stages import check_until
+from mmdit.data.cache import Cache, Samples
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loggers import read_metrics
+from mmdit.engine.precompute import Precomputation
+from mmdit.engine.processes import Processes
+from mmdit.engine.runs import RunFolder
 from mmdit.engine.sources import FromPixels
 from mmdit.errors import UserError
 
@@ -107,6 +113,32 @@ def test_a_cache_of_another_autoencoder_is_refused(folder):
     told = train(folder, *other, code=2).stderr
     assert "mine was made with another autoencoder (" in told
     assert "name another folder" in told
+
+
+def test_a_cache_is_completed_only_by_who_holds_it(tmp_path):
+    """One that was killed after its last shard, and goes on in two processes."""
+    cache = Cache(tmp_path, identity={}, samples=1, kinds=["text"], shard_size=1)
+    cache.begin()
+    cache.write(0, Samples([torch.ones(4, 2, 2)], [{"text": ("a circle",)}], {}))
+    (tmp_path / "shard-00000.safetensors.0123.tmp").touch()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    held = RunFolder(tmp_path)
+
+    def go_on():
+        held.close()  # of the fork's own handle: a lock lasts as long as any is open
+        nothing = dict.fromkeys(("data", "autoencoder", "text", "autocast", "threads"))
+        Precomputation(**nothing)(cache, Processes())
+
+    other = multiprocessing.get_context("fork").Process(target=go_on)
+    other.start()
+    other.join(0.5)
+    assert other.is_alive()  # it waits
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == left
+    cache.complete()
+    held.close()
+    other.join(60)
+    assert other.exitcode == 0
+    assert cache.completed
 
 
 def test_encoders_that_are_trained_stay_with_the_network(folder):

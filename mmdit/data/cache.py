@@ -56,7 +56,7 @@ class Cache:
     """A folder of shards.
 
     Args:
-        folder: the cache; begun if there is none.
+        folder: the cache; `begin` makes it if there is none.
         identity: all that its content follows from, as plain data: what -> its particulars.
         samples: how many it holds when it is complete.
         kinds: of captions.
@@ -77,28 +77,38 @@ class Cache:
     ) -> None:
         expect(shard_size >= 1, "shard_size", shard_size, "must be at least 1")
         self.folder, self.samples, self.kinds = folder, samples, tuple(kinds)
-        self._facts: dict[str, Any] = {
+        self.facts: dict[str, Any] = {  # the content of cache.json
             "protocol": PROTOCOL,
             "identity": json.loads(json.dumps(identity)),  # as it will be read again
             "shard_size": shard_size,
             "shards": {},
         }
-        if (folder / "cache.json").is_file():
-            self.reopen()
-        elif folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
+        # Looked at before cache.json: where another process begins the cache, that comes first.
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        others = [n for n in names if not n.startswith(".") and not n.endswith(".tmp")]
+        if not self._reopened() and others:
             raise UserError(f"{folder} holds something else than a cache: name another folder")
-        else:
-            self._write_facts()
         self._open: dict[int, Shard] = {}
 
     @property
     def shard_size(self) -> int:
         """Samples of a shard; the last may have fewer."""
-        return int(self._facts["shard_size"])
+        return int(self.facts["shard_size"])
 
-    def reopen(self) -> None:
-        """Look again at what other processes have made."""
-        self._facts = self._read_facts()
+    def begin(self) -> None:
+        """Look at what other processes have made by now, and write cache.json if there is none.
+
+        By the process that holds the folder, as all that writes but `write`.
+        """
+        if not self._reopened():
+            self._write_facts()
+
+    def _reopened(self) -> bool:
+        """Read cache.json, if it is there."""
+        there = (self.folder / "cache.json").is_file()
+        if there:
+            self.facts = self._read_facts()
+        return there
 
     def _read_facts(self) -> dict[str, Any]:
         path = self.folder / "cache.json"
@@ -113,12 +123,12 @@ class Cache:
             raise UserError(
                 f"{path} is of the protocol {protocol}, not {PROTOCOL}: delete the cache"
             )
-        if told := differences(made, self._facts["identity"]):
+        if told := differences(made, self.facts["identity"]):
             raise UserError(f"{self.folder} was made with {'; '.join(told)}: name another folder")
         return facts
 
     def _write_facts(self) -> None:
-        write_whole(self.folder / "cache.json", json.dumps(self._facts, indent=1).encode())
+        write_whole(self.folder / "cache.json", json.dumps(self.facts, indent=1).encode())
 
     def __len__(self) -> int:
         """How many shards it has when it is complete."""
@@ -169,16 +179,28 @@ class Cache:
         record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_whole(path.with_suffix(".json"), json.dumps(record).encode())
 
+    @property
+    def completed(self) -> bool:
+        """Whether all shards are there, and noted in cache.json."""
+        # As it was read: what is only noted may be moved to cache.json at any moment.
+        listed = all(self.path(number).name in self.facts["shards"] for number in range(len(self)))
+        return listed and not self._notes() and not self.missing()
+
     def complete(self) -> None:
-        """Note all shards in cache.json; by one process, when all are there."""
-        notes = list(self.folder.glob("shard-*.json"))
-        if notes:
-            self._facts["shards"] = {self.path(n).name: record for n, record in self._records()}
+        """Note all shards in cache.json; by the process that holds the folder, when all are there.
+
+        A kill at any moment leaves a cache that is not completed, and so comes here again.
+        """
+        for path in self.folder.glob("*.tmp"):  # of processes that were killed
+            path.unlink(missing_ok=True)
+        if notes := self._notes():
+            self.facts["shards"] = {self.path(n).name: record for n, record in self._records()}
             self._write_facts()
         for path in notes:
-            path.unlink()
-        for path in self.folder.glob("*.tmp"):  # of processes that were killed
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+    def _notes(self) -> list[Path]:
+        return list(self.folder.glob("shard-*.json"))
 
     def latent(self, index: int) -> Tensor:
         """The latent of a sample, (c, h, w), as it was given.
@@ -210,7 +232,7 @@ class Cache:
 
     def _place(self, number: int) -> dict[str, str]:
         """What the header of a shard says of where it belongs."""
-        made = [self._facts["identity"], self.samples, self.kinds, self.shard_size]
+        made = [self.facts["identity"], self.samples, self.kinds, self.shard_size]
         digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
         return {"cache": digest, "shard": f"{number} of {len(self)}"}
 
@@ -219,7 +241,7 @@ class Cache:
         for number in range(len(self)):
             path = self.path(number)
             note = path.with_suffix(".json")
-            record = _noted(note) if note.is_file() else self._facts["shards"].get(path.name)
+            record = _noted(note) if note.is_file() else self.facts["shards"].get(path.name)
             if record is None or not path.is_file():
                 yield number, None
                 continue
@@ -339,10 +361,10 @@ def differences(made: Identity, wanted: Identity) -> list[str]:
 
 
 def _noted(path: Path) -> dict[str, Any] | None:
-    """The record that a note holds; None if it is cut or damaged."""
+    """The record that a note holds; None if it is cut or damaged, or went meanwhile."""
     try:
         return _record(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
         return None
 
 

@@ -91,16 +91,18 @@ class Precomputation:
             UserError: a picture has changed, or a shard is damaged.
         """
         with contextlib.ExitStack() as held:
-            if processes.main and cache.missing():
+            holds = processes.main and not cache.completed
+            if holds:
                 # Another run that makes it, too, is waited for.
                 held.callback(RunFolder(cache.folder, wait=True).close)
-                cache.reopen()
-            missing = processes.broadcast(cache.missing() if processes.main else [])
+                cache.begin()
+            found = (cache.facts, cache.missing() if holds else [])
+            cache.facts, missing = processes.broadcast(found)
             if missing:
                 log.info("making %d shards of %d in %s", len(missing), len(cache), cache.folder)
             self._make(cache, missing[processes.rank :: processes.world_size], processes.main)
             processes.barrier()
-            if processes.main:
+            if holds:
                 cache.complete()
         processes.barrier()
 

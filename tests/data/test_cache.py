@@ -23,8 +23,8 @@ CAPTIONS = [
 ]
 
 
-def opened(folder: Path, identity=IDENTITY) -> Cache:
-    return Cache(folder, identity=identity, samples=5, kinds=KINDS, shard_size=2)
+def opened(folder: Path, identity=IDENTITY, shard_size=2) -> Cache:
+    return Cache(folder, identity=identity, samples=5, kinds=KINDS, shard_size=shard_size)
 
 
 def samples_of(indices: range) -> Samples:
@@ -42,6 +42,7 @@ def samples_of(indices: range) -> Samples:
 
 
 def fill(cache: Cache) -> None:
+    cache.begin()
     for number in cache.missing():
         cache.write(number, samples_of(cache.indices(number)))
 
@@ -74,6 +75,7 @@ def test_what_was_written_is_read_at_any_position(cache):
 def test_an_interrupted_cache_goes_on_at_the_first_shard_that_is_not_there(tmp_path, monkeypatch):
     cache = opened(tmp_path)
     assert cache.missing() == [0, 1, 2]
+    cache.begin()
     cache.write(1, samples_of(cache.indices(1)))
     assert cache.missing() == [0, 2]
 
@@ -224,8 +226,61 @@ def test_what_another_process_made_is_seen(tmp_path):
     fill(first)
     assert second.missing() == []
     first.complete()
-    second.reopen()
+    second.begin()
     assert second.missing() == []
+
+
+def test_of_two_that_begin_at_once_the_second_goes_on_with_what_the_first_made(tmp_path):
+    first, second = opened(tmp_path), opened(tmp_path, shard_size=3)
+    fill(first)
+    first.complete()
+    second.begin()
+    assert second.completed and second.shard_size == 2
+    assert torch.equal(second.latent(4), samples_of(range(4, 5)).latents[0])
+
+
+def test_what_is_only_noted_does_not_complete_a_cache(tmp_path):
+    first = opened(tmp_path)
+    fill(first)
+    second = opened(tmp_path)
+    assert second.missing() == [] and not second.completed
+    first.complete()
+    assert second.missing() == [0, 1, 2] and not second.completed  # until it looks again
+    second.begin()
+    assert second.completed
+
+
+def test_a_cache_killed_while_it_was_begun_is_begun_again(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "cache.json.0123.tmp").write_text('{"protocol": ')
+    cache = opened(tmp_path)
+    fill(cache)
+    cache.complete()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("before", range(5))
+def test_a_kill_while_a_cache_is_completed_is_made_good(tmp_path, monkeypatch, before):
+    """Of the files that `complete` removes, so many have gone when it is killed."""
+    fill(opened(tmp_path))
+    (tmp_path / "shard-00002.safetensors.0123.tmp").touch()
+    unlink, left = Path.unlink, iter(range(before))
+
+    def killed(path, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        opened(tmp_path).complete()
+    again = opened(tmp_path)
+    assert not again.completed
+    again.complete()
+    assert opened(tmp_path).completed
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"] == [
+        "cache.json"
+    ]
 
 
 def test_more_shards_than_are_held_open(cache, monkeypatch):
