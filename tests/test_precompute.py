@@ -1,11 +1,13 @@
 """Training on a folder of pictures, from pixels and from a cache, as a user does it."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -115,19 +117,51 @@ def test_a_cache_of_another_autoencoder_is_refused(folder):
     assert "name another folder" in told
 
 
+class Making(Precomputation):
+    """Makes shards of one sample out of nothing."""
+
+    def __init__(self):
+        self.data = self.autoencoder = self.text = None
+
+    def _samples(self, cache, number, *_):
+        return Samples([torch.ones(4, 2, 2)], [{"text": ("a circle",)}], {})
+
+
+def test_a_full_disk_is_told_and_finished_shards_stay(tmp_path, monkeypatch):
+    def cache(folder=tmp_path):
+        return Cache(folder, identity={}, samples=3, kinds=["text"], shard_size=1)
+
+    calls = count()
+
+    def full(handle):
+        if next(calls) == 5:  # after cache.json and two shards with their notes
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        told = "could not be written .*No space left.* shards that are finished stay.* latents.fol"
+        with pytest.raises(UserError, match=rf"^cache {tmp_path} {told}"):
+            Making()(cache(), Processes())
+    assert cache().missing() == [2]
+    assert not list(tmp_path.glob("*.tmp"))
+    Making()(cache(), Processes())
+    assert cache().completed
+    with pytest.raises(UserError, match=r"^cache /proc/cache could not be written"):
+        Making()(cache(Path("/proc/cache")), Processes())
+
+
 def test_a_cache_is_completed_only_by_who_holds_it(tmp_path):
     """One that was killed after its last shard, and goes on in two processes."""
     cache = Cache(tmp_path, identity={}, samples=1, kinds=["text"], shard_size=1)
     cache.begin()
-    cache.write(0, Samples([torch.ones(4, 2, 2)], [{"text": ("a circle",)}], {}))
+    cache.write(0, Making()._samples(cache, 0))
     (tmp_path / "shard-00000.safetensors.0123.tmp").touch()
     left = sorted(path.name for path in tmp_path.iterdir())
     held = RunFolder(tmp_path)
 
     def go_on():
         held.close()  # of the fork's own handle: a lock lasts as long as any is open
-        nothing = dict.fromkeys(("data", "autoencoder", "text", "autocast", "threads"))
-        Precomputation(**nothing)(cache, Processes())
+        Making()(cache, Processes())
 
     other = multiprocessing.get_context("fork").Process(target=go_on)
     other.start()

@@ -113,7 +113,7 @@ class Cache:
     def _read_facts(self) -> dict[str, Any]:
         path = self.folder / "cache.json"
         try:
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            facts: dict[str, Any] = json.loads(path.read_bytes())
             protocol, made = facts["protocol"], facts["identity"]
             expect(facts["shard_size"] >= 1, "shard_size", facts["shard_size"], "must be 1 or more")
             facts["shards"] = {name: _record(told) for name, told in facts["shards"].items()}

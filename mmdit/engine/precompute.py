@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mmdit.engine.precision import Autocast
 from mmdit.engine.processes import Processes
 from mmdit.engine.runs import RunFolder, config_hash
 from mmdit.engine.signals import Signals
+from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.registry import describe
 from mmdit.text.conditioning import AbsentEncoder, Encodings, TextConditioner, TextEncoder
@@ -88,14 +89,19 @@ class Precomputation:
 
         Raises:
             Unfinished: SIGINT, SIGTERM or SIGUSR1.
-            UserError: a picture has changed, or a shard is damaged.
+            UserError: a picture has changed, a shard is damaged, or the disk is full or cannot be
+                written.
         """
         with contextlib.ExitStack() as held:
             holds = processes.main and not cache.completed
             if holds:
-                # Another run that makes it, too, is waited for.
-                held.callback(RunFolder(cache.folder, wait=True).close)
-                cache.begin()
+                with _writing(cache):
+                    # What RunFolder would tell of a folder that cannot be made is for runs.
+                    cache.folder.mkdir(parents=True, exist_ok=True)
+                    (cache.folder / ".lock").touch()
+                    # Another run that makes it, too, is waited for.
+                    held.callback(RunFolder(cache.folder, wait=True).close)
+                    cache.begin()
             found = (cache.facts, cache.missing() if holds else [])
             cache.facts, missing = processes.broadcast(found)
             if missing:
@@ -103,7 +109,8 @@ class Precomputation:
             self._make(cache, missing[processes.rank :: processes.world_size], processes.main)
             processes.barrier()
             if holds:
-                cache.complete()
+                with _writing(cache):
+                    cache.complete()
         processes.barrier()
 
     def _make(self, cache: Cache, numbers: Sequence[int], shown: bool) -> None:
@@ -116,7 +123,9 @@ class Precomputation:
         )
         with Signals() as signals, bar:
             for number in numbers:
-                cache.write(number, self._samples(cache, number, signals, bar))
+                samples = self._samples(cache, number, signals, bar)
+                with _writing(cache):
+                    cache.write(number, samples)
 
     def _samples(self, cache: Cache, number: int, signals: Signals, bar: "tqdm[Any]") -> Samples:
         found: dict[int, Encoded] = {}
@@ -154,6 +163,19 @@ class Precomputation:
             for part, tensor in getattr(encodings, name)._asdict().items()
             if isinstance(encoder, TextEncoder) and tensor.numel()
         }
+
+
+@contextlib.contextmanager
+def _writing(cache: Cache) -> Iterator[None]:
+    """Tell what to do where a cache cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cache {cache.folder} could not be written ({error}); shards that are finished stay. "
+            "The same command goes on when there is space and the folder can be written to; "
+            "latents.folder=<folder> makes the cache elsewhere"
+        ) from error
 
 
 def identity_of(encoder: TextEncoder | AbsentEncoder) -> dict[str, Any]:
