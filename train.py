@@ -130,12 +130,15 @@ def job(config: DictConfig, _: Verbatim) -> None:
         # A group that is left out has no key.
         measured = config.get("metrics") is not None
         measure = clip_for_metrics(config, plain, device, precision) if measured else None
+        validation = validation_of(data["validation"], validation_size)
         if processes.main:
             report_formulation(pipeline.objective, run.path)
+            for remark in pipeline.text.remarks_on_captions(validation.captions):
+                log.warning("%s", remark)
         task = FlowTask(
             module=pipeline,
             source=source,
-            validation=validation_of(data["validation"], validation_size),
+            validation=validation,
             seed=config.seed,
             autocast=precision,
         )

@@ -1,5 +1,6 @@
 """Prompts to conditions: three encoders make c_vec and c_ctxt (App. B.2)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -180,24 +181,52 @@ class TextConditioner(nn.Module):
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
         """What the reader of these prompts should know: words not understood, text cut off."""
-        tokenizers = [
-            encoder.tokenizer for encoder in self.encoders if isinstance(encoder, TextEncoder)
-        ]
-        if not tokenizers:
-            return []
         remarks = []
-        shortest = min(tokenizers, key=lambda tokenizer: tokenizer.length)
         for prompt in dict.fromkeys(prompts):
-            first, *others = [tokenizer.unknown_words(prompt) for tokenizer in tokenizers]
-            if unknown := [word for word in first if all(word in words for words in others)]:
+            if unknown := self._unknown(prompt):
                 words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
                 remarks.append(f"this model does not know {len(unknown)} of the words: {words}")
-            if excess := shortest.excess(prompt):
+            excess, length = self._excess(prompt)
+            if excess:
                 remarks.append(
                     f"a prompt of {len(prompt)} characters is cut: its last {excess} tokens exceed "
-                    f"the {shortest.length} that the encoder reads"
+                    f"the {length} that the encoder reads"
                 )
         return remarks
+
+    def remarks_on_captions(self, captions: Sequence[str]) -> list[str]:
+        """What to know before training on captions like these: what of them is not understood."""
+        unknown = [words for caption in captions if (words := self._unknown(caption))]
+        cut = [length for excess, length in map(self._excess, captions) if excess]
+        remarks = []
+        if unknown:
+            counts = Counter(word for words in unknown for word in words)
+            words = ", ".join(word for word, _ in counts.most_common(8))
+            remarks.append(
+                f"{len(unknown)} of {len(captions)} captions have words that the text encoders do "
+                f"not know, and cannot tell apart: {words}. The toy's know the words of "
+                "data=shapes; text=published reads any"
+            )
+        if cut:
+            remarks.append(
+                f"{len(cut)} of {len(captions)} captions are cut: they are longer than the "
+                f"{cut[0]} tokens that an encoder reads"
+            )
+        return remarks
+
+    @property
+    def _tokenizers(self) -> list[PromptTokenizer]:
+        return [encoder.tokenizer for encoder in self.encoders if isinstance(encoder, TextEncoder)]
+
+    def _unknown(self, prompt: str) -> list[str]:
+        """Words of a prompt that no encoder knows."""
+        first, *others = [t.unknown_words(prompt) for t in self._tokenizers] or [[]]
+        return [word for word in first if all(word in words for words in others)]
+
+    def _excess(self, prompt: str) -> tuple[int, int]:
+        """Tokens that are cut off for the encoder that reads least, and how many it reads."""
+        shortest = min(self._tokenizers, key=lambda tokenizer: tokenizer.length, default=None)
+        return (shortest.excess(prompt), shortest.length) if shortest else (0, 0)
 
     def draw_kept(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Which encoders each training sample keeps: bool (b, 3)."""

@@ -181,6 +181,10 @@ def test_only_present_encoders_remark_on_prompts():
     assert len(text.remarks([long])) == 2
     assert len(without(text, "clip_l", "clip_g").remarks([long])) == 1
     assert without(text, *NAMES).remarks([long]) == []
+    unknown, cut = text.remarks_on_captions(["a red circle", "a dog and a cat", "a dog", long])
+    assert "3 of 4 captions have words" in unknown and ": dog, cat, zebra." in unknown
+    assert "1 of 4 captions are cut" in cut
+    assert without(text, *NAMES).remarks_on_captions([long]) == []
 
 
 def test_a_word_that_one_encoder_knows_is_known(clip_files):
