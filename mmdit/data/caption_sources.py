@@ -6,10 +6,14 @@ is drawn. A source is asked once per folder, for the kinds of the mix:
 `source.open(root, kinds)` gives a reader, `reader(name)` the captions of one file.
 """
 
+import codecs
 import csv
+import io
+import itertools
 import json
 import posixpath
 import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -17,7 +21,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from mmdit.data.checks import expect
-from mmdit.data.images import BadImage, read_bytes
+from mmdit.data.images import MAX_BYTES, BadImage, read_bytes
 from mmdit.errors import UserError, first_line
 from mmdit.registry import register
 
@@ -82,7 +86,8 @@ class Table:
     """One table for the folder: JSON lines, or CSV with a header.
 
     `file_name` is relative to the folder; every other column that the mix names is a kind of
-    caption: a string, in JSON also a list of them. Several lines of one file add up.
+    caption: a string, in JSON also a list of them. Several lines of one file add up. What cannot be
+    read is named by its line.
 
     Args:
         file: the table, relative to the folder; else metadata.jsonl or metadata.csv.
@@ -94,7 +99,7 @@ class Table:
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
         path = self._path(root)
         captions: dict[str, dict[str, list[str]]] = {}
-        rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+        rows = _csv_rows(path, kinds) if path.suffix.lower() == ".csv" else _json_rows(path)
         for place, row in rows:
             name = row.get("file_name")
             if not isinstance(name, str):
@@ -125,7 +130,7 @@ class ClassNames:
     """
 
     def __init__(self, *, template: str = "a photo of a {}", names: str | None = None) -> None:
-        expect(template.count("{}") == 1, "template", template, "must hold {} once")
+        expect(_is_template(template), "template", template, "must hold {} once, and no other {")
         self.template, self.names = template, names
 
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
@@ -133,9 +138,7 @@ class ClassNames:
             raise UserError(
                 f"mix {', '.join(kinds)} must be text: class names are of no other kind"
             )
-        names: dict[str, str] | None = None
-        if self.names:
-            names = json.loads(Path(self.names).read_text(encoding="utf-8"))
+        names = _class_names(Path(self.names)) if self.names else None
 
         def read(name: str) -> Captions:
             folder = posixpath.basename(posixpath.dirname(name))
@@ -144,6 +147,8 @@ class ClassNames:
             if names is not None and folder not in names:
                 raise BadImage(f"{self.names} names no class for the folder {folder!r}")
             label = names[folder] if names is not None else folder.replace("_", " ")
+            if not _is_text(label):
+                raise BadImage("the name of its folder is not UTF-8")
             return {"text": (self.template.format(label),)}
 
         return _Plain(read)
@@ -240,23 +245,82 @@ def _texts(value: Any, place: str) -> Iterator[str]:
     return cleaned(values)
 
 
+def _is_template(template: str) -> bool:
+    """Whether `template.format(word)` puts the word into one place, and asks for nothing else."""
+    try:
+        fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
+    except ValueError:  # a brace without its other half
+        return False
+    return fields == [["", "", None]]
+
+
+def _class_names(path: Path) -> dict[str, str]:
+    try:
+        names = json.loads(_text_of(path))
+    except OSError as error:
+        raise UserError(f"names {str(path)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"names {str(path)!r} must be a JSON file: {first_line(error)}") from error
+    if not isinstance(names, dict) or not all(map(_is_text, names.values())):
+        raise UserError(f"names {str(path)!r} must be a JSON object {{folder: class}}")
+    return names
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: must be UTF-8") from error
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: must be an object with file_name")
-            yield place, row
+    for number, line in enumerate(io.StringIO(_text_of(path), newline=None), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON: {first_line(error)}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: must be an object with file_name")
+        yield place, row
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        for row in rows:
-            yield f"{path}, line {rows.line_num}", row
+def _csv_rows(path: Path, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    records = _csv_records(path)
+    header = [name.strip() for _, fields in itertools.islice(records, 1) for name in fields]
+    for name in ("file_name", *kinds):
+        if header.count(name) != 1:
+            columns = ", ".join(header) or "none"
+            raise UserError(f"{path} must have one column {name!r}; its columns are {columns}")
+    for place, fields in records:
+        if len(fields) != len(header):
+            raise UserError(
+                f"{place}: has {len(fields)} fields, not {len(header)} as the header: a caption "
+                "with commas must be in quotes"
+            )
+        yield place, dict(zip(header, fields, strict=True))
+
+
+def _csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The fields of each row that is not empty, and where it begins: it may be of several lines."""
+    csv.field_size_limit(MAX_BYTES)  # of this process; 131,072 characters would be too few
+    lines = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
+    while True:
+        place = f"{path}, line {lines.line_num + 1}"
+        try:
+            fields = next(lines, None)
+        except csv.Error as error:
+            raise UserError(f"{place}: not CSV, a quote may be left open: {error}") from error
+        if fields is None:
+            return
+        if fields:
+            yield place, fields

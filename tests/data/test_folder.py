@@ -135,7 +135,7 @@ def test_the_index_saves_decoding_and_changes_nothing(tmp_path, photo, monkeypat
     root, index = tmp_path / "photos", tmp_path / "index.jsonl"
     for i in range(6):
         photo(root / f"{i}.png", "told", width=8 + i)
-    first = opened(root, index=str(index))
+    first = opened(root, index=str(index), threads=1)
     decoded = []
     decode = mmdit.data.folder.decode
     monkeypatch.setattr(
@@ -233,9 +233,11 @@ def test_class_names_are_the_folders(tmp_path, photo):
         "a photo of a golden retriever"
     ]
     names = tmp_path / "names.json"
-    names.write_text(json.dumps({"golden_retriever": "dog", "n0144": "fish"}))
+    names.write_text("\ufeff" + json.dumps({"golden_retriever": "dog", "n0144": "fish"}))
     named = opened(tmp_path, captions=ClassNames(template="{}!", names=str(names)))
     assert named.batch([1])[1] == ["fish!"]
+    photo(tmp_path / os.fsdecode(b"K\xe4se") / "3.png", None)
+    assert len(opened(tmp_path, captions=ClassNames(), max_bad_fraction=0.5)) == 2
 
 
 def test_kinds_come_as_often_as_the_mix_says_and_every_caption_occurs(tmp_path, photo):
@@ -417,13 +419,75 @@ def test_mistakes_are_named(tmp_path, photo, arguments, message):
         ('{"text": "x"}', "line 2: file_name None must be the name"),
         ('{"file_name": "a.png", "text": 3}', "line 2: text 3 must be a caption"),
         ('{"file_name": "a.png", "text": "\\ud800"}', "line 2: text '.*' must be a caption"),
+        ('{"file_name": "a.png", "id": ' + "9" * 5000 + "}", "line 2: not JSON: Exceeds the limit"),
+        ("[" * 100_000, "line 2: not JSON: maximum recursion depth"),
+        ('{"file_name": "a.png", "text": "K\udce4se"}', r"metadata\.jsonl, line 2: must be UTF-8"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named_by_line(tmp_path, photo, line, message):
     photo(tmp_path / "a.png", None)
-    (tmp_path / "metadata.jsonl").write_text(f"\n{line}\n")
+    (tmp_path / "metadata.jsonl").write_text(f"\n{line}\n", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         opened(tmp_path, captions=Table())
+
+
+GOOD_ROWS = b"file_name,text\na.png,one\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"metadata\.csv must have one column 'file_name'; its columns are none"),
+        (b"file_name;text\na.png;one\n", "column 'file_name'; its columns are file_name;text"),
+        (b"file_name,caption\n", "one column 'text'; its columns are file_name, caption"),
+        (b'file_name,"text\na.png,one\n', "line 1: not CSV"),
+        (b"file_name,text,text\n", "one column 'text'; its columns are file_name, text, text"),
+        (GOOD_ROWS + b"b.png,a cat, a dog\n", "line 3: has 3 fields, not 2 .* in quotes"),
+        (GOOD_ROWS + b"\nb.png\n", "line 4: has 1 fields, not 2"),
+        (GOOD_ROWS + b'b.png,"two\nc.png,three\n', "line 3: not CSV, a quote may be left open"),
+        (GOOD_ROWS + b'b.png,"two\nc.png,"three"\n', "line 3: not CSV, a quote may be left open"),
+        (GOOD_ROWS + "b.png,Käse\n".encode("latin-1"), r"metadata\.csv, line 3: must be UTF-8"),
+        (GOOD_ROWS.decode().encode("utf-16"), "line 1: must be UTF-8"),
+    ],
+)
+def test_a_csv_table_that_cannot_be_read_is_named_by_line(tmp_path, photo, content, message):
+    photo(tmp_path / "a.png", None)
+    (tmp_path / "metadata.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, captions=Table())
+
+
+def test_csv_tables_of_other_programs_are_read(tmp_path, photo):
+    photo(tmp_path / "a.png", None)
+    long = "word " * 40_000
+    rows = f'\ufefffile_name, text\r\n\r\na.png,"two, ""three"""\r\na.png,{long}\r\n'
+    (tmp_path / "TABLE.CSV").write_bytes(rows.encode())
+    data = opened(tmp_path, captions=Table(file="TABLE.CSV"))
+    assert data.read(0)[1] == {"text": ['two, "three"', long.strip()]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "names '.*' cannot be read: No such file"),
+        ("{", "must be a JSON file: Expecting property name"),
+        ("[]", r"must be a JSON object \{folder: class\}"),
+        ('{"dog": 5}', r"must be a JSON object \{folder: class\}"),
+    ],
+)
+def test_class_names_that_cannot_be_read_are_refused(tmp_path, photo, content, message):
+    photo(tmp_path / "photos" / "dog" / "a.png", None)
+    names = tmp_path / "names.json"
+    if content is not None:
+        names.write_text(content)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path / "photos", captions=ClassNames(names=str(names)))
+
+
+@pytest.mark.parametrize("template", ["a dog", "{} and {}", "{0}", "{x}", "{} {x}", "{!r}", "{"])
+def test_a_template_has_one_place_for_the_class(template):
+    with pytest.raises(ValueError, match=r"must hold \{\} once"):
+        ClassNames(template=template)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
