@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -67,10 +67,16 @@ def _cut(line: str, width: int, font: Font) -> str:
     return f"{line}…"
 
 
-def plot_losses(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """The training loss and the validation losses against the step, as a PNG."""
+def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """The training loss and the validation losses against the step, as a PNG.
+
+    A figure that is None was not finite, and has no point.
+    """
     names = ("loss", "ema/loss", "raw/loss", "ema/psnr")
-    curves = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+    curves = {
+        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for name in names
+    }
     curves = {name: points for name, points in curves.items() if points}
     psnr = curves.pop("ema/psnr", [])
     if psnr:
@@ -82,7 +88,14 @@ def plot_losses(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
 def plot(
     curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, x_label: str, y_label: str
 ) -> None:
-    """Named curves of (x, y) in one frame with ticks, a grid and a legend."""
+    """Named curves of (x, y) in one frame with ticks, a grid and a legend.
+
+    Points that are not finite are left out.
+    """
+    curves = {
+        name: [p for p in curve if all(map(math.isfinite, p))] for name, curve in curves.items()
+    }
+    curves = {name: curve for name, curve in curves.items() if curve}
     width, height, left, right, top, bottom = 800, 480, 70, 20, 20, 50
     page = Image.new("RGB", (width, height), PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)

@@ -1,5 +1,6 @@
 """EMA, optimizer, schedule, precision, pictures."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit.engine.pictures import grid_image, plot, ticks
+from mmdit.engine.pictures import grid_image, plot, plot_losses, ticks
 from mmdit.engine.precision import autocast, chosen_device
 from mmdit.errors import UserError
 
@@ -48,3 +49,12 @@ def test_plot_is_drawn_whatever_there_is(tmp_path: Path, curves) -> None:
     with Image.open(tmp_path / "plot.png") as page:
         assert page.size == (800, 480)
         assert (len(page.getcolors(1 << 20)) > 1) == bool(curves)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, None])
+def test_losses_that_are_not_finite_have_no_point(tmp_path: Path, number: float | None) -> None:
+    rows = [{"step": i, "loss": 1 / (1 + i), "ema/psnr": 20.0 + i} for i in range(4)]
+    plot_losses(rows, tmp_path / "without.png")
+    lost = {"step": 9, "loss": number, "ema/loss": number, "ema/psnr": number}
+    plot_losses([lost, *rows, lost], tmp_path / "with.png")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
