@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoints.native import weights_hash, write_atomically
-from mmdit.engine.loggers import Logger, MetricsFile
+from mmdit.engine.loggers import Logger, MetricsFile, finite
 from mmdit.engine.pictures import plot_losses, save_grid
 from mmdit.engine.processes import Processes
 from mmdit.engine.tasks import Task
@@ -60,7 +60,7 @@ class Reports:
         figures: dict[str, float] = {}
         for kind, which in (("ema", averaged), ("raw", raw)):
             measured = self.task.evaluate(which)
-            record[kind] = {"weights_sha256": weights_hash(which), **measured}
+            record[kind] = {"weights_sha256": weights_hash(which), **finite(measured)}
             figures |= {f"{kind}/{k}": v for k, v in measured.items()}
         images, captions = self.task.picture(averaged)
         if self._metrics is not None:
