@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from mmdit.data.checks import expect
-from mmdit.data.images import MAX_BYTES, BadImage, read_bytes
+from mmdit.data.images import MAX_BYTES, NOWHERE, BadImage, read_bytes
 from mmdit.errors import UserError, first_line
 from mmdit.registry import register
 
@@ -74,7 +74,7 @@ class Sidecars:
             found = {}
             for kind in kinds:
                 file = stem.with_name(f"{stem.name}{sidecar_suffix(kind)}")
-                if file.is_file():
+                if _is_file(file):
                     found[kind] = lines_of(read_bytes(file), file.name)
             return found
 
@@ -231,6 +231,17 @@ def choose(
     reached = (weights.cumsum(0) / weights.sum() > which).nonzero()
     texts = captions[kinds[int(reached[0])]]
     return texts[int(among * len(texts))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except PermissionError as error:
+        raise BadImage(f"its caption {path.name} may not be read (permission denied)") from error
+    except OSError as error:
+        if error.errno not in NOWHERE:
+            raise
+        return False
 
 
 def _is_text(value: object) -> bool:

@@ -1,6 +1,7 @@
 """A folder of images with captions as a training set."""
 
 import hashlib
+import heapq
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from mmdit.data.aside import report_bad
 from mmdit.data.caption_sources import Captions, CaptionSource
 from mmdit.data.checks import expect
-from mmdit.data.images import MAX_PIXELS, BadImage, decode, read_bytes
+from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
 from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
 from mmdit.registry import describe
@@ -38,7 +39,8 @@ class FolderFiles:
     """The files of a folder that are meant as images, by their paths relative to it, sorted.
 
     Those are the files with an image's suffix, subfolders and links included, and those that the
-    captions speak of. Names that begin with a dot are not looked at.
+    captions speak of. Names that begin with a dot are not looked at. A folder that links lead to
+    too counts once, under its own path if that is below `root`.
 
     Attributes:
         names: relative paths, with slashes.
@@ -56,8 +58,7 @@ class FolderFiles:
         self.root, self._kinds = root, tuple(kinds)
         self._captions, self._source = captions.open(root, self._kinds), describe(captions)
         self.bad: dict[str, str] = {}
-        status = root.stat()
-        found = {*self._walk("", ((status.st_dev, status.st_ino),)), *self._listed()}
+        found = {*self._walk(), *self._listed()}
         self.names: list[str] = sorted(found)
 
     @property
@@ -89,28 +90,39 @@ class FolderFiles:
         names = "\n".join(self.names).encode("utf-8", "surrogatepass")
         return {"files": hashlib.sha256(names).hexdigest()[:16], "captions": self._source}
 
-    def _walk(self, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Image files under `below`. `above`: (device, inode) of the folders on the way here."""
-        try:
-            entries = sorted(os.scandir(self.root / below), key=lambda entry: entry.name)
-        except PermissionError:
-            self.bad[below] = "is a folder that may not be listed"
-            return
-        for entry in entries:
-            name = posixpath.join(below, entry.name)
-            looks_it = posixpath.splitext(entry.name)[1].lower() in SUFFIXES
-            if entry.name.startswith("."):
+    def _walk(self) -> Iterator[str]:
+        """Image files in all folders, each visited once: links between n folders are n! ways."""
+        visited = set[tuple[int, int]]()
+        folders, links = [""], list[str]()
+        while folders or links:  # links last, by name: what they lead to may have its own path
+            below = folders.pop() if folders else heapq.heappop(links)
+            try:
+                status = os.stat(self.root / below)
+                entries = list(os.scandir(self.root / below))
+            except OSError as error:
+                if not isinstance(error, PermissionError) and error.errno not in NOWHERE:
+                    raise
+                self.bad[below] = f"is a folder that may not be listed ({error.strerror})"
                 continue
-            if not entry.is_dir():
-                if looks_it:
-                    yield name
-                continue
-            if looks_it:
-                self.bad[name] = "is a folder"
-            status = entry.stat()
             place = (status.st_dev, status.st_ino)
-            if place not in above:  # a link can lead back to a folder on the way here
-                yield from self._walk(name, (*above, place))
+            if place in visited:
+                continue
+            visited.add(place)
+            for entry in entries:
+                name = posixpath.join(below, entry.name)
+                looks_it = posixpath.splitext(entry.name)[1].lower() in SUFFIXES
+                if entry.name.startswith("."):
+                    continue
+                if not _is_folder(entry):
+                    if looks_it:
+                        yield name
+                    continue
+                if looks_it:
+                    self.bad[name] = "is a folder"
+                if entry.is_symlink():
+                    heapq.heappush(links, name)
+                else:
+                    folders.append(name)
 
     def _listed(self) -> Iterator[str]:
         for name in self._captions.listed:
@@ -309,6 +321,17 @@ def scan(
             known.flush()
             bar.update(len(names))
     return good, bad, kinds
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except PermissionError:  # of a link; listing it tells why
+        return True
+    except OSError as error:  # if it bears an image's name, reading it tells why
+        if error.errno not in NOWHERE:
+            raise
+        return False
 
 
 def _status(path: Path) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@
 Size and colour mode are checked in the header, before anything is decoded.
 """
 
+import errno
 import io
 import stat
 from pathlib import Path
@@ -44,6 +45,9 @@ MODES = (
 )
 MAX_PIXELS = 2**26  # 8192 x 8192, 200 MB of RGB
 MAX_BYTES = 2**28
+# Of a path that leads to no file, whatever the state of the disk: links in a circle, a file taken
+# for a folder, a name too long.
+NOWHERE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG))
 
 
 class BadImage(UserError):
@@ -74,6 +78,10 @@ def read_bytes(path: Path) -> bytes:
         raise BadImage("a link to nothing" if path.is_symlink() else "no such file") from error
     except PermissionError as error:
         raise BadImage("may not be read (permission denied)") from error
+    except OSError as error:
+        if error.errno not in NOWHERE:
+            raise
+        raise BadImage(f"its path leads to no file ({error.strerror})") from error
     except BadImage:
         raise
     except ValueError as error:  # of the name: a zero byte, half of a surrogate pair

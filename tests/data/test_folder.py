@@ -161,6 +161,42 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path, photo):
     assert list(opened(tmp_path / "photos").names) == ["a.png", "there/b.png"]
 
 
+def test_a_folder_that_many_ways_lead_to_counts_once_by_its_own_path(tmp_path, photo):
+    for i in range(12):
+        photo(tmp_path / "photos" / f"{i:02d}" / "a.png", "told")
+        for j in range(12):
+            (tmp_path / "photos" / f"{i:02d}" / f"link{j}").symlink_to(f"../{j:02d}")
+    photo(tmp_path / "elsewhere" / "b.png", "told")
+    for name in ("z", "0", "05/z"):
+        (tmp_path / "photos" / name).symlink_to(tmp_path / "elsewhere")
+    expected = sorted(["0/b.png", *(f"{i:02d}/a.png" for i in range(12))])
+    assert list(opened(tmp_path / "photos").names) == expected
+
+
+def test_odd_names_set_aside_one_image_each(tmp_path, photo):
+    long = f"{'b' * 251}.png"  # whose sidecar of another kind would have too long a name
+    for name in ("a.png", long):
+        photo(tmp_path / name, "told")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "a.synthetic.txt").write_text("made")
+    report = tmp_path / "report.json"
+    arguments = {"max_bad_fraction": 0.9, "report": str(report)}
+    data = opened(tmp_path, mix={"text": 1, "synthetic": 1}, **arguments)
+    assert list(data.names) == ["a.png", long]
+    names = ["a.png", "a.png/b.png", f"{'c' * 300}.png"]
+    rows = [json.dumps({"file_name": name, "text": "told"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    assert list(opened(tmp_path, captions=Table(), **arguments).names) == ["a.png"]
+    reasons = {e["file"]: e["reason"] for e in json.loads(report.read_text())["images"]}
+    assert reasons == {
+        "a.png/b.png": "its path leads to no file (Not a directory)",
+        f"{'c' * 300}.png": "its path leads to no file (File name too long)",
+        "loop.png": "its path leads to no file (Too many levels of symbolic links)",
+        long: "has no caption of the kind text",
+    }
+
+
 # Captions
 
 
