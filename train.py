@@ -122,8 +122,9 @@ def job(config: DictConfig, _: Verbatim) -> None:
         resume=config.resume or (label and "finish"),
         config=plain,
     )
-    if label and is_finished(config, run):
-        log.info("%s is finished", run.path)
+    if (config.resume or label) and is_finished(config, run):
+        log.info("%s is finished: it has made training.steps=%d", run.path, settings.steps)
+        leave()
         return
     with closing(processes, logger, how_to_resume(None if label else run.path, sys.argv[1:])):
         prepare(run.path)

@@ -78,6 +78,7 @@ def find_or_train(
         trained = trained_in(path, stage)  # by the process that was waited for
         if trained is None:
             log.info("training the %s in %s", stage, path)
+            write_atomically(path / "recipe.json", json.dumps(recipe, indent=1).encode())
             train_stage(config[stage], stage, run, build_task, device, seed)
             trained = trained_in(path, stage)
         run.close()
@@ -139,6 +140,7 @@ def give_autoencoder(
     """Load the trained autoencoder of this config; a public one has been loaded already."""
     if not config.autoencoder.trained:
         return
+    seed = config.autoencoder.seed
 
     def task(module: nn.Module) -> Task:
         return AutoencoderTask(
@@ -146,12 +148,12 @@ def give_autoencoder(
             data=data["train"],
             truth=data["validation"].square(range(min(64, len(data["validation"]))))[0],
             kl_weight=config.autoencoder.kl_weight,
-            seed=config.seed,
+            seed=seed,
             autocast=precision,
         )
 
-    recipe = {key: plain[key] for key in ("autoencoder", "data", "seed", "precision")}
-    path = find_or_train(config, "autoencoder", recipe, task, device, seed=config.seed)
+    recipe = {key: plain[key] for key in ("autoencoder", "data", "precision")}
+    path = find_or_train(config, "autoencoder", recipe, task, device, seed=seed)
     load_strictly(autoencoder, load_weights(path), path)
 
 

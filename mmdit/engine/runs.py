@@ -27,6 +27,8 @@ FREE = (
     "activation_checkpointing",
     *(f"latents.{key}" for key in ("folder", "root", "shard_size", "threads", "verify")),
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
+    *("sampling", "text_device"),
+    *(f"data.{key}" for key in ("report", "index", "threads", "max_bad_fraction")),
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every")),
     *(f"training.{key}" for key in ("keep", "keep_every", "keep_best")),
     *(
@@ -193,14 +195,14 @@ def open_run(
         root: folder of all runs.
         name: of the experiment; new runs are called `<name>-<number>`.
         run: folder to use instead.
-        resume: None, 'auto' (the newest run of this name that has steps left, or else a new one),
-            'finish' (`run`, whether it is new, was stopped or is finished), or a run folder.
+        resume: None, 'auto' (the newest run of this name that has steps left; else one that was
+            stopped before its first checkpoint, or is finished, with this very config; else a new
+            one), 'finish' (`run`, whether it is new, was stopped or is finished), or a run folder.
         config: plain config; kept in the folder, and compared when resuming.
 
     Raises:
         UserError: the folder is in use, holds another run, or is not there to resume.
     """
-    steps = config["training"]["steps"]
     if resume is None:
         folder = RunFolder(Path(run)) if run else RunFolder(next_run(root, name))
         if folder.latest() is not None:
@@ -214,48 +216,77 @@ def open_run(
         folder = RunFolder(Path(run))
     elif resume == "auto":
         candidates = [Path(run)] if run else numbered_runs(root, name)
-        newest_first = reversed(candidates)  # one that is damaged matters if it is the newest only
-        left = next((path for path in newest_first if _step_of(path) < steps), None)
-        if left is None:
+        chosen = _to_go_on_with(candidates, config)
+        if chosen is None:
             log.info(
                 "resume=auto: no run %s has steps left, starting a new one", run or f"{name}-*"
             )
             return open_run(root, name=name, run=run, resume=None, config=config)
-        folder = RunFolder(left)
+        folder = RunFolder(chosen)
     else:
         path = Path(resume)
         if not (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+            runs = sorted(str(p.parent) for p in root.glob("*/config.json"))
+            listed = ", ".join(runs[:10]) + (f" and {len(runs) - 10} more" if runs[10:] else "")
             raise UserError(
                 f"resume={resume}: there is no run in that folder (no config.json, no checkpoints);"
-                f" the runs here are {[str(p) for p in root.glob('*-*') if p.is_dir()] or 'none'}"
+                f" the runs in {root} are {listed or 'none'}"
             )
         folder = RunFolder(path)
     return _claim(folder, config, FREE if resume == "finish" else (*FREE, *LOWERED))
 
 
-def _step_of(run: Path) -> int:
-    found = checkpoints_in(run)
-    return found[-1].step if found else 0
+def _to_go_on_with(candidates: Sequence[Path], config: Mapping[str, Any]) -> Path | None:
+    """What resume=auto chooses among runs, the newest last; one that is damaged is no reason to
+    leave a newer one.
+    """
+    same = None
+    for path in reversed(candidates):
+        found = checkpoints_in(path)
+        if found and found[-1].step < config["training"]["steps"]:
+            return path
+        if same is None and (not found or found[-1].finished):
+            same = path if not _differences(_config_of(path, found), config, FREE) else None
+    return same
+
+
+def _config_of(run: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Of the newest checkpoint; where there is none, what a run that was begun has left."""
+    if checkpoints:
+        return dict(read_manifest(checkpoints[-1].folder)["config"])
+    try:
+        return dict(json.loads((run / "config.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Sequence[str]
+) -> list[str]:
+    was, is_ = dict(_flat(before)), dict(_flat(now))
+    return [
+        f"{key} was {was.get(key)!r}, now {is_.get(key)!r}"
+        for key in sorted(was.keys() | is_.keys())
+        if was.get(key) != is_.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
+    ]
 
 
 def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[str]) -> RunFolder:
     """Keep the config in the folder, or compare it with that of the newest checkpoint."""
     latest = folder.latest()
     if latest is not None:
-        before = dict(_flat(read_manifest(latest.folder)["config"]))
-        now = dict(_flat(config))
-        changed = [
-            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
-        ]
+        before = _config_of(folder.path, [latest])
+        changed = _differences(before, config, may_differ)
         if changed:
+            told = "; ".join(changed[:10]) + (f"; {len(changed) - 10} more" * (len(changed) > 10))
             raise UserError(
-                f"cannot go on with {folder.path}, its config differs: {'; '.join(changed[:10])}. "
-                "Give the same settings, or start a new run without resume= "
+                f"cannot go on with {folder.path}, its config differs: {told}. "
+                "Give the command that began it, with resume=, or start a new run without "
                 "(a sweep: under another name=)"
             )
+        for change in _differences(before, config, FREE):
+            log.info("going on with another value: %s", change)
     write_atomically(folder.path / "config.json", json.dumps(config, indent=1).encode())
     return folder
 

@@ -90,6 +90,7 @@ class _Kept:
     ) -> None:
         self.data, self.autoencoder, self.text, self.autocast = data, autoencoder, text, autocast
         self.device = next(autoencoder.parameters()).device
+        data.whole(0)  # before anything is trained, this refuses pictures that change with the step
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.data.order(batch_size=batch_size, seed=seed)

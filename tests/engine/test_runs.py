@@ -1,7 +1,9 @@
 """Run folders: who holds them, which one a run goes on with, and what may differ then."""
 
 import json
+import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -22,11 +24,13 @@ from mmdit.errors import UserError
 CONFIG: dict[str, Any] = {"seed": 0, "training": {"steps": 10}, "optimizer": {"lr": 0.1}}
 
 
-def save(run: Path, step: int, config: Mapping[str, Any] = CONFIG) -> None:
+def save(
+    run: Path, step: int, config: Mapping[str, Any] = CONFIG, *, finished: bool = False
+) -> None:
     with Saver(run, Processes(), keep=Retention(last=5), config=config) as saver:
         saver.save(
             step=step,
-            finished=False,
+            finished=finished,
             tensors={"raw": {"w": torch.ones(1)}},
             descriptions={},
             figures={},
@@ -45,6 +49,32 @@ def test_the_newest_run_with_steps_left_goes_on(tmp_path: Path) -> None:
         save(tmp_path / f"a-{number:03d}", step)
     assert opened(tmp_path).name == "a-002"
     assert opened(tmp_path, config={**CONFIG, "training": {"steps": 11}}).name == "a-003"
+    with pytest.raises(UserError, match=r"resume=a-1: .* the runs in .* are .*a-002, .*a-003$"):
+        opened(tmp_path, resume="a-1")
+
+
+def test_a_run_without_a_checkpoint_is_the_last_choice(tmp_path: Path) -> None:
+    save(tmp_path / "a-001", 4)
+    killed_at_once = open_run(tmp_path, name="a", run=None, resume=None, config=CONFIG)
+    killed_at_once.close()
+    assert killed_at_once.path.name == "a-002"
+    assert opened(tmp_path).name == "a-001"
+    shutil.rmtree(tmp_path / "a-001")
+    assert opened(tmp_path, config={**CONFIG, "seed": 1}).name == "a-003"
+    assert opened(tmp_path).name == "a-002"
+
+
+def test_a_command_given_again_after_the_end_begins_no_other_run(tmp_path: Path) -> None:
+    save(tmp_path / "a-001", 10, finished=True)
+    assert opened(tmp_path).name == "a-001"
+    assert opened(tmp_path, config={**CONFIG, "seed": 1}).name == "a-002"
+
+
+def test_a_lower_learning_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "a-001", 4)
+    with caplog.at_level(logging.INFO):
+        opened(tmp_path, config={**CONFIG, "optimizer": {"lr": 0.01}})
+    assert "another value: optimizer.lr was 0.1, now 0.01" in caplog.text
 
 
 def test_an_older_run_that_is_damaged_stops_no_newer_one(tmp_path: Path) -> None:
