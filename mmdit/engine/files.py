@@ -1,8 +1,9 @@
 """Files and folders of a run, as several machines see them."""
 
+import contextlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from pathlib import Path
 
@@ -27,6 +28,24 @@ def unused(path: Path) -> Path:
 def sizes(paths: Iterable[Path], folder: Path) -> dict[str, int]:
     """Bytes of files, by their paths in `folder`."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+@contextlib.contextmanager
+def writing(path: Path, run: Path) -> Iterator[None]:
+    """Tell what to do where a file of a run cannot be written; nothing unfinished of it stays.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({error}): go on with resume={run} when there is space "
+            "and the folder can be written to"
+        ) from error
 
 
 def await_file(path: Path, size: int) -> None:

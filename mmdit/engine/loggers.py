@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from mmdit.checkpoints.native import write_atomically
-from mmdit.engine.files import unused
+from mmdit.engine.files import unused, writing
 
 log = logging.getLogger(__name__)
 Row: TypeAlias = dict[str, Any]  # figures by name, or None where one was not finite; and the step
@@ -52,29 +52,35 @@ class MetricsFile:
 
     On resume, lines of steps that will be made again are dropped. A file with damaged lines is
     kept as `metrics.jsonl.damaged`.
+
+    Raises:
+        UserError: here and in `log`, the disk is full or the folder cannot be written to.
     """
 
     def __init__(self, path: Path, *, start_step: int) -> None:
         self.path = path
         rows, damaged = _read(path)
         self.rows = [row for row in rows if row["step"] <= start_step]
-        if damaged:
-            copy = unused(path.with_name(f"{path.name}.damaged"))
-            shutil.copyfile(path, copy)
-            log.warning(
-                "%s: lines that are damaged, and left out: %d; the file as it was is kept as %s",
-                *(path, damaged, copy.name),
-            )
         kept = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(path, kept.encode())
-        self._file = path.open("a")
+        with writing(path, path.parent):
+            if damaged:
+                copy = unused(path.with_name(f"{path.name}.damaged"))
+                shutil.copyfile(path, copy)
+                log.warning(
+                    "%s: lines that are damaged, and left out: %d; the file as it was is kept as "
+                    "%s",
+                    *(path, damaged, copy.name),
+                )
+            write_atomically(path, kept.encode())
+            self._file = path.open("a")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one line."""
         row: Row = {"step": step, **finite(figures)}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with writing(self.path, self.path.parent):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Nothing is logged after this."""

@@ -67,7 +67,7 @@ def _cut(line: str, width: int, font: Font) -> str:
     return f"{line}…"
 
 
-def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The training loss and the validation losses against the step, as a PNG.
 
     A figure that is None was not finite, and has no point.
@@ -82,7 +82,6 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     if psnr:
         curves["ema/psnr (dB / 100)"] = [(step, value / 100) for step, value in psnr]
     plot(curves, path, x_label="step", y_label="loss")
-    return path
 
 
 def plot(

@@ -27,6 +27,7 @@ from mmdit.checkpoints.native import (
 )
 from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
+from mmdit.engine.files import writing
 from mmdit.engine.parallel import whole
 from mmdit.errors import UserError
 
@@ -76,6 +77,9 @@ class PostHoc:
             run: run folder.
             last: whether it is the last step.
             writes: whether this process is the one that writes.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written to.
         """
         for name, profile in self.profiles.items():
             averages = list(self.averages[name].values())
@@ -102,15 +106,18 @@ class PostHoc:
         if not writes:
             return
         path = run / "snapshots" / f"step_{step:08d}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        save_tensors(path, tensors, {})
+        with writing(path, run):
+            path.parent.mkdir(exist_ok=True)
+            save_tensors(path, tensors, {})
         facts = {
             "step": step,
             "sigma_rels": {name: profile.sigma_rel for name, profile in self.profiles.items()},
             "bytes": path.stat().st_size,
             "sha256": file_hash(path),
         }
-        write_atomically(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
+        note = path.with_suffix(".json")
+        with writing(note, run):
+            write_atomically(note, json.dumps(facts, indent=1).encode())
 
 
 def name_of(sigma_rel: float) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoints.native import weights_hash, write_atomically
+from mmdit.engine.files import writing
 from mmdit.engine.loggers import Logger, MetricsFile, finite
 from mmdit.engine.pictures import plot_losses, save_grid
 from mmdit.engine.processes import Processes
@@ -55,7 +56,11 @@ class Reports:
             self.logger.log(step, figures)
 
     def evaluate(self, step: int, averaged: nn.Module, raw: nn.Module) -> dict[str, float]:
-        """Validation figures, EMA and raw, and pictures of what the average can do."""
+        """Validation figures, EMA and raw, and pictures of what the average can do.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written to.
+        """
         record: dict[str, Any] = {**self.task.protocol, "step": step}
         figures: dict[str, float] = {}
         for kind, which in (("ema", averaged), ("raw", raw)):
@@ -66,14 +71,19 @@ class Reports:
         if self._metrics is not None:
             name = f"step_{step:08d}"
             path = self.path / "evaluations" / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json.dumps(record, indent=1).encode())
+            with writing(path, self.path):
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, json.dumps(record, indent=1).encode())
             self.figures(step, figures)
             told = ", ".join(f"{k} {figures[k]:.4g}" for k in MAIN_FIGURES if k in figures)
             log.info("%s: step %d of %d, %s", self.path.name, step, self.steps, told)
-            grid = save_grid(images, captions, path=self.path / "samples" / f"{name}.png")
+            grid = self.path / "samples" / f"{name}.png"
+            with writing(grid, self.path):
+                save_grid(images, captions, path=grid)
             self.logger.picture(step, "samples", grid)
-            curves = plot_losses(self._metrics.rows, self.path / "loss.png")
+            curves = self.path / "loss.png"
+            with writing(curves, self.path):
+                plot_losses(self._metrics.rows, curves)
             self.logger.picture(step, "curves", curves)
         return figures
 
