@@ -90,6 +90,18 @@ def test_several_averages_are_compared_in_a_table(
     assert all((tmp_path / row["file"]).is_file() for row in rows)
 
 
+@pytest.mark.parametrize("content", ["", '{"step": 5, "sig', "[]", '{"step": "5"}', '{"step": 5}'])
+def test_a_damaged_note_of_a_snapshot_is_named(
+    call: Callable[..., str], tmp_path: Path, content: str
+) -> None:
+    note = tmp_path / "run" / "snapshots" / "step_00000005.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(content)
+    message = call("run=run", "out=a.safetensors", code=2)
+    assert message.startswith("snapshot run/snapshots/step_00000005.json is damaged (")
+    assert message.endswith("): delete it to do without it\n")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

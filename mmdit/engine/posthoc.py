@@ -11,6 +11,7 @@ runs/shapes-001/snapshots/
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.engine.files import writing
 from mmdit.engine.parallel import whole
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class PostHoc:
                 "differ in the first four decimal places"
             )
         self.snapshot_every = snapshot_every
+        self._begun = False
         self.weights = {n: w for n, w in module.named_parameters() if w.requires_grad}
         self.averages = {
             profile: {
@@ -72,6 +74,9 @@ class PostHoc:
     def update(self, step: int, run: Path, *, last: bool, writes: bool = True) -> None:
         """Take in the weights after `step` steps, and keep a snapshot where one is due.
 
+        The first call removes the snapshots of this step and later ones: an attempt that got
+        further without a checkpoint, perhaps of another seed, has left them.
+
         Args:
             step: number of steps made.
             run: run folder.
@@ -81,6 +86,9 @@ class PostHoc:
         Raises:
             UserError: the disk is full or the folder cannot be written to.
         """
+        if writes and not self._begun:
+            _remove_snapshots(run, step)
+        self._begun = True
         for name, profile in self.profiles.items():
             averages = list(self.averages[name].values())
             take_in(averages, list(self.weights.values()), profile.decay(step))
@@ -125,6 +133,19 @@ def name_of(sigma_rel: float) -> str:
     return f"power_{sigma_rel:.4f}"
 
 
+def _remove_snapshots(run: Path, start: int) -> None:
+    """Delete the snapshots of step `start` and later ones, and what a kill left unfinished of them.
+
+    Raises:
+        UserError: they cannot be deleted.
+    """
+    for path in sorted((run / "snapshots").glob("step_*")):  # the .json of each comes first
+        found = re.fullmatch(r"step_(\d+)\..+", path.name)
+        if found and int(found[1]) >= start:
+            with writing(path, run):
+                path.unlink()
+
+
 class Snapshot(NamedTuple):
     """The averages of a run after some step, on disk."""
 
@@ -151,14 +172,24 @@ def snapshots_in(run: Path) -> list[Snapshot]:
     """The complete snapshots of a run, oldest step first.
 
     Steps beyond the newest checkpoint were not kept: the run goes on, or is resumed, before them.
+
+    Raises:
+        UserError: the .json of one is damaged.
     """
     reached = max((checkpoint.step for checkpoint in checkpoints_in(run)), default=0)
     found = []
     for path in sorted((run / "snapshots").glob("step_*.json")):
-        facts: dict[str, Any] = json.loads(path.read_text())
-        if facts["step"] <= reached:
+        try:
+            facts: dict[str, Any] = json.loads(path.read_bytes())
             file = path.with_suffix(".safetensors")
-            found.append(Snapshot(file, facts["step"], facts["sigma_rels"], facts["sha256"]))
+            snapshot = Snapshot(file, facts["step"], dict(facts["sigma_rels"]), facts["sha256"])
+            kept = snapshot.step <= reached
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"snapshot {path} is damaged ({first_line(error)}): delete it to do without it"
+            ) from error
+        if kept:
+            found.append(snapshot)
     return found
 
 

@@ -147,3 +147,30 @@ def test_snapshots_beyond_the_newest_checkpoint_do_not_count(tmp_path: Path) -> 
 def test_bad_settings_are_refused(sigma_rels: list[float], every: int, told: str) -> None:
     with pytest.raises(UserError, match=told):
         PostHoc(Walk(), sigma_rels=sigma_rels, snapshot_every=every)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_snapshots_of_an_earlier_attempt_are_removed(tmp_path: Path, start: int) -> None:
+    """It got further than the step that the run goes on from."""
+    module = Walk()
+    earlier = PostHoc(module, sigma_rels=[0.1], snapshot_every=2)
+    for step in range(1, 8):
+        earlier.update(step, tmp_path, last=step == 7)
+    folder = tmp_path / "snapshots"
+    for name in ("step_00000006.safetensors.tmp", "step_00000004.json.tmp", "notes.txt"):
+        (folder / name).touch()
+    again = PostHoc(module, sigma_rels=[0.1], snapshot_every=3)
+    again.update(start + 1, tmp_path, last=False, writes=False)  # not the process that writes
+    assert len(list(folder.glob("*.json"))) == 4
+    again = PostHoc(module, sigma_rels=[0.1], snapshot_every=3)
+    for step in range(start + 1, 9):
+        again.update(step, tmp_path, last=False)
+    write_checkpoint(tmp_path, 8, {"ema": module})
+    steps = {0: [3, 6], 4: [2, 4, 6]}[start]
+    assert [snapshot.step for snapshot in snapshots_in(tmp_path)] == steps
+    left = {path.name for path in folder.iterdir()}
+    assert left - {"step_00000004.json.tmp"} == {
+        "notes.txt",
+        *(f"step_{step:08d}.{kind}" for step in steps for kind in ("json", "safetensors")),
+    }
+    assert ("step_00000004.json.tmp" in left) == (start == 4)
