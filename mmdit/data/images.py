@@ -2,13 +2,15 @@
 
 | in the file | here |
 |---|---|
-| EXIF orientation | applied, so that pixels are upright; damaged EXIF counts as none |
+| EXIF orientation | applied, so that pixels are upright; where EXIF cannot be read, as if none |
 | alpha, a transparent colour | composited on white |
 | palette, 1-bit, grey, CMYK, YCbCr | converted; grey is repeated over the three channels |
-| 16 bits a channel | scaled to 8 (65535 becomes 255), not clipped |
+| 12 or 16 bits a channel | scaled to 8 (4095 or 65535 becomes 255), not clipped |
+| grey whose 0 is white | inverted |
 | several frames | the first |
 | ICC profile | ignored: pixels are taken as sRGB |
 | 32-bit integers, floats, LAB | refused: what is white is not defined, or not convertible |
+| 16-bit RGB with a transparent colour | refused: eight bits are read, too few to know it by |
 | more than `max_pixels`, truncated, not an image | refused |
 
 Size and colour mode are checked in the header, before anything is decoded.
@@ -17,14 +19,20 @@ Size and colour mode are checked in the header, before anything is decoded.
 import errno
 import io
 import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from mmdit.data.drawing import Image
 from mmdit.errors import UserError, first_line
+
+# What is wrong with a file is told once, by the reason it is set aside for, or is of no matter.
+# For good, since to catch warnings is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Formats by name, because Pillow would also try readers that start other programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -45,6 +53,15 @@ MODES = (
 )
 MAX_PIXELS = 2**26  # 8192 x 8192, 200 MB of RGB
 MAX_BYTES = 2**28
+TURNS = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: Pillow.Transpose.ROTATE_180,
+    4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE,
+    6: Pillow.Transpose.ROTATE_270,
+    7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}
 # Of a path that leads to no file, whatever the state of the disk: links in a circle, a file taken
 # for a folder, a name too long.
 NOWHERE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG))
@@ -98,12 +115,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     """
     if not data:
         raise BadImage("is empty")
+    if Pillow.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, of the process
+        Pillow.MAX_IMAGE_PIXELS = max(Pillow.MAX_IMAGE_PIXELS, max_pixels)
     try:
         with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.width, image.height, max_pixels)
             wide = _is_wide(image)
             if not wide and image.mode not in MODES:
                 raise BadImage(f"colour mode {image.mode} has no defined range, or no RGB")
+            if image.format == "PNG":
+                _scale_transparent(image, bits=data[24])
             image.load()
             return _grey16(image) if wide else _rgb(image)
     except (BadImage, MemoryError):
@@ -132,10 +153,35 @@ def _is_wide(image: Pillow.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
+def _scale_transparent(image: Pillow.Image, *, bits: int) -> None:
+    """Tell the transparent colour as pixels are read: the file has it in its own bits."""
+    clear = image.info.get("transparency")
+    if image.mode == "L" and clear is not None:
+        image.info["transparency"] = clear % 2**bits * (255 // (2**bits - 1))
+    if image.mode == "RGB" and clear is not None and bits == 16:
+        raise BadImage("has a transparent colour of 16 bits a channel, of which 8 are read")
+
+
+def _upright(image: Pillow.Image) -> Pillow.Image:
+    """Turned as EXIF says; its pixels are read already, so that only EXIF can fail."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF fails in any way
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 def _grey16(image: Pillow.Image) -> Image:
-    upright = ImageOps.exif_transpose(image)
-    values = np.asarray(upright).astype(np.uint32)
-    grey = ((values + 128) // 257).astype(np.uint8)
+    white, inverted = 65535, False
+    if isinstance(image, TiffImageFile):
+        white = 2 ** image.tag_v2[BITSPERSAMPLE][0] - 1
+        inverted = image.tag_v2[PHOTOMETRIC_INTERPRETATION] == 0
+    values = np.asarray(_upright(image)).astype(np.uint32)
+    if inverted:
+        values = white - values
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255
@@ -143,7 +189,7 @@ def _grey16(image: Pillow.Image) -> Image:
 
 
 def _rgb(image: Pillow.Image) -> Image:
-    upright = ImageOps.exif_transpose(image)
+    upright = _upright(image)
     if not upright.has_transparency_data:
         return np.array(upright.convert("RGB"))
     if upright.mode == "La":

@@ -71,6 +71,31 @@ def rgb16() -> tuple[bytes, np.ndarray]:
     return png(4, 4, 16, 2, rows_of(values.astype(">u2"))), values / 257
 
 
+def grey_of_bits(bits: int) -> tuple[bytes, np.ndarray]:
+    """All values of so few bits, one of them transparent."""
+    values = np.arange(2**bits, dtype=np.uint8)
+    packed = np.packbits(np.unpackbits(values[:, None], axis=1)[:, -bits:])
+    golden = grey((values * 255.0 / (2**bits - 1))[None])
+    golden[0, 1] = 255
+    hole = b"tRNS" + struct.pack(">H", 1)
+    return png(2**bits, 1, bits, 0, b"\0" + packed.tobytes(), hole), golden
+
+
+def tiff(width: int, bits: int, white_is: int, strip: bytes) -> bytes:
+    """One row of grey by hand; `white_is`: what 0 stands for, 0 white and 1 black."""
+    tags = (256, 257, 258, 259, 262, 273, 277, 278, 279)
+    values = (width, 1, bits, 1, white_is, 122, 1, 1, len(strip))
+    rows = zip(tags, values, strict=True)
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in rows)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4 + strip
+
+
+def tiff16(white_is: int) -> tuple[bytes, np.ndarray]:
+    values = np.linspace(0, 65535, 8).astype("<u2")
+    golden = grey((values / 257)[None])
+    return tiff(8, 16, white_is, values.tobytes()), golden if white_is else 255 - golden
+
+
 def animated(kind: str) -> tuple[bytes, np.ndarray]:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -164,6 +189,13 @@ FIXTURES = {
     "16-bit grey": grey16(),
     "16-bit grey, a transparent value": grey16_with_hole(),
     "16-bit rgb": rgb16(),
+    **{f"{bits}-bit grey, a transparent value": grey_of_bits(bits) for bits in (1, 2, 4, 8)},
+    "16-bit grey tiff": tiff16(1),
+    "16-bit grey tiff, 0 is white": tiff16(0),
+    "12-bit grey tiff": (
+        tiff(4, 12, 1, bytes([0xFF, 0xF8, 0x00, 0x00, 0x00, 0x10])),  # of 12 bits each, packed
+        grey(np.array([[4095, 2048, 0, 16]]) / 4095 * 255),
+    ),
     "animated gif": animated("GIF"),
     "animated webp": animated("WEBP"),
     "turned jpeg": jpeg_turned(),
@@ -191,6 +223,51 @@ def test_modes_without_a_range_are_refused(mode):
     values = np.zeros((4, 4), {"F": np.float32, "I": np.int32}[mode])
     with pytest.raises(BadImage, match=f"colour mode {mode}"):
         decode(saved(Image.fromarray(values), "TIFF"))
+
+
+def test_a_transparent_colour_that_pixels_cannot_tell_is_refused():
+    data = png(1, 1, 16, 2, b"\0" + bytes(6), b"tRNS" + bytes([0, 0, 0, 0, 0, 1]))
+    with pytest.raises(BadImage, match="transparent colour of 16 bits"):
+        decode(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_damaged_exif_counts_as_none(kind):
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x010F], exif[0x8769] = "Maker", {0x9003: "2020:01:01 00:00:00"}
+    upright = decode(encoded(COLOURS, kind))
+    for _ in range(100):
+        damaged = bytearray(exif.tobytes())
+        for place in rng.integers(6, len(damaged), 4):
+            damaged[place] = rng.integers(0, 256)
+        pixels = decode(encoded(COLOURS, kind, exif=bytes(damaged)))
+        assert np.array_equal(pixels, upright)
+
+
+QUIET = """
+import sys
+from pathlib import Path
+from PIL import Image
+from mmdit.data.images import decode
+Image.MAX_IMAGE_PIXELS = 10  # of the library: warns above, refuses above the double
+for path in sys.argv[1:]:
+    decode(Path(path).read_bytes(), max_pixels=64)
+"""
+
+
+def test_the_library_neither_limits_nor_warns(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "Maker, of more bytes than lie there"
+    paths = []
+    for number, (side, end) in enumerate(((4, None), (8, None), (4, -20))):
+        path = tmp_path / str(number)
+        path.write_bytes(encoded(noise(side, side), "JPEG", exif=exif.tobytes()[:end]))
+        paths.append(str(path))
+    command = [sys.executable, "-W", "always", "-c", QUIET, *paths]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stderr == ""
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
