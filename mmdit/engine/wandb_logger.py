@@ -1,17 +1,20 @@
 """Weights & Biases: the only file that imports wandb."""
 
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmdit.checkpoints.native import write_atomically
+from mmdit.engine.files import writing
 from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
 
 class WandbLogger:
-    """Sends figures and pictures to W&B.
+    """Sends figures and pictures to W&B, of a run that goes on to the same place as before.
 
     Args:
         project: name of the W&B project.
@@ -28,20 +31,25 @@ class WandbLogger:
     def start(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
+        number = id_of(folder)
         try:
             self._run = wandb.init(
                 project=self.project,
                 name=folder.name,
-                id=folder.name,
+                id=number,
                 resume="allow",
                 dir=str(folder),
                 mode=self.mode,  # type: ignore[arg-type]
                 config=dict(config),
             )
         except wandb.Error as error:
-            raise UserError(
-                f"W&B did not start ({error}): log in by `wandb login`, or set logger.mode=offline"
-            ) from error
+            if isinstance(error, wandb.errors.AuthenticationError) or "API key" in str(error):
+                advice = "log in by `wandb login`, or set logger.mode=offline"
+            elif isinstance(error, wandb.errors.CommError):
+                advice = "set logger.mode=offline, and send it later by `wandb sync`"
+            else:
+                advice = "mend that, or train without W&B by logger=none"
+            raise UserError(f"W&B did not start ({first_line(error)}): {advice}") from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._send(lambda: self._run.log(dict(figures), step=step))
@@ -68,3 +76,16 @@ class WandbLogger:
                     first_line(error),
                 )
             self._lost = True
+
+
+def id_of(folder: Path) -> str:
+    """The id of a run at W&B, drawn once: names of folders hold characters that an id must not.
+
+    Raises:
+        UserError: it cannot be kept in the folder.
+    """
+    path = folder / "wandb_id.txt"
+    with writing(path, folder):
+        if not path.is_file():
+            write_atomically(path, secrets.token_hex(8).encode())
+        return path.read_text().strip()
