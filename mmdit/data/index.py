@@ -22,7 +22,7 @@ from mmdit.data.aside import report_bad, write_whole
 from mmdit.data.buckets import Size
 from mmdit.data.commands import add_options, command
 from mmdit.data.images import MAX_PIXELS, BadImage, TooLarge, decode
-from mmdit.data.patterns import find
+from mmdit.data.patterns import find, find_shards
 from mmdit.data.samples import Measure, Sample, group, look
 from mmdit.data.tar import read_members, state_of
 from mmdit.errors import UserError, first_line
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m mmdit.data.index", description="Index tar shards of captioned images."
     )
     parser.add_argument("root", type=Path, help="folder of tar shards")
-    parser.add_argument("--shards", default="*.tar", help="which: cc12m-{000000..000009}.tar")
+    parser.add_argument("--shards", help="which: cc12m-{000000..000009}.tar; else *.tar")
     parser.add_argument("--index", type=Path, help="folder of the indices; else beside the shards")
     parser.add_argument("--report", type=Path, help="JSON file that lists what was set aside")
     add_options(parser)
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> None:
         bad, usable = dict[str, str](), 0
         for name, index in index_shards(
-            find(given.root, given.shards),
+            find(given.root, given.shards) if given.shards else find_shards(given.root),
             root=given.root,
             folder=given.index,
             max_pixels=given.max_pixels,

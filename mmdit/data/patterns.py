@@ -1,14 +1,18 @@
 """Files by a pattern with braces and wildcards: `cc12m-{000000..000009}.tar`, `*.tar`."""
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from mmdit.errors import UserError
 
+log = logging.getLogger(__name__)
+
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MOST = 1_000_000  # names of one pattern
+LIKE_SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def expand(pattern: str) -> Iterator[str]:
@@ -64,6 +68,35 @@ def find(root: Path, pattern: str) -> list[Path]:
         if not path.is_file():
             raise UserError(f"{path} must be a regular file")
     return sorted(found)
+
+
+def find_shards(root: Path) -> list[Path]:
+    """All *.tar of a folder, sorted. A warning names what looks like a shard and is not among them.
+
+    Raises:
+        UserError: there is none.
+    """
+    others = sorted(
+        path.relative_to(root).as_posix()
+        for level in ("*", "*/*")
+        for path in root.glob(level)
+        if path.name.lower().endswith(LIKE_SHARDS) and not path.name.startswith(".")
+        if path.is_file() and (path.parent != root or path.suffix != ".tar")
+    )
+    told = (
+        f"not read, though they look like shards: {', '.join(others[:3])}"
+        f"{' and more' if len(others) > 3 else ''} (uncompressed *.tar of the folder itself are, "
+        "or those that data.shards='*/*.tar' names)"
+    )
+    try:
+        shards = find(root, "*.tar")
+    except UserError as error:
+        if not others:
+            raise
+        raise UserError(f"{error}; {told}") from error
+    if others:
+        log.warning("%s: %s", root, told)
+    return shards
 
 
 def _choices(pattern: str, inside: str) -> Iterator[str]:

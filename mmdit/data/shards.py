@@ -18,8 +18,8 @@ from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions, columns_of, lines_of, object_of
 from mmdit.data.checks import expect
 from mmdit.data.images import MAX_PIXELS, BadImage
-from mmdit.data.index import index_shards
-from mmdit.data.patterns import find
+from mmdit.data.index import index_path, index_shards
+from mmdit.data.patterns import find, find_shards
 from mmdit.data.samples import Sample
 from mmdit.data.source import CaptionedImages
 from mmdit.data.tar import Span
@@ -88,6 +88,7 @@ class Shards(CaptionedImages):
         )
         expect(threads >= 1, "threads", threads, "must be at least 1")
         self.root = Path(root)
+        self._index = Path(index) if index else None
         self.shards = find(self.root, shards) if shards else _all_shards(self.root)
         names, sizes, bad, kinds = list[str](), list[Size](), dict[str, str](), set[str]()
         # As arrays: millions of samples as objects would fill the memory of every worker.
@@ -96,7 +97,7 @@ class Shards(CaptionedImages):
         indices = index_shards(
             self.shards,
             root=self.root,
-            folder=Path(index) if index else None,
+            folder=self._index,
             max_pixels=max_pixels,
             threads=threads,
         )
@@ -146,6 +147,11 @@ class Shards(CaptionedImages):
                 return Span(*self._images[index].tolist()).read(file), captions
         except FileNotFoundError as error:
             raise BadImage(f"{path} is gone") from error
+        except BadImage as error:
+            beside = self._index / path.relative_to(self.root) if self._index else path
+            raise BadImage(
+                f"{error}: if {path} was replaced, delete its index {index_path(beside)}"
+            ) from error
 
     def _stamp(self, index: int) -> str:
         spans = [self._images[index], *(spans[index] for spans in self._captions.values())]
@@ -170,7 +176,7 @@ def _all_shards(root: Path) -> list[Path]:
     """
     packed = root / PACKED
     if not packed.is_file():
-        return find(root, "*.tar")
+        return find_shards(root)
     try:
         record = json.loads(packed.read_text(encoding="ascii"))
         complete = record["complete"]

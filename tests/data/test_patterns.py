@@ -1,6 +1,6 @@
 import pytest
 
-from mmdit.data.patterns import expand, find
+from mmdit.data.patterns import expand, find, find_shards
 from mmdit.errors import UserError
 
 
@@ -78,3 +78,25 @@ def test_what_is_not_there_is_named(tmp_path, pattern, message):
     (tmp_path / "folder.tar").mkdir()
     with pytest.raises(UserError, match=message):
         find(tmp_path, pattern)
+
+
+def test_what_looks_like_a_shard_and_is_not_read_is_told(tmp_path, caplog):
+    others = ["B.TAR", "c.tar.gz", "d.tgz", "sub/e.tar"]
+    for name in (*others, "sub/x.txt", ".f.TAR", "a.index.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(
+        UserError, match=r"holds no \*\.tar; .*: B\.TAR, c\.tar\.gz, d\.tgz and more"
+    ):
+        find_shards(tmp_path)
+    (tmp_path / "a.tar").touch()
+    assert find_shards(tmp_path) == [tmp_path / "a.tar"]
+    [record] = caplog.records
+    assert "B.TAR, c.tar.gz, d.tgz and more" in record.getMessage()
+    for name in others[:3]:
+        (tmp_path / name).unlink()
+    find_shards(tmp_path)
+    assert "look like shards: sub/e.tar (" in caplog.records[-1].getMessage()
+    (tmp_path / "sub/e.tar").unlink()
+    find_shards(tmp_path)
+    assert len(caplog.records) == 2

@@ -376,16 +376,28 @@ def test_processes_may_index_at_once(tmp_path):
 # Damage
 
 
+def test_files_that_look_like_shards_and_are_not_read_are_told(tmp_path, caplog, capsys):
+    tar_of(tmp_path / "0.TAR", plain(2))
+    with pytest.raises(UserError, match=r"holds no \*\.tar; not read, .*: 0\.TAR"):
+        opened(tmp_path)
+    assert index.main([str(tmp_path)]) == 2
+    assert "0.TAR" in capsys.readouterr().err
+    tar_of(tmp_path / "1.tar", plain(2))
+    assert len(opened(tmp_path)) == 2 and "0.TAR" in caplog.text
+
+
 def test_bytes_that_changed_after_indexing_are_refused(tmp_path):
     tar = tar_of(tmp_path / "0.tar", plain(40))
-    data = opened(tmp_path)
+    data, elsewhere = opened(tmp_path), opened(tmp_path, index=str(tmp_path / "index"))
     whole = tar.read_bytes()
     for place in (data._images[0][0], data._captions["text"][0][0]):
         changed = bytearray(whole)
         changed[place] ^= 1
         tar.write_bytes(changed)
-        with pytest.raises(UserError, match=r"0\.tar/0000 has changed .* others than when"):
-            data.batch([0])
+        told = r"0\.tar/0000 has changed .* others than when .* if .*/0\.tar was replaced, "
+        for opening, name in ((data, "0"), (elsewhere, "index/0")):
+            with pytest.raises(UserError, match=rf"{told}delete its index .*/{name}\.index"):
+                opening.batch([0])
     tar.unlink()
     with pytest.raises(UserError, match=r"0\.tar is gone"):
         data.batch([0])
