@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def report_bad(
         limit: greatest share of `files`.
 
     Raises:
-        UserError: there is no file, none is left, or more than the limit are bad.
+        UserError: there is no file, none is left, more than the limit are bad, or the report cannot
+            be written.
     """
     share = len(bad) / files if files else 0.0
     if report is not None:
@@ -60,7 +61,10 @@ def report_bad(
         }
         text = json.dumps(record, indent=1, ensure_ascii=False)
         # A name that is no UTF-8 holds surrogates; written as escapes they are JSON too.
-        write_whole(report, text.encode(errors="backslashreplace"))
+        try:
+            write_whole(report, text.encode(errors="backslashreplace"))
+        except OSError as error:
+            raise UserError(f"report {report} cannot be written: {first_line(error)}") from error
     listed = f" (listed in {report})" if report else ""
     if not files:
         raise UserError(f"{place} holds no image")

@@ -20,7 +20,7 @@ from mmdit.data.caption_sources import Captions, CaptionSource
 from mmdit.data.checks import expect
 from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
 from mmdit.data.source import CaptionedImages, has_caption
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 from mmdit.registry import describe
 
 log = logging.getLogger(__name__)
@@ -215,6 +215,10 @@ class ImageFolder(CaptionedImages):
             raise BadImage("its bytes are others")
         return data, captions
 
+    def _picture(self, index: int) -> list[int]:
+        length, crc32 = self._contents[index].tolist()
+        return [length, crc32]
+
     def _stamp(self, index: int) -> str:
         name = self.names[index]
         try:
@@ -223,7 +227,7 @@ class ImageFolder(CaptionedImages):
             raise self._changed(index, f": {error}") from error
         if _status(self.root / name) is None:
             raise self._changed(index, ": no such file")
-        return json.dumps([*self._contents[index].tolist(), captions], sort_keys=True)
+        return json.dumps([*self._picture(index), captions], sort_keys=True)
 
 
 class Seen(NamedTuple):
@@ -256,7 +260,12 @@ class Known:
         self._new: list[dict[str, Any]] = []
         if path is None or not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        try:
+            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        except OSError as error:
+            self._give_up(path, error)
+            return
+        for line in lines:
             try:
                 row = json.loads(line)
                 self._rows[row["file"]] = [int(number) for number in row["seen"]]
@@ -277,10 +286,22 @@ class Known:
     def flush(self) -> None:
         """Append what is new."""
         if self.path is not None and self._new:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="ascii") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in self._new))
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="ascii") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in self._new))
+            except OSError as error:
+                self._give_up(self.path, error)
         self._new.clear()
+
+    def _give_up(self, path: Path, error: OSError) -> None:
+        """It only saves time: the data set is the same without."""
+        log.warning(
+            "index %s cannot be used (%s), so images are decoded at every start: name another file",
+            path,
+            first_line(error),
+        )
+        self.path = None
 
 
 def scan(

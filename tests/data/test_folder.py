@@ -153,6 +153,23 @@ def test_the_index_saves_decoding_and_changes_nothing(tmp_path, photo, monkeypat
     assert np.array_equal(second.sizes, opened(root).sizes)
 
 
+@pytest.mark.parametrize("index", ["a.png/index.jsonl", "folder"])
+def test_an_index_that_cannot_be_written_is_told_once(tmp_path, photo, caplog, monkeypatch, index):
+    monkeypatch.setattr(mmdit.data.folder, "CHUNK", 1)
+    for name in ("a.png", "b.png"):
+        photo(tmp_path / name, "told")
+    (tmp_path / "folder").mkdir()
+    assert len(opened(tmp_path, index=str(tmp_path / index))) == 2
+    [record] = caplog.records
+    assert f"{index} cannot be used" in record.getMessage()
+
+
+def test_a_report_that_cannot_be_written_is_named(tmp_path, photo):
+    photo(tmp_path / "a.png", "told")
+    with pytest.raises(UserError, match=r"report .*a\.png/report\.json cannot be written: "):
+        opened(tmp_path, report=str(tmp_path / "a.png" / "report.json"))
+
+
 def test_links_to_folders_are_followed_and_circles_end(tmp_path, photo):
     photo(tmp_path / "elsewhere" / "b.png", "told")
     photo(tmp_path / "photos" / "a.png", "told")
