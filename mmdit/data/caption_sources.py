@@ -65,7 +65,8 @@ class _Plain:
 class Sidecars:
     """`photo.txt` beside `photo.jpg`: each line is a caption of the kind "text".
 
-    Those of another kind lie in `photo.<kind>.txt`, e.g. `photo.synthetic.txt`.
+    Those of another kind lie in `photo.<kind>.txt`, e.g. `photo.synthetic.txt`. Where there is no
+    `.txt`, `.TXT` counts.
     """
 
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
@@ -74,8 +75,10 @@ class Sidecars:
             found = {}
             for kind in kinds:
                 file = stem.with_name(f"{stem.name}{sidecar_suffix(kind)}")
-                if _is_file(file):
-                    found[kind] = lines_of(read_bytes(file), file.name)
+                for sidecar in (file, file.with_suffix(".TXT")):
+                    if _is_file(sidecar):
+                        found[kind] = lines_of(read_bytes(sidecar), sidecar.name)
+                        break
             return found
 
         return _Plain(read)
@@ -193,8 +196,11 @@ def object_of(data: bytes, file: str) -> dict[str, Any]:
 
 
 def columns_of(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Captions of a JSON object, by kind: its keys with a string or a list of strings."""
-    lists = {kind: value if isinstance(value, list) else [value] for kind, value in row.items()}
+    """Captions of a JSON object, by kind: its keys with a string or a list of strings or null."""
+    lists = {
+        kind: [text for text in value if text is not None] if isinstance(value, list) else [value]
+        for kind, value in row.items()
+    }
     found = {
         kind: tuple(cleaned(texts)) for kind, texts in lists.items() if all(map(_is_text, texts))
     }
@@ -202,8 +208,8 @@ def columns_of(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def cleaned(texts: Iterable[str]) -> Iterator[str]:
-    """Without line breaks and doubled spaces; blank ones go."""
-    return filter(None, (" ".join(text.split()) for text in texts))
+    """Without line breaks, doubled spaces and byte order marks; blank ones go."""
+    return filter(None, (" ".join(text.replace("\ufeff", "").split()) for text in texts))
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = "mmdit-shard-index-1"
+PROTOCOL = "mmdit-shard-index-2"
 AT_ONCE = 64  # samples in memory
 
 

@@ -88,6 +88,8 @@ def look(path: Path, key: str, members: Sequence[Member], measure: Measure) -> S
     by_suffix: dict[str, Member] = {}
     for member in members:
         suffix = member.name[len(key) :]
+        if suffix.endswith(".TXT"):  # counts like .txt, as beside images of a folder
+            suffix = f"{suffix[:-4]}.txt"
         if suffix in by_suffix:
             raise BadImage(f"has two {suffix} under one key")
         by_suffix[suffix] = member

@@ -21,6 +21,31 @@ def opened(folder, **arguments) -> ImageFolder:
     return ImageFolder(**{"split": "train", "root": str(folder), **PLAIN, **arguments})
 
 
+def test_pictures_are_known_by_their_content_wherever_they_lie(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            (tmp_path / name / f"{i}.bmp").write_bytes(encoded(noise(4, 4 + i), "BMP"))
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i}")
+    one, other = (opened(tmp_path / name) for name in ("one", "other"))
+    assert one.fingerprint() == other.fingerprint()
+    changed = tmp_path / "other" / "2.bmp"
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert opened(tmp_path / "other").fingerprint() != one.fingerprint()
+
+
+def test_of_a_small_set_one_image_is_held_back(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(encoded(noise(4, 4)))
+        (tmp_path / f"{i}.txt").write_text("one")
+    held_back = opened(tmp_path, split="validation", validation_fraction=1e-9)
+    kept = opened(tmp_path, validation_fraction=1e-9)
+    assert len(held_back) == 1 and sorted([*kept.names, *held_back.names]) == [
+        f"{i}.png" for i in range(5)
+    ]
+
+
 def test_so_many_samples_are_a_part_of_more(tmp_path):
     for i in range(40):
         (tmp_path / f"{i:02d}.png").write_bytes(encoded(noise(4, 4)))
@@ -222,6 +247,10 @@ def test_sidecars_give_lines_and_kinds(tmp_path, photo):
     (tmp_path / "a.b.synthetic.txt").write_text("three")
     data = opened(tmp_path, mix={"text": 0.5, "synthetic": 0.5})
     assert data.read(0)[1] == {"text": ("one", "two words"), "synthetic": ("three",)}
+    (tmp_path / "a.b.txt").rename(tmp_path / "a.b.TXT")
+    (tmp_path / "a.b.synthetic.txt").rename(tmp_path / "a.b.synthetic.TXT")
+    again = opened(tmp_path, mix={"text": 0.5, "synthetic": 0.5})
+    assert again.read(0)[1] == data.read(0)[1]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

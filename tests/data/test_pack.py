@@ -8,7 +8,7 @@ import pytest
 import mmdit.data.aside
 import mmdit.data.pack
 from mmdit.data import pack
-from mmdit.data.caption_sources import Sidecars
+from mmdit.data.caption_sources import Sidecars, Table
 from mmdit.data.folder import FolderFiles, ImageFolder
 from mmdit.data.shards import Shards
 from mmdit.errors import UserError
@@ -106,6 +106,17 @@ def test_names_of_any_bytes_are_kept(tmp_path, photo):
     pack.pack(source, tmp_path / "out")
     data = opened(tmp_path / "out", mix={"text": 1.0})
     assert data.names == source.names and len(data) == 4
+
+
+def test_captions_with_byte_order_marks_are_the_same_in_both(tmp_path, photo):
+    photo(tmp_path / "photos" / "a.png", None)
+    row = {"file_name": "a.png", "text": ["\ufeffone", " \ufeff\ufeff two", "\ufeff"]}
+    (tmp_path / "photos" / "metadata.jsonl").write_text(json.dumps(row))
+    source = FolderFiles(root=tmp_path / "photos", captions=Table(), kinds=("text",))
+    for _ in range(2):
+        pack.pack(source, tmp_path / "out")
+        shards = opened(tmp_path / "out", mix={"text": 1.0})
+        assert list(shards.read(0)[1]["text"]) == source.captions("a.png")["text"] == ["one", "two"]
 
 
 @pytest.mark.parametrize("killed_at", range(1, 12))

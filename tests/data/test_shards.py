@@ -133,6 +133,7 @@ def test_captions_come_from_text_and_json_by_kind(tmp_path):
         "caption": "third",
         "score": 0.5,
         "half": "\ud800",
+        "holes": ["\ufeffnot", None, "null"],
     }
     tar_of(
         tmp_path / "0.tar",
@@ -146,15 +147,19 @@ def test_captions_come_from_text_and_json_by_kind(tmp_path):
             ("b.synthetic.txt", b"own"),
             ("c.PNG", GOOD),
             ("c.json", b'\xef\xbb\xbf{"text": "of a table"}'),
+            ("d.PNG", GOOD),
+            ("d.TXT", b"\xef\xbb\xbfin capitals"),
+            ("d.synthetic.TXT", b"too"),
         ],
     )
-    data = opened(tmp_path, mix={"text": 1, "synthetic": 1, "caption": 1})
-    told = [{kind: texts for kind, texts in data.read(i)[1].items() if texts} for i in range(3)]
+    data = opened(tmp_path, mix={"text": 1, "synthetic": 1, "caption": 1, "holes": 1})
+    told = [{kind: texts for kind, texts in data.read(i)[1].items() if texts} for i in range(4)]
     assert told == [
         {"text": ("one", "two words", "é"), "synthetic": ("made one", "made two"),
-         "caption": ("third",)},
+         "caption": ("third",), "holes": ("not", "null")},
         {"synthetic": ("own",)},
         {"text": ("of a table",)},
+        {"text": ("in capitals",), "synthetic": ("too",)},
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"no image of .* has a caption of the kind 'half'"):
         opened(tmp_path, mix={"text": 1, "half": 1}, max_bad_fraction=0.5)
