@@ -73,6 +73,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
         logging.getLogger("mmdit").setLevel(logging.WARNING)
     with processes.main_first():  # what one writes while it looks through the data, others find
         data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
+    if found := data["train"].fingerprint():  # a run and its stages belong to these pictures
+        plain["data"]["found"] = found
     pipeline = build_pipeline(config).to(device)
     ema = EMA(pipeline, profile=instantiate(config.ema))
     parallel = instantiate(config.parallel)

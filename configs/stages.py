@@ -152,7 +152,15 @@ def give_autoencoder(
             autocast=precision,
         )
 
-    recipe = {key: plain[key] for key in ("autoencoder", "data", "precision")}
+    pictures = plain["data"]
+    if "found" in pictures:  # neither where they lie nor what is said of them matters
+        kept = ("found", "image_size", "unit", "max_ratio", "crop", "seed")
+        pictures = {key: pictures[key] for key in kept}
+    recipe = {
+        "autoencoder": plain["autoencoder"],
+        "data": pictures,
+        "precision": plain["precision"],
+    }
     path = find_or_train(config, "autoencoder", recipe, task, device, seed=seed)
     load_strictly(autoencoder, load_weights(path), path)
 

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,19 @@ def test_a_cache_is_completed_only_by_who_holds_it(tmp_path):
     other.join(60)
     assert other.exitcode == 0
     assert cache.completed
+
+
+def test_a_run_goes_on_with_its_own_pictures_wherever_they_lie(folder):
+    shutil.copytree(folder / "photos", folder / "few")
+    train(folder, "latents=from_pixels", "run=runs/few", "data.root=few", "training.steps=2")
+    (folder / "few").rename(folder / "moved")
+    goes_on = ("latents=from_pixels", "resume=runs/few", "data.root=moved", "training.steps=3")
+    told = train(folder, *goes_on).stdout
+    assert "reusing the autoencoder" not in told and "training the autoencoder" not in told
+    for path in sorted((folder / "moved").glob("0*.*"))[:6]:
+        path.unlink()
+    told = train(folder, *goes_on[:3], "training.steps=4", code=2).stderr
+    assert "config differs: data.found.content was" in told and "data.found.images was" in told
 
 
 def test_encoders_that_are_trained_stay_with_the_network(folder):

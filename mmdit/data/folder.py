@@ -20,7 +20,7 @@ from mmdit.data.caption_sources import Captions, CaptionSource
 from mmdit.data.checks import expect
 from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
 from mmdit.data.source import CaptionedImages, has_caption
-from mmdit.errors import UserError, first_line
+from mmdit.errors import UserError
 from mmdit.registry import describe
 
 log = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class Known:
         log.warning(
             "index %s cannot be used (%s), so images are decoded at every start: name another file",
             path,
-            first_line(error),
+            error.strerror,
         )
         self.path = None
 

@@ -181,6 +181,10 @@ class Shapes:
         """All that `whole` follows from, as plain data: two of the same give the same."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Nothing: all follows from the arguments."""
+        return {}
+
     @property
     def words(self) -> list[str]:
         """Every word of every caption, sorted: the vocabulary of a word-level tokenizer."""

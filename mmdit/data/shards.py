@@ -153,6 +153,10 @@ class Shards(CaptionedImages):
                 f"{error}: if {path} was replaced, delete its index {index_path(beside)}"
             ) from error
 
+    def _picture(self, index: int) -> list[int]:
+        _, length, crc32 = self._images[index].tolist()
+        return [length, crc32]
+
     def _stamp(self, index: int) -> str:
         spans = [self._images[index], *(spans[index] for spans in self._captions.values())]
         # Where in a shard it lies does not matter.

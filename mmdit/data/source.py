@@ -32,7 +32,7 @@ class CaptionedImages(ABC):
     Args:
         split: 'train' or 'validation'; an image's side is decided by its name alone, so adding
             images moves none.
-        validation_fraction: share of the images held back for validation.
+        validation_fraction: share of the images held back for validation, but one at least.
         image_size: S; a batch has about S**2 pixels an image.
         unit: every side is a multiple of it: the autoencoder's factor times the patch.
         max_ratio: largest ratio of the sides; 1 makes all batches square.
@@ -145,6 +145,15 @@ class CaptionedImages(ABC):
             "sizes": [list(size) for size in self.buckets.sizes],
         }
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these pictures from others, wherever they lie and whatever is said of them."""
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.names):
+            height, width = self.sizes[index]
+            row = f"{name}\0{height}x{width} {self._picture(index)}\n"
+            digest.update(row.encode("utf-8", "surrogatepass"))
+        return {"images": len(self), "content": digest.hexdigest()[:16]}
+
     def batch(self, indices: Iterable[int], step: int = 0) -> tuple[torch.Tensor, list[str]]:
         """Pictures as one uint8 tensor (b, h, w, 3), and captions, as `step` sees them.
 
@@ -176,6 +185,10 @@ class CaptionedImages(ABC):
         return BucketedOrder(
             group_of=self.bucket_of, groups=groups, batch_size=batch_size, seed=seed
         )
+
+    @abstractmethod
+    def _picture(self, index: int) -> list[int]:
+        """Length in bytes and CRC-32 of a sample's image, as when the data set was opened."""
 
     @abstractmethod
     def _stamp(self, index: int) -> str:
@@ -210,13 +223,16 @@ class CaptionedImages(ABC):
         """Take over the images of this split; returns their positions in `names`."""
         lots = [lot(name) for name in names]
         limit = self.validation_fraction * 2**64
-        kept = [i for i, drawn in enumerate(lots) if (drawn < limit) == (self.split != "train")]
+        held_back = {i for i, drawn in enumerate(lots) if drawn < limit}
+        if not held_back and limit and len(names) > 1:  # of a small set, one
+            held_back = {min(range(len(names)), key=lots.__getitem__)}
+        kept = [i for i in range(len(names)) if (i in held_back) == (self.split != "train")]
         if self.split == "train" and self.samples is not None:
             kept = sorted(sorted(kept, key=lots.__getitem__)[: self.samples])
         if not kept:
             raise UserError(
                 f"split {self.split!r} has none of the {len(names)} images of {place}: "
-                f"validation_fraction {self.validation_fraction} must be another"
+                f"data.validation_fraction={self.validation_fraction} must be another, such as 0.1"
             )
         self.names = [names[i] for i in kept]
         self.sizes = np.array([sizes[i] for i in kept], np.int32).reshape(-1, 2)

@@ -45,6 +45,9 @@ class Data(Protocol):
     def order(self, *, batch_size: int, seed: int) -> Order:
         """Sample indices by position, in batches of one size each."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells its pictures from those of the same config; empty if the config tells all."""
+
 
 class Lasting(Data, Protocol):
     """A data set whose pictures are the same at every step, so that their latents can be kept."""

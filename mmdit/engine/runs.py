@@ -28,7 +28,8 @@ FREE = (
     *(f"latents.{key}" for key in ("folder", "root", "shard_size", "threads", "verify")),
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
     *("sampling", "text_device"),
-    *(f"data.{key}" for key in ("report", "index", "threads", "max_bad_fraction")),
+    # Whatever they are called, they are known by what was found there.
+    *(f"data.{key}" for key in ("root", "report", "index", "threads", "max_bad_fraction")),
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every")),
     *(f"training.{key}" for key in ("keep", "keep_every", "keep_best")),
     *(

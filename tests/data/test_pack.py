@@ -62,6 +62,7 @@ def test_a_folder_and_its_shards_are_the_same_data_set(photos, tmp_path, split):
     folder = ImageFolder(root=str(photos), captions=Sidecars(), **{**SEEN, **arguments})
     shards = opened(packed(photos, tmp_path / "out"), **arguments)
     assert shards.names == folder.names and np.array_equal(shards.sizes, folder.sizes)
+    assert shards.fingerprint() == folder.fingerprint()
     assert shards.order(batch_size=2, seed=1)(0, 40) == folder.order(batch_size=2, seed=1)(0, 40)
     for i in reversed(range(len(folder))):  # at any position, in any order
         image, captions = shards.read(i)
