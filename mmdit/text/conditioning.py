@@ -201,10 +201,10 @@ class TextConditioner(nn.Module):
         remarks = []
         if unknown:
             counts = Counter(word for words in unknown for word in words)
-            words = ", ".join(word for word, _ in counts.most_common(8))
+            often = ", ".join(word for word, _ in counts.most_common(8))
             remarks.append(
                 f"{len(unknown)} of {len(captions)} captions have words that the text encoders do "
-                f"not know, and cannot tell apart: {words}. The toy's know the words of "
+                f"not know, and cannot tell apart: {often}. The toy's know the words of "
                 "data=shapes; text=published reads any"
             )
         if cut:
