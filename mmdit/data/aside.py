@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from mmdit.errors import UserError, first_line
+from mmdit.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def report_bad(
         try:
             write_whole(report, text.encode(errors="backslashreplace"))
         except OSError as error:
-            raise UserError(f"report {report} cannot be written: {first_line(error)}") from error
+            raise UserError(f"report {report} cannot be written: {error.strerror}") from error
     listed = f" (listed in {report})" if report else ""
     if not files:
         raise UserError(f"{place} holds no image")
