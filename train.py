@@ -73,6 +73,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
         logging.getLogger("mmdit").setLevel(logging.WARNING)
     with processes.main_first():  # what one writes while it looks through the data, others find
         data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
+    if config.get("metrics") is not None and not isinstance(data["train"], Shapes):
+        raise UserError("metrics: its CLIP and its prompts are those of data=shapes; leave it out")
     if found := data["train"].fingerprint():  # a run and its stages belong to these pictures
         plain["data"]["found"] = found
     pipeline = build_pipeline(config).to(device)

@@ -189,6 +189,11 @@ def test_a_run_goes_on_with_its_own_pictures_wherever_they_lie(folder):
     assert "config differs: data.found.content was" in told and "data.found.images was" in told
 
 
+def test_scores_of_shapes_are_refused_for_other_pictures(folder):
+    told = train(folder, "metrics=study", "latents=from_pixels", code=2).stderr
+    assert told.startswith("metrics: its CLIP and its prompts are those of data=shapes")
+
+
 def test_encoders_that_are_trained_stay_with_the_network(folder):
     told = train(folder, "text_device=cpu", code=2).stderr
     assert told.startswith("text_device=cpu is for encoders that are not trained")
