@@ -3,17 +3,19 @@
 import difflib
 from collections.abc import Iterable
 
+from mmdit.errors import UserError
+
 
 def expect(holds: bool, field: str, value: object, expectation: str) -> None:
-    """Raise ValueError "`field` `value` `expectation`" unless it holds."""
+    """Raise UserError "`field` `value` `expectation`" unless it holds."""
     if not holds:
-        raise ValueError(f"{field} {value!r} {expectation}")
+        raise UserError(f"{field} {value!r} {expectation}")
 
 
 def one_of(field: str, name: str, known: Iterable[str]) -> None:
-    """Raise ValueError, with the nearest known name, unless `name` is known."""
+    """Raise UserError, with the nearest known name, unless `name` is known."""
     known = list(known)
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field} {name!r} must be one of {', '.join(known)}{hint}")
+        raise UserError(f"{field} {name!r} must be one of {', '.join(known)}{hint}")
