@@ -32,7 +32,7 @@ def sizes(paths: Iterable[Path], folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def writing(path: Path, run: Path) -> Iterator[None]:
-    """Tell what to do where a file of a run cannot be written; nothing unfinished of it stays.
+    """Tell what to do where a file of a run cannot be written.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
@@ -40,8 +40,6 @@ def writing(path: Path, run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         raise UserError(
             f"{path} could not be written ({error}): go on with resume={run} when there is space "
             "and the folder can be written to"
