@@ -130,7 +130,9 @@ def job(config: DictConfig, _: Verbatim) -> None:
         log.info("%s is finished: it has made training.steps=%d", run.path, settings.steps)
         leave()
         return
-    with closing(processes, logger, how_to_resume(None if label else run.path, sys.argv[1:])):
+    again = how_to_resume(None if label else run.path, sys.argv[1:])
+    run.keep_command(again)
+    with closing(processes, logger, again):
         prepare(run.path)
         # A group that is left out has no key.
         measured = config.get("metrics") is not None

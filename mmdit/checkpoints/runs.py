@@ -2,6 +2,7 @@
 
 runs/shapes-001/
     config.json            what was run
+    command.txt            the command line that goes on with it
     metrics.jsonl          one line per logged step
     loss.png, samples/     to look at
     checkpoints/step_00001000/

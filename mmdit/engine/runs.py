@@ -123,6 +123,16 @@ class RunFolder:
             except OSError as error:  # a full disk must not hide what happened
                 log.warning("status.json could not be written: %s", error)
 
+    def keep_command(self, again: str) -> None:
+        """Keep in `command.txt` the command line that goes on with this run."""
+        if self._lock is not None:
+            write_atomically(self.path / "command.txt", f"{again}\n".encode())
+
+    def command(self) -> str | None:
+        """The command line that goes on with this run, if it was kept."""
+        path = self.path / "command.txt"
+        return path.read_text(errors="replace").strip() if path.is_file() else None
+
     def latest(self) -> Checkpoint | None:
         """The complete checkpoint of the greatest step."""
         found = checkpoints_in(self.path)
@@ -282,9 +292,9 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
         if changed:
             told = "; ".join(changed[:10]) + (f"; {len(changed) - 10} more" * (len(changed) > 10))
             raise UserError(
-                f"cannot go on with {folder.path}, its config differs: {told}. "
-                "Give the command that began it, with resume=, or start a new run without "
-                "(a sweep: under another name=)"
+                f"cannot go on with {folder.path}, its config differs: {told}. Give its own "
+                f"command: {folder.command() or 'that which began it, with resume='}; or start a "
+                "new run without resume= (a sweep: under another name=)"
             )
         for change in _differences(before, config, FREE):
             log.info("going on with another value: %s", change)

@@ -105,6 +105,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, resume=str(run))
 
 
+def test_a_config_that_differs_is_answered_with_the_command_of_the_run(tmp_path: Path) -> None:
+    save(tmp_path / "a-001", 4)
+    folder = RunFolder(tmp_path / "a-001")
+    folder.keep_command("python train.py model=x resume=a-001")
+    folder.close()
+    with pytest.raises(UserError, match=r"Give its own command: python train.py model=x resume=a"):
+        opened(tmp_path, config={**CONFIG, "seed": 1})
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run folder .*file/x cannot be written.*runs="):
