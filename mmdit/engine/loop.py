@@ -26,7 +26,7 @@ from mmdit.engine.loggers import Logger
 from mmdit.engine.meter import Meter
 from mmdit.engine.optimizers import load_moments, moments, rates_of, room_for, set_lr
 from mmdit.engine.parallel import Parallel, Single
-from mmdit.engine.posthoc import PostHoc
+from mmdit.engine.posthoc import PostHoc, remove_snapshots
 from mmdit.engine.processes import Processes
 from mmdit.engine.reports import Reports, levels
 from mmdit.engine.retention import Retention
@@ -149,6 +149,8 @@ def train(
     start, figures = (found.step, dict(found.figures)) if found else (0, {})
     if found and processes.main:
         log.info("going on with %s at step %d", run.path, start)
+    if processes.main:
+        remove_snapshots(run.path, start)
     reports = Reports(
         run.path, task=task, logger=logger, processes=processes, start=start, steps=settings.steps
     )

@@ -62,7 +62,6 @@ class PostHoc:
                 "differ in the first four decimal places"
             )
         self.snapshot_every = snapshot_every
-        self._begun = False
         self.weights = {n: w for n, w in module.named_parameters() if w.requires_grad}
         self.averages = {
             profile: {
@@ -74,9 +73,6 @@ class PostHoc:
     def update(self, step: int, run: Path, *, last: bool, writes: bool = True) -> None:
         """Take in the weights after `step` steps, and keep a snapshot where one is due.
 
-        The first call removes the snapshots of this step and later ones: an attempt that got
-        further without a checkpoint, perhaps of another seed, has left them.
-
         Args:
             step: number of steps made.
             run: run folder.
@@ -86,9 +82,6 @@ class PostHoc:
         Raises:
             UserError: the disk is full or the folder cannot be written to.
         """
-        if writes and not self._begun:
-            _remove_snapshots(run, step)
-        self._begun = True
         for name, profile in self.profiles.items():
             averages = list(self.averages[name].values())
             take_in(averages, list(self.weights.values()), profile.decay(step))
@@ -133,15 +126,17 @@ def name_of(sigma_rel: float) -> str:
     return f"power_{sigma_rel:.4f}"
 
 
-def _remove_snapshots(run: Path, start: int) -> None:
-    """Delete the snapshots of step `start` and later ones, and what a kill left unfinished of them.
+def remove_snapshots(run: Path, beyond: int) -> None:
+    """Delete the snapshots of steps after `beyond`, from which a run goes on.
+
+    An attempt that got further without a checkpoint, perhaps of another seed, has left them.
 
     Raises:
         UserError: they cannot be deleted.
     """
     for path in sorted((run / "snapshots").glob("step_*")):  # the .json of each comes first
         found = re.fullmatch(r"step_(\d+)\..+", path.name)
-        if found and int(found[1]) >= start:
+        if found and int(found[1]) > beyond:
             with writing(path, run):
                 path.unlink()
 

@@ -228,6 +228,14 @@ def test_settings_that_are_missing_are_named() -> None:
         )
 
 
+def test_snapshots_of_an_attempt_that_left_no_checkpoint_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    for step in (2, 9):
+        (tmp_path / "snapshots" / f"step_{step:08d}.json").touch()
+    go(tmp_path, 4)
+    assert list((tmp_path / "snapshots").iterdir()) == []
+
+
 def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     first = RunFolder(tmp_path)
     with pytest.raises(UserError, match="in use by process"):
