@@ -3,14 +3,13 @@
 import hashlib
 import heapq
 import json
-import logging
 import os
 import posixpath
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,11 +18,10 @@ from mmdit.data.aside import report_bad
 from mmdit.data.caption_sources import Captions, CaptionSource
 from mmdit.data.checks import expect
 from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
+from mmdit.data.known import Known, Seen, status_of
 from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
 from mmdit.registry import describe
-
-log = logging.getLogger(__name__)
 
 # What looks like an image: formats without a reader here are listed as bad, not overlooked.
 SUFFIXES = frozenset(
@@ -225,83 +223,9 @@ class ImageFolder(CaptionedImages):
             captions = self._files.captions(name)
         except BadImage as error:
             raise self._changed(index, f": {error}") from error
-        if _status(self.root / name) is None:
+        if status_of(self.root / name) is None:
             raise self._changed(index, ": no such file")
         return json.dumps([*self._picture(index), captions], sort_keys=True)
-
-
-class Seen(NamedTuple):
-    """What an image file was when it was decoded.
-
-    Attributes:
-        length, changed: bytes, and the time of change in nanoseconds.
-        height, width: in pixels, upright.
-        crc32: of its bytes.
-    """
-
-    length: int
-    changed: int
-    height: int
-    width: int
-    crc32: int
-
-
-class Known:
-    """Images decoded before, one JSON line each: a file that changed is not known.
-
-    Args:
-        path: the file; None remembers nothing.
-        max_pixels: what was found under another limit is not known.
-    """
-
-    def __init__(self, path: Path | None, max_pixels: int) -> None:
-        self.path, self.max_pixels = path, max_pixels
-        self._rows: dict[str, list[int]] = {}
-        self._new: list[dict[str, Any]] = []
-        if path is None or not path.is_file():
-            return
-        try:
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        except OSError as error:
-            self._give_up(path, error)
-            return
-        for line in lines:
-            try:
-                row = json.loads(line)
-                self._rows[row["file"]] = [int(number) for number in row["seen"]]
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s: a line that was not written whole is decoded anew", path)
-
-    def get(self, name: str, path: Path) -> Seen | None:
-        """What is known of a file that has the length and time of change of then."""
-        limit, *seen = self._rows.get(name, [0])
-        if limit != self.max_pixels or len(seen) != len(Seen._fields):
-            return None
-        known = Seen(*seen)
-        return known if known[:2] == _status(path) else None
-
-    def add(self, name: str, seen: Seen) -> None:
-        self._new.append({"file": name, "seen": [self.max_pixels, *seen]})
-
-    def flush(self) -> None:
-        """Append what is new."""
-        if self.path is not None and self._new:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="ascii") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in self._new))
-            except OSError as error:
-                self._give_up(self.path, error)
-        self._new.clear()
-
-    def _give_up(self, path: Path, error: OSError) -> None:
-        """It only saves time: the data set is the same without."""
-        log.warning(
-            "index %s cannot be used (%s), so images are decoded at every start: name another file",
-            path,
-            error.strerror,
-        )
-        self.path = None
 
 
 def scan(
@@ -314,7 +238,7 @@ def scan(
         try:
             seen = known.get(name, path)
             if seen is None:
-                status = _status(path)  # before reading: what changes meanwhile is not known
+                status = status_of(path)  # before reading: what changes meanwhile is not known
                 data = read_bytes(path)
                 height, width, _ = decode(data, max_pixels=max_pixels).shape
                 changed = status[1] if status else 0
@@ -353,12 +277,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno not in NOWHERE:
             raise
         return False
-
-
-def _status(path: Path) -> tuple[int, int] | None:
-    """Length in bytes and time of change in nanoseconds; None if nothing can be told."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):  # no file, or a name that none can have
-        return None
-    return status.st_size, status.st_mtime_ns
