@@ -46,7 +46,10 @@ class Data(Protocol):
         """Sample indices by position, in batches of one size each."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells its pictures from those of the same config; empty if the config tells all."""
+        """What tells its pictures from those of the same config; empty if the config tells all.
+
+        A run that goes on compares it, and not `data.root`.
+        """
 
 
 class Lasting(Data, Protocol):
