@@ -23,13 +23,19 @@ from mmdit.errors import UserError, first_line
 
 log = logging.getLogger("mmdit.checkpoints")
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# `owner/name`, `owner/name@revision`, `owner/name/file.safetensors`, as the hub's own tools write.
+HUB_ID = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>refs/pr/\d+|\w[\w.-]*))?"
+    r"(/(?P<file>(\w[\w.-]*/)*\w[\w.-]*\.safetensors))?"
+)
 # Names of the encoders' own files, beside the single files of the hub's repositories.
 STANDALONE = {
     "clip_l": ("clip_l.safetensors",),
     "clip_g": ("clip_g.safetensors",),
     "t5": ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
 }
+# A model that has a repository of its own, like openai/clip-vit-large-patch14, lies at its root.
+ALONE = ("model*.safetensors", "diffusion_pytorch_model*.safetensors", "merges.txt", "spiece.model")
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?"
 )
@@ -39,7 +45,13 @@ SHARD = re.compile(r"(diffusion_pytorch_model|model)\S*-\d+-of-(\d+)\.safetensor
 
 
 def local(source: str | Path, folders: Sequence[str]) -> Path:
-    """The file or folder that a source names; of a hub id, the named folders are downloaded.
+    """The file or folder that a source names; of the hub, a file or the named folders are fetched.
+
+    Args:
+        source: a path; or `owner/name` on the hub, with `@revision` (branch, tag or commit) and
+            `/path/in/it.safetensors` behind it where wanted.
+        folders: of a repository in diffusers' layout. Of one that holds a single model, its weights
+            are fetched as well.
 
     Raises:
         UserError: there is no such file, folder or model, or it may not or cannot be fetched.
@@ -47,43 +59,61 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    like_a_path = path.suffix in (".safetensors", *PICKLES) or path.parent.is_dir()
-    if like_a_path or not HUB_ID.fullmatch(str(source)):
+    on_hub = HUB_ID.fullmatch(str(source))
+    a_file = on_hub is not None and on_hub["file"] is not None
+    like_a_path = path.suffix in (".safetensors", *PICKLES) and not a_file
+    if like_a_path or on_hub is None or path.parents[-2].is_dir():
         raise UserError(f"{source}: there is no such file or folder")
-    return download(str(source), folders)
+    return download(folders=folders, **on_hub.groupdict())
 
 
-def download(repository: str, folders: Sequence[str]) -> Path:
-    """Snapshot of a hub repository's folders, from the local cache where it has them."""
-    from huggingface_hub import snapshot_download
+def download(
+    repository: str,
+    folders: Sequence[str],
+    *,
+    revision: str | None = None,
+    file: str | None = None,
+) -> Path:
+    """A file of a repository, or a snapshot of its folders; from the cache where it has them."""
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    patterns = ["*.json", *(f"{folder}/*" for folder in folders)]
     try:
+        if file is not None:
+            return Path(hf_hub_download(repository, file, revision=revision))
         return Path(
             snapshot_download(
                 repository,
-                allow_patterns=patterns,
+                revision=revision,
+                allow_patterns=["*.json", *ALONE, *(f"{folder}/*" for folder in folders)],
                 ignore_patterns=["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.fp16-*"],
             )
         )
     except Exception as error:  # its own classes and those of the http client beneath
-        raise UserError(_hub_message(repository, error)) from None
+        asked = repository + (f"@{revision}" if revision else "") + (f"/{file}" if file else "")
+        raise UserError(_hub_message(repository, asked, error)) from None
 
 
-def _hub_message(repository: str, error: Exception) -> str:
+def _hub_message(repository: str, asked: str, error: Exception) -> str:
     names = {cls.__name__ for cls in type(error).__mro__}
     if "GatedRepoError" in names:
         return (
-            f"{repository} is gated: accept its license at https://huggingface.co/{repository}, "
+            f"{asked} is gated: accept its license at https://huggingface.co/{repository}, "
             "then log in with `hf auth login` (or set HF_TOKEN)"
         )
     if "RepositoryNotFoundError" in names or "HFValidationError" in names:
         return (
-            f"{repository}: there is no such file or folder here, nor such a model on the hub "
+            f"{asked}: there is no such file or folder here, nor such a model on the hub "
             "(a private one needs `hf auth login`)"
         )
+    if "RevisionNotFoundError" in names:
+        return f"{asked}: {repository} is on the hub, but has no such branch, tag or commit"
+    if "RemoteEntryNotFoundError" in names:
+        return (
+            f"{asked}: there is no such file here, and {repository} on the hub has none either; "
+            f"its files are listed at https://huggingface.co/{repository}/tree/main"
+        )
     return (
-        f"{repository}: there is no such file or folder here, it is not in the hub's cache, and "
+        f"{asked}: there is no such file or folder here, it is not in the hub's cache, and "
         f"the hub could not be reached ({first_line(error)}). Download it where there is a "
         f"network (`hf download {repository}`), or give the path of a file or folder"
     )
@@ -138,7 +168,8 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
     told = f"; pickles like {pickles[0]} are read only as files by name" if pickles else ""
     raise UserError(
         f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{told}. Incomplete "
-        "downloads show as *.incomplete or *.part"
+        "downloads show as *.incomplete or *.part; a single file on the hub is asked for as "
+        "owner/name/file.safetensors"
     )
 
 
@@ -160,7 +191,7 @@ def load_model(
     Raises:
         UserError: nothing of the kind is there, or it does not fit.
     """
-    path = local(source, [SUBFOLDERS[kind]] if kind in SUBFOLDERS else ["*"])
+    path = local(source, [SUBFOLDERS[kind]] if kind in SUBFOLDERS else [])
     archive, folder = weights_of(path, kind, allow_pickle=allow_pickle)
     if verify:
         verify_hashes(archive)

@@ -57,7 +57,7 @@ def load_clip_features(
         if not isinstance(pair, CLIPPair):
             raise UserError(f"{file} holds a {type(pair).__name__}, not a CLIPPair")
         return pair.to(dtype=dtype, device=device)
-    archive, folder = weights_of(local(source, ["*"]), "clip_image", allow_pickle=allow_pickle)
+    archive, folder = weights_of(local(source, []), "clip_image", allow_pickle=allow_pickle)
     if verify:
         verify_hashes(archive)
     text, image = towers(archive, read_config(folder), dtype=dtype, verify=verify)

@@ -1,12 +1,14 @@
 """Sources: files, folders of many kinds, and the hub with and without a network."""
 
 import json
+import shutil
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 import mmdit
 from mmdit.checkpoints import sources
@@ -15,6 +17,7 @@ from mmdit.checkpoints.folders import write_model
 from mmdit.checkpoints.public import exported
 from mmdit.checkpoints.sources import load_model, weights_of
 from mmdit.errors import UserError
+from mmdit.registry import describe
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -123,6 +126,14 @@ REFUSALS = {
         errors.RepositoryNotFoundError("404", response=httpx.Response(404, request=REQUEST)),
         ("no such file or folder here, nor such a model on the hub",),
     ),
+    "revision": (
+        errors.RevisionNotFoundError("404", response=httpx.Response(404, request=REQUEST)),
+        ("some/model is on the hub, but has no such branch, tag or commit",),
+    ),
+    "file": (
+        errors.RemoteEntryNotFoundError("404", response=httpx.Response(404, request=REQUEST)),
+        ("there is no such file here", "listed at https://huggingface.co/some/model/tree/main"),
+    ),
     "offline": (
         errors.LocalEntryNotFoundError("Cannot find it.\nA long story."),
         ("not in the hub's cache", "(Cannot find it.)", "hf download some/model"),
@@ -141,33 +152,112 @@ def test_the_hub_refuses(monkeypatch, name):
         raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(UserError) as refusal:
-        mmdit.load_mmdit("some/model")
-    message = str(refusal.value)
-    assert message.startswith("some/model") and "\n" not in message
-    assert all(part in message for part in expected), message
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    for source in ("some/model", "some/model@v2", "some/model@v2/sub/one.safetensors"):
+        with pytest.raises(UserError) as refusal:
+            mmdit.load_mmdit(source)
+        message = str(refusal.value)
+        assert message.startswith(source) and "\n" not in message
+        assert all(part in message for part in expected), message
 
 
 @pytest.mark.parametrize(
-    "source", ["none.safetensors", "a/b.safetensors", "a/b/c", "../up", "/no/such", "two words"]
+    "source",
+    [
+        *("none.safetensors", "a/b.safetensors", "a/b/c", "../up", "/no/such", "two words"),
+        *("here/b", "here/b/c.safetensors", "a/b/c.ckpt", "a/b@../c.safetensors", "a/b@"),
+    ],
 )
-def test_what_is_no_hub_id_is_not_looked_up_there(monkeypatch, source):
+def test_what_is_no_hub_id_is_not_looked_up_there(tmp_path, monkeypatch, source):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"there is no such file or folder$"):
         mmdit.load_mmdit(source)
 
 
-def test_only_the_folders_that_are_wanted_are_fetched(tiny, tmp_path, monkeypatch):
-    mmdit.save_diffusers(tiny("t5"), tmp_path / "text_encoder_3")
-    asked = []
+class Hub:
+    """A hub with one repository: what huggingface_hub would fetch, by the patterns it is given."""
 
-    def fetch(repository, *, allow_patterns, ignore_patterns):
-        asked.append((repository, allow_patterns))
-        return str(tmp_path)
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository, self.cache = repository, cache
+        self.revisions: list[str | None] = []
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    def snapshot_download(self, name, *, revision, allow_patterns, ignore_patterns):
+        files = [f for f in self.repository.rglob("*") if f.is_file()]
+        names = [f.relative_to(self.repository).as_posix() for f in files]
+        chosen = filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        for file in chosen:
+            self.fetch(name, file, revision)
+        return str(self.cache)
+
+    def hf_hub_download(self, name, file, *, revision):
+        return str(self.fetch(name, file, revision))
+
+    def fetch(self, name: str, file: str, revision: str | None) -> Path:
+        assert name == "some/model"
+        self.revisions.append(revision)
+        path = self.cache / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.repository / file, path)
+        return path
+
+    def fetched(self) -> list[str]:
+        files = (f for f in self.cache.rglob("*") if f.is_file())
+        return sorted(f.relative_to(self.cache).as_posix() for f in files)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "there", tmp_path / "cache")
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", getattr(hub, name))
+    return hub
+
+
+def test_only_the_folders_that_are_wanted_are_fetched(tiny, hub):
+    for kind, folder in (("t5", "text_encoder_3"), ("autoencoder", "vae")):
+        mmdit.save_diffusers(tiny(kind), hub.repository / folder)
+    for name in ("sd3.safetensors", "text_encoder_3/model.fp16.safetensors", "flax_model.msgpack"):
+        (hub.repository / name).write_bytes(b"large")
     assert mmdit.load_t5("some/model").width == 16
-    assert asked == [("some/model", ["*.json", "text_encoder_3/*"])]
+    assert hub.fetched() == [
+        "text_encoder_3/config.json",
+        "text_encoder_3/model.safetensors",
+        "vae/config.json",
+    ]
+    assert set(hub.revisions) == {None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "load"),
+    [
+        ("clip_l", mmdit.load_clip),
+        ("t5", mmdit.load_t5),
+        ("autoencoder", mmdit.load_autoencoder),
+        ("controlnet", mmdit.load_controlnet),
+    ],
+)
+def test_a_repository_may_hold_one_model(tiny, hub, kind, load):
+    mmdit.save_diffusers(tiny(kind), hub.repository)
+    assert describe(load("some/model@v1.0")) == describe(tiny(kind))
+    assert set(hub.revisions) == {"v1.0"}
+
+
+def test_a_single_file_of_a_repository(tiny, hub):
+    mmdit.save_single_file(tiny("mmdit"), hub.repository / "sub" / "one.safetensors")
+    (hub.repository / "sub" / "two.safetensors").write_bytes(b"large")
+    for revision in (None, "refs"):
+        at = f"@{revision}" if revision else ""
+        model = mmdit.load_mmdit(f"some/model{at}/sub/one.safetensors")
+        assert describe(model) == describe(tiny("mmdit"))
+        assert hub.revisions.pop() == revision
+    assert hub.fetched() == ["sub/one.safetensors"]
+    with pytest.raises(UserError, match=r"asked for as owner/name/file\.safetensors"):
+        mmdit.load_mmdit("some/model")
 
 
 def test_without_a_network_the_cache_serves(tiny, tmp_path, monkeypatch):
