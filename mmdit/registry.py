@@ -7,12 +7,21 @@ the name up here, so that nothing found inside a file is ever imported by path.
 import difflib
 import functools
 import inspect
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from mmdit.errors import UserError
 
 T = TypeVar("T")
 _classes: dict[str, type] = {}
+PLAIN: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "a text"),
+    NoneType: (NoneType, "null"),
+}
 
 
 def register(cls: type[T]) -> type[T]:
@@ -36,6 +45,7 @@ def register(cls: type[T]) -> type[T]:
                 near = difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.4)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UserError(f"{cls.__name__} has no argument {name!r}{hint}")
+            _check(cls.__name__, name, arguments[name], signature.parameters[name].annotation)
         original(self, **arguments)
         bound = signature.bind(self, **arguments)
         bound.apply_defaults()
@@ -45,6 +55,24 @@ def register(cls: type[T]) -> type[T]:
     cls.__init__ = remember  # type: ignore[method-assign]
     _classes[cls.__name__] = cls
     return cls
+
+
+def _check(cls: str, name: str, value: Any, annotation: Any) -> None:
+    """Refuse a value, from a config or a file, that is not of the plain type asked for."""
+    if get_origin(annotation) is Sequence:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise UserError(f"{cls}: {name} {value!r} must be a list")
+        for item in value:
+            _check(cls, f"an entry of {name},", item, get_args(annotation)[0])
+        return
+    asked = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if not all(kind in PLAIN for kind in asked):
+        return
+    # A bool is a number to Python, and to nobody else.
+    of_kind = asked if not isinstance(value, bool) else {bool} & {*asked}
+    if not any(isinstance(value, PLAIN[kind][0]) for kind in of_kind):
+        expectation = " or ".join(PLAIN[kind][1] for kind in asked)
+        raise UserError(f"{cls}: {name} {value!r} must be {expectation}")
 
 
 def describe(instance: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 import json
+from collections.abc import Sequence
 
 import pytest
+from omegaconf import OmegaConf
 
 from mmdit import registry
 from mmdit.errors import UserError
@@ -95,3 +97,62 @@ def test_constructors_take_keywords_only_and_refuse_misspelt_ones():
         Shift(alhpa=3.0)
     with pytest.raises(TypeError, match="s"):
         Uniform(s=0.0)
+
+
+@register
+class Plain:
+    def __init__(
+        self,
+        *,
+        switch: bool = False,
+        whole: int = 1,
+        number: float = 1.0,
+        word: str = "",
+        maybe: int | None = None,
+        numbers: Sequence[int] = (),
+        words: Sequence[str] = (),
+        anything: object = None,
+    ) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"switch": "maybe"}, "switch 'maybe' must be true or false"),
+        ({"switch": 1}, "switch 1 must be true or false"),
+        ({"whole": 2.5}, "whole 2.5 must be a whole number"),
+        ({"whole": True}, "whole True must be a whole number"),
+        ({"whole": None}, "whole None must be a whole number"),
+        ({"number": "1.5"}, "number '1.5' must be a number"),
+        ({"number": False}, "number False must be a number"),
+        ({"word": 3}, "word 3 must be a text"),
+        ({"maybe": "3"}, "maybe '3' must be a whole number or null"),
+        ({"maybe": True}, "maybe True must be a whole number or null"),
+        ({"numbers": 3}, "numbers 3 must be a list"),
+        ({"numbers": [1, 2.5]}, "an entry of numbers, 2.5 must be a whole number"),
+        ({"words": "red"}, "words 'red' must be a list"),
+        ({"words": ["red", None]}, "an entry of words, None must be a text"),
+    ],
+)
+def test_arguments_are_of_the_plain_types_that_they_are_declared_as(arguments, message):
+    for make in (lambda: Plain(**arguments), lambda: build({"class": "Plain", **arguments})):
+        with pytest.raises(UserError) as refusal:
+            make()
+        assert str(refusal.value) == f"Plain: {message}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"switch": True, "whole": 3, "number": 3, "word": "a", "maybe": None, "numbers": (1, 2)},
+        {"number": 0.5, "maybe": 2, "numbers": [], "words": ["a", "b"], "anything": 2},
+        {"numbers": OmegaConf.create([1, 2]), "words": OmegaConf.create(["a"])},
+    ],
+)
+def test_what_is_of_its_type_is_taken(arguments):
+    kept = describe(Plain(**arguments))
+    assert all(
+        kept[name] == (list(v) if name in ("numbers", "words") else v)
+        for name, v in arguments.items()
+    )
