@@ -41,7 +41,7 @@ from mmdit.keys import generator_for
 
 log = logging.getLogger("mmdit.parity")
 VERBATIM = ("checkpoint", "out", "keep")
-KINDS = tuple(NAMES)
+KINDS = tuple(SIDES)
 UNITS = {"height": 16, "width": 16, "text_length": 1, "batch_size": 1, "load_rounds": 1}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 

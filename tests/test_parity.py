@@ -207,6 +207,25 @@ def test_a_checkpoint_is_compared_in_all_that_it_holds(run, sources, tmp_path):
     assert done.code == 0 and done.out.count("| controlnet ") == 6
 
 
+def test_a_model_without_a_peer_is_passed_over(run, tmp_path):
+    """A CLIP of transformers holds an image tower beside that of text."""
+    transformers = pytest.importorskip("transformers")
+    common = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    common |= {"num_attention_heads": 1, "projection_dim": 24}
+    text = {**common, "vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99}
+    config = transformers.CLIPConfig(
+        text_config=text,
+        vision_config={**common, "image_size": 32, "patch_size": 8},
+        projection_dim=24,
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    assert len(mmdit.load_clip_image(tmp_path / "clip").layers) == 2
+    done = run("checkpoint=clip", *SIZE)
+    assert done.code == 0 and "| clip_l " in done.out, done.err
+    done = run("checkpoint=clip", "components=clip_image")
+    assert done.code == 2 and "components: clip_image must be all, or of mmdit" in done.err
+
+
 def test_a_model_asked_for_must_be_there(run, sources):
     done = run(f"checkpoint={sources['mmdit']}", "components=[mmdit,controlnet]")
     assert done.code == 2 and done.err.endswith("tiny.safetensors has no SD3.5 ControlNet\n")
