@@ -235,16 +235,17 @@ def train(
                 told |= levels([task.times(p.example) for p in parts], made.losses, processes)
                 told |= meter.figures()
                 reports.figures(done, told)
+                meter.restart()
                 speed = f"{told['images_per_second']:.0f} images/s"
                 bar.set_postfix_str(f"loss {made.loss:.4f}, {speed}")
             evaluates = done % settings.evaluate_every == 0 or done == settings.steps
-            if evaluates:
-                evaluate(done)
             best = evaluates and settings.keep_best is not None  # of the weights that were measured
-            if done % settings.save_every == 0 or done == settings.steps or received or best:
-                save(done)
-            if done % settings.log_every == 0:
-                meter.restart()
+            saves = done % settings.save_every == 0 or done == settings.steps or received or best
+            with meter.paused():
+                if evaluates:
+                    evaluate(done)
+                if saves:
+                    save(done)
             if received and done < settings.steps:
                 checkpoint = saver.wait()
                 reports.close()

@@ -1,7 +1,9 @@
 """How fast training goes, what it costs, and what it waits for."""
 
+import contextlib
 import resource
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -31,7 +33,7 @@ def peak_of(device: torch.device) -> float | None:
 
 
 class Meter:
-    """Rates between two looks at it.
+    """Rates of training between two looks at it.
 
     Args:
         loader: whose waiting is counted.
@@ -45,9 +47,16 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was; also after what is not training, such as an evaluation."""
+        """Forget what was."""
         self._began, self._waited = time.perf_counter(), self.loader.waited
         self._samples, self._tokens, self._flops = 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no time of the block: for what is not training, such as an evaluation."""
+        stopped = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - stopped
 
     def count(self, samples: int, work: Work) -> None:
         """So many more samples were trained on, over all devices."""

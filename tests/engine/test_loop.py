@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoints.runs import checkpoints_in
 from mmdit.data.order import Order, ShuffledOrder
-from mmdit.engine import loop
+from mmdit.engine import loop, meter
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger, read_metrics
 from mmdit.engine.loop import Settings, train
@@ -273,3 +274,23 @@ def test_what_is_logged_at_each_interval(tmp_path: Path) -> None:
     )
     by_level = [row[f"loss_t{low:.2f}-{low + 0.25:.2f}"] for low in (0.0, 0.25, 0.5, 0.75)]
     assert sum(by_level) / 4 == pytest.approx(row["loss"], rel=1e-6)  # one sample in each
+
+
+def test_speed_is_that_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def lasting(seconds: float, original: Any) -> Any:
+        def longer(*arguments: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return original(*arguments, **options)
+
+        return longer
+
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Regression, "loss", lasting(1.0, Regression.loss))
+    monkeypatch.setattr(Regression, "evaluate", lasting(30.0, Regression.evaluate))
+    monkeypatch.setattr(loop.Saver, "save", lasting(100.0, loop.Saver.save))
+    go(tmp_path, 9, log_every=3)  # evaluates at 5 and 9, saves at even steps and at 9
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "lr" in row]
+    assert [row["images_per_second"] for row in rows] == pytest.approx([4.0] * 3)
