@@ -232,6 +232,8 @@ def train(
                 # Of this step alone: a mean would depend on where a run was stopped.
                 told = {"loss": made.loss, "gradient_norm": made.norm}
                 told |= {"lr": rates[0] * schedule(done - 1)}
+                if settings.nonfinite == "skip":
+                    told["skipped_steps"] = figures.get("skipped_steps", 0)  # of the whole run
                 told |= levels([task.times(p.example) for p in parts], made.losses, processes)
                 told |= meter.figures()
                 reports.figures(done, told)

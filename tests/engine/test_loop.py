@@ -256,6 +256,14 @@ def test_a_step_that_is_not_finite_can_be_left_out(tmp_path: Path) -> None:
     assert losses(tmp_path / "parts")[6] == losses(tmp_path)[6]
 
 
+def test_steps_that_are_left_out_are_counted_in_the_log(tmp_path: Path) -> None:
+    go(tmp_path / "skips", 6, poison=(3, 1), nonfinite="skip")
+    rows = [row for row in read_metrics(tmp_path / "skips" / "metrics.jsonl") if "lr" in row]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    go(tmp_path / "stops", 1)
+    assert "skipped_steps" not in read_metrics(tmp_path / "stops" / "metrics.jsonl")[0]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_neither_workers_nor_accumulation_change_the_losses(
