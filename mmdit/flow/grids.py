@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.flow.paths import Cosine, LDMLinear
 from mmdit.flow.schedule import Shift
 from mmdit.registry import register
@@ -23,7 +24,7 @@ class Grid(ABC):
         """Falling times for `steps` steps, the last 0: (steps + 1,), float64.
 
         Raises:
-            ValueError: fewer than one step.
+            UserError: fewer than one step.
         """
 
     def remaining(
@@ -36,7 +37,7 @@ class Grid(ABC):
         and strength 0.8: 8 instead of 7). Of the whole grid, `squeezed` to `noisiest`.
 
         Raises:
-            ValueError: fewer than one step.
+            UserError: fewer than one step.
         """
         whole = squeezed(self(steps, shift), noisiest=noisiest)
         return whole[int(steps * (1.0 - strength)) :]
@@ -76,19 +77,19 @@ class KarrasGrid(Grid):
         rho: larger spends more steps at little noise.
 
     Raises:
-        ValueError: not 0 < least < most, or rho not positive.
+        UserError: not 0 < least < most, or rho not positive.
     """
 
     def __init__(self, *, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> None:
         if not 0.0 < least < most < math.inf:
-            raise ValueError(f"KarrasGrid: least {least} and most {most} must be 0 < least < most")
+            raise UserError(f"KarrasGrid: least {least} and most {most} must be 0 < least < most")
         if not 0.0 < rho < math.inf:
-            raise ValueError(f"KarrasGrid: rho {rho} must be positive and finite")
+            raise UserError(f"KarrasGrid: rho {rho} must be positive and finite")
         self.least, self.most, self.rho = least, most, rho
 
     def __call__(self, steps: int, shift: Shift) -> Tensor:
         if steps < 1:
-            raise ValueError(f"steps {steps} must be at least 1")
+            raise UserError(f"steps {steps} must be at least 1")
         least, most = (noise ** (1 / self.rho) for noise in (self.least, self.most))
         noise = torch.linspace(most, least, steps, dtype=torch.float64) ** self.rho
         return torch.cat([shift(noise / (1.0 + noise)), noise.new_zeros(1)])
@@ -101,5 +102,5 @@ def squeezed(grid: Tensor, *, noisiest: float) -> Tensor:
 
 def _equal_steps(steps: int, *, start: float) -> Tensor:
     if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1")
+        raise UserError(f"steps {steps} must be at least 1")
     return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)

@@ -37,7 +37,7 @@ class Objective:
         grid: where the sampler stops by default.
 
     Raises:
-        ValueError: the prediction is not made for this path.
+        UserError: the prediction is not made for this path.
     """
 
     LEAST_DETERMINANT = 1e-6  # relative to a_t + b_t; float32 keeps seven digits
@@ -54,7 +54,7 @@ class Objective:
         self.path, self.timesteps, self.prediction = path, timesteps, prediction
         if lacks := prediction.misfit(path):
             names = type(prediction).__name__, type(path).__name__
-            raise ValueError(f"{names[0]} does not fit {names[1]}, which lacks {lacks}")
+            raise UserError(f"{names[0]} does not fit {names[1]}, which lacks {lacks}")
         self.shift = shift
         self.grid = UniformGrid() if grid is None else grid
 

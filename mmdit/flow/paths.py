@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.registry import register
 
 
@@ -92,12 +93,12 @@ class Cosine(Path):
             epsilon-prediction says of the data would be divided by zero.
 
     Raises:
-        ValueError: `last` is no time.
+        UserError: `last` is no time.
     """
 
     def __init__(self, *, last: float = 0.98) -> None:
         if not 0.0 < last <= 1.0:
-            raise ValueError(f"Cosine: last {last} must lie in (0, 1]")
+            raise UserError(f"Cosine: last {last} must lie in (0, 1]")
         self.last = last
 
     def a(self, t: Tensor) -> Tensor:
@@ -133,14 +134,14 @@ class LDMLinear(Path):
         steps: T.
 
     Raises:
-        ValueError: betas that do not lie, rising, in (0, 1), or no step.
+        UserError: betas that do not lie, rising, in (0, 1), or no step.
     """
 
     def __init__(self, *, first: float = 0.00085, last: float = 0.012, steps: int = 1000) -> None:
         if not 0.0 < first <= last < 1.0:
-            raise ValueError(f"LDMLinear: betas {first}, {last} must satisfy 0 < first <= last < 1")
+            raise UserError(f"LDMLinear: betas {first}, {last} must satisfy 0 < first <= last < 1")
         if steps < 2:
-            raise ValueError(f"LDMLinear: steps {steps} must be at least 2")
+            raise UserError(f"LDMLinear: steps {steps} must be at least 2")
         self.first, self.last, self.steps = first, last, steps
         # A table of numbers, not of weights: it is there when networks are built on meta, too.
         with torch.device("cpu"):
@@ -191,11 +192,14 @@ class VarianceExploding(Path):
 
     Args:
         most: the noise level b_t from which sampling starts.
+
+    Raises:
+        UserError: it is not positive, or not finite.
     """
 
     def __init__(self, *, most: float) -> None:
         if not 0.0 < most < math.inf:
-            raise ValueError(f"{type(self).__name__}: most {most} must be positive and finite")
+            raise UserError(f"{type(self).__name__}: most {most} must be positive and finite")
         self.most = most
 
     def a(self, t: Tensor) -> Tensor:
@@ -230,14 +234,14 @@ class EDM(VarianceExploding):
         most: the b from which sampling starts.
 
     Raises:
-        ValueError: P_s or `most` is not positive, or one of the three not finite.
+        UserError: P_s or `most` is not positive, or one of the three not finite.
     """
 
     def __init__(self, *, P_m: float = -1.2, P_s: float = 1.2, most: float = 80.0) -> None:
         if not math.isfinite(P_m):
-            raise ValueError(f"EDM: P_m {P_m} must be finite")
+            raise UserError(f"EDM: P_m {P_m} must be finite")
         if not 0.0 < P_s < math.inf:
-            raise ValueError(f"EDM: P_s {P_s} must be positive and finite")
+            raise UserError(f"EDM: P_s {P_s} must be positive and finite")
         super().__init__(most=most)
         self.P_m, self.P_s = P_m, P_s
 
@@ -271,12 +275,12 @@ class MatchedEDM(VarianceExploding):
         most: the b from which sampling starts.
 
     Raises:
-        ValueError: `sigma_data` or `most` is not positive, or not finite.
+        UserError: `sigma_data` or `most` is not positive, or not finite.
     """
 
     def __init__(self, *, sigma_data: float = 0.5, most: float = 80.0) -> None:
         if not 0.0 < sigma_data < math.inf:
-            raise ValueError(f"MatchedEDM: sigma_data {sigma_data} must be positive and finite")
+            raise UserError(f"MatchedEDM: sigma_data {sigma_data} must be positive and finite")
         super().__init__(most=most)
         self.sigma_data = sigma_data
 

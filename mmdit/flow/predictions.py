@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.flow.paths import Path, like
 from mmdit.registry import register
 
@@ -115,12 +116,12 @@ class FPrediction(Prediction):
         sigma_data: standard deviation of the data, as the preconditioning sees it; positive.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
     """
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
         if not 0.0 < sigma_data < math.inf:
-            raise ValueError(f"FPrediction: sigma_data {sigma_data} must be positive and finite")
+            raise UserError(f"FPrediction: sigma_data {sigma_data} must be positive and finite")
         self.sigma_data = sigma_data
 
     def coefficients(self, path: Path, t: Tensor) -> Coefficients:

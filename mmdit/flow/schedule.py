@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.registry import register
 
 
@@ -19,12 +20,12 @@ class Shift:
         alpha: positive; 1 leaves t as it is, 3 is the paper's choice at 1024 x 1024.
 
     Raises:
-        ValueError: `alpha` is not positive, or not finite.
+        UserError: `alpha` is not positive, or not finite.
     """
 
     def __init__(self, *, alpha: float = 1.0) -> None:
         if not 0.0 < alpha < math.inf:
-            raise ValueError(f"Shift: alpha {alpha} must be positive and finite")
+            raise UserError(f"{type(self).__name__}: alpha {alpha} must be positive and finite")
         self.alpha = alpha
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -35,10 +36,10 @@ class Shift:
         """Falling times from 1 to 0 for `steps` steps: (steps + 1,), float64.
 
         Raises:
-            ValueError: fewer than one step.
+            UserError: fewer than one step.
         """
         if steps < 1:
-            raise ValueError(f"steps {steps} must be at least 1")
+            raise UserError(f"steps {steps} must be at least 1")
         return self(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))
 
     def inverse(self, t: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class PublishedShift(Shift):
 
     def grid(self, steps: int) -> Tensor:
         if steps < 1:
-            raise ValueError(f"steps {steps} must be at least 1")
+            raise UserError(f"steps {steps} must be at least 1")
         least = self(torch.tensor(1e-3, dtype=torch.float64)).item()
         times = self(torch.linspace(1.0, least, steps, dtype=torch.float64))
         return torch.cat([times, times.new_zeros(1)])

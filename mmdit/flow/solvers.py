@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.keys import generator_for
 
 VelocityFunction = Callable[[Tensor, float], Tensor]
@@ -92,10 +93,10 @@ def euler_ancestral(
     the latent that a picture starts from: it depends neither on the batch nor on the device.
 
     Raises:
-        ValueError: eta outside [0, 1].
+        UserError: eta outside [0, 1].
     """
     if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"euler_ancestral: eta {eta} must lie in [0, 1]")
+        raise UserError(f"euler_ancestral: eta {eta} must lie in [0, 1]")
     keys = [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in z.float()]
     for i, (t, t_next) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)):
         v = velocity(z, t)

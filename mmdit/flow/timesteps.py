@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Generator, Tensor
 
+from mmdit.errors import UserError
 from mmdit.registry import register
 
 
@@ -50,11 +51,14 @@ class DiscreteUniform(TimestepDensity):
 
     Args:
         steps: T, at least 1.
+
+    Raises:
+        UserError: fewer.
     """
 
     def __init__(self, *, steps: int = 1000) -> None:
         if steps < 1:
-            raise ValueError(f"DiscreteUniform: steps {steps} must be at least 1")
+            raise UserError(f"DiscreteUniform: steps {steps} must be at least 1")
         self.steps = steps
 
     def from_uniform(self, u: Tensor) -> Tensor:
@@ -73,14 +77,14 @@ class LogitNormal(TimestepDensity):
         s: scale, in logits, positive.
 
     Raises:
-        ValueError: `s` is not positive, or one of them not finite.
+        UserError: `s` is not positive, or one of them not finite.
     """
 
     def __init__(self, *, m: float = 0.0, s: float = 1.0) -> None:
         if not math.isfinite(m):
-            raise ValueError(f"LogitNormal: m {m} must be finite")
+            raise UserError(f"LogitNormal: m {m} must be finite")
         if not 0.0 < s < math.inf:
-            raise ValueError(f"LogitNormal: s {s} must be positive and finite")
+            raise UserError(f"LogitNormal: s {s} must be positive and finite")
         self.m, self.s = m, s
 
     def from_uniform(self, u: Tensor) -> Tensor:
@@ -97,13 +101,16 @@ class Mode(TimestepDensity):
 
     Args:
         s: in [-1, 2/(pi - 2)], where the map is monotone; positive favours the middle.
+
+    Raises:
+        UserError: `s` lies outside.
     """
 
     LARGEST = 2.0 / (math.pi - 2.0)
 
     def __init__(self, *, s: float = 1.29) -> None:
         if not -1.0 <= s <= self.LARGEST:
-            raise ValueError(f"Mode: s {s} must lie in [-1, 2/(pi-2) = {self.LARGEST:.4f}]")
+            raise UserError(f"Mode: s {s} must lie in [-1, 2/(pi-2) = {self.LARGEST:.4f}]")
         self.s = s
 
     def from_uniform(self, u: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from mmdit.errors import UserError
 from mmdit.flow.grids import CosineGrid, Grid, KarrasGrid, LDMGrid, UniformGrid, squeezed
 from mmdit.flow.paths import Cosine, LDMLinear, RectifiedFlow
 from mmdit.flow.schedule import PublishedShift, Shift
@@ -46,7 +47,7 @@ def test_a_shift_moves_log_snr_by_minus_two_log_alpha(grid, alpha):
 @pytest.mark.parametrize("steps", [0, -3])
 def test_a_grid_needs_a_step(grid, steps):
     for ask in (grid, lambda steps, shift: grid.remaining(steps, shift, strength=0.5)):
-        with pytest.raises(ValueError, match=f"steps {steps} must be at least 1"):
+        with pytest.raises(UserError, match=f"steps {steps} must be at least 1"):
             ask(steps, Shift())
 
 
@@ -103,7 +104,7 @@ def test_the_grid_of_karras_agrees_with_diffusers():
     ],
 )
 def test_impossible_grids_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=f"KarrasGrid: .*{message}"):
+    with pytest.raises(UserError, match=f"KarrasGrid: .*{message}"):
         KarrasGrid(**arguments)
 
 

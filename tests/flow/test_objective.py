@@ -329,7 +329,7 @@ def mixed(path, prediction, grid=None) -> Objective:
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(), LDMLinear()], ids=type)
 def test_the_prediction_of_edm_needs_the_path_of_edm(path):
-    with pytest.raises(ValueError, match=f"does not fit {type(path).__name__}, which lacks a_t"):
+    with pytest.raises(UserError, match=f"does not fit {type(path).__name__}, which lacks a_t"):
         mixed(path, FPrediction())
 
 

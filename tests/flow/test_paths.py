@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from mmdit.errors import UserError
 from mmdit.flow.paths import EDM, Cosine, LDMLinear, MatchedEDM, Path, RectifiedFlow, like
 from mmdit.flow.timesteps import Uniform
 
@@ -199,7 +200,7 @@ def test_what_is_noisier_than_its_end_is_the_end_of_ldm_linear():
     ],
 )
 def test_impossible_paths_are_refused(kind: type[Path], arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         kind(**arguments)
 
 

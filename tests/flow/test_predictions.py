@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mmdit.errors import UserError
 from mmdit.flow.paths import EDM, Cosine, MatchedEDM, RectifiedFlow
 from mmdit.flow.predictions import Epsilon, FPrediction, V, Velocity
 
@@ -124,5 +125,5 @@ def test_all_others_are_shown_the_latent_and_its_time(path, prediction):
 
 @pytest.mark.parametrize("sigma_data", [0.0, -0.5, float("nan"), float("inf")])
 def test_the_data_of_edm_must_spread(sigma_data):
-    with pytest.raises(ValueError, match=f"FPrediction: sigma_data {sigma_data} must be positive"):
+    with pytest.raises(UserError, match=f"FPrediction: sigma_data {sigma_data} must be positive"):
         FPrediction(sigma_data=sigma_data)

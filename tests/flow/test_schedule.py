@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from mmdit.errors import UserError
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.schedule import PublishedShift, Shift
 from mmdit.registry import build, describe
@@ -49,16 +50,17 @@ def test_paper_value_at_1024_pixels():
     assert Shift(alpha=3.0)(torch.tensor([0.5])).item() == 0.75
 
 
+@pytest.mark.parametrize("kind", [Shift, PublishedShift])
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
-def test_alpha_must_be_positive(alpha):
-    with pytest.raises(ValueError, match=f"alpha {alpha} must be positive"):
-        Shift(alpha=alpha)
+def test_alpha_must_be_positive(alpha, kind):
+    with pytest.raises(UserError, match=f"{kind.__name__}: alpha {alpha} must be positive"):
+        kind(alpha=alpha)
 
 
 @pytest.mark.parametrize("kind", [Shift, PublishedShift])
 @pytest.mark.parametrize("steps", [0, -3])
 def test_a_grid_needs_a_step(steps, kind):
-    with pytest.raises(ValueError, match=f"steps {steps} must be at least 1"):
+    with pytest.raises(UserError, match=f"steps {steps} must be at least 1"):
         kind().grid(steps)
 
 

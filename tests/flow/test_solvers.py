@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.flow.schedule import Shift
 from mmdit.flow.solvers import (
     dpmpp_2m,
@@ -204,5 +205,5 @@ def test_different_pictures_get_different_fresh_noise():
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1])
 def test_impossible_shares_of_fresh_noise_are_refused(eta):
-    with pytest.raises(ValueError, match=rf"euler_ancestral: eta {eta} must lie in \[0, 1\]"):
+    with pytest.raises(UserError, match=rf"euler_ancestral: eta {eta} must lie in \[0, 1\]"):
         euler_ancestral(growth, torch.ones(1, 1), Shift().grid(2), eta=eta)

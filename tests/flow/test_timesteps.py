@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdit.errors import UserError
 from mmdit.flow.timesteps import (
     CosMap,
     DiscreteUniform,
@@ -154,25 +155,25 @@ def test_draws_are_decided_by_the_generator_alone(density):
 
 @pytest.mark.parametrize("m", [float("nan"), -float("inf")])
 def test_a_logit_normal_needs_a_finite_place(m):
-    with pytest.raises(ValueError, match=f"LogitNormal: m {m} must be finite"):
+    with pytest.raises(UserError, match=f"LogitNormal: m {m} must be finite"):
         LogitNormal(m=m)
 
 
 @pytest.mark.parametrize("s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_logit_normal_needs_a_positive_scale(s):
-    with pytest.raises(ValueError, match=rf"LogitNormal: s {s} must be positive"):
+    with pytest.raises(UserError, match=rf"LogitNormal: s {s} must be positive"):
         LogitNormal(s=s)
 
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_discrete_times_need_a_step(steps):
-    with pytest.raises(ValueError, match=f"DiscreteUniform: steps {steps} must be at least 1"):
+    with pytest.raises(UserError, match=f"DiscreteUniform: steps {steps} must be at least 1"):
         DiscreteUniform(steps=steps)
 
 
 @pytest.mark.parametrize("s", [-1.01, 1.752, 1.76, float("nan")])  # 2 / (pi - 2) = 1.7519...
 def test_mode_refuses_a_map_that_is_not_monotone(s):
-    with pytest.raises(ValueError, match=rf"Mode: s {s} must lie in"):
+    with pytest.raises(UserError, match=rf"Mode: s {s} must lie in"):
         Mode(s=s)
 
 
