@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from mmdit.errors import UserError, first_line
 from mmdit.metrics.ranking import Point, Run
-
-SCORES_PROTOCOL = "scores-1"
+from mmdit.metrics.scores import PROTOCOL as SCORES_PROTOCOL
+from mmdit.metrics.scores import SETTINGS as SAMPLERS
+from mmdit.metrics.scores import SOLVER
 
 
 class Setting(NamedTuple):
@@ -24,8 +25,6 @@ class Setting(NamedTuple):
         return self.name or f"{self.weights}, {self.steps} steps, guidance {self.guidance:g}"
 
 
-SOLVER = "euler"
-SAMPLERS = ((50, 1.0), (50, 2.5), (50, 5.0), (5, 5.0), (10, 5.0), (25, 5.0))
 SETTINGS = [Setting(weights, *sampler) for weights in ("ema", "raw") for sampler in SAMPLERS]
 
 

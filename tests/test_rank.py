@@ -18,6 +18,7 @@ from eval import rank, rank_input
 from eval.rank import PAPER_TABLE1
 from eval.rank_input import SAMPLERS, SETTINGS
 from mmdit.errors import UserError
+from mmdit.metrics import scores as study_scores
 from mmdit.metrics.ranking import Point
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "rank.py"
@@ -109,6 +110,15 @@ def test_settings_are_those_of_the_paper():
     assert len(SETTINGS) == len(set(SETTINGS)) == 12
     assert {s.guidance for s in SETTINGS if s.steps == 50} == {1.0, 2.5, 5.0}
     assert {s.steps for s in SETTINGS if s.guidance == 5.0} == {5, 10, 25, 50}
+
+
+def test_every_setting_that_is_scored_is_ranked_under_both_weights():
+    rows = [
+        {"weights": weights, **setting._asdict(), "solver": study_scores.SOLVER}
+        for weights in ("ema", "raw")
+        for setting in study_scores.SETTINGS
+    ]
+    assert [rank_input.setting_of(row) for row in rows] == SETTINGS
 
 
 def test_the_papers_printed_ranks_are_averages_of_24_and_of_4_settings():

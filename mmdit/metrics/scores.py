@@ -16,6 +16,7 @@ from mmdit.metrics.distances import clip_score, frechet_distance, kernel_distanc
 from mmdit.pipeline import Pipeline
 
 PROTOCOL = "scores-1"
+SOLVER = "euler"
 
 
 class Setting(NamedTuple):
@@ -106,7 +107,7 @@ class StudyProtocol:
             rows.append(
                 {
                     **setting._asdict(),
-                    "solver": "euler",
+                    "solver": SOLVER,
                     "clip": clip_score(F.normalize(seen, dim=-1), told),
                     "fd": frechet_distance(seen, real),
                     "kid": kernel_distance(seen, real),
