@@ -37,8 +37,10 @@ class Grid(ABC):
         and strength 0.8: 8 instead of 7). Of the whole grid, `squeezed` to `noisiest`.
 
         Raises:
-            UserError: fewer than one step.
+            UserError: fewer than one step, or `strength` outside [0, 1].
         """
+        if not 0.0 <= strength <= 1.0:
+            raise UserError(f"strength {strength} must lie in [0, 1]")
         whole = squeezed(self(steps, shift), noisiest=noisiest)
         return whole[int(steps * (1.0 - strength)) :]
 

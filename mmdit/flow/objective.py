@@ -115,7 +115,8 @@ class Objective:
             grid: instead of the formulation's own.
 
         Raises:
-            UserError: at the first of them the network's output says nothing about the data.
+            UserError: fewer than one step, `strength` outside [0, 1], or at the first of them the
+                network's output says nothing about the data.
         """
         grid = grid or self.grid
         times = grid.remaining(steps, self.shift, strength=strength, noisiest=self.path.noisiest)

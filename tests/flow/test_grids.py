@@ -126,6 +126,14 @@ def test_all_remains_at_strength_one_and_nothing_but_data_at_zero(grid: Grid, sh
 
 
 @each_grid
+@pytest.mark.parametrize("strength", [-0.1, 1.1, 2.0, float("nan")])
+def test_more_than_all_and_less_than_nothing_cannot_remain(grid, strength):
+    """A negative index would count from the end of the grid."""
+    with pytest.raises(UserError, match=rf"strength {strength} must lie in \[0, 1\]"):
+        grid.remaining(7, Shift(), strength=strength)
+
+
+@each_grid
 @pytest.mark.parametrize("noisiest", [0.3, 0.9])
 def test_what_remains_is_the_end_of_the_whole_also_where_that_is_squeezed(grid, noisiest):
     whole = squeezed(grid(10, Shift()), noisiest=noisiest)

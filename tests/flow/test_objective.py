@@ -317,6 +317,12 @@ def test_times_fall_from_where_the_path_starts(shifted):
     assert shifted.times(10, grid=UniformGrid())[0].item() == shifted.path.noisiest
 
 
+def test_a_strength_outside_of_0_to_1_has_no_times():
+    for strength in (-0.1, 1.1):
+        with pytest.raises(UserError, match=f"strength {strength} must lie in"):
+            objective().times(7, strength=strength)
+
+
 def test_a_formulation_has_the_uniform_grid_unless_it_names_one():
     assert torch.equal(objective(alpha=3.0).times(7), Shift(alpha=3.0).grid(7))
 
