@@ -152,6 +152,7 @@ class Objective:
         t = path.time_at(torch.tensor([sigma], dtype=torch.float64))
         z_t = (path.a(t) + path.b(t)).item() * z
         shown, time = self.prediction.inputs(path, z_t, t)
-        output = model(shown, time.to(z).expand(len(z)), *condition)
-        output = output.to(torch.promote_types(z.dtype, torch.float32))
+        # Half the timesteps would fall together in bfloat16, before the network embeds them.
+        precise = torch.promote_types(z.dtype, torch.float32)
+        output = model(shown, time.to(z.device, precise).expand(len(z)), *condition).to(precise)
         return self.prediction.straight_velocity(path, output, z_t, t)
