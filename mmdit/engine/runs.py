@@ -51,7 +51,8 @@ class RunFolder:
         held: False in the processes that train with the one that holds it.
 
     Raises:
-        UserError: another process is using it, and `wait` is off; or it cannot be written.
+        UserError: another process is using it, and `wait` is off; or it cannot be written or
+            locked.
     """
 
     def __init__(self, path: Path, *, wait: bool = False, held: bool = True) -> None:
@@ -67,16 +68,22 @@ class RunFolder:
                 f"run folder {path} cannot be written ({error.strerror}): choose another with "
                 "runs=<folder of all runs> or run=<folder>"
             ) from error
-        if wait:
-            self._wait(self._lock)
         try:
+            if wait:
+                self._wait(self._lock)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
             raise UserError(
                 f"run folder {path} is in use by process {owner}: wait for it, stop it, "
                 "or choose another folder with run=<folder>"
+            ) from error
+        except OSError as error:  # network file systems may have no locks
+            raise UserError(
+                f"run folder {path} cannot be locked against a second run ({error.strerror}): "
+                "choose one on a file system with locks (flock), with runs=<folder of all runs> or "
+                "run=<folder>"
             ) from error
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
@@ -87,7 +94,7 @@ class RunFolder:
         """Return when no other process holds the folder."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             log.info("waiting for another process, which is using %s", self.path)
             fcntl.flock(lock, fcntl.LOCK_EX)
 

@@ -1,5 +1,7 @@
 """Run folders: who holds them, which one a run goes on with, and what may differ then."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -118,6 +120,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run folder .*file/x cannot be written.*runs="):
         RunFolder(tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, wait: bool
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=rf"cannot be locked .*{os.strerror(number)}.*runs="):
+        RunFolder(tmp_path, wait=wait)
 
 
 @pytest.fixture
