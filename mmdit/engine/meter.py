@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import sys
 import time
 from collections.abc import Iterator
 
@@ -85,4 +86,5 @@ def memory(device: torch.device) -> int:
     """Greatest use of memory so far in bytes: of the GPU, or resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    greatest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return greatest if sys.platform == "darwin" else 1024 * greatest  # macOS counts no kilobytes
