@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mmdit.data.cache
-from mmdit.data.cache import Cache, Samples, differences, texts_of
+from mmdit.data.cache import Cache, Samples, Shard, differences, texts_of
 from mmdit.errors import UserError
 
 KINDS = ("synthetic", "text")
@@ -287,6 +287,29 @@ def test_more_shards_than_are_held_open(cache, monkeypatch):
     monkeypatch.setattr(mmdit.data.cache, "OPEN", 1)
     read_all(cache)
     read_all(cache)
+
+
+def test_the_shard_that_was_used_least_recently_is_closed(cache, monkeypatch):
+    opened = []
+
+    def watched(path, *arguments):
+        opened.append(int(path.stem[-5:]))
+        return Shard(path, *arguments)
+
+    monkeypatch.setattr(mmdit.data.cache, "OPEN", 2)
+    monkeypatch.setattr(mmdit.data.cache, "Shard", watched)
+    for index in (0, 2, 1, 4, 0, 4, 2):  # shards 0 1 0 2 0 2 1
+        cache.latent(index)
+    assert opened == [0, 1, 2, 1]
+
+
+def test_a_shard_held_open_takes_no_file_descriptor(cache):
+    def descriptors() -> int:
+        return len(os.listdir("/dev/fd"))
+
+    before = descriptors()
+    read_all(cache)
+    assert descriptors() == before
 
 
 def test_differences_name_what_and_its_particulars():
