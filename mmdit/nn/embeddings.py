@@ -13,7 +13,8 @@ def sinusoid(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tenso
     In bfloat16 only about half of the thousand timesteps would stay distinct.
 
     Args:
-        t: (b,) in [0, 1]. This is the only place where time is scaled by 1000.
+        t: (b,), in [0, 1] as a rule; an F-prediction gives log(b_t) / 4 in its place, which may be
+            negative. This is the only place where time is scaled by 1000.
 
     Returns:
         (b, width), float32.

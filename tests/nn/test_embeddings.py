@@ -39,6 +39,13 @@ def test_all_1001_timesteps_stay_distinct_in_float32(dtype):
     assert nearest > 0.5
 
 
+def test_negative_times_are_told_from_positive_ones_by_their_sines():
+    """An F-prediction gives log(b_t) / 4 for the time, negative where there is little noise."""
+    t = torch.tensor([0.3, 1.5])
+    cosines, sines = sinusoid(t).chunk(2, dim=1)
+    assert torch.equal(sinusoid(-t), torch.cat([cosines, -sines], dim=1))
+
+
 def test_a_bfloat16_embedding_receives_a_float32_sinusoid():
     embedding = VectorEmbedding(256, 8).bfloat16()
     assert embedding(sinusoid(torch.tensor([0.3]))).dtype == torch.bfloat16
