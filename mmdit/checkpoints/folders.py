@@ -33,16 +33,24 @@ CLASSES = {
     "clip_l": "CLIPTextModelWithProjection",
     "clip_g": "CLIPTextModelWithProjection",
     "t5": "T5EncoderModel",
+    "clip_image": "CLIPVisionModelWithProjection",
 }
+# Where the config.json of a whole CLIP, as openai/clip-vit-large-patch14, speaks of its half.
+HALVES = {"clip_l": "text_config", "clip_g": "text_config", "clip_image": "vision_config"}
 # The version of diffusers that first had all of SD3.5.
 VERSION = "0.32.0"
 
 Config = dict[str, Any]
 
 
-def read_config(folder: Path) -> Config:
-    """The config.json of a model's folder; empty when there is none."""
-    return read_json(folder / "config.json")
+def read_config(folder: Path, kind: str | None = None) -> Config:
+    """The config.json of a model's folder, of its half of a whole CLIP; empty if there is none."""
+    config = read_json(folder / "config.json")
+    half = config.get(HALVES.get(kind or "", ""))
+    if not isinstance(half, dict):
+        return config
+    # The space that both halves share is told above them; theirs may say what nothing follows.
+    return {**half, **{key: config[key] for key in ("projection_dim",) if key in config}}
 
 
 def read_json(path: Path) -> Config:
@@ -101,6 +109,7 @@ def hints_of(kind: str, config: Config) -> Description:
         "controlnet": {"num_attention_heads": "num_heads"},
         "clip_l": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
         "clip_g": {"num_attention_heads": "num_heads", "hidden_act": "activation"},
+        "clip_image": {"num_attention_heads": "num_heads"},
     }.get(kind, {})
     hints = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     for theirs, ours in names.items():
@@ -200,6 +209,18 @@ def config_of(kind: str, module: nn.Module) -> Config:
                 "projection_dim": projection,
                 "vocab_size": a["vocabulary_size"],
             }
+        case "clip_image":
+            return {
+                "hidden_act": "quick_gelu",
+                "hidden_size": a["width"],
+                "image_size": a["image_size"],
+                "intermediate_size": 4 * a["width"],
+                "model_type": "clip_vision_model",
+                "num_attention_heads": a["num_heads"],
+                "num_hidden_layers": a["depth"],
+                "patch_size": a["patch_size"],
+                "projection_dim": a["projection_width"],
+            }
         case "t5":
             return {
                 "d_ff": a["hidden"],
@@ -238,6 +259,7 @@ HABITS: dict[str, Config] = {
     },
     "clip_l": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "layer_norm_eps": 1e-5},
     "clip_g": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "layer_norm_eps": 1e-5},
+    "clip_image": {"num_channels": 3, "layer_norm_eps": 1e-5},
     "t5": {
         "decoder_start_token_id": 0,
         "eos_token_id": 1,

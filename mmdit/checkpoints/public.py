@@ -265,9 +265,15 @@ def kind_of(module: nn.Module) -> str:
 def exported(
     module: nn.Module, layout: str, *, kind: str | None = None, prefixed: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The module's tensors under the keys of a layout, in the place of `kind`."""
+    """The module's tensors under the keys of a layout, in the place of `kind`.
+
+    Raises:
+        UserError: the layout has no place for such a model.
+    """
     kind = kind_of(module) if kind is None else kind
-    format = next(f for f in FORMATS if f.kind == kind and f.layout == layout)
+    format = next((f for f in FORMATS if f.kind == kind and f.layout == layout), None)
+    if format is None:
+        raise UserError(f"a {type(module).__name__} has no {layout} layout, only the other one")
     prefix = format.prefixes[0] if prefixed else ""
     ours = module.state_dict()
     tensors = {key: slot.write(ours) for key, slot in slots_of(module, format).items()}

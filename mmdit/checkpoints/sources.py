@@ -196,7 +196,7 @@ def load_model(
     if verify:
         verify_hashes(archive)
     in_layout = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
-    config = read_config(folder) if in_layout else {}
+    config = read_config(folder, kind) if in_layout else {}
     with torch.device("cpu"):  # also where other networks are built on meta, to be counted
         module = load(
             archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype, verify=verify

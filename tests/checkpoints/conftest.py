@@ -7,6 +7,7 @@ from torch import nn
 
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
+from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
@@ -24,6 +25,9 @@ TINY: dict[str, Callable[[], nn.Module]] = {
     "clip_g": lambda: CLIPTextModel(**CLIP, activation="gelu", projection_width=24),
     "t5": lambda: T5Encoder(
         vocabulary_size=50, width=16, depth=2, num_heads=2, head_width=8, hidden=24
+    ),
+    "clip_image": lambda: CLIPImageModel(
+        width=64, depth=2, num_heads=2, image_size=28, patch_size=14, projection_width=24
     ),
     "controlnet": lambda: ControlNet(
         depth=2, width=128, num_heads=2, pooled_width=10, control_type="canny"

@@ -223,7 +223,7 @@ def test_what_is_wrong_with_a_transformer(transformer, tmp_path, name):
             "encoder.embed_tokens.weight and shared.weight are one tensor stored twice",
         ),
         ("t5", without("shared|embed_tokens"), "1 missing: shared.weight"),
-        ("clip_g", plus("vision_model.post_layernorm.weight"), "a CLIP image tower: use the text"),
+        ("clip_g", plus("visual.conv1.weight"), "a CLIP image tower: use the text"),
         ("clip_g", without(r"layers\.1\.self_attn"), "8 missing: text_model.encoder.layers.1.self"),
         ("controlnet", without("controlnet_blocks.1"), "2 missing: controlnet_blocks.1.weight"),
         (

@@ -14,10 +14,11 @@ from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
 
 NAMES = ["mmdit", "mmdit_qk_norm", "mmditx", "autoencoder", "clip_l", "clip_g", "t5", "controlnet"]
+NAMES += ["clip_image"]
 
 
 def class_of(kind):
-    library = "transformers" if kind in ("clip_l", "clip_g", "t5") else "diffusers"
+    library = "transformers" if kind.startswith(("clip", "t5")) else "diffusers"
     return getattr(pytest.importorskip(library), CLASSES[kind])
 
 
@@ -52,6 +53,9 @@ def outputs(ours, theirs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
             return [*ours(ids)], [said.hidden_states[-2], said.text_embeds]
         case "t5":
             return [ours(ids % 50)], [theirs(ids % 50).last_hidden_state]
+        case "clip_image":
+            pixels = noise(2, 3, 28, 28)
+            return [ours(pixels)], [theirs(pixels).image_embeds]
     raise AssertionError
 
 
@@ -104,3 +108,34 @@ def test_a_saved_model_has_the_files_that_they_expect(tiny, tmp_path):
         "text_encoder_3/config.json",
         "text_encoder_3/model.safetensors",
     }
+
+
+def test_a_whole_clip_gives_either_half(tmp_path):
+    """As openai/clip-vit-large-patch14 is published: both towers in a file, one config.json."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {"hidden_size": 32, "intermediate_size": 128, "vocab_size": 99, "eos_token_id": 98}
+    text |= {"max_position_embeddings": 9, "bos_token_id": 97, "hidden_act": "quick_gelu"}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "image_size": 28, "patch_size": 14}
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPConfig(
+        text_config={**text, **heads}, vision_config={**vision, **heads}, projection_dim=24
+    )
+    whole = transformers.CLIPModel(config).eval()
+    whole.save_pretrained(tmp_path)
+    pixels, ids = torch.randn(2, 3, 28, 28), torch.randint(97, (2, 9))
+    ids[:, -1] = 98
+    read = whole.text_model(ids)
+    with torch.no_grad():
+        image = mmdit.load_clip_image(tmp_path)(pixels)
+        pooled = mmdit.load_clip(tmp_path)(ids).pooled
+        theirs = whole.visual_projection(whole.vision_model(pixels).pooler_output)
+        torch.testing.assert_close(image, theirs, rtol=1e-4, atol=1e-5)
+        theirs = whole.text_projection(read.pooler_output)
+        torch.testing.assert_close(pooled, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layout_may_have_no_place_for_a_model(tiny, tmp_path):
+    with pytest.raises(UserError, match="CLIPImageModel has no original layout"):
+        mmdit.save_single_file(tiny("clip_image"), tmp_path / "image.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ class Format:
     """One model in one layout.
 
     Attributes:
-        kind: which model: mmdit, autoencoder, clip_l, clip_g, t5, controlnet.
+        kind: which model: mmdit, autoencoder, clip_l, clip_g, clip_image, t5, controlnet.
         layout: 'original' or 'diffusers'.
         prefixes: under which its keys may stand in a file; the first is written.
         mark: regular expression of keys that only this format has.

@@ -135,6 +135,7 @@ def t5(_: Description) -> list[Rule]:
 
 
 OLD_BUFFERS = (r"(text_model\.)?embeddings\.position_ids", r"logit_scale")
+SEEING = (r"vision_model\..*", r"visual_projection\.weight")  # the other half of a whole CLIP
 
 FORMATS = [
     *(
@@ -146,7 +147,7 @@ FORMATS = [
             describe=read_clip,
             rules=clip,
             identity="text_projection.weight",
-            extras=OLD_BUFFERS,
+            extras=(*OLD_BUFFERS, *SEEING),
         )
         for kind in ("clip_l", "clip_g")
         for layout, prefixes in (
