@@ -41,11 +41,10 @@ from mmdit.errors import UserError
 from mmdit.metrics.encoders import ENCODERS, SUBSETS, speaking
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.pipeline import Pipeline, from_pixels
-from mmdit.text.conditioning import EMPTY_PROMPTS
+from mmdit.text.conditioning import EMPTY_PROMPTS, NAMES
 
 PROTOCOL = "encoders-1"
 VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)
-NAMES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 
 
 def job(config: DictConfig, text: Verbatim) -> None:

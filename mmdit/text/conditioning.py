@@ -15,6 +15,7 @@ from mmdit.models.t5 import T5Encoder
 from mmdit.registry import register
 from mmdit.text.tokenizers import PromptTokenizer
 
+NAMES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}  # as people call them
 EMPTY_PROMPTS = ("zeros", "encoded")
 
 
@@ -186,18 +187,18 @@ class TextConditioner(nn.Module):
             if unknown := self._unknown(prompt):
                 words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
                 remarks.append(f"this model does not know {len(unknown)} of the words: {words}")
-            excess, length = self._excess(prompt)
-            if excess:
-                remarks.append(
-                    f"a prompt of {len(prompt)} characters is cut: its last {excess} tokens exceed "
-                    f"the {length} that the encoder reads"
+            if cuts := self._cuts(prompt):
+                read = "; ".join(
+                    f"{name} reads {length} tokens, not its last {excess}"
+                    for name, length, excess in cuts
                 )
+                remarks.append(f"a prompt of {len(prompt)} characters is cut: {read}")
         return remarks
 
     def remarks_on_captions(self, captions: Sequence[str]) -> list[str]:
         """What to know before training on captions like these: what of them is not understood."""
         unknown = [words for caption in captions if (words := self._unknown(caption))]
-        cut = [length for excess, length in map(self._excess, captions) if excess]
+        cut = [cuts for caption in captions if (cuts := self._cuts(caption))]
         remarks = []
         if unknown:
             counts = Counter(word for words in unknown for word in words)
@@ -208,9 +209,10 @@ class TextConditioner(nn.Module):
                 "data=shapes; text=published reads any"
             )
         if cut:
+            lengths = {name: length for cuts in cut for name, length, _ in cuts}
+            read = ", ".join(f"{name} reads {length} tokens" for name, length in lengths.items())
             remarks.append(
-                f"{len(cut)} of {len(captions)} captions are cut: they are longer than the "
-                f"{cut[0]} tokens that an encoder reads"
+                f"{len(cut)} of {len(captions)} captions are cut, being too long: {read}"
             )
         return remarks
 
@@ -223,10 +225,13 @@ class TextConditioner(nn.Module):
         first, *others = [t.unknown_words(prompt) for t in self._tokenizers] or [[]]
         return [word for word in first if all(word in words for words in others)]
 
-    def _excess(self, prompt: str) -> tuple[int, int]:
-        """Tokens that are cut off for the encoder that reads least, and how many it reads."""
-        shortest = min(self._tokenizers, key=lambda tokenizer: tokenizer.length, default=None)
-        return (shortest.excess(prompt), shortest.length) if shortest else (0, 0)
+    def _cuts(self, prompt: str) -> list[tuple[str, int, int]]:
+        """Encoders that read less than all: name, tokens that it reads, tokens that are left."""
+        return [
+            (name, encoder.length, excess)
+            for name, encoder in zip(NAMES.values(), self.encoders, strict=True)
+            if isinstance(encoder, TextEncoder) and (excess := encoder.tokenizer.excess(prompt))
+        ]
 
     def draw_kept(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Which encoders each training sample keeps: bool (b, 3)."""

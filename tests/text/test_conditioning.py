@@ -184,7 +184,16 @@ def test_only_present_encoders_remark_on_prompts():
     unknown, cut = text.remarks_on_captions(["a red circle", "a dog and a cat", "a dog", long])
     assert "3 of 4 captions have words" in unknown and ": dog, cat, zebra." in unknown
     assert "1 of 4 captions are cut" in cut
+    assert cut.endswith(f": CLIP-L reads {LENGTH} tokens, CLIP-G reads {LENGTH} tokens")
     assert without(text, *NAMES).remarks_on_captions([long]) == []
+
+
+def test_a_prompt_that_only_t5_cuts_is_remarked_on():
+    text = conditioner()
+    text.t5.tokenizer = T5WordTokenizer(words=WORDS, length=4)
+    text.t5.length = 4
+    (cut,) = text.remarks(["a red circle and"])  # with an end token one too many
+    assert cut.endswith("is cut: T5 reads 4 tokens, not its last 1")
 
 
 def test_a_word_that_one_encoder_knows_is_known(clip_files):
@@ -253,7 +262,10 @@ def test_the_reader_is_told_once_of_unknown_words_and_of_text_cut_off():
     (unknown,) = text.remarks(["a zebra and a lion"] * 2)
     assert "2 of the words: zebra, lion" in unknown
     (cut,) = text.remarks(["a " * 10])
-    assert f"its last 5 tokens exceed the {LENGTH}" in cut
+    assert cut.endswith(
+        f"is cut: CLIP-L reads {LENGTH} tokens, not its last 5; CLIP-G reads {LENGTH} tokens, "
+        f"not its last 5; T5 reads {T5_LENGTH} tokens, not its last 2"
+    )
     many = text.remarks([" ".join(f"x{i}" for i in range(8))])[0]
     assert many.endswith("x6, x7")
 
