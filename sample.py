@@ -29,6 +29,7 @@ from mmdit.engine.pictures import save_grid
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.errors import UserError
 from mmdit.registry import describe
+from mmdit.text.conditioning import ENCODERS
 
 log = logging.getLogger("mmdit.sample")
 VERBATIM = (
@@ -183,7 +184,7 @@ def load(
     source: Path | str, config: DictConfig, text: Verbatim, device: torch.device
 ) -> mmdit.Pipeline:
     """The pipeline on its device. Public weights are cast; those of a run compute in autocast."""
-    flags = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ("clip_l", "clip_g", "t5")}
+    flags = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
     public = {
         "preset": config.preset,
         "t5_length": config.text.t5_length,

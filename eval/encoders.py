@@ -38,10 +38,10 @@ from eval.subject import (
     write_results,
 )
 from mmdit.errors import UserError
-from mmdit.metrics.encoders import ENCODERS, SUBSETS, speaking
+from mmdit.metrics.encoders import SUBSETS, speaking
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.pipeline import Pipeline, from_pixels
-from mmdit.text.conditioning import EMPTY_PROMPTS, NAMES
+from mmdit.text.conditioning import EMPTY_PROMPTS, ENCODERS, NAMES
 
 PROTOCOL = "encoders-1"
 VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)

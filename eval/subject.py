@@ -28,6 +28,7 @@ from mmdit.metrics.features import in_batches, load_clip_features
 from mmdit.metrics.scores import Features, scenes_of
 from mmdit.pipeline import Pipeline
 from mmdit.published import PRESETS
+from mmdit.text.conditioning import ENCODERS
 
 PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # free text: where parts of it are
 
@@ -52,7 +53,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
         raise UserError(
             f"there is no finished run in {config.runs}/: give checkpoint=<run, file or hub id>"
         )
-    used = {key: config.text[key] for key in ("use_clip_l", "use_clip_g", "use_t5")}
+    used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
     for key, value in used.items():
         if not isinstance(value, bool):
             raise UserError(f"text.{key}={value} must be true or false")

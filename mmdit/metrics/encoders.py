@@ -5,9 +5,8 @@ import itertools
 from collections.abc import Collection
 
 from mmdit.pipeline import Pipeline
-from mmdit.text.conditioning import AbsentEncoder, TextConditioner, TextEncoder
+from mmdit.text.conditioning import ENCODERS, AbsentEncoder, TextConditioner, TextEncoder
 
-ENCODERS = ("clip_l", "clip_g", "t5")
 SUBSETS = [  # all three first, none last
     tuple(kind for kind, speaks in zip(ENCODERS, speaking, strict=True) if speaks)
     for speaking in itertools.product((True, False), repeat=3)
@@ -24,12 +23,10 @@ def speaking(
         empty_prompt: 'zeros' or 'encoded', as in `TextConditioner`; None leaves it as it is.
     """
     text = pipeline.text
-    parts: dict[str, TextEncoder | AbsentEncoder] = {}
-    for kind, encoder in zip(ENCODERS, text.encoders, strict=True):
-        absent = AbsentEncoder(
-            width=encoder.width, pooled_width=encoder.pooled_width, length=encoder.length
-        )
-        parts[kind] = encoder if kind in kept else absent.to(encoder.device)
+    parts: dict[str, TextEncoder | AbsentEncoder] = {
+        kind: encoder if kind in kept else AbsentEncoder.instead_of(encoder)
+        for kind, encoder in zip(ENCODERS, text.encoders, strict=True)
+    }
     view = copy.copy(pipeline)
     conditioner = TextConditioner(
         **parts,

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from mmdit.registry import register
 from mmdit.text.tokenizers import PromptTokenizer
 
 NAMES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}  # as people call them
+ENCODERS = tuple(NAMES)  # in the order in which a conditioner holds them
 EMPTY_PROMPTS = ("zeros", "encoded")
 
 
@@ -100,6 +101,13 @@ class AbsentEncoder(nn.Module):
         self.place: Tensor
         # Holds nothing, but follows the module to its device and dtype.
         self.register_buffer("place", torch.empty(0), persistent=False)
+
+    @classmethod
+    def instead_of(cls, encoder: "TextEncoder | AbsentEncoder") -> Self:
+        """One of the same widths, length and device."""
+        width, pooled_width = encoder.width, encoder.pooled_width
+        absent = cls(width=width, pooled_width=pooled_width, length=encoder.length)
+        return absent.to(encoder.device)
 
     @property
     def device(self) -> torch.device:

@@ -6,13 +6,13 @@ from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import LogitNormal
-from mmdit.metrics.encoders import ENCODERS, SUBSETS, speaking
+from mmdit.metrics.encoders import SUBSETS, speaking
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
-from mmdit.text.conditioning import TextConditioner, TextEncoder
+from mmdit.text.conditioning import ENCODERS, TextConditioner, TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
 
 PROMPTS = ["red circle", "", "blue"]

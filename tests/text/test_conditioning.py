@@ -8,16 +8,19 @@ from mmdit.models.clip import CLIPTextModel
 from mmdit.models.t5 import T5Encoder
 from mmdit.registry import build, describe
 from mmdit.text.clip_tokenizer import clip_tokenizer_in
-from mmdit.text.conditioning import AbsentEncoder, TextConditioner, TextEncoder, TokenIds
+from mmdit.text.conditioning import (
+    ENCODERS,
+    AbsentEncoder,
+    TextConditioner,
+    TextEncoder,
+    TokenIds,
+)
 from mmdit.text.t5_tokenizer import t5_tokenizer_in
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
 
 WORDS = ["a", "red", "blue", "circle", "square", "and"]
 L_WIDTH, G_WIDTH, T5_WIDTH, LENGTH, T5_LENGTH = 8, 12, 32, 7, 9
 PROMPTS = ["a red circle", "a blue square"]
-
-
-NAMES = ["clip_l", "clip_g", "t5"]
 
 ABSENT = {
     "clip_l": {"width": L_WIDTH, "pooled_width": L_WIDTH, "length": LENGTH},
@@ -28,7 +31,7 @@ ABSENT = {
 
 def without(text: TextConditioner, *names: str) -> TextConditioner:
     """The same encoders, but for those named."""
-    parts = {name: getattr(text, name) for name in NAMES}
+    parts = {name: getattr(text, name) for name in ENCODERS}
     absent = {name: AbsentEncoder(**ABSENT[name]) for name in names}
     return TextConditioner(**{**parts, **absent})
 
@@ -95,9 +98,9 @@ def test_layout(text):
 @torch.no_grad()
 def test_a_dropped_encoder_contributes_zeros_and_the_others_are_unmoved(text, dropped):
     ids = text.tokenize(PROMPTS)
-    kept = torch.tensor([[name != dropped for name in NAMES], [True] * 3])
+    kept = torch.tensor([[name != dropped for name in ENCODERS], [True] * 3])
     before, after = parts(*text(ids)), parts(*text(ids, kept))
-    for name in NAMES:
+    for name in ENCODERS:
         for whole, part in zip(before[name], after[name], strict=True):
             assert torch.equal(part[1], whole[1])  # the other sample keeps all
             if name == dropped:
@@ -112,7 +115,7 @@ def test_a_dropped_encoder_gets_no_gradient(text):
     (c_vec.square().sum() + c_ctxt.square().sum()).backward()
     grads = {
         name: [p.grad for p in getattr(text, name).parameters() if p.grad is not None]
-        for name in NAMES
+        for name in ENCODERS
     }
     assert not any(grad.any() for grad in grads["clip_g"])
     assert any(grad.any() for grad in grads["clip_l"])
@@ -134,7 +137,7 @@ def test_a_conditioner_is_frozen_when_all_of_its_weights_are(text):
     text.clip_g.requires_grad_(False)
     assert not text.frozen
     text.t5.requires_grad_(False)
-    assert text.frozen and without(text, *NAMES).frozen
+    assert text.frozen and without(text, *ENCODERS).frozen
 
 
 @pytest.mark.parametrize("empty", ["", "  \n"])
@@ -148,7 +151,7 @@ def test_an_empty_prompt_is_all_zeros_and_leaves_the_others_alone(text, empty):
 
 
 SUBSETS = [
-    [name for i, name in enumerate(NAMES) if mask >> i & 1] for mask in range(2 ** len(NAMES))
+    [name for i, name in enumerate(ENCODERS) if mask >> i & 1] for mask in range(2 ** len(ENCODERS))
 ]
 
 
@@ -156,7 +159,7 @@ SUBSETS = [
 @torch.no_grad()
 def test_an_absent_encoder_is_one_that_is_always_dropped(text, absent):
     fewer = without(text, *absent)
-    kept = torch.tensor([[name not in absent for name in NAMES]] * 2)
+    kept = torch.tensor([[name not in absent for name in ENCODERS]] * 2)
     dropped = text(text.tokenize(PROMPTS), kept)
     for one, other in zip(fewer.encode(PROMPTS), dropped, strict=True):
         assert torch.equal(one, other)
@@ -164,6 +167,13 @@ def test_an_absent_encoder_is_one_that_is_always_dropped(text, absent):
     assert set(fewer.state_dict()) == {
         key for key in text.state_dict() if key.split(".")[0] not in absent
     }
+
+
+def test_an_encoder_is_replaced_by_zeros_of_its_shape_on_its_device(text):
+    for encoder, sizes in zip(text.encoders, ABSENT.values(), strict=True):
+        absent = AbsentEncoder.instead_of(encoder.to("meta"))
+        assert describe(absent) == describe(AbsentEncoder(**sizes))
+        assert absent.device == torch.device("meta")
 
 
 @torch.no_grad()
@@ -180,12 +190,12 @@ def test_only_present_encoders_remark_on_prompts():
     long = "zebra " * 8  # with one end token, the length of T5; two tokens too many for CLIP
     assert len(text.remarks([long])) == 2
     assert len(without(text, "clip_l", "clip_g").remarks([long])) == 1
-    assert without(text, *NAMES).remarks([long]) == []
+    assert without(text, *ENCODERS).remarks([long]) == []
     unknown, cut = text.remarks_on_captions(["a red circle", "a dog and a cat", "a dog", long])
     assert "3 of 4 captions have words" in unknown and ": dog, cat, zebra." in unknown
     assert "1 of 4 captions are cut" in cut
     assert cut.endswith(f": CLIP-L reads {LENGTH} tokens, CLIP-G reads {LENGTH} tokens")
-    assert without(text, *NAMES).remarks_on_captions([long]) == []
+    assert without(text, *ENCODERS).remarks_on_captions([long]) == []
 
 
 def test_a_prompt_that_only_t5_cuts_is_remarked_on():
@@ -215,7 +225,7 @@ def test_an_empty_prompt_can_be_encoded_like_any_other(randomize, empty):
     assert all(part.any() for part in (*encoded.c_vec[0].split([L_WIDTH, 10]), *encoded.c_ctxt[0]))
 
 
-@pytest.mark.parametrize("narrow", NAMES)
+@pytest.mark.parametrize("narrow", ENCODERS)
 @torch.no_grad()
 def test_the_condition_has_the_widest_dtype_and_rounds_no_encoder(text, narrow):
     getattr(text, narrow).bfloat16()
@@ -230,7 +240,7 @@ def test_the_condition_has_the_widest_dtype_and_rounds_no_encoder(text, narrow):
 
 @torch.no_grad()
 def test_a_condition_of_narrow_encoders_is_narrow(text):
-    for part in (text, without(text, "t5"), without(text, *NAMES)):
+    for part in (text, without(text, "t5"), without(text, *ENCODERS)):
         c_vec, c_ctxt = part.bfloat16().encode(PROMPTS)
         assert c_vec.dtype == c_ctxt.dtype == torch.bfloat16
 
