@@ -1,4 +1,4 @@
-"""What is each text encoder worth, and what does unconditional mean? (Sec. 5.3.3, App. B.3)
+"""What is each text encoder worth, and what does unconditional mean? (App. B.2, B.3)
 
 Protocol `encoders-1`: the same prompts and noise with each of the eight subsets of CLIP-L, CLIP-G
 and T5, where an encoder left out contributes zeros, as it does in training. Guidance moves away

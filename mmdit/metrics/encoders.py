@@ -1,4 +1,4 @@
-"""What each text encoder is worth: a pipeline in which only some of them speak (Sec. 5.3.3)."""
+"""What each text encoder is worth: a pipeline in which only some of them speak (App. B.2)."""
 
 import copy
 import itertools

@@ -1,6 +1,6 @@
 """How far a picture travels from noise to data: the length of its path (Table 6).
 
-The straighter the paths, the fewer steps follow them; larger models have shorter ones (Sec. 5.3.4).
+The straighter the paths, the fewer steps follow them; larger models have shorter ones (Sec. 5.3).
 """
 
 import torch

@@ -87,7 +87,7 @@ class TextEncoder(nn.Module):
 
 @register
 class AbsentEncoder(nn.Module):
-    """Stands where an encoder is left out: zeros, as if it were always dropped (Sec. B.3).
+    """Stands where an encoder is left out: zeros, as if it were always dropped (App. B.3).
 
     Args:
         width: of the hidden states of the encoder left out.
@@ -135,7 +135,7 @@ class TextConditioner(nn.Module):
 
     Args:
         clip_l, clip_g, t5: the encoders.
-        dropout: probability with which training drops each encoder, independently (Sec. B.3).
+        dropout: probability with which training drops each encoder, independently (App. B.3).
         empty_prompt: how `encode` reads an empty prompt: 'zeros', as if all encoders were dropped
             (the paper's training), or 'encoded' like any other (the public weights' guidance).
 
