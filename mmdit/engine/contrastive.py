@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class ContrastiveTask:
         rounds: batches of `CHOICES` images with distinct captions in the evaluation.
         autocast: precision of the forward pass.
     """
+
+    higher_is_better: ClassVar[frozenset[str]] = frozenset({"accuracy"})
 
     def __init__(
         self,

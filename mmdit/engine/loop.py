@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -54,7 +54,7 @@ class Settings(NamedTuple):
     save_every: int
     keep: int  # newest checkpoints
     keep_every: int | None = None  # steps of which this is a divisor keep theirs for good
-    keep_best: str | None = None  # figure of the evaluation, whose lowest keeps its checkpoint
+    keep_best: str | None = None  # figure of the evaluation, whose best keeps its checkpoint
     asynchronous: bool = False  # write checkpoints while training goes on
     accumulation: int = 1  # parts that each process makes its share of a batch in
     workers: int = 0  # processes that prepare data for each process that trains
@@ -86,10 +86,19 @@ class Settings(NamedTuple):
             raise UserError(f"{where}.asynchronous={given['asynchronous']} must be true or false")
         return cls(**given)
 
-    @property
-    def retention(self) -> Retention:
-        """Which checkpoints stay."""
-        return Retention(last=self.keep, every=self.keep_every, best=self.keep_best)
+    def retention(self, higher_is_better: Collection[str]) -> Retention:
+        """Which checkpoints stay.
+
+        Args:
+            higher_is_better: figures, without the prefix that tells whose weights were measured.
+        """
+        figure = (self.keep_best or "").rpartition("/")[2]
+        return Retention(
+            last=self.keep,
+            every=self.keep_every,
+            best=self.keep_best,
+            highest=figure in higher_is_better,
+        )
 
 
 def positive(config: Mapping[Any, Any], name: str, where: str) -> Any:
@@ -141,7 +150,7 @@ def train(
     saver = Saver(
         run.path,
         processes,
-        keep=settings.retention,
+        keep=settings.retention(task.higher_is_better),
         config=config or {},
         asynchronous=settings.asynchronous,
     )

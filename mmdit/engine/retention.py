@@ -15,8 +15,9 @@ class Retention:
     Args:
         last: how many of the newest.
         every: those of steps that it divides stay for good; None is none.
-        best: name of a figure of the evaluation, like 'ema/loss'; the checkpoint of its lowest
-            value stays. None is none.
+        best: name of a figure of the evaluation, like 'ema/loss'; the checkpoint of its best value
+            stays. None is none.
+        highest: whether the best value is the highest, not the lowest.
 
     Raises:
         UserError: a number is not whole and above 0.
@@ -25,6 +26,7 @@ class Retention:
     last: int = 2
     every: int | None = None
     best: str | None = None
+    highest: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("keep", self.last), ("keep_every", self.every)):
@@ -38,8 +40,9 @@ class Retention:
         kept = set(steps[-self.last :])
         if self.every is not None:
             kept |= {step for step in steps if step % self.every == 0}
+        sign = -1 if self.highest else 1
         ranked = [
-            (checkpoint.figures[self.best], checkpoint.step)
+            (sign * checkpoint.figures[self.best], checkpoint.step)
             for checkpoint in checkpoints
             if self.best is not None and math.isfinite(checkpoint.figures.get(self.best, math.nan))
         ]

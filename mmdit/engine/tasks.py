@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class Task(Protocol):
     @property
     def protocol(self) -> dict[str, str | int]:
         """Under which name, on how many samples and with which seed `evaluate` measures."""
+
+    @property
+    def higher_is_better(self) -> frozenset[str]:
+        """The figures of `evaluate` that are the better the higher they are; others, the lower."""
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         """Sample indices by position."""
@@ -88,6 +92,8 @@ class AutoencoderTask:
         seed: of the posterior's noise.
         autocast: precision of the forward pass.
     """
+
+    higher_is_better: ClassVar[frozenset[str]] = frozenset({"psnr"})
 
     def __init__(
         self,
@@ -196,6 +202,8 @@ class FlowTask:
         seed: of timesteps, noise and encoder drop-out.
         autocast: precision of the forward pass.
     """
+
+    higher_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class Denoising:
     """Predicts noise from itself; inputs are keyed by (step, sample)."""
 
     protocol: ClassVar[dict[str, str | int]] = {"protocol": "denoising"}
+    higher_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, poison: Sequence[int] | None = None) -> None:
         torch.manual_seed(0)

@@ -122,6 +122,7 @@ def test_a_loss_is_a_function_of_the_samples_alone():
 def test_evaluation_of_an_untrained_pair_is_a_guess():
     task = make_task()
     figures = task.evaluate(task.module)
+    assert task.higher_is_better < figures.keys()
     assert figures.keys() == {"loss", "accuracy"}
     assert figures["accuracy"] < 0.1
     assert math.log(CHOICES) - 0.5 < figures["loss"] < math.log(CHOICES) + 2

@@ -38,6 +38,7 @@ class Regression:
     """Learns the sum of its inputs, which are keyed by (step, sample)."""
 
     protocol: ClassVar[dict[str, str | int]] = {"protocol": "regression"}
+    higher_is_better: ClassVar[frozenset[str]] = frozenset({"likeness"})
 
     def __init__(self, poison: tuple[int, int] | None = None) -> None:
         torch.manual_seed(0)
@@ -192,6 +193,21 @@ def test_a_run_that_never_gets_finite_again_ends(
 def test_the_best_checkpoint_is_that_of_the_weights_that_were_measured(tmp_path: Path) -> None:
     go(tmp_path, 7, keep_best="ema/loss")  # evaluates at 5 and 7, saves at even steps, keeps 3
     assert [checkpoint.step for checkpoint in checkpoints_in(tmp_path)] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("figure", ["ema/loss", "raw/likeness"])
+def test_the_best_checkpoint_is_that_of_the_better_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
+) -> None:
+    losses = iter([3.0, 3.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0])  # averaged and raw each time
+
+    def evaluate(*_: object) -> dict[str, float]:
+        loss = next(losses)
+        return {"loss": loss, "likeness": -loss}
+
+    monkeypatch.setattr(Regression, "evaluate", evaluate)
+    go(tmp_path, 20, keep_best=figure)  # evaluates at 5, 10, 15 and 20
+    assert [checkpoint.step for checkpoint in checkpoints_in(tmp_path)] == [10, 16, 18, 20]
 
 
 def test_a_figure_that_is_none_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

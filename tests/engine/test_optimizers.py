@@ -204,6 +204,7 @@ class Reading:
     """Learns a number of each sample, keyed by (step, sample)."""
 
     protocol: ClassVar[dict[str, str | int]] = {"protocol": "reading"}
+    higher_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         torch.manual_seed(0)
