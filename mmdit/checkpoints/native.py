@@ -103,20 +103,29 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file of ours.
 
     Raises:
-        UserError: the file is not there, or cannot be read as safetensors.
+        UserError: the file is not there, cannot be read as safetensors, or is not one of ours.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = _read_header(file.metadata() or {}, path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is damaged or no safetensors file ({error}): "
             "use another checkpoint, or copy it here again"
         ) from error
-    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    return tensors, metadata
+
+
+def _read_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
+    try:
+        return {key: json.loads(value) for key, value in header.items()}
+    except (ValueError, RecursionError) as error:  # others write what they like, like format: pt
+        raise UserError(
+            f"{path} was not written by this project: its header is no JSON ({error})"
+        ) from error
 
 
 def flush(folder: Path) -> None:
