@@ -361,7 +361,7 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     Raises:
         UserError: it has no public format, or the path is not that of a safetensors file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     models = models_of(thing)
@@ -383,9 +383,9 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
     Raises:
         UserError: it has no public format.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not isinstance(thing, Pipeline):
-        with replacing(folder) as new:
+        with replacing(folder, pipeline=False) as new:
             write_model(thing, new)
         return folder
     tokenizers: dict[str, Any] = {}
@@ -399,6 +399,6 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
                 )
             tokenizers[kind] = encoder.tokenizer
     shift = thing.objective.shift.alpha
-    with replacing(folder) as new:
+    with replacing(folder, pipeline=True) as new:
         write_folder(models_of(thing), new, shift=shift, tokenizers=tokenizers)
     return folder

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import struct
+import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -213,15 +214,18 @@ def write_archive(
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     unknown = "0x" + 64 * "0"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode
         save_file(
             {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
             beside,
             metadata={"format": "pt", **(metadata or {}), HASH: unknown},
         )
+        beside.chmod(mode)  # the library makes files that nobody else may read
         with beside.open("r+b") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(length))

@@ -1,9 +1,11 @@
 """Folders in diffusers' layout: a subfolder per model, each with its config.json."""
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,11 @@ SUBFOLDERS = {
     "t5": "text_encoder_3",
 }
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
-# What `write_model` leaves in a folder.
-WEIGHTS_WRITTEN = re.compile(r"(diffusion_pytorch_model|model)[.-].*safetensors(\.index\.json)?$")
+# What a saved pipeline consists of, and the files of weights that `write_model` leaves in a folder.
+LAYOUT = {*SUBFOLDERS.values(), *TOKENIZERS.values(), "scheduler"}
+WEIGHTS_WRITTEN = re.compile(
+    r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
 CLASSES = {
     "controlnet": "SD3ControlNetModel",
     "mmdit": "SD3Transformer2DModel",
@@ -271,30 +276,71 @@ HABITS: dict[str, Config] = {
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `folder` when all is written.
+def replacing(folder: Path, *, pipeline: bool) -> Iterator[Path]:
+    """A folder to write in, whose content takes its place in `folder` when all is written.
 
-    What was there under the same names, and what an earlier saving left under names of the layout,
-    goes only then; other files stay.
+    What was there under the same names, or was left by an earlier saving, goes; other files stay.
+    Where anything fails, all of it stays.
+
+    Args:
+        pipeline: whether a whole pipeline is written, or one model.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the place cannot be written to, or holds something else that would be lost.
     """
-    new = folder.with_name(folder.name + ".tmp")
+    folder = folder.resolve()
+    check_place(folder, pipeline=pipeline)
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        folder.mkdir(exist_ok=True)
-        layout = {*SUBFOLDERS.values(), *TOKENIZERS.values(), "scheduler"}
-        for old in list(folder.iterdir()):
-            if old.name in layout or (new / old.name).exists() or WEIGHTS_WRITTEN.match(old.name):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        for item in new.iterdir():
-            item.rename(folder / item.name)
-        new.rmdir()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error})") from None
+    new, old = beside / "new", beside / "old"
+    try:
+        new.mkdir()
+        old.mkdir()
+        yield new
+        folder.mkdir(exist_ok=True)
+        written = {item.name for item in new.iterdir()}
+        left = LAYOUT if pipeline else set(filter(WEIGHTS_WRITTEN.fullmatch, os.listdir(folder)))
+        exchange(folder, sorted(written), sorted(left | written), new=new, old=old)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_place(folder: Path, *, pipeline: bool) -> None:
+    """Refuse to save where that would remove what no saving of the same kind has left."""
+    whole = (folder / "model_index.json").is_file()
+    if whole and not pipeline:
+        raise UserError(
+            f"{folder} holds a whole pipeline: save one model in a subfolder of it, as "
+            f"{folder / 'transformer'}, or elsewhere"
+        )
+    there = sorted(name for name in LAYOUT if (folder / name).exists())
+    if pipeline and there and not whole:
+        raise UserError(
+            f"{folder} holds {there[0]} and no model_index.json, so that it is no saved pipeline: "
+            "save elsewhere, or remove what is in the way"
+        )
+
+
+def exchange(
+    folder: Path, written: Sequence[str], removed: Sequence[str], *, new: Path, old: Path
+) -> None:
+    """Move `removed` out of a folder to `old`, `written` into it from `new`; all or nothing."""
+    moves = [(folder / name, old / name) for name in removed if os.path.lexists(folder / name)]
+    moves += [(new / name, folder / name) for name in written]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            source.rename(target)
+            done.append((source, target))
+    except OSError:
+        for source, target in reversed(done):
+            target.rename(source)
+        raise
 
 
 def write_model(

@@ -1,6 +1,8 @@
 """Files that are damaged, or are something else, are refused in one sentence."""
 
 import json
+import os
+import stat
 import pickle
 import struct
 import zipfile
@@ -234,3 +236,19 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_archive(tmp_path / "folder.safetensors", TENSORS)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_archive(path := tmp_path / "x.safetensors", TENSORS)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_nobody_elses_file_beside_is_touched(tmp_path):
+    (tmp_path / "x.safetensors.tmp").write_text("mine")
+    write_archive(tmp_path / "x.safetensors", TENSORS)
+    assert {f.name for f in tmp_path.iterdir()} == {"x.safetensors", "x.safetensors.tmp"}
+    assert (tmp_path / "x.safetensors.tmp").read_text() == "mine"

@@ -3,6 +3,10 @@
 The two libraries are oracles here; nothing of theirs is used elsewhere.
 """
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from mmdit.checkpoints.public import kind_of
 from mmdit.checkpoints.sources import load_model
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
+from mmdit.registry import describe
 
 NAMES = ["mmdit", "mmdit_qk_norm", "mmditx", "autoencoder", "clip_l", "clip_g", "t5", "controlnet"]
 NAMES += ["clip_image"]
@@ -139,3 +144,72 @@ def test_a_layout_may_have_no_place_for_a_model(tiny, tmp_path):
     with pytest.raises(UserError, match="CLIPImageModel has no original layout"):
         mmdit.save_single_file(tiny("clip_image"), tmp_path / "image.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+# The place where a model or a pipeline is saved
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    files = (f for f in folder.rglob("*") if f.is_file())
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
+
+
+def test_a_model_saved_again_replaces_its_own_files_alone(tiny, tmp_path):
+    for name in ("notes.txt", "model.backup.safetensors", "vae/precious.txt", "tokenizer"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    write_model(tiny("mmdit"), tmp_path, max_bytes=200_000)
+    assert len(list(tmp_path.glob("diffusion_pytorch_model-*"))) > 2
+    mmdit.save_diffusers(tiny("mmditx"), tmp_path)
+    assert {*everything(tmp_path)} == {
+        *("notes.txt", "model.backup.safetensors", "vae/precious.txt", "tokenizer"),
+        *("config.json", "diffusion_pytorch_model.safetensors"),
+    }
+    assert describe(mmdit.load_mmdit(tmp_path)) == describe(tiny("mmditx"))
+
+
+def test_a_model_is_not_saved_over_a_pipeline(tiny, tiny_published, tmp_path):
+    shutil.copytree(tiny_published, folder := tmp_path / "pipe")
+    before = everything(folder)
+    with pytest.raises(UserError, match=r"holds a whole pipeline: save one model in a subfolder"):
+        mmdit.save_diffusers(tiny("mmdit"), folder)
+    assert everything(folder) == before
+
+
+def test_a_pipeline_is_not_saved_among_other_things(tiny_published, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds vae and no model_index\.json"):
+        mmdit.save_diffusers(mmdit.load_pipeline(tiny_published), tmp_path)
+    assert [*everything(tmp_path)] == ["vae/precious.txt"]
+
+
+def test_a_saving_that_fails_leaves_all_as_it_was(tiny_published, tmp_path, monkeypatch):
+    pipe = mmdit.load_pipeline(tiny_published)
+    shutil.copytree(tiny_published, folder := tmp_path / "pipe")
+    shutil.move(folder / "vae", tmp_path / "shared")
+    (folder / "vae").symlink_to(tmp_path / "shared")
+    before = everything(tmp_path)
+    rename = Path.rename
+
+    def failing_at(last: int) -> Callable[[Path, Path], Path]:
+        calls = iter(range(last + 1))
+        put_back = []  # a disk that was full when something was to be written to it
+
+        def move(source: Path, target: Path) -> Path:
+            if source.parent.name in ("new", "pipe") and not put_back and next(calls) == last:
+                put_back.append(True)
+                raise OSError(28, "No space left on device")
+            return rename(source, target)
+
+        return move
+
+    for last in range(1, 20, 3):
+        with monkeypatch.context() as broken:
+            broken.setattr(Path, "rename", failing_at(last))
+            with pytest.raises(UserError, match="No space left"):
+                mmdit.save_diffusers(pipe, folder)
+        assert everything(tmp_path) == before and (folder / "vae").is_symlink()
+    mmdit.save_diffusers(pipe, folder)
+    assert everything(tmp_path / "shared") and not (folder / "vae").is_symlink()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["pipe", "shared"]
