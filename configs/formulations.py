@@ -1,7 +1,8 @@
 """The 61 formulations of the paper's study (Sec. 5.1), as options of the group `formulation`.
 
-Each picks the yaml of its family in `objective/` and sets the family's parameters. They are a list
-made by rule, so they live in Hydra's store of configs rather than in 61 files.
+Each picks the yaml of its family in `objective/`, sets the family's parameters, and takes back the
+shift of `train.yaml`: the study has none. They are a list made by rule, so they live in Hydra's
+store of configs rather than in 61 files.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from omegaconf import OmegaConf
 from mmdit.errors import UserError
 
 OBJECTIVES = Path(__file__).resolve().parent / "objective"
-PARTS = ("path", "timesteps", "prediction")
+PARTS = ("path", "timesteps", "prediction", "shift")
+NO_SHIFT = {"shift": {"alpha": 1.0}}
 LOGNORM_M = (-1.0, -0.5, 0.0, 0.5, 1.0)
 LOGNORM_S = (0.2, 0.6, 1.0, 1.4, 1.8, 2.2)
 MODE_S = tuple(-1.0 + i * 2.75 / 6 for i in range(7))  # seven points, uniform in [-1, 1.75]
@@ -66,12 +68,12 @@ def study() -> list[Formulation]:
 
 
 def parts_of(row: Formulation) -> dict[str, Any]:
-    """Path, density and prediction of a formulation, as its config has them."""
+    """Path, density, prediction and shift of a formulation, as its config has them."""
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(OBJECTIVES / f"{row.family}.yaml").defaults:
         chosen |= {} if isinstance(entry, str) else entry
     files = {part: OmegaConf.load(OBJECTIVES / part / f"{chosen[part]}.yaml") for part in PARTS}
-    parts: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(files, row.settings))  # type: ignore[assignment]
+    parts: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(files, NO_SHIFT, row.settings))  # type: ignore[assignment]
     return parts
 
 
@@ -102,6 +104,6 @@ def store_formulations() -> None:
             node={
                 "defaults": [{"override /objective": row.family}, "_self_"],
                 "variant": row.name,
-                "objective": row.settings,
+                "objective": {**NO_SHIFT, **row.settings},
             },
         )

@@ -5,7 +5,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from configs.formulations import check_variant, store_formulations, study
 from configs.launch import CONFIGS
@@ -69,13 +69,48 @@ def composed():
         }
 
 
+EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("option", ["eps_linear", "rf_lognorm_0.50_0.60", "edm_0.60_1.20"])
+def test_a_formulation_is_the_papers_whatever_the_experiment(option, experiment, composed):
+    row = next(row for row in STUDY if row.option == option)
+    config = composed_train(f"formulation={option}", f"experiment={experiment}")
+    assert config.objective == composed[row.name].objective
+    assert config.objective.shift.alpha == 1.0
+    assert config.variant == row.name
+    check_variant(config.variant, OmegaConf.to_container(config.objective))
+
+
 @pytest.mark.parametrize("family", sorted({row.family for row in STUDY}))
-def test_train_py_knows_the_formulations_and_table1_leaves_out_the_shift(family, composed):
+def test_train_py_knows_the_formulations_by_their_name_alone(family, composed):
     row = next(row for row in STUDY if row.family == family)
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        config = compose("train", overrides=["experiment=table1", f"formulation={row.option}"])
+    config = composed_train(f"formulation={row.option}")
     assert config.objective == composed[row.name].objective
     assert config.variant == row.name
+
+
+def test_the_recipe_has_a_shift_that_formulations_take_back_and_users_may_ask_for(composed):
+    assert composed_train().objective.shift.alpha == 3.0
+    assert composed_train("objective=eps_linear").objective.shift.alpha == 3.0
+    words = ("formulation=eps_linear", "objective.shift.alpha=2", "variant=mine")
+    config = composed_train(*words)
+    assert config.objective.shift.alpha == 2
+    check_variant(config.variant, OmegaConf.to_container(config.objective))
+
+
+def test_an_experiment_may_choose_a_formulation(tmp_path, composed):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /formulation: rf_mode_1.75\n"
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    config = composed_train("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    assert config.objective == composed["rf/mode(1.75)"].objective
+
+
+def test_table1_compares_other_objectives_without_shift_too(composed):
+    config = composed_train("experiment=table1", "objective=rf_cosmap")
+    assert config.objective == composed["rf/cosmap"].objective
 
 
 def test_table1_sweeps_over_all_of_them():
@@ -156,6 +191,12 @@ def test_all_but_the_two_matches_of_edm_weigh_noise_levels_differently(composed)
             assert (one - other).abs().max() > 1e-3
 
 
+def composed_train(*words: str) -> DictConfig:
+    """What `python train.py <words>` would run; the fixture `composed` has stored the options."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return compose("train", overrides=list(words))
+
+
 def tiny() -> torch.nn.Module:
     """A network with the boundary of every backbone: a convolution, moved by the time."""
     torch.manual_seed(0)
@@ -179,12 +220,13 @@ def test_every_formulation_may_bear_its_name(row, composed):
         ("rf", "objective=edm", "path"),
         ("eps_cos", "objective/prediction=v", "prediction"),
         ("rf_mode_1.29", "objective.timesteps.s=1.0", "timesteps"),
+        ("eps_linear", "objective.shift.alpha=3", "shift"),
+        ("rf", "objective/shift=published_shift", "shift"),
     ],
 )
 def test_another_objective_may_not_bear_the_name_of_one_of_them(variant, override, part, composed):
     """A ranking would print the paper's rank of `variant` beside it."""
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        config = compose("train", overrides=[f"formulation={variant}", override])
+    config = composed_train(f"formulation={variant}", override)
     objective = OmegaConf.to_container(config.objective)
     with pytest.raises(UserError, match=rf"objective\.{part} is .* give another name, variant="):
         check_variant(config.variant, objective)
