@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdit.errors import UserError
-from mmdit.flow.paths import Cosine, LDMLinear
+from mmdit.flow.paths import Cosine, LDMLinear, Path
 from mmdit.flow.schedule import Shift
 from mmdit.registry import register
 
@@ -20,28 +20,31 @@ class Grid(ABC):
     """A way to spread steps over the noise levels."""
 
     @abstractmethod
-    def __call__(self, steps: int, shift: Shift) -> Tensor:
+    def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
         """Falling times for `steps` steps, the last 0: (steps + 1,), float64.
+
+        Args:
+            steps: of the solver.
+            shift: of all times.
+            path: that the network was trained on; grids that step in a path's own time ask it.
 
         Raises:
             UserError: fewer than one step.
         """
 
-    def remaining(
-        self, steps: int, shift: Shift, *, strength: float, noisiest: float = 1.0
-    ) -> Tensor:
+    def remaining(self, steps: int, shift: Shift, path: Path, *, strength: float) -> Tensor:
         """The last part, for a picture that is repainted by `strength` in [0, 1].
 
         It begins at step int(steps * (1 - strength)), as in the reference. diffusers counts
         int(steps - steps * strength), which rounding puts one step later at a few points (40 steps
-        and strength 0.8: 8 instead of 7). Of the whole grid, `squeezed` to `noisiest`.
+        and strength 0.8: 8 instead of 7). Of the whole grid, `squeezed` to where the path starts.
 
         Raises:
             UserError: fewer than one step, or `strength` outside [0, 1].
         """
         if not 0.0 <= strength <= 1.0:
             raise UserError(f"strength {strength} must lie in [0, 1]")
-        whole = squeezed(self(steps, shift), noisiest=noisiest)
+        whole = squeezed(self(steps, shift, path), noisiest=path.noisiest)
         return whole[int(steps * (1.0 - strength)) :]
 
 
@@ -49,25 +52,26 @@ class Grid(ABC):
 class UniformGrid(Grid):
     """Equal steps of the straight path's own time, shifted; the published grid under its shift."""
 
-    def __call__(self, steps: int, shift: Shift) -> Tensor:
+    def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
         return shift.grid(steps)
 
 
 @register
 class CosineGrid(Grid):
-    """Equal steps of the cosine path's time."""
+    """Equal steps of the cosine path's time, of the usual one where another path is trained on."""
 
-    def __call__(self, steps: int, shift: Shift) -> Tensor:
-        path = Cosine()
-        return shift(path.straight(_equal_steps(steps, start=path.last)))
+    def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
+        cosine = path if isinstance(path, Cosine) else Cosine()
+        return shift(cosine.straight(_equal_steps(steps, start=cosine.last)))
 
 
 @register
 class LDMGrid(Grid):
-    """Equal steps of the timesteps of latent diffusion."""
+    """Equal steps of the timesteps of latent diffusion, of its usual betas on other paths."""
 
-    def __call__(self, steps: int, shift: Shift) -> Tensor:
-        return shift(LDMLinear().straight(_equal_steps(steps, start=1.0)))
+    def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
+        linear = path if isinstance(path, LDMLinear) else LDMLinear()
+        return shift(linear.straight(_equal_steps(steps, start=1.0)))
 
 
 @register
@@ -89,7 +93,7 @@ class KarrasGrid(Grid):
             raise UserError(f"KarrasGrid: rho {rho} must be positive and finite")
         self.least, self.most, self.rho = least, most, rho
 
-    def __call__(self, steps: int, shift: Shift) -> Tensor:
+    def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
         if steps < 1:
             raise UserError(f"steps {steps} must be at least 1")
         least, most = (noise ** (1 / self.rho) for noise in (self.least, self.most))

@@ -119,7 +119,7 @@ class Objective:
                 network's output says nothing about the data.
         """
         grid = grid or self.grid
-        times = grid.remaining(steps, self.shift, strength=strength, noisiest=self.path.noisiest)
+        times = grid.remaining(steps, self.shift, self.path, strength=strength)
         if len(times) > 1:
             self._check_start(times[0], grid)
         return times

@@ -5,7 +5,7 @@ import torch
 
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
-from mmdit.flow.grids import KarrasGrid, UniformGrid
+from mmdit.flow.grids import CosineGrid, KarrasGrid, LDMGrid, UniformGrid
 from mmdit.flow.objective import Draw, Objective
 from mmdit.flow.paths import EDM, Cosine, LDMLinear, MatchedEDM, RectifiedFlow
 from mmdit.flow.predictions import Epsilon, FPrediction, V, Velocity
@@ -338,6 +338,18 @@ def test_a_strength_outside_of_0_to_1_has_no_times():
     for strength in (-0.1, 1.1):
         with pytest.raises(UserError, match=f"strength {strength} must lie in"):
             objective().times(7, strength=strength)
+
+
+@pytest.mark.parametrize(
+    ("path", "grid"),
+    [(Cosine(last=0.9), CosineGrid()), (LDMLinear(first=1e-4, last=0.02), LDMGrid())],
+    ids=["cosine", "linear"],
+)
+def test_a_formulation_samples_from_the_start_of_its_own_path_in_its_own_time(path, grid):
+    times = mixed(path, V(), grid).times(8)
+    assert times[0].item() == path.noisiest
+    steps = path.time_at(times).diff()
+    torch.testing.assert_close(steps, steps.mean().expand_as(steps))
 
 
 def test_a_formulation_has_the_uniform_grid_unless_it_names_one():
