@@ -41,9 +41,15 @@ def writing(path: Path, run: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} could not be written ({error}): go on with resume={run} when there is space "
-            "and the folder can be written to"
+            f"{path} could not be written ({error}): {go_on(run)} when there is space and the "
+            "folder can be written to"
         ) from error
+
+
+def go_on(run: Path) -> str:
+    """What to do to go on with a run that has ended; a stage is found again by its recipe."""
+    stage = (run / "recipe.json").is_file()
+    return "give the same command again" if stage else f"go on with resume={run}"
 
 
 def await_file(path: Path, size: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from mmdit.data.order import Order
+from mmdit.engine.advice import setting
 from mmdit.engine.processes import Processes
 from mmdit.errors import UserError, first_line
 
@@ -58,6 +59,7 @@ class Loader:
         workers: processes that prepare examples for this one; 0 is this process itself.
         ahead: steps that each worker is ahead.
         pin: whether examples go to page-locked memory, from which a GPU copies faster.
+        section: of the config, whose keys messages name.
 
     Raises:
         UserError: the batch cannot be shared evenly.
@@ -76,11 +78,13 @@ class Loader:
         workers: int = 0,
         ahead: int = 2,
         pin: bool = False,
+        section: str = "training",
     ) -> None:
         self.examples, self.order = _Examples(make), order
         self.batch_size, self.size = batch_size, share(batch_size, processes, accumulation)
         self.processes, self.accumulation = processes, accumulation
         self.workers, self.ahead, self.pin = workers, ahead, pin
+        self.section = section
         self.waited = 0.0
 
     def requests(self, start: int, stop: int) -> Iterator[tuple[int, list[int]]]:
@@ -115,7 +119,8 @@ class Loader:
                     raise UserError(
                         f"{deaths} loader workers died in a row before step "
                         f"{start + made // self.accumulation} ({error}): if memory ran out, lower "
-                        "training.workers; with training.workers=0 the cause shows"
+                        f"{self.section}.workers; with {setting(self.section, 'workers', 0)} the "
+                        "cause shows"
                     ) from error
                 log.warning("%s; its work is done again by new workers", error)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mmdit.checkpoints import shards
 from mmdit.checkpoints.runs import FROZEN, Checkpoint, checkpoints_in
+from mmdit.engine.advice import where_not_finite
 from mmdit.engine.ema import EMA
 from mmdit.engine.loader import Loader
 from mmdit.engine.loggers import Logger
@@ -33,7 +34,7 @@ from mmdit.engine.retention import Retention
 from mmdit.engine.runs import RunFolder
 from mmdit.engine.saving import Saver
 from mmdit.engine.signals import Interrupted, Signals, time_limit
-from mmdit.engine.step import WHAT_TO_DO, Stepper
+from mmdit.engine.step import Stepper
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
 from mmdit.registry import describe
@@ -60,6 +61,7 @@ class Settings(NamedTuple):
     workers: int = 0  # processes that prepare data for each process that trains
     timeout: float = 1800.0  # seconds after which a step is taken to hang
     nonfinite: str = "stop"  # or skip: what to do where a loss or a gradient is not finite
+    section: str = "training"  # of the config, whose keys messages name
 
     @classmethod
     def of(cls, config: Mapping[Any, Any], where: str) -> Self:
@@ -70,9 +72,11 @@ class Settings(NamedTuple):
                 something, or no such word.
         """
         given = {name: config[name] for name in cls._fields if name in config}
+        given["section"] = where
         if missing := [n for n in cls._fields if n not in given and n not in cls._field_defaults]:
             raise UserError(f"{where} has no {', '.join(missing)}, and needs them")
-        for name in given.keys() - {"workers", "nonfinite", "keep_best", "asynchronous"}:
+        others = {"workers", "nonfinite", "keep_best", "asynchronous", "section"}
+        for name in given.keys() - others:
             if name != "keep_every" or given[name] is not None:
                 positive(config, name, where)
         workers, nonfinite = given.get("workers", 0), given.get("nonfinite", "stop")
@@ -171,6 +175,7 @@ def train(
         accumulation=settings.accumulation,
         workers=settings.workers,
         pin=device.type == "cuda",
+        section=settings.section,
     )
     make_step = Stepper(
         module,
@@ -180,6 +185,7 @@ def train(
         optimizer=optimizer,
         clip=settings.clip,
         skips=settings.nonfinite == "skip",
+        section=settings.section,
     )
 
     modules = {"raw": module, "ema": ema.module}
@@ -188,8 +194,8 @@ def train(
         figures.update(reports.evaluate(step, ema.module, module))
         if settings.keep_best is not None and settings.keep_best not in figures:
             log.warning(
-                "training.keep_best=%s is no figure of the evaluation, so none is the best: %s",
-                *(settings.keep_best, ", ".join(sorted(figures))),
+                "%s.keep_best=%s is no figure of the evaluation, so none is the best: %s",
+                *(settings.section, settings.keep_best, ", ".join(sorted(figures))),
             )
 
     def save(step: int) -> None:
@@ -227,7 +233,7 @@ def train(
             if skipped == MOST_SKIPPED:
                 raise UserError(
                     f"step {done - 1}: {skipped} steps in a row were left out, because loss or "
-                    f"gradient was not finite. {WHAT_TO_DO}"
+                    f"gradient was not finite. {where_not_finite(settings.section)}"
                 )
             ema.update(done)
             if posthoc is not None:

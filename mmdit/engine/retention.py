@@ -32,7 +32,7 @@ class Retention:
         for name, value in (("keep", self.last), ("keep_every", self.every)):
             whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
             if not whole and (value is not None or name == "keep"):
-                raise UserError(f"training.{name}={value} must be a whole number above 0")
+                raise UserError(f"{name}={value} must be a whole number above 0")
 
     def kept(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
         """The steps of those that stay; `checkpoints` from the oldest to the newest."""

@@ -28,7 +28,7 @@ from mmdit.checkpoints.runs import (
     sealed,
     step_folders,
 )
-from mmdit.engine.files import await_file, gigabytes, make_empty, sizes, unused
+from mmdit.engine.files import await_file, gigabytes, go_on, make_empty, sizes, unused
 from mmdit.engine.processes import A_DAY, Processes
 from mmdit.engine.provenance import code_version
 from mmdit.engine.retention import Retention
@@ -310,8 +310,8 @@ class Saver:
         before = f"{found[-1].name} before it is complete" if found else "there is none before it"
         if error.errno not in FULL:
             return UserError(
-                f"checkpoint {folder} could not be written ({error}); {before}. Go on with "
-                f"resume={self.run} when the folder can be written to"
+                f"checkpoint {folder} could not be written ({error}); {before}. When the "
+                f"folder can be written to, {go_on(self.run)}"
             )
         needed = sum(
             t.numel() * t.element_size() for group in staged.values() for t in group.values()
@@ -320,8 +320,8 @@ class Saver:
         return UserError(
             f"checkpoint {folder} could not be written, the disk is full or its quota used up: it "
             f"needs {gigabytes(needed)}, and {gigabytes(free)} are free there; {before}. Free some "
-            f"space (old runs; training.keep={self.keep.last} is how many stay), or move {self.run}"
-            " to another disk, and go on with resume=<that folder>"
+            f"space (old runs; of this one, keep={self.keep.last} checkpoints stay) and "
+            f"{go_on(self.run)}; or move {self.run} to another disk first, and leave a link to it"
         )
 
 

@@ -7,15 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmdit.engine.advice import setting, where_memory_ran_out, where_not_finite
 from mmdit.engine.loader import Part
 from mmdit.engine.parallel import Loss, Parallel, whole
 from mmdit.engine.processes import Processes
 from mmdit.errors import UserError
-
-WHAT_TO_DO = (
-    "Lower optimizer.lr and go on from the last checkpoint with resume=auto; where its weights are "
-    "ruined already, delete it, and the one before is used"
-)
 
 
 class Step(NamedTuple):
@@ -38,6 +34,7 @@ class Stepper:
         optimizer: of the weights of `module`.
         clip: greatest norm of the gradient.
         skips: whether a step whose loss or gradient is not finite is left out instead of an error.
+        section: of the config, whose keys messages name.
     """
 
     def __init__(
@@ -50,10 +47,12 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         clip: float,
         skips: bool,
+        section: str = "training",
     ) -> None:
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
         self.loss, self.parallel, self.processes = loss, parallel, processes
         self.optimizer, self.clip, self.skips = optimizer, clip, skips
+        self.section = section
 
     def __call__(self, parts: Sequence[Part], flags: Sequence[float] = ()) -> Step:
         """Train on the parts of a step.
@@ -73,7 +72,7 @@ class Stepper:
             losses.append(self._backward(last.example, len(parts)))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise UserError(_what_needs_less(parts)) from error
+                raise UserError(_what_needs_less(parts, self.section)) from error
             raise
         own = torch.cat(losses).float().cpu()
         # A gradient that is not finite in one process is not finite in any after the exchange, ...
@@ -102,8 +101,8 @@ class Stepper:
         return (
             f"step {parts[0].step}: the loss is {loss} and the gradient norm {norm}"
             + (f"; not finite for samples {bad[:10]}" if bad else "")
-            + f". The weights were not updated. {WHAT_TO_DO}; or leave such steps out with "
-            "training.nonfinite=skip"
+            + f". The weights were not updated. {where_not_finite(self.section)}; or leave such "
+            f"steps out with {setting(self.section, 'nonfinite', 'skip')}"
         )
 
 
@@ -113,11 +112,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def _what_needs_less(parts: Sequence[Part]) -> str:
+def _what_needs_less(parts: Sequence[Part], section: str) -> str:
     size = len(parts[0].indices)
-    smaller = f"training.accumulation={2 * len(parts)} (the same losses), " if size > 1 else ""
+    halved = f"{setting(section, 'accumulation', 2 * len(parts))} (the same losses), "
     return (
-        f"step {parts[0].step}: out of memory with {size} samples at a time. Try {smaller}"
-        "activation_checkpointing=full, precision=bf16, or parallel=fsdp on more GPUs; "
-        "eval/memory.py tells beforehand what a config needs"
+        f"step {parts[0].step}: out of memory with {size} samples at a time. Try "
+        f"{halved if size > 1 else ''}{where_memory_ran_out(section)}"
     )

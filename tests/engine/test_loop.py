@@ -187,7 +187,9 @@ def test_a_run_that_never_gets_finite_again_ends(
     monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
     monkeypatch.setattr(Regression, "loss", lambda self, x: self.module.linear(x)[:, 0] / 0)
     with pytest.raises(UserError, match=r"step 2: 3 steps in a row were left out.*optimizer\.lr"):
-        go(tmp_path, 6, nonfinite="skip")
+        go(tmp_path / "flow", 6, nonfinite="skip")
+    with pytest.raises(UserError, match=r"step 2: 3 steps .* Lower autoencoder\.lr: the autoenc"):
+        go(tmp_path / "stage", 6, nonfinite="skip", section="autoencoder.training")
 
 
 def test_the_best_checkpoint_is_that_of_the_weights_that_were_measured(tmp_path: Path) -> None:
@@ -235,6 +237,11 @@ def test_settings_that_are_none_are_refused(change: dict[str, Any], told: str) -
     plain: dict[str, Any] = dict.fromkeys(Settings._fields[:7], 1)
     with pytest.raises(UserError, match=told):
         Settings.of({**plain, **change}, "training")
+
+
+def test_settings_know_their_section() -> None:
+    plain: dict[str, Any] = dict.fromkeys(Settings._fields[:7], 1)
+    assert Settings.of(plain, "clip.training").section == "clip.training"
 
 
 def test_settings_that_are_missing_are_named() -> None:

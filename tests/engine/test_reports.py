@@ -64,6 +64,17 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
     told.close()
 
 
+def test_a_stage_goes_on_with_the_command_that_began_it(tmp_path: Path) -> None:
+    told = reports(tmp_path)
+    (tmp_path / "recipe.json").touch()
+    (tmp_path / "loss.png").mkdir()  # where a file should be
+    with pytest.raises(
+        UserError, match=r"loss\.png could not .*: give the same command again when"
+    ):
+        told.evaluate(3, nn.Identity(), nn.Identity())
+    told.close()
+
+
 def test_a_full_disk_is_told_and_leaves_nothing_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,7 +371,7 @@ def test_of_a_link_to_a_checkpoint_the_link_is_removed(make: Make, tmp_path: Pat
 
 @pytest.mark.parametrize("keep", [{"last": 0}, {"last": None}, {"every": 0}, {"every": 1.5}])
 def test_bad_retention_is_refused(keep: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=r"training\.keep.* must be a whole number above 0"):
+    with pytest.raises(UserError, match=r"^keep.* must be a whole number above 0"):
         Retention(**keep)  # type: ignore[arg-type]
 
 
@@ -388,8 +388,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         save(saver, 2)
-        with pytest.raises(UserError, match=r"step_00000002.*disk is full.*needs .* GB.* free"):
+        with pytest.raises(
+            UserError, match=r"step_00000002.*disk is full.*needs .* GB.* free"
+        ) as told:
             saver.wait()
+    assert f"keep=2 checkpoints stay) and go on with resume={tmp_path};" in str(told.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     found = saver.latest()
     assert found is not None

@@ -20,7 +20,7 @@ def parts(count: int, size: int = 8) -> list[Part]:
     ]
 
 
-def stepper(module: nn.Module, loss, *, skips: bool = False) -> Stepper:
+def stepper(module: nn.Module, loss, *, skips: bool = False, section: str = "training") -> Stepper:
     return Stepper(
         module,
         loss,
@@ -29,6 +29,7 @@ def stepper(module: nn.Module, loss, *, skips: bool = False) -> Stepper:
         optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
         clip=100.0,
         skips=skips,
+        section=section,
     )
 
 
@@ -88,6 +89,22 @@ def test_what_to_do_when_memory_runs_out_is_said(error):
 
     with pytest.raises(UserError, match=r"out of memory with 4 .*training.accumulation=4"):
         stepper(line(), loss)(parts(2))
+
+
+def test_a_stage_is_told_its_own_keys():
+    def memory_runs_out(x: Tensor) -> Tensor:
+        raise MemoryError
+
+    module = line()
+    with pytest.raises(UserError) as told:
+        stepper(module, lambda x: module(x)[:, 0] / 0, section="clip.training")(parts(1))
+    assert "Lower clip.lr: the clip is then trained anew" in str(told.value)
+    assert str(told.value).endswith("with ++clip.training.nonfinite=skip")
+    with pytest.raises(UserError) as told:
+        stepper(module, memory_runs_out, section="clip.training")(parts(2))
+    assert str(told.value).endswith(
+        "Try ++clip.training.accumulation=4 (the same losses), precision=bf16"
+    )
 
 
 def test_another_error_is_raised_as_it_is():
