@@ -279,8 +279,11 @@ def test_the_shift_is_the_folders_own(tiny, tmp_path):
         ('{"shift": NaN}', '"shift" is nan, but must be a number above 0'),
         ('{"shift": 0}', '"shift" is 0, but must be'),
         ('{"shift": true}', '"shift" is True, but must be'),
-        ('{"_class_name": "DDIMScheduler"}', "DDIMScheduler with these settings"),
-        ('{"use_dynamic_shifting": true}', "is not how SD3 is sampled"),
+        ('{"_class_name": "DDIMScheduler"}', "DDIMScheduler is not how SD3 is sampled"),
+        ('{"use_dynamic_shifting": true}', "use_dynamic_shifting = True is not how"),
+        ('{"use_karras_sigmas": true}', "use_karras_sigmas = True is not how"),
+        ('{"num_train_timesteps": 500}', "num_train_timesteps = 500 is not how"),
+        ('{"shift_terminal": 0.1}', "shift_terminal = 0.1 is not how"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):

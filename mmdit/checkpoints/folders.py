@@ -42,6 +42,17 @@ CLASSES = {
 }
 # Where the config.json of a whole CLIP, as openai/clip-vit-large-patch14, speaks of its half.
 HALVES = {"clip_l": "text_config", "clip_g": "text_config", "clip_image": "vision_config"}
+# Settings of diffusers' scheduler by which its steps, and so the picture, would be others.
+STEPS = {
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
 # The version of diffusers that first had all of SD3.5.
 VERSION = "0.32.0"
 
@@ -92,14 +103,19 @@ def stored_shift(folder: Path, default: float) -> float:
     """The shift of scheduler/scheduler_config.json, where there is one.
 
     Raises:
-        UserError: it is no positive number, or the scheduler is of another kind.
+        UserError: it is no positive number, or the scheduler makes other steps than SD3's.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path)
     shift = config.get("shift", default)
-    name = str(config.get("_class_name", "FlowMatch"))
-    if not name.startswith("FlowMatch") or config.get("use_dynamic_shifting"):
-        raise UserError(f"{path}: {name} with these settings is not how SD3 is sampled")
+    name = str(config.get("_class_name", "FlowMatchEulerDiscreteScheduler"))
+    others = [key for key, usual in STEPS.items() if config.get(key, usual) != usual]
+    if not name.startswith("FlowMatch") or others:
+        what = f"{others[0]} = {config[others[0]]!r}" if others else name
+        raise UserError(
+            f"{path}: {what} is not how SD3 is sampled. Take the scheduler folder of the published "
+            "model; solver= and grid= choose other steps here"
+        )
     number = isinstance(shift, int | float) and not isinstance(shift, bool)
     if not number or not 0 < shift < 1000:
         raise UserError(f'{path}: "shift" is {shift!r}, but must be a number above 0, mostly 3')

@@ -54,11 +54,14 @@ class Match(NamedTuple):
     def infos(self) -> dict[str, Info]:
         """What stands under the prefix, the prefix stripped.
 
-        Keys under no known prefix belong to no model; they are in here too, to be reported.
+        Keys under no known prefix belong to no model; they are in here too, to be reported, under
+        names that stand for none of its tensors.
         """
         others = tuple(PREFIXES - {self.prefix})
         return {
-            key.removeprefix(self.prefix): info
+            key.removeprefix(self.prefix)
+            if key.startswith(self.prefix)
+            else f"{key} (not under {self.prefix})": info
             for key, info in self.archive.infos.items()
             if not (self.prefix and key.startswith(others)) and not STRAY.fullmatch(key)
         }
@@ -166,16 +169,24 @@ def load_into(
     elif bad := not_finite(stored):
         raise UserError(explain_infinite(match.archive.name, bad, None))
     tensors: dict[str, Tensor] = {}
-    too_large = []
+    too_large, dtypes = [], set()
     for key, slot in slots.items():
         theirs = stored[key].to(computed_in(stored[key], dtype))
         if theirs.dtype == torch.float16 != stored[key].dtype and not is_finite(theirs):
             too_large.append(key)
-        if theirs.dtype == torch.float16 and re.fullmatch(format.wide, key):
-            theirs = theirs.float()
+        if re.fullmatch(format.wide, key):
+            theirs = theirs.float() if theirs.dtype == torch.float16 else theirs
+        else:
+            dtypes.add(str(theirs.dtype).removeprefix("torch."))
         tensors |= slot.read(theirs)
     if too_large:
         raise UserError(explain_infinite(match.archive.name, too_large, dtype))
+    if len(dtypes) > 1:
+        log.warning(
+            "%s: its weights are %s, and stay so; to compute with them, load with one dtype=",
+            match.archive.name,
+            " and ".join(sorted(dtypes)),
+        )
     for name in format.constants:
         tensors[name] = torch.tensor(float(describe(module)[name]))
     module.load_state_dict(tensors, assign=True)

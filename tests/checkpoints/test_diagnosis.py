@@ -315,3 +315,22 @@ def test_a_description_in_the_header_cannot_contradict_the_shapes(transformer, t
         save_file(tensors, path, {"mmdit.descriptions": damaged})
         with pytest.raises(UserError, match=r"x.safetensors.*(damaged|surprise)"):
             mmdit.load_mmdit(path)
+
+
+def test_a_file_may_not_be_prefixed_in_part(tiny, tmp_path):
+    """Bare tensors beside prefixed ones stand for none of them, even where the shape is right."""
+    archive = open_file(mmdit.save_single_file(tiny("mmdit"), tmp_path / "own.safetensors"))
+    whole = {key: archive[key] for key in archive.infos}
+    prefix, some = "model.diffusion_model.", "model.diffusion_model.joint_blocks.0.x_block.mlp."
+    bare = {key.removeprefix(prefix): t for key, t in whole.items() if key.startswith(some)}
+    one = "x_embedder.proj.bias"
+    for tensors, told in (
+        (bare | {k: t for k, t in whole.items() if not k.startswith(some)}, "4 missing: joint"),
+        (whole | {one: whole[prefix + one] + 1}, f"1 unexpected: {one} (not under {prefix})"),
+        (whole | {one: whole[prefix + one], prefix + one: torch.ones(3)}, f"1 unexpected: {one}"),
+        (whole | {k.removeprefix(prefix): t + 1 for k, t in whole.items()}, "unexpected: "),
+    ):
+        save_file({k: t.clone() for k, t in tensors.items()}, tmp_path / "x.safetensors")
+        with pytest.raises(UserError, match="Nothing was loaded") as refusal:
+            mmdit.load_mmdit(tmp_path / "x.safetensors")
+        assert told in str(refusal.value), refusal.value

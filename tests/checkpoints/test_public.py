@@ -354,3 +354,18 @@ def test_equality_is_of_bits():
     assert not same(nan, nan.double())
     eight = torch.tensor([1.0]).to(torch.float8_e4m3fn)
     assert same(eight, eight.clone()) and bits(eight).dtype == torch.int8
+
+
+def test_weights_of_several_dtypes_are_told_of(tiny, tmp_path, caplog):
+    archive = open_file(mmdit.save_single_file(tiny("mmdit"), tmp_path / "one.safetensors"))
+    mixed = {
+        k: archive[k].bfloat16() if k.endswith("weight") else archive[k] for k in archive.infos
+    }
+    save_file(mixed, path := tmp_path / "mixed.safetensors")
+    model = mmdit.load_mmdit(path)
+    assert f"{path}: its weights are bfloat16 and float32, and stay so" in caplog.text
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16, torch.float32}
+    caplog.clear()
+    assert mmdit.load_mmdit(path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    mmdit.load_mmdit(tmp_path / "one.safetensors")
+    assert not caplog.text
