@@ -76,7 +76,7 @@ def told(
         (("data.samples=0",), ("samples", "0")),
         (("model.colour=red",), ("model.colour",)),
         (("+model.heads=2",), ("heads", "num_heads")),
-        (("formulation=rf", "objective.path.most=3"), ("most",)),
+        (("formulation=rf", "objective.path.sigma_max=3"), ("sigma_max",)),
         (("objective=rf_mode", "objective.timesteps.s=1.76"), ("s 1.76", "2/(pi-2)")),
         (("objective=edm", "objective.path.P_s=0"), ("P_s 0", "positive")),
         (("objective=rf", "objective/prediction=epsilon"), ("Epsilon",)),

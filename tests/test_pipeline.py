@@ -201,9 +201,9 @@ def test_evaluations_of_the_network_are_counted_for_each_picture(pipe, arguments
 
 
 def test_a_grid_may_be_given_instead_of_the_formulations_own(pipe, batches):
-    pipe("a", grid=KarrasGrid(most=9.0), guidance=1.0)
+    pipe("a", grid=KarrasGrid(sigma_max=9.0), guidance=1.0)
     assert batches[0][1] == pytest.approx(
-        KarrasGrid(most=9.0)(4, PublishedShift(alpha=3.0), RectifiedFlow())[0].item()
+        KarrasGrid(sigma_max=9.0)(4, PublishedShift(alpha=3.0), RectifiedFlow())[0].item()
     )
 
 

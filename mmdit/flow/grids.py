@@ -76,27 +76,33 @@ class LDMGrid(Grid):
 
 @register
 class KarrasGrid(Grid):
-    """Equal steps of the rho-th root of b / a, from `most` to `least`, then 0 (Karras et al. 2022).
+    """Equal steps of the rho-th root of b / a, then 0 (Karras et al. 2022, Eq. 5).
 
     Args:
-        least, most: ratio of noise to data at the last step and at the first.
+        sigma_min, sigma_max: b / a at the last step and at the first; not sigma of the straight
+            path, which is b / (a + b).
         rho: larger spends more steps at little noise.
 
     Raises:
-        UserError: not 0 < least < most, or rho not positive.
+        UserError: not 0 < sigma_min < sigma_max, or rho not positive.
     """
 
-    def __init__(self, *, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> None:
-        if not 0.0 < least < most < math.inf:
-            raise UserError(f"KarrasGrid: least {least} and most {most} must be 0 < least < most")
+    def __init__(
+        self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    ) -> None:
+        if not 0.0 < sigma_min < sigma_max < math.inf:
+            raise UserError(
+                f"KarrasGrid: sigma_min {sigma_min} and sigma_max {sigma_max} must satisfy "
+                "0 < sigma_min < sigma_max"
+            )
         if not 0.0 < rho < math.inf:
             raise UserError(f"KarrasGrid: rho {rho} must be positive and finite")
-        self.least, self.most, self.rho = least, most, rho
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
         if steps < 1:
             raise UserError(f"steps {steps} must be at least 1")
-        least, most = (noise ** (1 / self.rho) for noise in (self.least, self.most))
+        least, most = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max))
         noise = torch.linspace(most, least, steps, dtype=torch.float64) ** self.rho
         return torch.cat([shift(noise / (1.0 + noise)), noise.new_zeros(1)])
 

@@ -130,22 +130,27 @@ class LDMLinear(Path):
     that sampling may stop anywhere. At t = 1 some signal is left (a_1 = 0.068).
 
     Args:
-        first, last: of the betas.
+        beta_start, beta_end: beta_0 and beta_{T-1}.
         steps: T.
 
     Raises:
         UserError: betas that do not lie, rising, in (0, 1), or no step.
     """
 
-    def __init__(self, *, first: float = 0.00085, last: float = 0.012, steps: int = 1000) -> None:
-        if not 0.0 < first <= last < 1.0:
-            raise UserError(f"LDMLinear: betas {first}, {last} must satisfy 0 < first <= last < 1")
+    def __init__(
+        self, *, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000
+    ) -> None:
+        if not 0.0 < beta_start <= beta_end < 1.0:
+            raise UserError(
+                f"LDMLinear: beta_start {beta_start} and beta_end {beta_end} must satisfy "
+                "0 < beta_start <= beta_end < 1"
+            )
         if steps < 2:
             raise UserError(f"LDMLinear: steps {steps} must be at least 2")
-        self.first, self.last, self.steps = first, last, steps
+        self.beta_start, self.beta_end, self.steps = beta_start, beta_end, steps
         # A table of numbers, not of weights: it is there when networks are built on meta, too.
         with torch.device("cpu"):
-            roots = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64)
+            roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
         betas = roots.square()
         # log a_t at t = 0, 1/T, ..., 1
         self._log_a = torch.cat([betas.new_zeros(1), (1 - betas).log().cumsum(0) / 2])
@@ -191,16 +196,17 @@ class VarianceExploding(Path):
     """Paths that keep a_t = 1 and add ever more noise, as EDM does (Karras et al. 2022).
 
     Args:
-        most: the noise level b_t from which sampling starts.
+        sigma_max: the noise level b_t, EDM's sigma, from which sampling starts.
 
     Raises:
         UserError: it is not positive, or not finite.
     """
 
-    def __init__(self, *, most: float) -> None:
-        if not 0.0 < most < math.inf:
-            raise UserError(f"{type(self).__name__}: most {most} must be positive and finite")
-        self.most = most
+    def __init__(self, *, sigma_max: float) -> None:
+        if not 0.0 < sigma_max < math.inf:
+            name = type(self).__name__
+            raise UserError(f"{name}: sigma_max {sigma_max} must be positive and finite")
+        self.sigma_max = sigma_max
 
     def a(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -219,7 +225,7 @@ class VarianceExploding(Path):
     def noisiest(self) -> float:
         # Where the path itself ends earlier, it starts from there.
         end = self.b(torch.ones((), dtype=torch.float64)).item()
-        b = min(self.most, end)
+        b = min(self.sigma_max, end)
         return b / (1.0 + b)
 
 
@@ -231,18 +237,18 @@ class EDM(VarianceExploding):
 
     Args:
         P_m, P_s: mean and standard deviation of log b_t; P_s positive.
-        most: the b from which sampling starts.
+        sigma_max: the b from which sampling starts.
 
     Raises:
-        UserError: P_s or `most` is not positive, or one of the three not finite.
+        UserError: P_s or `sigma_max` is not positive, or one of the three not finite.
     """
 
-    def __init__(self, *, P_m: float = -1.2, P_s: float = 1.2, most: float = 80.0) -> None:
+    def __init__(self, *, P_m: float = -1.2, P_s: float = 1.2, sigma_max: float = 80.0) -> None:
         if not math.isfinite(P_m):
             raise UserError(f"EDM: P_m {P_m} must be finite")
         if not 0.0 < P_s < math.inf:
             raise UserError(f"EDM: P_s {P_s} must be positive and finite")
-        super().__init__(most=most)
+        super().__init__(sigma_max=sigma_max)
         self.P_m, self.P_s = P_m, P_s
 
     def b(self, t: Tensor) -> Tensor:
@@ -272,16 +278,16 @@ class MatchedEDM(VarianceExploding):
 
     Args:
         sigma_data: that of `FPrediction`, positive.
-        most: the b from which sampling starts.
+        sigma_max: the b from which sampling starts.
 
     Raises:
-        UserError: `sigma_data` or `most` is not positive, or not finite.
+        UserError: `sigma_data` or `sigma_max` is not positive, or not finite.
     """
 
-    def __init__(self, *, sigma_data: float = 0.5, most: float = 80.0) -> None:
+    def __init__(self, *, sigma_data: float = 0.5, sigma_max: float = 80.0) -> None:
         if not 0.0 < sigma_data < math.inf:
             raise UserError(f"MatchedEDM: sigma_data {sigma_data} must be positive and finite")
-        super().__init__(most=most)
+        super().__init__(sigma_max=sigma_max)
         self.sigma_data = sigma_data
 
     def b(self, t: Tensor) -> Tensor:

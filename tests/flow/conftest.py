@@ -13,7 +13,7 @@ PATHS = {
     "straight": RectifiedFlow(),
     "cosine": Cosine(),
     "linear": LDMLinear(),
-    "linear(20)": LDMLinear(first=0.01, last=0.4, steps=20),
+    "linear(20)": LDMLinear(beta_start=0.01, beta_end=0.4, steps=20),
     "edm(-1.2,1.2)": EDM(),
     "edm(0.6,0.6)": EDM(P_m=0.6, P_s=0.6),
     "matched": MatchedEDM(),

@@ -15,7 +15,7 @@ GRIDS = {
     "cosine": CosineGrid(),
     "ldm": LDMGrid(),
     "karras": KarrasGrid(),
-    "karras(short)": KarrasGrid(least=0.1, most=3.0, rho=2.0),
+    "karras(short)": KarrasGrid(sigma_min=0.1, sigma_max=3.0, rho=2.0),
 }
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 each_shift = pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_cosine_grid_takes_equal_steps_of_the_angle_from_the_start_of_the_pa
     assert grid[0].item() == cosine.noisiest
 
 
-OTHER_BETAS = LDMLinear(first=1e-4, last=0.02)
+OTHER_BETAS = LDMLinear(beta_start=1e-4, beta_end=0.02)
 
 
 @pytest.mark.parametrize("path", [LDMLinear(), OTHER_BETAS, RectifiedFlow()], ids=type)
@@ -107,14 +107,14 @@ def test_the_grid_of_karras_agrees_with_diffusers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"least": 80.0}, "least 80.0 and most 80.0 must be 0 < least < most"),
-        ({"least": 2.0, "most": 1.0}, "least 2.0 and most 1.0"),
-        ({"least": 0.0}, "least 0.0"),
-        ({"least": -1.0}, "least -1.0"),
+        ({"sigma_min": 80.0}, "sigma_min 80.0 and sigma_max 80.0 must satisfy 0 < sigma_min <"),
+        ({"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min 2.0 and sigma_max 1.0"),
+        ({"sigma_min": 0.0}, "sigma_min 0.0"),
+        ({"sigma_min": -1.0}, "sigma_min -1.0"),
         ({"rho": 0.0}, "rho 0.0 must be positive"),
         ({"rho": -7.0}, "rho -7.0 must be positive"),
         ({"rho": float("nan")}, "rho nan must be positive"),
-        ({"most": float("inf")}, "most inf must be 0 < least < most"),
+        ({"sigma_max": float("inf")}, "sigma_max inf must satisfy"),
     ],
 )
 def test_impossible_grids_are_refused(arguments, message):
@@ -148,7 +148,7 @@ def test_more_than_all_and_less_than_nothing_cannot_remain(grid, strength):
 
 
 @each_grid
-@pytest.mark.parametrize("path", [Cosine(last=0.2), EDM(most=9.0)], ids=type)
+@pytest.mark.parametrize("path", [Cosine(last=0.2), EDM(sigma_max=9.0)], ids=type)
 def test_what_remains_is_the_end_of_the_whole_also_where_that_is_squeezed(grid, path):
     whole = squeezed(grid(10, Shift(alpha=3.0), path), noisiest=path.noisiest)
     rest = grid.remaining(10, Shift(alpha=3.0), path, strength=0.5)

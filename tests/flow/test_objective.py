@@ -342,7 +342,7 @@ def test_a_strength_outside_of_0_to_1_has_no_times():
 
 @pytest.mark.parametrize(
     ("path", "grid"),
-    [(Cosine(last=0.9), CosineGrid()), (LDMLinear(first=1e-4, last=0.02), LDMGrid())],
+    [(Cosine(last=0.9), CosineGrid()), (LDMLinear(beta_start=1e-4, beta_end=0.02), LDMGrid())],
     ids=["cosine", "linear"],
 )
 def test_a_formulation_samples_from_the_start_of_its_own_path_in_its_own_time(path, grid):
