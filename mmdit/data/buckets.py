@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image as Pillow
 
-from mmdit.data.checks import expect
+from mmdit.data.checks import expect, expect_number, expect_whole
 from mmdit.data.drawing import Image
 
 Size: TypeAlias = tuple[int, int]  # height, width
@@ -28,10 +28,12 @@ class Buckets:
     """
 
     def __init__(self, *, image_size: int, unit: int, max_ratio: float) -> None:
-        expect(unit >= 1, "unit", unit, "must be at least 1")
-        multiple = image_size > 0 and image_size % unit == 0
-        expect(multiple, "image_size", image_size, f"must be a multiple of unit {unit}")
-        expect(1 <= max_ratio < float("inf"), "max_ratio", max_ratio, "must be at least 1")
+        expect_whole("unit", unit, 1)
+        expect_whole("image_size", image_size, 1)
+        expect(
+            image_size % unit == 0, "image_size", image_size, f"must be a multiple of unit {unit}"
+        )
+        expect_number("max_ratio", max_ratio, 1)
         sizes = {(image_size, image_size)}
         for short in range(unit, image_size, unit):
             long = round(image_size**2 / short / unit) * unit

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mmdit.data.aside import whole, write_whole
 from mmdit.data.caption_sources import Captions
-from mmdit.data.checks import expect
+from mmdit.data.checks import expect, expect_whole
 from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Cache:
         kinds: Sequence[str],
         shard_size: int,
     ) -> None:
-        expect(shard_size >= 1, "shard_size", shard_size, "must be at least 1")
+        expect_whole("shard_size", shard_size, 1)
         self.folder, self.samples, self.kinds = folder, samples, tuple(kinds)
         self.facts: dict[str, Any] = {  # the content of cache.json
             "protocol": PROTOCOL,

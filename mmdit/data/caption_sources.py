@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from mmdit.data.checks import expect
+from mmdit.data.checks import expect, expect_mapping, expect_number
 from mmdit.data.images import MAX_BYTES, NOWHERE, BadImage, read_bytes
 from mmdit.errors import UserError, first_line
 from mmdit.registry import register
@@ -214,9 +214,11 @@ def cleaned(texts: Iterable[str]) -> Iterator[str]:
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
     """A mix as plain floats, the kinds without weight left out."""
+    expect_mapping("mix", mix)
+    for kind, weight in mix.items():
+        expect_number(f"mix[{kind!r}]", weight, 0)
     plain = {str(kind): float(weight) for kind, weight in mix.items()}
-    usable = all(0 <= weight < float("inf") for weight in plain.values()) and any(plain.values())
-    expect(usable, "mix", plain, "must be finite, >= 0 and not all zero")
+    expect(any(plain.values()), "mix", plain, "must not all be zero")
     for kind in plain:
         expect(kind.isidentifier(), "mix", kind, "must be a plain word: it is part of file names")
     return {kind: weight for kind, weight in plain.items() if weight}

@@ -1,7 +1,9 @@
 """Checks of constructor arguments: the message names field, value and expectation."""
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mmdit.errors import UserError
 
@@ -10,6 +12,32 @@ def expect(holds: bool, field: str, value: object, expectation: str) -> None:
     """Raise UserError "`field` `value` `expectation`" unless it holds."""
     if not holds:
         raise UserError(f"{field} {value!r} {expectation}")
+
+
+def expect_whole(field: str, value: Any, least: int) -> None:
+    """Raise UserError unless `value` is a whole number of at least `least`; a bool is none."""
+    holds = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    expect(holds, field, value, f"must be a whole number, at least {least}")
+
+
+def expect_number(field: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raise UserError unless `value` is a finite number in [least, most]; a bool is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    expect(is_number and math.isfinite(value), field, value, "must be a number")
+    if most < math.inf:
+        expect(least <= value <= most, field, value, f"must be in [{least:g}, {most:g}]")
+    expect(value >= least, field, value, f"must be at least {least:g}")
+
+
+def expect_list(field: str, value: Any) -> None:
+    """Raise UserError unless `value` is a list, and no text."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    expect(is_list, field, value, "must be a list")
+
+
+def expect_mapping(field: str, value: Any) -> None:
+    """Raise UserError unless `value` gives something to names."""
+    expect(isinstance(value, Mapping), field, value, "must give a value to each name")
 
 
 def one_of(field: str, name: str, known: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmdit.data.aside import report_bad
 from mmdit.data.caption_sources import Captions, CaptionSource
-from mmdit.data.checks import expect
+from mmdit.data.checks import expect_whole
 from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
 from mmdit.data.known import Known, Seen, status_of
 from mmdit.data.source import CaptionedImages, has_caption
@@ -186,7 +186,7 @@ class ImageFolder(CaptionedImages):
             max_bad_fraction=max_bad_fraction,
             seed=seed,
         )
-        expect(threads >= 1, "threads", threads, "must be at least 1")
+        expect_whole("threads", threads, 1)
         self.root = Path(root)
         self._files = FolderFiles(root=self.root, captions=captions, kinds=tuple(self.mix))
         known = Known(Path(index) if index else None, max_pixels)

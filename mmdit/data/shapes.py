@@ -7,7 +7,6 @@ whether it composes or remembers.
 
 import bisect
 import itertools
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +18,14 @@ from mmdit.data import captions
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions
 from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
-from mmdit.data.checks import expect, one_of
+from mmdit.data.checks import (
+    expect,
+    expect_list,
+    expect_mapping,
+    expect_number,
+    expect_whole,
+    one_of,
+)
 from mmdit.data.composition import Kind, hold_out
 from mmdit.data.drawing import COLOURS, SHAPES, Image, Object, draw
 from mmdit.data.order import ShuffledOrder
@@ -97,6 +103,22 @@ class Shapes:
         held_out_fraction: float = 0.125,
         samples: int = 20_000,
     ) -> None:
+        for field, names in (
+            ("shapes", shapes),
+            ("colours", colours),
+            ("backgrounds", backgrounds),
+        ):
+            expect_list(field, names)
+        expect_mapping("sizes", sizes)
+        for name, radii in sizes.items():
+            expect_list(f"sizes[{name!r}]", radii)
+            expect(len(radii) == 2, f"sizes[{name!r}]", radii, "must be (least, greatest) radius")
+            for radius in radii:
+                expect_number(f"sizes[{name!r}]", radius)
+        expect_mapping("task_weights", task_weights)
+        for task, weight in task_weights.items():
+            expect_number(f"task_weights[{task!r}]", weight, 0)
+        expect_whole("grid", grid, 1)
         self.split, self.image_size, self.seed = split, image_size, seed
         self.samples = samples
         self.shapes, self.colours = tuple(shapes), tuple(colours)
@@ -306,21 +328,19 @@ class Shapes:
         expect(bool(self.backgrounds), "backgrounds", self.backgrounds, "must name at least one")
 
         size, most = self.image_size, self.max_count
-        expect(size > 0 and size % 32 == 0, "image_size", size, "must be a multiple of 32")
-        expect(0 <= self.seed < 2**63, "seed", self.seed, "must be from 0 to 2**63 - 1")
-        expect(self.samples >= 1, "samples", self.samples, "must be at least 1")
-        expect(self.grid >= 1, "grid", self.grid, "must be at least 1")
-        expect(self.jitter >= 0, "jitter", self.jitter, "must not be negative")
+        expect_whole("image_size", size, 32)
+        expect(size % 32 == 0, "image_size", size, "must be a multiple of 32")
+        expect_whole("seed", self.seed, 0)
+        expect(self.seed < 2**63, "seed", self.seed, "must be below 2**63")
+        expect_whole("samples", self.samples, 1)
+        expect_number("jitter", self.jitter, 0)
+        expect_whole("max_count", most, 1)
         room = min(self.grid**2, len(NUMBERS) - 1)
         expect(1 <= most <= room, "max_count", most, f"must be from 1 to {room}")
-        expect(
-            0 <= self.rich_fraction <= 1, "rich_fraction", self.rich_fraction, "must be in [0, 1]"
-        )
-        fraction = self.held_out_fraction
-        expect(0 <= fraction <= 0.5, "held_out_fraction", fraction, "must be in [0, 0.5]")
-        weights = self.task_weights.values()
-        usable = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
-        expect(usable, "task_weights", self.task_weights, "must be finite, >= 0 and not all zero")
+        expect_number("rich_fraction", self.rich_fraction, 0, 1)
+        expect_number("held_out_fraction", self.held_out_fraction, 0, 0.5)
+        some = any(self.task_weights.values())
+        expect(some, "task_weights", self.task_weights, "must not all be zero")
 
         expect(bool(self.sizes), "sizes", self.sizes, "must name at least one")
         reach = 0.5 / self.grid - self.jitter - MARGIN

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mmdit.data.aside import report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions, columns_of, lines_of, object_of
-from mmdit.data.checks import expect
+from mmdit.data.checks import expect_whole
 from mmdit.data.images import MAX_PIXELS, BadImage
 from mmdit.data.index import index_path, index_shards
 from mmdit.data.patterns import find, find_shards
@@ -86,7 +86,7 @@ class Shards(CaptionedImages):
             max_bad_fraction=max_bad_fraction,
             seed=seed,
         )
-        expect(threads >= 1, "threads", threads, "must be at least 1")
+        expect_whole("threads", threads, 1)
         self.root = Path(root)
         self._index = Path(index) if index else None
         self.shards = find(self.root, shards) if shards else _all_shards(self.root)

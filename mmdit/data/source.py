@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mmdit.data.buckets import Buckets, Size, fit
 from mmdit.data.caption_sources import Captions, check_mix, choose
-from mmdit.data.checks import expect, one_of
+from mmdit.data.checks import expect, expect_number, expect_whole, one_of
 from mmdit.data.drawing import Image
 from mmdit.data.images import BadImage, decode
 from mmdit.data.order import BucketedOrder
@@ -66,12 +66,15 @@ class CaptionedImages(ABC):
     ) -> None:
         one_of("split", split, SPLITS)
         one_of("crop", crop, CROPS)
-        expect(max_pixels >= 1, "max_pixels", max_pixels, "must be at least 1")
-        expect(samples is None or samples >= 1, "samples", samples, "must be at least 1")
+        expect_whole("max_pixels", max_pixels, 1)
+        expect_whole("seed", seed, 0)
+        if samples is not None:
+            expect_whole("samples", samples, 1)
         for field, value in (
             ("validation_fraction", validation_fraction),
             ("max_bad_fraction", max_bad_fraction),
         ):
+            expect_number(field, value)
             expect(0 <= value < 1, field, value, "must be in [0, 1)")
         self.split, self.validation_fraction = split, validation_fraction
         self.buckets = Buckets(image_size=image_size, unit=unit, max_ratio=max_ratio)

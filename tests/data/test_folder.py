@@ -57,8 +57,18 @@ def test_so_many_samples_are_a_part_of_more(tmp_path):
     assert parts[1] == sorted(parts[1]) != every.names[:12]
     held_back = opened(tmp_path, split="validation", samples=2, validation_fraction=0.3)
     assert len(held_back) == 40 - len(every)
-    with pytest.raises(ValueError, match="samples 0 must be at least 1"):
+    with pytest.raises(ValueError, match="samples 0 must be a whole number, at least 1"):
         opened(tmp_path, samples=0)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["samples", "threads", "max_pixels", "seed", "validation_fraction", "max_bad_fraction", "mix"],
+)
+@pytest.mark.parametrize("value", ["x", -1, 1.5, [1], True])
+def test_arguments_that_make_no_sense_are_refused_by_name(tmp_path, field, value):
+    with pytest.raises(ValueError, match=rf"^{field} .* must "):
+        opened(tmp_path, **{field: value})
 
 
 @pytest.fixture
@@ -476,7 +486,7 @@ def test_an_image_that_changes_later_is_named(tmp_path, photo):
         ({"root": "/nowhere/at/all"}, "root '/nowhere/at/all' must be a folder"),
         ({"split": "trian"}, "did you mean 'train'"),
         ({"crop": "center"}, "did you mean 'centre'"),
-        ({"mix": {"text": 0}}, "mix .* not all zero"),
+        ({"mix": {"text": 0}}, "mix .* must not all be zero"),
         ({"mix": {"text": 1, "../x": 1}}, "must be a plain word"),
         ({"mix": {"text": 1, "synthetic": 1}}, "no image of .* has a caption of .* 'synthetic'"),
         ({"captions": Table()}, "has no metadata.jsonl and metadata.csv"),

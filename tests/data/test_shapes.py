@@ -1,3 +1,4 @@
+import math
 import re
 from collections import Counter
 from itertools import combinations
@@ -9,6 +10,7 @@ import torch
 from mmdit.data.captions import MAX_WORDS, NUMBERS, RELATIONS, TASKS, cell_of, plural
 from mmdit.data.drawing import COLOURS, SHAPES, area_and_centroid, cover
 from mmdit.data.shapes import MARGIN, SPLITS, Kind, Sample, Scene, Shapes, short_caption
+from mmdit.errors import UserError
 
 VARIED = {
     "shapes": tuple(SHAPES),
@@ -259,7 +261,8 @@ def test_a_batch_is_its_samples():
         ({"jitter": 0.06}, "objects could touch"),
         ({"max_count": 5}, "max_count 5 must be from 1 to 4"),
         ({"max_count": 1}, "'counting' has nothing to show"),
-        ({"task_weights": {"counting": -1}}, "task_weights .* must be finite"),
+        ({"task_weights": {"counting": -1}}, r"task_weights\['counting'\] -1 must be at least 0"),
+        ({"task_weights": {"counting": 0}}, "task_weights .* must not all be zero"),
         ({"task_weights": {"count": 1}}, "did you mean 'counting'"),
         ({"rich_fraction": 1.5}, r"rich_fraction 1.5 must be in \[0, 1\]"),
         ({"held_out_fraction": 0.6}, "held_out_fraction 0.6"),
@@ -269,6 +272,19 @@ def test_a_batch_is_its_samples():
 def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         Shapes(**{"split": "train", **arguments})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("image_size", "seed", "shapes", "colours", "sizes", "backgrounds", "grid", "jitter"),
+        *("task_weights", "rich_fraction", "held_out_fraction", "samples"),
+    ],
+)
+@pytest.mark.parametrize("value", ["x", None, -1, math.nan, math.inf, [[1]], True])
+def test_arguments_that_make_no_sense_are_refused_by_name(field, value):
+    with pytest.raises(UserError, match=rf"^{field}(\['\w+'\])? .* must "):
+        Shapes(split="train", **{field: value})
 
 
 def test_bad_indices_and_tasks_are_refused():
