@@ -31,9 +31,15 @@ def register(cls: type[T]) -> type[T]:
     defaults included, so that `describe(instance)` can be stored as JSON and
     `build(describe(instance))` gives the same architecture.
     """
+    known = _classes.get(cls.__name__)
+    if known is not None and known.__module__ != cls.__module__:
+        raise UserError(
+            f"{cls.__module__} registers a class {cls.__name__}, a name that {known.__module__} "
+            "has already: checkpoints could not tell them apart; choose another"
+        )
+    _classes[cls.__name__] = cls
     if cls.__init__ is object.__init__:  # no arguments: nothing to remember but the name
         cls._description = {"class": cls.__name__}  # type: ignore[attr-defined]
-        _classes[cls.__name__] = cls
         return cls
     original = cls.__init__
     signature = inspect.signature(original)
@@ -46,14 +52,16 @@ def register(cls: type[T]) -> type[T]:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UserError(f"{cls.__name__} has no argument {name!r}{hint}")
             _check(cls.__name__, name, arguments[name], signature.parameters[name].annotation)
+        try:
+            bound = signature.bind(self, **arguments)
+        except TypeError as error:
+            raise UserError(f"{cls.__name__}: {error}") from None
         original(self, **arguments)
-        bound = signature.bind(self, **arguments)
         bound.apply_defaults()
         plain = {name: _plain(value) for name, value in bound.arguments.items() if name != "self"}
         self._description = {"class": cls.__name__, **plain}
 
     cls.__init__ = remember  # type: ignore[method-assign]
-    _classes[cls.__name__] = cls
     return cls
 
 
@@ -86,17 +94,19 @@ def build(description: dict[str, Any]) -> Any:
     Raises:
         UserError: no class of that name is registered, or an argument does not fit it.
     """
+    if not isinstance(description, dict):
+        raise UserError(f"a description of a class is no {description!r}, but a table of arguments")
     arguments = {key: _rebuilt(value) for key, value in description.items()}
     name = arguments.pop("class", None)
-    if name not in _classes:
+    if not isinstance(name, str) or name not in _classes:
         near = difflib.get_close_matches(str(name), _classes, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(_classes))}"
         hint += ". A class of your own must be imported first: imports=[<module>]"
         raise UserError(f"the checkpoint names the class {name!r}, which is not known here{hint}")
-    try:
-        return _classes[name](**arguments)
-    except TypeError as error:
-        raise UserError(f"the checkpoint's description of {name} does not fit: {error}") from error
+    cls = _classes[name]
+    if arguments and cls.__init__ is object.__init__:
+        raise UserError(f"{name} takes no arguments, but is given {', '.join(arguments)}")
+    return cls(**arguments)
 
 
 def _rebuilt(value: Any) -> Any:

@@ -77,7 +77,9 @@ def test_an_unknown_class_is_named_with_its_nearest_neighbour():
         build({"class": "LogitNormall"})
 
 
-@pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "mmdit.flow.paths.Path", None])
+@pytest.mark.parametrize(
+    "name", ["os.system", "torch.nn.Linear", "mmdit.flow.paths.Path", None, ["MMDiT"], {"a": 1}]
+)
 def test_nothing_is_built_by_import_path(name):
     with pytest.raises(UserError, match="not known here"):
         build({"class": name, "in_features": 1, "out_features": 1})
@@ -86,8 +88,26 @@ def test_nothing_is_built_by_import_path(name):
 def test_an_argument_that_does_not_fit_is_a_users_mistake():
     with pytest.raises(UserError, match=r"Mode has no argument 'strength'"):
         build({"class": "Mode", "strength": 1.0})
-    with pytest.raises(UserError, match=r"Uniform does not fit"):
+    with pytest.raises(UserError, match=r"Uniform takes no arguments, but is given s"):
         build({"class": "Uniform", "s": 1.0})
+    with pytest.raises(UserError, match=r"MMDiT: missing a required argument: 'depth'"):
+        build({"class": "MMDiT", "width": 8})
+    with pytest.raises(UserError, match=r"a description of a class is no \['class'\]"):
+        build(["class"])
+
+
+def test_a_mistake_within_a_constructor_is_no_users_mistake():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        build({"class": "Plain", "anything": "a bug"})
+
+
+def test_a_name_is_taken_once():
+    class Uniform:
+        pass
+
+    with pytest.raises(UserError, match=r"a class Uniform, a name that mmdit\.flow\.timesteps has"):
+        register(Uniform)
+    assert type(build({"class": "Uniform"})).__module__ == "mmdit.flow.timesteps"
 
 
 def test_constructors_take_keywords_only_and_refuse_misspelt_ones():
@@ -113,7 +133,8 @@ class Plain:
         words: Sequence[str] = (),
         anything: object = None,
     ) -> None:
-        pass
+        if anything is not None:
+            anything - 1
 
 
 @pytest.mark.parametrize(
