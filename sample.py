@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import mmdit
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.engine.pictures import save_grid
@@ -132,14 +133,11 @@ def read_prompts(text: Verbatim) -> list[str]:
 
 def check_numbers(config: DictConfig) -> None:
     """Refuse values that make no sense, by name; None stands for the model's default."""
-    least = {"num_images": 1, "steps": 1, "height": 1, "width": 1, "batch_size": 1, "seed": 0}
-    whole = {name: config[name] for name in least} | {"text.t5_length": config.text.t5_length}
-    for name, value in whole.items():
-        if value is None and name in ("steps", "height", "width", "text.t5_length"):
-            continue
-        low = least.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-            raise UserError(f"{name}={value} must be a whole number, at least {low}")
+    for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
+        whole(config, name, least)
+    for name in ("steps", "height", "width", "text.t5_length"):
+        if OmegaConf.select(config, name) is not None:
+            whole(config, name)
     for name in ("guidance", "strength"):
         value = config[name]
         number = isinstance(value, int | float) and not isinstance(value, bool)

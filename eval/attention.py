@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.random_weights import SIZES, models_of_size, write_random
 from eval.subject import (
@@ -36,7 +37,6 @@ from eval.subject import (
     results_folder,
     shapes_for,
     table,
-    whole,
     write_results,
 )
 from mmdit.checkpoints.native import file_hash

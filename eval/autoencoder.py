@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.subject import (
     hash_of,
@@ -34,7 +35,6 @@ from eval.subject import (
     results_folder,
     shapes_for,
     table,
-    whole,
     write_results,
 )
 from mmdit.checkpoints.runs import find_weights
@@ -79,7 +79,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, reconstruct, write."""
     for key, least in (("samples", 2), ("batch_size", 1)):
         whole(config, key, least)
-    size = None if config.image_size is None else whole(config, "image_size", 1)
+    size = None if config.image_size is None else whole(config, "image_size")
     opened = open_autoencoder(config, text)
     pictures, count, data_facts = find_pictures(opened, config, text, size)
     features, clip_facts = open_features(text, chosen_device(config.device))

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.data.captions import TASKS, Scene, short_caption
@@ -43,9 +44,7 @@ PROTOCOL = "compositional-1"
 
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, measure, write."""
-    n = config.prompts_per_task
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise UserError(f"prompts_per_task={n} must be a whole number of at least 2")
+    n = whole(config, "prompts_per_task", 2)
     source = (
         Path(text["checkpoint"]) if text.get("checkpoint") else newest_finished(Path(config.runs))
     )

@@ -17,6 +17,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.subject import (
     PARTS,
@@ -29,7 +30,6 @@ from eval.subject import (
     sampling,
     scores,
     table,
-    whole,
     write_results,
 )
 from mmdit.errors import UserError

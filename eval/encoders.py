@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.subject import (
     PARTS,
@@ -34,7 +35,6 @@ from eval.subject import (
     scores,
     shapes_for,
     table,
-    whole,
     write_results,
 )
 from mmdit.errors import UserError

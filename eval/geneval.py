@@ -19,8 +19,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from configs.checks import whole
 from configs.launch import Verbatim, launch
-from eval.subject import PARTS, Subject, open_subject, sampling, shapes_for, whole
+from eval.subject import PARTS, Subject, open_subject, sampling, shapes_for
 from mmdit.checkpoints.native import file_hash, write_atomically
 from mmdit.metrics.geneval import GenEvalFolder, Metadata, read_metadata, scene_metadata
 from mmdit.metrics.scores import scenes_of

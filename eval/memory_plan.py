@@ -8,6 +8,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from configs.checks import whole
 from configs.launch import CONFIGS
 from eval.random_weights import ENCODERS
 from mmdit.engine.activations import ACTIVATIONS
@@ -129,10 +130,10 @@ def counted_processes(config: DictConfig) -> int:
 
 def batch_of(config: DictConfig, world_size: int) -> int:
     """Samples that a process computes at once."""
-    whole(config.training, "accumulation", "training.")
+    whole(config, "training.accumulation")
     if config.batch is not None:
         return whole(config, "batch")
-    size = whole(config.training, "batch_size", "training.")
+    size = whole(config, "training.batch_size")
     parts = world_size * config.training.accumulation
     if size % parts:
         raise UserError(
@@ -140,14 +141,6 @@ def batch_of(config: DictConfig, world_size: int) -> int:
             f"{parts}; or give batch=<samples of a process at once>"
         )
     return size // parts
-
-
-def whole(config: DictConfig, name: str, where: str = "") -> int:
-    """A whole number of at least 1."""
-    value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}{name}={value} must be a whole number of at least 1")
-    return value
 
 
 def is_8bit(config: DictConfig) -> bool:

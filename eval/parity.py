@@ -28,6 +28,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.loading import measure_loading
 from eval.peers import SIDES, Config, Inputs, Stages, compute_in, parts
@@ -113,11 +114,9 @@ def check(config: DictConfig, text: Verbatim) -> None:
     if config.load not in (None, True, False):
         raise UserError(f"load={config.load} must be true or false")
     for key, unit in UNITS.items():
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % unit:
-            raise UserError(f"{key}={value} must be a positive multiple of {unit}")
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int):
-        raise UserError(f"seed={config.seed} must be a whole number")
+        if whole(config, key) % unit:
+            raise UserError(f"{key}={config[key]} must be a multiple of {unit}")
+    whole(config, "seed", 0)
     if not isinstance(config.tolerance, int | float) or not config.tolerance > 0:
         raise UserError(f"tolerance={config.tolerance} must be a number above 0")
     wanted(config.components)

@@ -16,8 +16,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from configs.checks import whole
 from configs.launch import Verbatim, launch
-from eval.subject import made, numbers, table, whole, write_results
+from eval.subject import made, numbers, table, write_results
 from mmdit.checkpoints.native import save_module
 from mmdit.checkpoints.runs import hash_of_weights
 from mmdit.engine.posthoc import Combination, combine, reconstruct
@@ -33,7 +34,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     if not several:
         config.sigma_rel = [config.sigma_rel]
     sigma_rels = numbers(config, "sigma_rel", "numbers in (0, 0.2887]", low=0, high=12**-0.5)
-    step = None if config.step is None else whole(config, "step", 1)
+    step = None if config.step is None else whole(config, "step")
     run = run_folder(text)
     files = places(text, sigma_rels, several=several)
     plans = [combine(run, sigma_rel=sigma_rel, step=step) for sigma_rel in sigma_rels]

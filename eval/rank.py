@@ -23,6 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.rank_input import (
     SETTINGS,
@@ -123,9 +124,7 @@ KEPT = ("run", "variant", "seed", "dataset", "samples", "weights_sha256", "train
 def check(config: DictConfig) -> None:
     """Refuse values that make no sense."""
     for key, least in (("resamples", 100), ("seed", 0)):
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{key}={value} must be a whole number of at least {least}")
+        whole(config, key, least)
     if not isinstance(config.report, bool):
         raise UserError(f"report={config.report} must be true or false")
 

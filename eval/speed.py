@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.loading import measure_loading, timed
 from eval.speed_cases import (
@@ -113,13 +114,10 @@ def check(config: DictConfig) -> None:
             raise UserError(f"{key}={config[key]} must be a list of some of {', '.join(known)}")
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype} must be one of {', '.join(DTYPES)}")
-    for key in ("repeats", "threads"):
-        value = config[key]
-        optional = key == "threads" and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"{key}={value} must be a whole number of at least 1")
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int):
-        raise UserError(f"seed={config.seed} must be a whole number")
+    whole(config, "repeats")
+    if config.threads is not None:
+        whole(config, "threads")
+    whole(config, "seed", 0)
 
 
 # Measuring

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
+from configs.checks import whole
 from configs.launch import Verbatim
 from mmdit.checkpoints.native import file_hash
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
@@ -145,7 +146,7 @@ def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompt
     Raises:
         UserError: the file cannot be read, or holds none.
     """
-    n = whole(config, "samples", 1)
+    n = whole(config, "samples")
     if "prompts" not in text:
         data = shapes_for(subject.source if subject.native else None, config, "validation")
         scenes = scenes_of(data, n)
@@ -205,18 +206,6 @@ def sampling(pipe: Pipeline, config: DictConfig) -> dict[str, Any]:
         "guide": OmegaConf.to_container(config.guide, resolve=True),
         "solver": instantiate(config.solver).func.__name__,
     }
-
-
-def whole(config: DictConfig, key: str, least: int) -> int:
-    """A whole number of the config.
-
-    Raises:
-        UserError: it is none, or too small.
-    """
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}={value} must be a whole number of at least {least}")
-    return value
 
 
 def numbers(config: DictConfig, key: str, expected: str, *, low: float, high: float) -> list[float]:
