@@ -18,6 +18,7 @@ def expect_whole(field: str, value: Any, least: int) -> None:
     """Raise UserError unless `value` is a whole number of at least `least`; a bool is none."""
     holds = isinstance(value, int) and not isinstance(value, bool) and value >= least
     expect(holds, field, value, f"must be a whole number, at least {least}")
+    expect(value < 2**63, field, value, "must be below 2^63")  # torch counts and seeds in 64 bits
 
 
 def expect_number(field: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:

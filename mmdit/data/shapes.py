@@ -331,7 +331,6 @@ class Shapes:
         expect_whole("image_size", size, 32)
         expect(size % 32 == 0, "image_size", size, "must be a multiple of 32")
         expect_whole("seed", self.seed, 0)
-        expect(self.seed < 2**63, "seed", self.seed, "must be below 2**63")
         expect_whole("samples", self.samples, 1)
         expect_number("jitter", self.jitter, 0)
         expect_whole("max_count", most, 1)

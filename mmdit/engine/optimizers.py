@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mmdit.data.checks import expect, expect_list, expect_number
 from mmdit.errors import UserError
 from mmdit.models.backbone import Block
 from mmdit.models.clip import CLIPLayer
@@ -59,6 +60,20 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     ]
 
 
+def _checked_betas(
+    lr: float, betas: Sequence[float], eps: float, weight_decay: float
+) -> tuple[float, float]:
+    """The betas of AdamW; raises UserError where they or other arguments make no sense."""
+    for field, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        expect_number(field, value, 0)
+    expect_list("betas", betas)
+    expect(len(betas) == 2, "betas", betas, "must be two numbers")
+    for i, beta in enumerate(betas):
+        expect_number(f"betas[{i}]", beta)
+        expect(0 <= beta < 1, f"betas[{i}]", beta, "must be in [0, 1)")
+    return betas[0], betas[1]
+
+
 def adamw(
     module: nn.Module,
     *,
@@ -73,7 +88,7 @@ def adamw(
         module: its parameters that require gradients are trained.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
     """
-    beta_1, beta_2 = betas
+    beta_1, beta_2 = _checked_betas(lr, betas, eps, weight_decay)
     groups = decay_groups(module, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2), eps=eps, fused=True)
 
@@ -105,7 +120,7 @@ def adamw_8bit(
             "optimizer=adamw_8bit keeps moments that FSDP cannot spread: choose parallel=ddp, or "
             "optimizer=adamw"
         )
-    beta_1, beta_2 = betas
+    beta_1, beta_2 = _checked_betas(lr, betas, eps, weight_decay)
     return AdamW8bit(decay_groups(module, weight_decay), lr=lr, betas=(beta_1, beta_2), eps=eps)
 
 
@@ -138,7 +153,9 @@ def muon(
             f"optimizer=muon is for the matrices of transformer layers, and {type(module).__name__}"
             " has none to train: choose optimizer=adamw"
         )
-    beta_1, beta_2 = betas
+    expect_number("momentum", momentum)
+    expect(0 <= momentum < 1, "momentum", momentum, "must be in [0, 1)")
+    beta_1, beta_2 = _checked_betas(lr, betas, eps, weight_decay)
     rest = [
         {"params": kinds.matrices, "weight_decay": weight_decay},
         {"params": kinds.others, "weight_decay": 0.0},

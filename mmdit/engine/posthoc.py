@@ -27,6 +27,7 @@ from mmdit.checkpoints.native import (
     write_atomically,
 )
 from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
+from mmdit.data.checks import expect_list, expect_whole
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.engine.files import writing
 from mmdit.engine.parallel import whole
@@ -53,12 +54,12 @@ class PostHoc:
     def __init__(
         self, module: nn.Module, *, sigma_rels: Sequence[float], snapshot_every: int
     ) -> None:
-        if snapshot_every < 1:
-            raise UserError(f"posthoc.snapshot_every {snapshot_every} must be at least 1")
+        expect_whole("snapshot_every", snapshot_every, 1)
+        expect_list("sigma_rels", sigma_rels)
         self.profiles = {name_of(s): PowerFunction(sigma_rel=s) for s in sigma_rels}
         if not 0 < len(self.profiles) == len(sigma_rels):
             raise UserError(
-                f"posthoc.sigma_rels {list(sigma_rels)} must be one number or several, which "
+                f"sigma_rels {list(sigma_rels)} must be one number or several, which "
                 "differ in the first four decimal places"
             )
         self.snapshot_every = snapshot_every

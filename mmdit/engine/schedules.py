@@ -7,6 +7,7 @@ nothing can restart. Each begins with a linear warm-up to 1 (Sec. B.3).
 import math
 from abc import ABC, abstractmethod
 
+from mmdit.data.checks import expect_number, expect_whole
 from mmdit.errors import UserError
 
 
@@ -17,12 +18,11 @@ class Schedule(ABC):
         warmup_steps: of the linear warm-up; 0 is none.
 
     Raises:
-        UserError: a negative number of them.
+        UserError: no number of them, or a negative one.
     """
 
     def __init__(self, *, warmup_steps: int) -> None:
-        if warmup_steps < 0:
-            raise UserError(f"warmup_steps {warmup_steps} must not be negative")
+        expect_whole("warmup_steps", warmup_steps, 0)
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int) -> float:
@@ -89,8 +89,7 @@ class WarmupStableDecay(Schedule):
         self, *, warmup_steps: int = 1000, steps: int, decay_steps: int, final: float = 0.0
     ) -> None:
         super().__init__(warmup_steps=warmup_steps)
-        if decay_steps < 1:
-            raise UserError(f"decay_steps {decay_steps} must be at least 1")
+        expect_whole("decay_steps", decay_steps, 1)
         _check_end(steps, warmup_steps + decay_steps - 1, "warmup_steps + decay_steps - 1", final)
         self.steps, self.decay_steps, self.final = steps, decay_steps, final
 
@@ -100,7 +99,7 @@ class WarmupStableDecay(Schedule):
 
 
 def _check_end(steps: int, least: int, name: str, final: float) -> None:
+    expect_whole("steps", steps, 1)
     if steps <= least:
         raise UserError(f"steps {steps} of the schedule must be more than {name}, {least}")
-    if not 0.0 <= final <= 1.0:
-        raise UserError(f"final {final} must lie in [0, 1]: it is a factor of the learning rate")
+    expect_number("final", final, 0, 1)  # a factor of the learning rate

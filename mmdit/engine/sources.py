@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.data.cache import Cache
+from mmdit.data.checks import expect, expect_whole
 from mmdit.data.order import Order
 from mmdit.engine.encoding import HALF, Data, Encoded, Lasting, encode, encode_each
 from mmdit.engine.precision import Autocast
@@ -164,6 +165,9 @@ class FromCache(_Kept):
         verify: bool = False,
     ) -> None:
         super().__init__(data=data, autoencoder=autoencoder, text=text, autocast=autocast)
+        expect_whole("shard_size", shard_size, 1)
+        expect_whole("threads", threads, 1)
+        expect(isinstance(verify, bool), "verify", verify, "must be true or false")
         self.folder, self.root, self.shard_size = folder, root, shard_size
         self.threads, self.verify = threads, verify
 

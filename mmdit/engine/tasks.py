@@ -7,11 +7,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mmdit.data.checks import expect_number
 from mmdit.data.order import Order
 from mmdit.engine.encoding import AT_ONCE, Data, condition
 from mmdit.engine.precision import Autocast
 from mmdit.engine.sources import Source
-from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
 from mmdit.metrics.attention import attention_at, last_blocks
@@ -105,8 +105,7 @@ class AutoencoderTask:
         seed: int,
         autocast: Autocast,
     ) -> None:
-        if kl_weight < 0:
-            raise UserError(f"kl_weight {kl_weight} must not be negative")
+        expect_number("kl_weight", kl_weight, 0)
         self.module, self.data, self.kl_weight = module, data, kl_weight
         self.seed, self.autocast = seed, autocast
         self.device = next(module.parameters()).device

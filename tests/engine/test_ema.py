@@ -128,14 +128,19 @@ def test_power_function_keeps_its_shape_as_the_run_grows() -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: ConstantDecay(decay=1.0, every=1), r"ema\.decay 1.0"),
-        (lambda: ConstantDecay(decay=-0.1, every=1), r"ema\.decay -0.1"),
-        (lambda: ConstantDecay(decay=0.9, every=0), r"ema\.every 0"),
-        (lambda: HalfLife(half_life=0), r"ema\.half_life 0"),
-        (lambda: HalfLife(half_life=9, batch_size=0), r"ema\.batch_size 0"),
-        (lambda: HalfLife(half_life=9, ramp_up=0.0), r"ema\.ramp_up 0.0"),
+        (lambda: ConstantDecay(decay=1.0, every=1), r"^decay 1.0"),
+        (lambda: ConstantDecay(decay=-0.1, every=1), r"^decay -0.1"),
+        (lambda: ConstantDecay(decay=0.9, every=0), r"^every 0"),
+        (lambda: HalfLife(half_life=0), r"^half_life 0"),
+        (lambda: HalfLife(half_life=9, batch_size=0), r"^batch_size 0"),
+        (lambda: HalfLife(half_life=9, ramp_up=0.0), r"^ramp_up 0.0"),
         (lambda: PowerFunction(sigma_rel=0.0), "sigma_rel 0.0"),
         (lambda: PowerFunction(sigma_rel=0.3), "sigma_rel 0.3"),
+        (lambda: ConstantDecay(decay="x", every=1), "decay 'x' must be a number"),
+        (lambda: ConstantDecay(decay=0.9, every=1.5), "every 1.5 must be a whole number"),
+        (lambda: HalfLife(half_life=None), "half_life None must be a number"),
+        (lambda: HalfLife(half_life=9, ramp_up=[1]), r"ramp_up \[1\] must be a number"),
+        (lambda: PowerFunction(sigma_rel=True), "sigma_rel True must be a number"),
     ],
 )
 def test_bad_numbers_are_refused(make, told: str) -> None:

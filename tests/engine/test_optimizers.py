@@ -1,6 +1,7 @@
 """Optimizers: what decays, what Muon turns, and how an interrupted run goes on with them."""
 
 import copy
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -103,6 +104,25 @@ def test_a_tied_embedding_stands_once_and_does_not_decay() -> None:
     decayed, others = adamw(module, lr=0.1, weight_decay=0.5).param_groups
     assert decayed["params"] == []
     assert len(others["params"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        *(("lr", value, "lr .* must be") for value in ("x", None, -1, math.nan, [1], True)),
+        *(("eps", value, "eps .* must be") for value in ("x", -1, math.nan)),
+        *(("weight_decay", value, "weight_decay .* must be") for value in ("x", -1, math.nan)),
+        *(
+            ("betas", value, "betas.* must be")
+            for value in ("x", 0.9, [0.9], [0.9, 1.0], [0.9, "x"])
+        ),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_by_name(
+    field: str, value: object, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        adamw(nn.Linear(2, 2), **{"lr": 0.1, field: value})  # type: ignore[arg-type]
 
 
 def test_muon_without_transformer_layers_is_refused() -> None:

@@ -150,7 +150,12 @@ def test_snapshots_beyond_the_newest_checkpoint_do_not_count(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("sigma_rels", "every", "told"),
-    [([], 1, "one number or several"), ([0.1, 0.1], 1, "differ"), ([0.1], 0, "snapshot_every 0")],
+    [
+        ([], 1, "one number or several"),
+        ([0.1, 0.1], 1, "differ"),
+        ([0.1], 0, "snapshot_every 0"),
+        (0.1, 1, "must be a list"),
+    ],
 )
 def test_bad_settings_are_refused(sigma_rels: list[float], every: int, told: str) -> None:
     with pytest.raises(UserError, match=told):
