@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
                 guidance=guide,
                 solver=solver,
                 grid=grid,
-                progress=partial(bar.update, len(batch)),
+                progress=lambda *_, batch=batch: bar.update(len(batch)),
                 **settings,
             ).cpu()
             for (prompt, seed), pixels in zip(batch, painted, strict=True):

@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
+from configs.checks import whole
 from mmdit.checkpoints.native import load_strictly, write_atomically
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, hash_of_weights, load_weights
+from mmdit.data.checks import expect, expect_number
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
 from mmdit.engine.ema import EMA, ConstantDecay
@@ -49,6 +51,28 @@ def check_until(until: str, source: Source) -> None:
         raise UserError(f"until={until} must be null or one of {', '.join(UNTIL)}")
     if until == "cache" and not isinstance(source, FromCache):
         raise UserError("until=cache makes a cache for latents=from_cache: give both")
+
+
+def check_recipe(config: DictConfig, stage: str) -> None:
+    """Look at what is said of a stage before anything is trained.
+
+    Raises:
+        UserError: a setting makes no sense; its key is named.
+    """
+    recipe = config[stage]
+    Settings.of(recipe.training, f"{stage}.training")
+    expect_number(f"{stage}.lr", recipe.lr, 0)
+    whole(config, f"{stage}.warmup_steps", 0)
+    decay = recipe.ema.decay
+    expect_number(f"{stage}.ema.decay", decay)
+    expect(0 <= decay < 1, f"{stage}.ema.decay", decay, "must be in [0, 1)")
+    whole(config, f"{stage}.ema.every")
+    if stage == "autoencoder":
+        whole(config, "autoencoder.seed", 0)
+        expect_number("autoencoder.kl_weight", recipe.kl_weight, 0)
+    else:
+        whole(config, "clip.samples")
+        whole(config, "metrics.seed", 0)
 
 
 def find_or_train(
@@ -244,7 +268,8 @@ def write_scores(
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=2 * protocol.evaluations, desc="scoring", unit="step", disable=None)
     for kind, pipe in pipelines.items():
-        rows += [{"weights": kind, **row} for row in protocol(pipe, clip, data, bar.update)]
+        scored = protocol(pipe, clip, data, lambda *_: bar.update())
+        rows += [{"weights": kind, **row} for row in scored]
     bar.close()
     network = pipelines["ema"].mmdit
     side = config.image_size // pipelines["ema"].autoencoder.factor

@@ -227,7 +227,10 @@ class Pipeline(nn.Module):
             seed: of the first picture; `seeds` gives one for each picture instead.
             solver: a function of `mmdit.flow.solvers`.
             grid: where the solver stops, of `mmdit.flow.grids`; the formulation's own by default.
-            progress: called after every solver step.
+            progress: called after every solver step with its number from 0, the noise level t
+                that it reached and the latents there, (b, c, h, w), float32, noise included. So
+                `progress=lambda i, t, z: show(mmdit.latent_preview(z))` shows pictures of the
+                published autoencoder while they are painted.
 
         Returns:
             uint8 (len(prompt) * num_images, height, width, 3), prompts outermost. How often the

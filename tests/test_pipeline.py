@@ -110,9 +110,20 @@ def test_strength_one_keeps_nothing(pipe):
 
 def test_strength_says_how_many_steps_are_left(pipe, batches):
     told = []
-    pipe("a", image=picture(8, 8), strength=0.3, steps=10, progress=lambda: told.append(None))
+    pipe("a", image=picture(8, 8), strength=0.3, steps=10, progress=lambda *step: told.append(step))
     assert len(batches) == len(told) == 3
     assert batches[0][1] == pytest.approx(pipe.objective.shift.grid(10)[7].item())
+
+
+def test_progress_is_told_the_latents_which_a_decoder_turns_into_the_pictures(pipe):
+    told = []
+    painted = pipe("a", num_images=2, steps=3, progress=lambda *step: told.append(step))
+    assert [i for i, _, _ in told] == [0, 1, 2]
+    assert [t for _, t, _ in told] == pipe.objective.times(3)[1:].tolist()
+    latents = [z for _, _, z in told]
+    assert all(z.shape == pipe.noise([0, 1], 8, 8).shape for z in latents)
+    assert torch.equal(to_pixels(pipe.autoencoder.decode(latents[-1])), painted)
+    assert not torch.equal(latents[0], latents[-1])
 
 
 def test_the_picture_is_mixed_with_the_noise_of_its_seed(pipe):

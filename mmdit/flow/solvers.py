@@ -2,12 +2,14 @@
 
 `velocity(z, t)` takes z (b, ...) and a float t, the noise level of the straight path
 (`Objective.velocity` brings every formulation there); the grid runs from noise (1) to data (0).
-`progress`, when given, is called after each step.
+`progress`, when given, is told of each step what it has reached, `progress(i, t, z)`: the number of
+the step, from 0, the time and the state, which it may look at and must leave as it is.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,17 +18,17 @@ from mmdit.errors import UserError
 from mmdit.keys import generator_for
 
 VelocityFunction = Callable[[Tensor, float], Tensor]
-Progress = Callable[[], object]
+Progress = Callable[[int, float, Tensor], object]
 
 
 def euler(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
     """First order, one evaluation a step; exact on straight paths."""
-    for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+    for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         z = z + (t_next - t) * velocity(z, t)
         if progress is not None:
-            progress()
+            progress(i, t_next, z)
     return z
 
 
@@ -34,13 +36,13 @@ def heun(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
     """Second order (trapezoid), two evaluations a step, one in the last."""
-    for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+    for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         v = velocity(z, t)
         guess = z + (t_next - t) * v
         # At t = 0 there is no noise left and the network was never trained: Euler ends the path.
         z = guess if t_next == 0 else z + (t_next - t) * (v + velocity(guess, t_next)) / 2
         if progress is not None:
-            progress()
+            progress(i, t_next, z)
     return z
 
 
@@ -48,12 +50,12 @@ def midpoint(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
     """Second order, two evaluations a step, at its start and at its middle."""
-    for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+    for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         middle = (t + t_next) / 2
         half = z + (middle - t) * velocity(z, t)
         z = z + (t_next - t) * velocity(half, middle)
         if progress is not None:
-            progress()
+            progress(i, t_next, z)
     return z
 
 
@@ -98,7 +100,7 @@ def euler_ancestral(
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"euler_ancestral: eta {eta} must lie in [0, 1]")
     keys = [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in z.float()]
-    for i, (t, t_next) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         v = velocity(z, t)
         x_0, epsilon = z - t * v, z + (1 - t) * v
         # Ratio of the noise-to-data ratios after and before; 0 when all was noise.
@@ -110,7 +112,7 @@ def euler_ancestral(
             noise = [torch.randn(shape, generator=generator_for(key, "fresh", i)) for key in keys]
             z = z + fresh * torch.stack(noise).to(z)
         if progress is not None:
-            progress()
+            progress(i, t_next, z)
     return z
 
 
@@ -123,7 +125,8 @@ def _two_step(
     """
     before, h_before = z, math.inf
     ticks = clock.diff().tolist()
-    for t, t_next, h in zip(grid[:-1].tolist(), grid[1:].tolist(), ticks, strict=True):
+    steps = zip(pairwise(grid.tolist()), ticks, strict=True)
+    for i, ((t, t_next), h) in enumerate(steps):
         x_0 = z - t * velocity(z, t)
         # Euler where there is no slope: in the first step, and where the clock runs to infinity.
         known = math.isfinite(h) and math.isfinite(h_before)
@@ -131,5 +134,5 @@ def _two_step(
         z = t_next / t * z + (1 - t_next / t) * guess
         before, h_before = x_0, h
         if progress is not None:
-            progress()
+            progress(i, t_next, z)
     return z

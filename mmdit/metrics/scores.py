@@ -89,7 +89,7 @@ class StudyProtocol:
             pipe: the model.
             features: CLIP, the same for all models that are compared.
             data: the split that scenes and real pictures are taken from.
-            progress: called after every solver step.
+            progress: called after every solver step, as in `Pipeline.__call__`.
         """
         scenes = scenes_of(data, self.samples)
         prompts = [short_caption(scene) for scene in scenes]

@@ -97,8 +97,14 @@ def test_times_are_floats_that_start_at_noise_and_never_reach_data(solver):
 @each_of_all
 def test_progress_is_told_of_every_step(solver):
     told = []
-    solver(growth, torch.ones(1), Shift().grid(5), lambda: told.append(None))
-    assert len(told) == 5
+    z, grid = torch.ones(1, dtype=torch.float64), Shift(alpha=3.0).grid(5)
+    reached = solver(growth, z, grid, lambda *step: told.append(step))
+    numbers, times, states = zip(*told, strict=True)
+    assert numbers == (0, 1, 2, 3, 4)
+    assert list(times) == grid[1:].tolist()
+    assert torch.equal(states[-1], reached)
+    for i, state in enumerate(states[:3]):  # what it is told is where it would end
+        assert torch.equal(state, solver(growth, z, grid[: i + 2]))
 
 
 @each_of_all
