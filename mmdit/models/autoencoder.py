@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, at_least_one
 from mmdit.nn.attention import attention
 from mmdit.registry import register
 
@@ -193,6 +193,8 @@ class Autoencoder(nn.Module):
         shift: float = 0.0609,
     ) -> None:
         super().__init__()
+        at_least_one("Autoencoder", latent_channels=latent_channels, width=width)
+        at_least_one("Autoencoder", levels=len(multipliers), multiplier=min(multipliers, default=1))
         if width % 32:
             raise UserError(f"Autoencoder: width {width} must be divisible by 32 (GroupNorm)")
         widths = [width * multiplier for multiplier in multipliers]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, at_least_one
 from mmdit.nn.attention import QKV, Heads, attention
 from mmdit.nn.embeddings import (
     PatchEmbedding,
@@ -61,6 +61,8 @@ class Stream(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
         super().__init__()
+        if not 0.5 < mlp_ratio * width < math.inf:
+            raise UserError(f"mlp_ratio {mlp_ratio} must be a number above 0, in most models 4")
         self.width, self.hidden = width, round(mlp_ratio * width)
         self.modulation = Modulation(width, self.modulation_parts)
         self.norm1 = LayerNorm(width)
@@ -156,7 +158,7 @@ class Backbone(nn.Module, ABC):
         patched_channels: channels of what is cut into patches, where that is not the latent.
 
     Raises:
-        UserError: `depth` is not positive; `width` does not split into `num_heads`, or into the
+        UserError: a count is not positive; `width` does not split into `num_heads`, or into the
             four parts of a position.
     """
 
@@ -181,9 +183,11 @@ class Backbone(nn.Module, ABC):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if depth < 1:
-            raise UserError(f"{name}: depth {depth} must be at least 1")
-        if num_heads < 1 or width % num_heads:
+        at_least_one(name, depth=depth, width=width, num_heads=num_heads, patch_size=patch_size)
+        at_least_one(name, latent_channels=latent_channels, context_width=context_width)
+        at_least_one(name, pooled_width=pooled_width, position_size=position_size)
+        at_least_one(name, position_grid=position_grid, position_base=position_base)
+        if width % num_heads:
             raise UserError(f"{name}: width {width} must be divisible by num_heads {num_heads}")
         if width % 4:
             raise UserError(f"{name}: width {width} must be divisible by 4 (2D sin-cos positions)")

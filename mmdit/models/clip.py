@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, at_least_one
 from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import MLP
 from mmdit.registry import register
@@ -86,6 +86,8 @@ class CLIPTextModel(nn.Module):
         projection_width: int | None = None,
     ) -> None:
         super().__init__()
+        at_least_one("CLIP", vocabulary_size=vocabulary_size, width=width, num_heads=num_heads)
+        at_least_one("CLIP", length=length)
         if width % num_heads:
             raise UserError(f"CLIP: width {width} must be divisible by num_heads {num_heads}")
         if depth < 2:
@@ -102,6 +104,7 @@ class CLIPTextModel(nn.Module):
         self.final_norm = nn.LayerNorm(width)
         self.projection: nn.Module = nn.Identity()
         if projection_width is not None:
+            at_least_one("CLIP", projection_width=projection_width)
             self.projection = nn.Linear(width, projection_width, bias=False)
         if not self.position_embedding.is_meta:  # where there is nothing to fill
             self.reset_parameters()

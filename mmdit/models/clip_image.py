@@ -6,7 +6,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, at_least_one
 from mmdit.models.clip import CLIPLayer, QuickGELU
 from mmdit.registry import register
 
@@ -46,6 +46,9 @@ class CLIPImageModel(nn.Module):
         projection_width: int = 768,
     ) -> None:
         super().__init__()
+        at_least_one("CLIP", width=width, depth=depth, num_heads=num_heads)
+        at_least_one("CLIP", image_size=image_size, patch_size=patch_size)
+        at_least_one("CLIP", projection_width=projection_width)
         if width % num_heads:
             raise UserError(f"CLIP: width {width} must be divisible by num_heads {num_heads}")
         if image_size % patch_size:

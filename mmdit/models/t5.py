@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.errors import UserError
+from mmdit.errors import at_least_one
 from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import tanh_gelu
 from mmdit.nn.norms import RMSNorm
@@ -94,8 +94,8 @@ class T5Encoder(nn.Module):
         hidden: int,
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise UserError(f"T5: depth {depth} must be at least 1")
+        at_least_one("T5", vocabulary_size=vocabulary_size, width=width, depth=depth)
+        at_least_one("T5", num_heads=num_heads, head_width=head_width, hidden=hidden)
         self.width, self.head_width = width, head_width
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.position_bias = RelativePositionBias(num_heads)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.errors import UserError
+from mmdit.errors import UserError, at_least_one
 from mmdit.models.backbone import Backbone, OutputLayer
 from mmdit.models.dit import DiTBlock
 from mmdit.nn.modulation import Modulation, modulate
@@ -93,14 +93,13 @@ class UViT(Backbone):
         position_grid: int = 64,
         position_base: int = 16,
     ) -> None:
-        if num_heads < 1 or width % (2 * num_heads):
+        at_least_one("UViT", num_heads=num_heads, conv_blocks=conv_blocks)
+        if width % (2 * num_heads):
             raise UserError(
                 f"UViT: width {width} must be divisible by {2 * num_heads}: its convolutions have "
                 f"width/2 channels, which GroupNorm splits into as many groups as num_heads, "
                 f"{num_heads}"
             )
-        if conv_blocks < 1:
-            raise UserError(f"UViT: conv_blocks {conv_blocks} must be at least 1")
         channels = width // 2
         super().__init__(
             depth=depth,

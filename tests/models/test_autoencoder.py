@@ -145,9 +145,19 @@ def test_a_side_that_is_no_multiple_of_the_factor_is_named(size):
         Autoencoder(**TINY).encode(images(1, 3, *size))
 
 
-def test_a_width_that_does_not_split_into_groups_is_named():
-    with pytest.raises(UserError, match="width 48 must be divisible by 32"):
-        Autoencoder(**{**TINY, "width": 48})
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"width": 48}, "width 48 must be divisible by 32"),
+        ({"width": 0}, "width 0 must be at least 1"),
+        ({"latent_channels": 0}, "latent_channels 0 must be at least 1"),
+        ({"multipliers": []}, "levels 0 must be at least 1"),
+        ({"multipliers": [1, 0]}, "multiplier 0 must be at least 1"),
+    ],
+)
+def test_impossible_arguments_are_named(mistake, message):
+    with pytest.raises(UserError, match=message):
+        Autoencoder(**{**TINY, **mistake})
 
 
 # Parity

@@ -56,9 +56,10 @@ def test_any_length_is_read():
         assert model(torch.zeros(1, length, dtype=torch.int64)).shape == (1, length, 32)
 
 
-def test_a_model_needs_a_layer():
-    with pytest.raises(UserError, match="depth 0 must be at least 1"):
-        T5Encoder(**{**TINY, "depth": 0})
+@pytest.mark.parametrize("name", ["depth", "num_heads", "width", "hidden", "head_width"])
+def test_every_size_is_at_least_one(name):
+    with pytest.raises(UserError, match=f"{name} 0 must be at least 1"):
+        T5Encoder(**{**TINY, name: 0})
 
 
 # Parity
