@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from mmdit.checkpoints.folders import (
     write_folder,
     write_model,
 )
+from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
@@ -39,38 +40,6 @@ from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
 log = logging.getLogger("mmdit")
 
 ENCODERS = ("clip_l", "clip_g", "t5")
-
-
-class Preset(NamedTuple):
-    """How a published model is meant to be used.
-
-    Attributes:
-        hub: its repository.
-        depth, qk_norm, dual: what tells its architecture.
-        steps, guidance, shift: for sampling; guidance 1 is none.
-        t5_length: tokens that T5 reads.
-    """
-
-    hub: str
-    depth: int
-    qk_norm: bool
-    dual: bool
-    steps: int
-    guidance: float
-    shift: float = 3.0
-    t5_length: int = 256
-
-
-PRESETS = {
-    "sd3-medium": Preset(
-        "stabilityai/stable-diffusion-3-medium-diffusers", 24, False, False, 28, 7.0
-    ),
-    "sd3.5-medium": Preset("stabilityai/stable-diffusion-3.5-medium", 24, True, True, 28, 4.5),
-    "sd3.5-large": Preset("stabilityai/stable-diffusion-3.5-large", 38, True, False, 28, 3.5),
-    "sd3.5-large-turbo": Preset(
-        "stabilityai/stable-diffusion-3.5-large-turbo", 38, True, False, 4, 1.0
-    ),
-}
 
 
 def load_published(
@@ -110,7 +79,6 @@ def load_published(
         raise UserError(f"preset={preset} must be one of {', '.join(PRESETS)}")
     if str(source) in PRESETS and not Path(source).exists():
         preset = preset or str(source)
-        source = PRESETS[str(source)].hub
     used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
     wanted = ["mmdit", "autoencoder", *(kind for kind, use in used.items() if use)]
     folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[k] for k in wanted[2:]]
@@ -181,12 +149,12 @@ def chosen_preset(mmdit: MMDiT, source: str, asked: str | None) -> str:
             )
         return asked
     if not fitting:
-        log.info("%s is none of the published sizes: sampled like sd3.5-medium", source)
+        log.warning("%s is none of the published sizes: sampled like sd3.5-medium", source)
         return "sd3.5-medium"
     turbo = [name for name in fitting if "turbo" in name]
     chosen = turbo[0] if turbo and "turbo" in source.lower() else fitting[0]
     if turbo and chosen != turbo[0]:
-        log.info("sampled like %s; %s has the same shapes, say preset= for it", chosen, turbo[0])
+        log.warning("sampled like %s; %s has the same shapes, say preset= for it", chosen, turbo[0])
     return chosen
 
 
@@ -239,8 +207,6 @@ def frozen_text(
     used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
     wanted = [kind for kind, use in used.items() if use]
     folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[kind] for kind in wanted]
-    if source in PRESETS and not Path(source).exists():
-        source = PRESETS[source].hub
     path = local(source, folders)
     beside = path if path.is_dir() else path.parent
     parts = load_encoders(

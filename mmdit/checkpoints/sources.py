@@ -18,6 +18,7 @@ from mmdit.checkpoints.archive import (
 )
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
+from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
 from mmdit.errors import UserError, first_line
 
@@ -48,8 +49,8 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
     """The file or folder that a source names; of the hub, a file or the named folders are fetched.
 
     Args:
-        source: a path; or `owner/name` on the hub, with `@revision` (branch, tag or commit) and
-            `/path/in/it.safetensors` behind it where wanted.
+        source: a path; the name of a preset; or `owner/name` on the hub, with `@revision` (branch,
+            tag or commit) and `/path/in/it.safetensors` behind it where wanted.
         folders: of a repository in diffusers' layout. Of one that holds a single model, its weights
             are fetched as well.
 
@@ -59,10 +60,11 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
+    source = PRESETS[str(source)].hub if str(source) in PRESETS else source
     on_hub = HUB_ID.fullmatch(str(source))
     a_file = on_hub is not None and on_hub["file"] is not None
     like_a_path = path.suffix in (".safetensors", *PICKLES) and not a_file
-    if like_a_path or on_hub is None or path.parents[-2].is_dir():
+    if like_a_path or on_hub is None or Path(source).parents[-2].is_dir():
         raise UserError(f"{source}: there is no such file or folder")
     return download(folders=folders, **on_hub.groupdict())
 

@@ -14,6 +14,7 @@ import mmdit
 from mmdit.checkpoints import sources
 from mmdit.checkpoints.archive import write_archive
 from mmdit.checkpoints.folders import write_model
+from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import exported
 from mmdit.checkpoints.sources import load_model, weights_of
 from mmdit.errors import UserError
@@ -245,6 +246,13 @@ def test_a_repository_may_hold_one_model(tiny, hub, kind, load):
     mmdit.save_diffusers(tiny(kind), hub.repository)
     assert describe(load("some/model@v1.0")) == describe(tiny(kind))
     assert set(hub.revisions) == {"v1.0"}
+
+
+def test_a_preset_names_its_repository_for_every_model(tiny, hub, monkeypatch):
+    mmdit.save_diffusers(tiny("t5"), hub.repository / "text_encoder_3")
+    some = PRESETS["sd3.5-medium"]._replace(hub="some/model")
+    monkeypatch.setitem(PRESETS, "sd3.5-medium", some)
+    assert mmdit.load_t5("sd3.5-medium").width == 16
 
 
 def test_a_single_file_of_a_repository(tiny, hub):
