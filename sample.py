@@ -164,17 +164,16 @@ def make_folder(out: Path) -> Path:
 
 def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
     """What to paint with: weights of this project, or the name of public weights."""
-    if checkpoint and not mmdit.is_native(checkpoint):
-        if Path(checkpoint).is_dir() and not any(Path(checkpoint).rglob("*.safetensors")):
-            return find_weights(Path(checkpoint), config.weights)  # which says what it lacks
-        return checkpoint
-    source = Path(checkpoint) if checkpoint else newest_finished(Path(config.runs))
-    if source is None:
+    path = Path(checkpoint).expanduser() if checkpoint else newest_finished(Path(config.runs))
+    if path is None:
         raise UserError(
             f"there is no finished run in {config.runs}/: train one with `python train.py`, "
             "or give checkpoint=<run folder, file or hub id>"
         )
-    return find_weights(source, config.weights)
+    holds_none = path.is_dir() and not any(path.rglob("*.safetensors"))
+    if checkpoint and not mmdit.is_native(path) and not holds_none:
+        return checkpoint
+    return find_weights(path, config.weights)  # which says what a folder without weights lacks
 
 
 def load(

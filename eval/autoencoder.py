@@ -30,7 +30,7 @@ from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.subject import (
     hash_of,
-    holds_weights,
+    is_run,
     open_features,
     results_folder,
     shapes_for,
@@ -115,7 +115,7 @@ def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
     if not text.get("checkpoint"):
         raise UserError("give checkpoint=<run, file, folder or hub id> of an autoencoder")
     given, device = text["checkpoint"], chosen_device(config.device)
-    native = mmdit.is_native(given) or (Path(given).is_dir() and not holds_weights(Path(given)))
+    native = is_run(given)
     if native:
         source = find_weights(Path(given).expanduser(), config.weights)
         module = mmdit.load_autoencoder(source)

@@ -59,7 +59,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
         if not isinstance(value, bool):
             raise UserError(f"text.{key}={value} must be true or false")
     device = chosen_device(config.device)
-    native = mmdit.is_native(given) or (Path(given).is_dir() and not holds_weights(Path(given)))
+    native = is_run(given)
     if native:
         source = find_weights(Path(given).expanduser(), config.weights)
         pipe = mmdit.load_pipeline(source, device=device, **used)
@@ -74,9 +74,10 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
     return Subject(pipe, source, native, {**facts, "text": used})
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether there are weight files anywhere below."""
-    return any(folder.rglob("*.safetensors"))
+def is_run(given: str | Path) -> bool:
+    """Whether it is this project's; so is a folder without weights, whose lack is told as that."""
+    path = Path(given).expanduser()
+    return mmdit.is_native(path) or (path.is_dir() and not any(path.rglob("*.safetensors")))
 
 
 def hash_of(source: Path) -> str:
