@@ -104,7 +104,7 @@ def build(description: dict[str, Any]) -> Any:
         hint += ". A class of your own must be imported first: imports=[<module>]"
         raise UserError(f"the checkpoint names the class {name!r}, which is not known here{hint}")
     cls = _classes[name]
-    if arguments and cls.__init__ is object.__init__:
+    if arguments and not inspect.signature(cls).parameters:
         raise UserError(f"{name} takes no arguments, but is given {', '.join(arguments)}")
     return cls(**arguments)
 

@@ -88,7 +88,7 @@ def test_the_sides_shrink_by_the_patch(randomize, patch_size):
     [
         ({"width": 33, "num_heads": 3}, r"width 33 must be divisible by 6: its convolutions have"),
         ({"width": 36, "num_heads": 4}, r"width 36 must be divisible by 8: .* groups as num_heads"),
-        ({"num_heads": 0}, "width 32 must be divisible by 0"),
+        ({"num_heads": 0}, "num_heads 0 must be at least 1"),
         ({"conv_blocks": 0}, "conv_blocks 0 must be at least 1"),
     ],
 )
