@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ import mmdit
 from configs.checks import whole
 from configs.launch import Verbatim, launch
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
+from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.engine.pictures import save_grid
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.errors import UserError
@@ -199,20 +200,15 @@ def load(
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB: upright, 8 bits a channel, on white where it is transparent."""
+    """A picture in RGB, by the policies of `mmdit.data.images`.
+
+    Raises:
+        UserError: it is none, or cannot be read.
+    """
     try:
-        with Image.open(path) as file:
-            picture: Image.Image = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16 bits, some readers say 32
-                picture = Image.fromarray(
-                    (np.asarray(picture) // 257).clip(0, 255).astype(np.uint8)
-                )
-            layer = picture.convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return Image.fromarray(decode(read_bytes(path)))
+    except (BadImage, OSError) as error:
         raise UserError(f"image={path} cannot be read as a picture: {error}") from error
-    flat = Image.new("RGBA", layer.size, "white")
-    flat.alpha_composite(layer)
-    return flat.convert("RGB")
 
 
 def fitted(picture: Image.Image, pipe: mmdit.Pipeline, config: DictConfig) -> torch.Tensor:

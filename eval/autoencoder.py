@@ -39,6 +39,7 @@ from eval.subject import (
 )
 from mmdit.checkpoints.runs import find_weights
 from mmdit.checkpoints.sources import local
+from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.engine.pictures import grid_image
 from mmdit.engine.precision import Autocast, autocast, chosen_device, chosen_dtype
 from mmdit.errors import UserError
@@ -160,19 +161,16 @@ def find_pictures(
 
 
 def open_picture(path: Path, side: int) -> Tensor:
-    """The middle square of a picture, upright, on white where it is transparent: uint8 (s, s, 3).
+    """The middle square of a picture by the policies of `mmdit.data.images`: uint8 (s, s, 3).
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it is none, or cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            layer = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        picture = Image.fromarray(decode(read_bytes(path)))
+    except (BadImage, OSError) as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from error
-    flat = Image.new("RGBA", layer.size, "white")
-    flat.alpha_composite(layer)
-    square = ImageOps.fit(flat.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    square = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square))
 
 

@@ -1,8 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
+import eval.autoencoder
 import eval.subject
 import sample
 from mmdit.errors import UserError
@@ -46,3 +50,25 @@ def test_no_run_at_all_is_told(home, monkeypatch):
     monkeypatch.chdir(home)
     with pytest.raises(UserError, match="there is no finished run in runs/"):
         sample.find_source(None, CONFIG)
+
+
+READERS = {
+    "sample": lambda path: torch.from_numpy(np.array(sample.open_picture(path))),
+    "eval/autoencoder": lambda path: eval.autoencoder.open_picture(path, 4),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_sixteen_bits_a_channel_are_scaled_to_eight(read, tmp_path):
+    grey = np.full((4, 4), 128 * 257, dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert torch.equal(read(tmp_path / "grey.png"), torch.full((4, 4, 3), 128, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_what_is_no_picture_is_refused_by_name(read, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
+    with pytest.raises(UserError, match=r"page\.eps cannot be read as a picture: is not an image"):
+        read(tmp_path / "page.eps")
+    with pytest.raises(UserError, match=r"absent\.png cannot be read as a picture: no such file"):
+        read(tmp_path / "absent.png")
