@@ -18,9 +18,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from configs.checks import whole
 from configs.formulations import check_variant, store_formulations
 from configs.launch import Verbatim, launch, sweep_label
 from configs.stages import (
+    check_recipe,
     check_until,
     clip_for_metrics,
     give_autoencoder,
@@ -30,6 +32,7 @@ from configs.stages import (
 )
 from mmdit.checkpoints.runs import Checkpoint
 from mmdit.data.captions import TASKS, short_caption
+from mmdit.data.checks import expect, expect_number
 from mmdit.data.shapes import Shapes
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
@@ -60,8 +63,16 @@ def job(config: DictConfig, _: Verbatim) -> None:
     device = own_device(chosen_device(config.device))
     precision = autocast(device, config.precision)
     settings = Settings.of(config.training, "training")
-    if config.autoencoder.trained:
-        Settings.of(config.autoencoder.training, "autoencoder.training")
+    whole(config, "seed", 0)
+    whole(config, "image_size")
+    whole(config, "sampling.steps")
+    expect_number("sampling.guidance", config.sampling.guidance)
+    trained = config.autoencoder.trained
+    expect(isinstance(trained, bool), "autoencoder.trained", trained, "must be true or false")
+    if trained:
+        check_recipe(config, "autoencoder")
+    if config.get("metrics") is not None:
+        check_recipe(config, "clip")
     validation_size = positive(config.training, "validation_size", "training")
     processes = join(device, settings.timeout)
     share(settings.batch_size, processes, settings.accumulation)

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import mmdit
+from configs.launch import CONFIGS
 from mmdit.checkpoints import shards
 from mmdit.checkpoints.runs import checkpoints_in
 from mmdit.errors import UserError
@@ -22,6 +25,7 @@ from tests.training_for_tests import (
     train,
     wait_for_step,
 )
+from train import job
 
 STEPS = 8
 
@@ -34,6 +38,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "psnr" in result.stdout
     assert "finished runs/smoke-001" in result.stdout
     return folder
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("seed", "image_size", "sampling.steps", "sampling.guidance"),
+        *("autoencoder.seed", "autoencoder.trained", "autoencoder.kl_weight", "autoencoder.lr"),
+        *("autoencoder.warmup_steps", "autoencoder.ema.decay", "autoencoder.ema.every"),
+        *("clip.samples", "clip.lr", "clip.ema.decay", "metrics.seed"),
+    ],
+)
+@pytest.mark.parametrize("value", ["x", "null", "nan", "[1]", "true"])
+def test_settings_that_make_no_sense_are_refused_by_their_key(key: str, value: str) -> None:
+    if (key, value) == ("autoencoder.trained", "true"):
+        value = "1"  # no bool, either
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", ["experiment=smoke", "metrics=study", f"{key}={value}"])
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}.* must be "):
+        job(config, {})
 
 
 def test_run_leaves_what_it_promises(folder: Path) -> None:
