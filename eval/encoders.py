@@ -104,7 +104,8 @@ def measured_loss(
     if validation is None:
         return {}
     with pipe.autocast():
-        levels = validation_loss(pipe, *validation, seed=config.seed)
+        options = {"seed": config.seed, "batch_size": config.batch_size}
+        levels = validation_loss(pipe, *validation, **options)
     by_level = {f"{t:g}": loss for t, loss in zip(LEVELS, levels, strict=True)}
     return {"loss": sum(levels[:-1]) / len(levels[:-1]), "levels": by_level}
 

@@ -14,7 +14,12 @@ LEVELS = [(i + 1) / 8 for i in range(8)]
 
 @torch.no_grad()
 def validation_loss(
-    pipeline: Pipeline, latents: Tensor, captions: Sequence[str], *, seed: int
+    pipeline: Pipeline,
+    latents: Tensor,
+    captions: Sequence[str],
+    *,
+    seed: int,
+    batch_size: int = 64,
 ) -> list[float]:
     """Mean loss at each t of `LEVELS`, all encoders speaking.
 
@@ -25,15 +30,17 @@ def validation_loss(
     Args:
         latents: normalized, (n, c, h, w).
         captions: n of them.
+        batch_size: samples at a time; it changes no more than the rounding.
     """
-    generators = [generator_for(seed, "validation", i) for i in range(len(latents))]
-    shape = tuple(latents.shape[1:])
-    epsilon = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(latents.device)
-    c_vec, c_ctxt = pipeline.text.encode(captions)
-    losses = []
-    for level in LEVELS:
-        t = torch.full((len(latents),), level, device=latents.device)
-        draw = Draw(t, epsilon)
-        loss = pipeline.objective(pipeline.mmdit, latents, c_vec, c_ctxt, draw)
-        losses.append(loss.mean().item())
-    return losses
+    shape, device = tuple(latents.shape[1:]), latents.device
+    losses: list[list[Tensor]] = [[] for _ in LEVELS]
+    for start in range(0, len(latents), batch_size):
+        x_0 = latents[start : start + batch_size]
+        keys = range(start, start + len(x_0))
+        noises = [torch.randn(shape, generator=generator_for(seed, "validation", i)) for i in keys]
+        epsilon = torch.stack(noises).to(device)
+        c_vec, c_ctxt = pipeline.text.encode(captions[start : start + batch_size])
+        for found, level in zip(losses, LEVELS, strict=True):
+            draw = Draw(torch.full((len(x_0),), level, device=device), epsilon)
+            found.append(pipeline.objective(pipeline.mmdit, x_0, c_vec, c_ctxt, draw))
+    return [torch.cat(found).mean().item() for found in losses]
