@@ -67,9 +67,10 @@ def test_pictures_start_half_way_as_in_the_reference(golden):
     for row in case.config["table"]:
         steps = row["steps"]
         shift = PublishedShift(alpha=row["shift"])
-        grid = UniformGrid().remaining(steps, shift, strength=row["denoise"])
+        path = RectifiedFlow()
+        grid = UniformGrid().remaining(steps, shift, path, strength=row["denoise"])
         case.check(f"{row['key']}.sigmas", grid.float())
-        z = RectifiedFlow().interpolate(latent, noise, grid[:1].float())
+        z = path.interpolate(latent, noise, grid[:1].float())
         case.check(f"{row['key']}.x_init", z)
         guide = ClassifierFreeGuidance(scale=2.0)
         v = guide(GaussianVelocity(), Condition(y, ctx), Condition(-y, -ctx), grid, steps)
