@@ -1,8 +1,11 @@
 """Prompt to picture: text, noise, guided flow, decoder."""
 
 import math
+import operator
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,6 +20,7 @@ from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.solvers import Progress, VelocityFunction, euler
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
+from mmdit.models.controlnet import ControlledMMDiT
 from mmdit.registry import register
 from mmdit.text.conditioning import TextConditioner
 
@@ -78,7 +82,44 @@ def texts(name: str, given: str | Sequence[str]) -> list[str]:
         raise UserError(f"{name} {given!r} must be a text, or a list of texts")
     if not several:
         raise UserError(f"{name} is an empty list: give at least one text")
+    for text in several:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{name} {text!r} is no text: it has half of a surrogate pair")
     return list(several)
+
+
+def whole(name: str, given: Any, *, least: int) -> int:
+    """A number that counts, of Python, numpy or torch, as an int.
+
+    Raises:
+        UserError: something else, or less than `least`, or more than 63 bits.
+    """
+    try:
+        number = operator.index(given)
+    except (TypeError, ValueError):
+        number = least - 1
+    if isinstance(given, bool) or not least <= number < 2**63:
+        raise UserError(f"{name}={given!r} must be a whole number, at least {least}")
+    return number
+
+
+def real(name: str, given: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number, of Python or numpy, as a float.
+
+    Raises:
+        UserError: something else, or outside of [least, most].
+    """
+    number = isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
+    if not (number and least <= given <= most):
+        within = "" if math.isinf(most) else f" in [{least:g}, {most:g}]"
+        raise UserError(f"{name}={given!r} must be a finite number{within}")
+    return float(given)
+
+
+def for_each_picture(condition: Condition, count: int) -> Condition:
+    """The condition of each of `count` pictures, of which every prompt has an equal share."""
+    times = count // len(condition.c_vec)
+    return Condition(*(part.repeat_interleave(times, dim=0) for part in condition))
 
 
 class NetworkVelocity:
@@ -240,46 +281,46 @@ class Pipeline(nn.Module):
             UserError: an impossible size or number, or an image that does not fit them.
         """
         prompts = texts("prompt", prompt)
-        negatives = texts("negative_prompt", negative_prompt or "")
+        negatives = texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if len(negatives) not in (1, len(prompts)):
             raise UserError(
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one "
                 "for each"
             )
-        if num_images < 1:
-            raise UserError(f"num_images={num_images} must be at least 1")
-        steps = self.steps if steps is None else steps
-        if not isinstance(steps, int) or steps < 1:
-            raise UserError(f"steps={steps} must be a whole number, at least 1")
+        num_images = whole("num_images", num_images, least=1)
+        steps = self.steps if steps is None else whole("steps", steps, least=1)
         if (image is None) != (strength is None):
             raise UserError("image and strength belong together: give both or neither")
-        if strength is not None and not 0.0 <= strength <= 1.0:
-            raise UserError(f"strength={strength} must lie in [0, 1]")
+        strength = 1.0 if strength is None else real("strength", strength, 0.0, 1.0)
         count = len(prompts) * num_images
         if seeds is None:
-            seeds = [seed + i % num_images for i in range(count)]
-        if len(seeds) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one for each")
+            first = whole("seed", seed, least=0)
+            seeds = [first + i % num_images for i in range(count)]
+        if not isinstance(seeds, Sequence) or len(seeds) != count:
+            many = len(seeds) if isinstance(seeds, Sequence) else repr(seeds)
+            raise UserError(f"{many} seeds for {count} pictures: give a list, one for each")
         if image is not None:
             image = one_per_prompt(image, len(prompts), height, width)
             height, width = image.shape[1:3]
-        height = self.image_size if height is None else height
-        width = self.image_size if width is None else width
+        height = self.image_size if height is None else whole("height", height, least=1)
+        width = self.image_size if width is None else whole("width", width, least=1)
+        guidance = self.guidance if guidance is None else guidance
+        if not isinstance(guidance, Guidance):
+            guidance = ClassifierFreeGuidance(scale=real("guidance", guidance))
+        if not callable(solver):
+            raise UserError(f"solver={solver!r} must be a function of mmdit.flow.solvers")
+        if grid is not None and not isinstance(grid, Grid):
+            raise UserError(f"grid={grid!r} must be an object of mmdit.flow.grids")
+        if isinstance(self.mmdit, ControlledMMDiT):
+            self.mmdit.check_pictures(count)
 
-        z = self.noise(seeds, height, width)
-        strength = 1.0 if strength is None else strength
+        z = self.noise([whole("seed", seed, least=0) for seed in seeds], height, width)
         times = self.objective.times(steps, strength=strength, grid=grid)
         # Paths that end before all is noise start there, from the noise alone.
         z = times[0].item() * z if image is None else self.noised(image, z, times[:1])
         with self.autocast():
-            positive = self.text.encode([text for text in prompts for _ in range(num_images)])
-            negatives = [text for text in negatives for _ in range(count // len(negatives))]
-            negative = self.text.encode(negatives)
-        guidance = self.guidance if guidance is None else guidance
-        if not isinstance(guidance, Guidance):
-            if not isinstance(guidance, int | float) or not math.isfinite(guidance):
-                raise UserError(f"guidance={guidance} must be a finite number or a Guidance")
-            guidance = ClassifierFreeGuidance(scale=guidance)
+            positive = for_each_picture(self.text.encode(prompts), count)
+            negative = for_each_picture(self.text.encode(negatives), count)
         evaluated: list[int] = []
         network = NetworkVelocity(self.mmdit, self.objective, self.autocast, evaluated.append)
         z = solver(guidance(network, positive, negative, times, steps), z, times, progress)

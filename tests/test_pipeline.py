@@ -1,5 +1,6 @@
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from mmdit.flow.schedule import PublishedShift
 from mmdit.flow.solvers import dpmpp_2m, heun, midpoint
 from mmdit.flow.timesteps import LogitNormal
 from mmdit.models.autoencoder import Autoencoder
+from mmdit.models.controlnet import ControlledMMDiT, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.registry import register
@@ -158,7 +160,7 @@ def test_each_prompt_has_its_picture_or_all_share_one(pipe):
     [
         ({"image": picture(8, 8)}, "image and strength belong together"),
         ({"strength": 0.5}, "image and strength belong together"),
-        ({"image": picture(8, 8), "strength": 1.5}, r"strength=1.5 must lie in \[0, 1\]"),
+        ({"image": picture(8, 8), "strength": 1.5}, r"strength=1.5 must .* in \[0, 1\]"),
         ({"image": picture(8, 8), "strength": float("nan")}, "strength=nan"),
         ({"image": picture(8, 10), "strength": 0.5}, "width=10 must be a multiple of 4"),
         ({"image": picture(20, 8), "strength": 0.5}, "height=20 .* from 4 to 16"),
@@ -171,6 +173,18 @@ def test_each_prompt_has_its_picture_or_all_share_one(pipe):
         ({"steps": 0}, "steps=0"),
         ({"num_images": 0}, "num_images=0"),
         ({"seeds": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"seeds": 5}, "5 seeds for 1 pictures: give a list"),
+        *(({"seed": s}, "seed=.* must be a whole number") for s in (None, "3", 1.5, True, -1)),
+        *(({"seed": s}, "seed=.* must be a whole number") for s in (2**63, np.float64(1.0))),
+        *(({"height": h}, "height=.* must be a whole number") for h in ("8", 8.0, True)),
+        *(({"num_images": n}, "num_images=.* must be a whole") for n in ("2", 2.0, False)),
+        *(({"steps": n}, "steps=.* must be a whole number") for n in ("4", 4.5, True)),
+        *(({"guidance": g}, "guidance=.* must be a finite") for g in ("2", float("inf"), True)),
+        ({"image": picture(8, 8), "strength": "0.5"}, "strength='0.5' must be a finite number"),
+        ({"solver": "euler"}, r"solver='euler' must be a function of mmdit\.flow\.solvers"),
+        ({"grid": "uniform"}, r"grid='uniform' must be an object of mmdit\.flow\.grids"),
+        ({"negative_prompt": []}, "negative_prompt is an empty list"),
+        ({"negative_prompt": "\ud800"}, "half of a surrogate pair"),
     ],
 )
 def test_what_cannot_be_painted_is_refused(pipe, arguments, message):
@@ -264,3 +278,43 @@ def test_latents_are_normalized_as_in_the_reference(golden, monkeypatch, directi
     monkeypatch.setattr(autoencoder.decoder, "forward", lambda z: z)
     run = {"process_in": autoencoder.encode, "process_out": autoencoder.decode}[direction]
     case.check(direction, run(x))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipe):
+    plain = pipe("a", steps=2, seed=3, guidance=2.5, height=8, num_images=2)
+    others = {"steps": np.int64(2), "seed": torch.tensor(3), "guidance": np.float32(2.5)}
+    painted = pipe("a", **others, height=np.int32(8), num_images=np.uint8(2))
+    assert torch.equal(painted, plain)
+
+
+def test_a_prompt_is_encoded_once_however_many_pictures_it_gets(pipe, monkeypatch):
+    read = []
+    encode = pipe.text.encode
+    monkeypatch.setattr(pipe.text, "encode", lambda texts: read.append(texts) or encode(texts))
+    painted = pipe(["a", "b"], num_images=3, seeds=[4] * 6, steps=1)
+    assert read == [["a", "b"], [""]]
+    for i, prompt in enumerate("aaabbb"):
+        alone = pipe(prompt, seed=4, steps=1)[0]
+        assert (painted[i].int() - alone.int()).abs().max() <= 1
+
+
+def test_each_picture_follows_its_own_control(pipe):
+    """One control image for all, or one for each picture, whatever guidance makes of the batch."""
+    net = ControlNet(depth=1, width=16, num_heads=2, latent_channels=4, pooled_width=5)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    controls = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    base, wish = pipe.mmdit, {"seeds": [7] * 4, "steps": 2, "num_images": 2}
+
+    def paint(prompts: list[str], latents: torch.Tensor, **wish: object) -> torch.Tensor:
+        pipe.mmdit = ControlledMMDiT(base=base, control_net=net, control_latent=latents)
+        return pipe(prompts, **wish).int()
+
+    for guidance in (1.0, 3.0):
+        painted = paint(["a", "b"], controls, guidance=guidance, **wish)
+        for i, prompt in enumerate("aabb"):
+            alone = paint([prompt], controls[i : i + 1], guidance=guidance, seed=7, steps=2)[0]
+            assert (painted[i] - alone).abs().max() <= 1
+        assert (painted[0] - painted[1]).abs().max() > 10
+    with pytest.raises(UserError, match="2 control images for 4 pictures: give one for all, or"):
+        paint(["a", "b"], controls[:2], **wish)

@@ -216,8 +216,9 @@ class ControlledMMDiT(nn.Module):
     Args:
         base: the network that is controlled.
         control_net: reads the control image.
-        control_latent: of the control image, made of `control_pixels` (b', c, h, w); repeated until
-            it fills the batch, so that the two halves of guidance get the same.
+        control_latent: of the control image, made of `control_pixels` (1, c, h, w), or of one for
+            each picture (b', c, h, w); repeated until it fills the batch, so that the two halves of
+            guidance get the same.
         strength: factor of the residuals.
         placement: which residual is added after which block.
 
@@ -282,13 +283,27 @@ class ControlledMMDiT(nn.Module):
         x = base.last_block(c, x, y) + self.strength * last
         return base.prediction(x, y, *z_t.shape[-2:])
 
+    def check_pictures(self, count: int) -> None:
+        """Refuse to paint another number of pictures than there are control images for.
+
+        Raises:
+            UserError: they are neither one for all nor one for each.
+        """
+        if len(self.control_latent) not in (1, count):
+            raise UserError(
+                f"{len(self.control_latent)} control images for {count} pictures: give one for "
+                "all, or one for each, prompts outermost (control_latent.repeat_interleave("
+                "num_images, dim=0))"
+            )
+
     def skipping(self, layers: Collection[int]) -> MMDiT:
         """The weaker network of skip-layer guidance: as in the reference, it is not controlled."""
         return self.base.skipping(layers)
 
     def _control_for(self, z_t: Tensor) -> Tensor:
         control = self.control_latent
-        if control.shape[1:] != z_t.shape[1:] or len(z_t) % len(control):
+        fits = control.ndim == 4 and control.shape[1:] == z_t.shape[1:] and len(control) > 0
+        if not fits or len(z_t) % len(control):
             raise UserError(
                 f"the control latent {tuple(control.shape)} does not fit the latent "
                 f"{tuple(z_t.shape)}: channels and size must be the same, and the batch a multiple"
