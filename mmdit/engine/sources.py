@@ -158,16 +158,19 @@ class FromCache(_Kept):
         autoencoder: Autoencoder,
         text: TextConditioner,
         autocast: Autocast,
-        folder: str | None = None,
-        root: str = "runs",
+        folder: str | Path | None = None,
+        root: str | Path = "runs",
         shard_size: int = 512,
         threads: int = 8,
         verify: bool = False,
     ) -> None:
         super().__init__(data=data, autoencoder=autoencoder, text=text, autocast=autocast)
-        expect_whole("shard_size", shard_size, 1)
-        expect_whole("threads", threads, 1)
-        expect(isinstance(verify, bool), "verify", verify, "must be true or false")
+        named = isinstance(folder, str | Path | None)
+        expect(named, "latents.folder", folder, "must be the name of a folder, or null")
+        expect(isinstance(root, str | Path), "latents.root", root, "must be the name of a folder")
+        expect_whole("latents.shard_size", shard_size, 1)
+        expect_whole("latents.threads", threads, 1)
+        expect(isinstance(verify, bool), "latents.verify", verify, "must be true or false")
         self.folder, self.root, self.shard_size = folder, root, shard_size
         self.threads, self.verify = threads, verify
 

@@ -224,6 +224,21 @@ def test_the_toy_is_cached_too(tmp_path):
 # What a cache was made from
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("folder", value) for value in (-1, [1], True)),
+        *(("root", value) for value in (None, 0)),
+        *((name, value) for name in ("shard_size", "threads") for value in ("x", None, 0, 1.5)),
+        *(("verify", value) for value in ("x", None, 0)),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_by_name(field: str, value: object) -> None:
+    pipe, data = pipeline(frozen=True), Shapes(split="train")
+    with pytest.raises(UserError, match=rf"^latents\.{field} .* must be "):
+        source_of(FromCache, pipe, data, **{field: value})
+
+
 def folder_of(source: Source) -> Path:
     assert isinstance(source, FromCache)
     return source.cache.folder
