@@ -14,8 +14,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -24,78 +22,62 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
-import mmdit
 from configs.checks import whole
 from configs.launch import Verbatim, launch
-from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
-from mmdit.data.captions import TASKS, Scene, short_caption
+from eval.subject import (
+    PARTS,
+    Subject,
+    open_subject,
+    paint,
+    results_folder,
+    shapes_for,
+    write_results,
+)
+from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.engine.pictures import grid_image
-from mmdit.engine.precision import autocast, chosen_device
-from mmdit.errors import UserError
 from mmdit.metrics.compositional import judge
 from mmdit.pipeline import Pipeline
 
-log = logging.getLogger("mmdit.compositional")
 PROTOCOL = "compositional-1"
+VERBATIM = ("checkpoint", "out", *PARTS)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, measure, write."""
-    n = whole(config, "prompts_per_task", 2)
-    source = (
-        Path(text["checkpoint"]) if text.get("checkpoint") else newest_finished(Path(config.runs))
-    )
-    if source is None:
-        raise UserError(
-            f"there is no finished run in {config.runs}/: give checkpoint=<run or file>"
-        )
-    weights = find_weights(source, config.weights)
-    device = chosen_device(config.device)
-    pipe = mmdit.load_pipeline(weights).to(device)
-    pipe.autocast = autocast(device, config.precision)
-
+    for key, least in (("prompts_per_task", 2), ("batch_size", 1), ("seed", 0)):
+        whole(config, key, least)
+    subject = open_subject(config, text)
+    pipe = subject.pipe
     report: dict[str, Any] = {
         "protocol": PROTOCOL,
-        "weights": str(weights),
-        "weights_sha256": hash_of_weights(weights),
+        **subject.facts,
         "seed": config.seed,
-        "prompts_per_task": n,
+        "prompts_per_task": config.prompts_per_task,
         "steps": config.steps or pipe.steps,
         "guidance": pipe.guidance if config.guidance is None else config.guidance,
         "solver": instantiate(config.solver).func.__name__,
         "splits": {},
     }
     shown: list[tuple[Tensor, str, bool]] = []
+    same_scenes = OmegaConf.merge(config, {"seed": 0})  # whatever the seed of the noise
     for split in config.splits:
-        data = dataset(weights, config, split)
+        data = scenes_for(subject, same_scenes, split)
         table, examples = measure(pipe, data, report, config)
         report["splits"][split] = table
         shown += examples if split == config.splits[0] else []
-    out = Path(text.get("out") or default_folder(weights))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "compositional.json").write_text(json.dumps(report, indent=1))
-    markdown = as_markdown(report)
-    (out / "compositional.md").write_text(markdown)
+    out = results_folder(text, subject.source, "compositional")
     draw_examples(shown, out / "compositional.png")
-    print(markdown)
-    for name in ("json", "md", "png"):
-        print(out / f"compositional.{name}")
+    write_results(out, "compositional", report, as_markdown(report))
+    print(out / "compositional.png")
 
 
-def dataset(weights: Path, config: DictConfig, split: str) -> Shapes:
-    """The data the model was trained on, as its run folder says; else as the config says."""
-    described = [p / "config.json" for p in weights.parents[:3] if (p / "config.json").is_file()]
-    if described:
-        arguments = json.loads(described[0].read_text())["data"]
-    else:
-        plain = {**OmegaConf.to_container(config, resolve=False), "seed": 0}  # type: ignore[dict-item]
-        arguments = OmegaConf.to_container(OmegaConf.create(plain).data, resolve=True)
-    if arguments.pop("_target_") != "mmdit.data.shapes.Shapes":
-        raise UserError(f"{weights} was not trained on shapes: this measure knows no other data")
-    return Shapes(split=split, **arguments)
+def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
+    """What a run was trained on; for public weights, at the size that they paint."""
+    if subject.native:
+        return shapes_for(subject.source, config, split)
+    return shapes_for(None, config, split, image_size=subject.pipe.image_size)
 
 
 def measure(
@@ -105,10 +87,11 @@ def measure(
     n = report["prompts_per_task"]
     table: dict[str, Any] = {}
     examples: list[tuple[Tensor, str, bool]] = []
-    bar = tqdm(total=len(TASKS) * n, desc=f"painting, {data.split}", unit="image", disable=None)
+    options = {"steps": report["steps"], "guidance": report["guidance"]}
     for task in TASKS:
         scenes = [data.scene_for_task(task, i) for i in range(n)]
-        images = paint(pipe, scenes, report, config, bar)
+        prompts = [short_caption(scene) for scene in scenes]
+        images = paint(pipe, prompts, config, label=f"{data.split}, {task}", **options)
         right = judge(data, scenes, images)
         truth = judge(data, scenes, torch.stack([torch.from_numpy(data.render(s)) for s in scenes]))
         shuffled = judge(data, scenes, images.roll(n // 2, dims=0))
@@ -118,39 +101,12 @@ def measure(
             "detector_on_truth": sum(truth) / n,
             "shuffled_prompts": sum(shuffled) / n,
         }
-        examples += [(images[i], short_caption(scenes[i]), right[i]) for i in range(n)]
-    bar.close()
+        examples += [(images[i], prompts[i], right[i]) for i in range(n)]
     names = ("accuracy", "detector_on_truth", "shuffled_prompts")
     table["overall"] = {name: sum(table[t][name] for t in TASKS) / len(TASKS) for name in names}
     errors = [table[task]["standard_error"] for task in TASKS]
     table["overall"]["standard_error"] = math.hypot(*errors) / len(TASKS)
     return table, examples
-
-
-def paint(
-    pipe: Pipeline, scenes: list[Scene], report: dict[str, Any], config: DictConfig, bar: tqdm
-) -> Tensor:
-    """One picture for the short prompt of each scene, (n, h, w, 3) uint8."""
-    batches = []
-    for start in range(0, len(scenes), config.batch_size):
-        batch = scenes[start : start + config.batch_size]
-        images = pipe(
-            [short_caption(scene) for scene in batch],
-            seeds=[config.seed + start + i for i in range(len(batch))],
-            steps=report["steps"],
-            guidance=report["guidance"],
-            solver=instantiate(config.solver),
-        )
-        batches.append(images.cpu())
-        bar.update(len(batch))
-    return torch.cat(batches)
-
-
-def default_folder(weights: Path) -> Path:
-    """Beside the checkpoint, or `results/` for a file from elsewhere."""
-    if (weights.parent / "manifest.json").is_file():
-        return weights.parents[2] / "compositional" / weights.parent.name
-    return Path("results") / weights.stem
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -185,4 +141,4 @@ def draw_examples(shown: list[tuple[Tensor, str, bool]], path: Path, per_row: in
 
 
 if __name__ == "__main__":
-    launch(job, config_name="compositional", verbatim=("checkpoint", "out"))
+    launch(job, config_name="compositional", verbatim=VERBATIM)

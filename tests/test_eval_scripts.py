@@ -22,13 +22,14 @@ from configs.launch import launch
 from eval.random_weights import models_of_size, write_random
 from mmdit.checkpoints.native import file_hash, save_module
 from mmdit.checkpoints.runs import hash_of_weights
-from mmdit.data.captions import vocabulary
+from mmdit.data.captions import TASKS, short_caption, vocabulary
 from mmdit.data.shapes import Shapes
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import LogitNormal
+from mmdit.metrics.compositional import judge
 from mmdit.metrics.reconstruction import psnr, ssim
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
@@ -234,6 +235,30 @@ def test_autoencoder_figures_are_those_of_its_reconstructions(run, folder):
     assert (report["samples"], report["latent_channels"], report["factor"]) == (5, 4, 2)
 
 
+def test_compositional_paints_a_picture_for_each_scene_of_each_split(run, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    words = ("checkpoint=~/runs/tiny-001", "prompts_per_task=2", "steps=1", "batch_size=1")
+    told = run("compositional", *words, "precision=fp32")
+    out = folder / "runs/tiny-001/compositional/step_00000001"
+    files = [f"{out}/compositional.{suffix}" for suffix in ("json", "md", "png")]
+    assert told.splitlines()[-3:] == files
+    report = json.loads((out / "compositional.json").read_text())
+    assert report["protocol"] == "compositional-1" and list(report["splits"]) == [
+        "validation",
+        "held_out",
+    ]
+    assert report["weights_sha256"] == hash_of_weights(checkpoint(folder))
+    for split, rows in report["splits"].items():
+        assert list(rows) == [*TASKS, "overall"]
+        assert rows["overall"]["detector_on_truth"] == 1.0, split
+    drawn = Shapes(split="validation", image_size=32, seed=3)
+    prompts = [short_caption(drawn.scene_for_task("counting", i)) for i in range(2)]
+    pipe = mmdit.load_pipeline(checkpoint(folder))
+    images = pipe(prompts, seeds=[0, 1], steps=1)
+    right = judge(drawn, [drawn.scene_for_task("counting", i) for i in range(2)], images)
+    assert report["splits"]["validation"]["counting"]["accuracy"] == sum(right) / 2
+
+
 def test_autoencoder_on_a_folder_of_pictures(run, folder):
     pictures = folder / "pictures" / "sub"
     pictures.mkdir(parents=True)
@@ -314,6 +339,14 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
         ("attention", ("random=tiny", "checkpoint=x"), "either"),
         ("attention", ("runs=nowhere",), "no finished run in nowhere/"),
         ("attention", ("checkpoint=nowhere.safetensors",), "no such file"),
+        ("compositional", ("prompts_per_task=1",), "prompts_per_task=1 must be a whole number"),
+        ("compositional", ("batch_size=0",), "batch_size=0 must be a whole number"),
+        (
+            "compositional",
+            ("checkpoint=clip.safetensors",),
+            "holds a CLIPPair, not a text-to-image",
+        ),
+        ("compositional", ("runs=nowhere",), "no finished run in nowhere/"),
         ("encoders", ("samples=0",), "samples=0"),
         ("encoders", ("text.use_t5=maybe",), "text.use_t5=maybe must be true or false"),
         ("encoders", ("prompts=absent.txt",), "prompts=absent.txt cannot be read"),
