@@ -7,6 +7,7 @@ images = pipe("a red circle above a blue square", num_images=4, seed=0)
 pipe = mmdit.load_pipeline("stabilityai/stable-diffusion-3.5-medium", dtype=torch.bfloat16)
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mmdit.models.preview import latent_preview
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.published import load_published, save_diffusers, save_single_file, without
+from mmdit.text.conditioning import TextEncoder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,7 +59,13 @@ def load_pipeline(
     use_clip_l: bool = True,
     use_clip_g: bool = True,
     use_t5: bool = True,
-    **published: Any,
+    preset: str | None = None,
+    t5_length: int | None = None,
+    autoencoder: str | Path | None = None,
+    encoders: str | Path | None = None,
+    tokenizers: str | Path | None = None,
+    allow_pickle: bool = False,
+    verify: bool = False,
 ) -> Pipeline:
     """All of a text-to-image model, in eval mode.
 
@@ -70,25 +78,42 @@ def load_pipeline(
         dtype: of the weights; None keeps the file's.
         device: where it goes; None is the CPU.
         use_clip_l, use_clip_g, use_t5: an encoder that is left out contributes zeros.
-        published: of public weights: see `mmdit.published.load_published`.
+        preset, t5_length, autoencoder, encoders, tokenizers, allow_pickle, verify: of public
+            weights: see `mmdit.published.load_published`. A run's are always verified.
 
     Raises:
-        UserError: nothing of the kind is there, it is damaged, or it is another kind of model.
+        UserError: nothing of the kind is there, it is damaged, or it is another kind of model; an
+            argument does not apply to it.
     """
-    used = {"clip_l": use_clip_l, "clip_g": use_clip_g, "t5": use_t5}
+    used: dict[str, Any] = {"use_clip_l": use_clip_l, "use_clip_g": use_clip_g, "use_t5": use_t5}
+    for name, use in used.items():
+        if not isinstance(use, bool):
+            raise UserError(f"{name}={use!r} must be True or False")
+    public: dict[str, Any] = {"preset": preset, "t5_length": t5_length, "autoencoder": autoencoder}
+    public |= {"encoders": encoders, "tokenizers": tokenizers, "allow_pickle": allow_pickle}
     if is_native(source):
-        if given := [name for name, value in published.items() if value and name != "verify"]:
-            raise UserError(f"{source} is a model of this project: {given[0]} is for public ones")
+        _not_for_runs(source, **public)
         path = runs.find_weights(Path(source).expanduser(), weights)
         module = runs.load_model(path)
         if not isinstance(module, Pipeline):
             raise UserError(f"{path} holds a {type(module).__name__}, not a text-to-image pipeline")
-        without(module, [kind for kind, use in used.items() if not use])
+        without(module, [name.removeprefix("use_") for name, use in used.items() if not use])
         module.to(dtype=dtype)
     else:
-        flags: dict[str, Any] = {f"use_{kind}": use for kind, use in used.items()}
-        module = load_published(source, dtype=dtype, **flags, **published)
+        _not_for_public(source, weights)
+        module = load_published(source, dtype=dtype, verify=verify, **used, **public)
     return module.to(device=device)
+
+
+def _not_for_runs(source: str | Path, **given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            raise UserError(f"{source} is a model of this project: {name} is for public ones")
+
+
+def _not_for_public(source: str | Path, weights: str) -> None:
+    if weights != "ema":
+        raise UserError(f"{source} is no run of this project: it has no weights={weights}")
 
 
 def load_mmdit(
@@ -112,7 +137,9 @@ def load_mmdit(
             too (seconds for gigabytes).
     """
     if is_native(source):
+        _not_for_runs(source, num_heads=num_heads, allow_pickle=allow_pickle)
         return load_pipeline(source, weights=weights, dtype=dtype).mmdit
+    _not_for_public(source, weights)
     hints = {} if num_heads is None else {"num_heads": num_heads}
     module = load_model(
         source, "mmdit", dtype=dtype, allow_pickle=allow_pickle, verify=verify, **hints
@@ -131,6 +158,7 @@ def load_autoencoder(
 ) -> Autoencoder:
     """The autoencoder alone, of a text-to-image model or of a run that trained one."""
     if is_native(source):
+        _not_for_runs(source, allow_pickle=allow_pickle)
         path = runs.find_weights(Path(source).expanduser(), weights)
         module = runs.load_model(path)
         if isinstance(module, Pipeline):
@@ -138,6 +166,7 @@ def load_autoencoder(
         if not isinstance(module, Autoencoder):
             raise UserError(f"{path} holds a {type(module).__name__}, not an autoencoder")
         return module.to(dtype=dtype)
+    _not_for_public(source, weights)
     public = load_model(
         source, "autoencoder", dtype=dtype, allow_pickle=allow_pickle, verify=verify
     )
@@ -149,6 +178,7 @@ def load_clip(
     source: str | Path,
     which: str | None = None,
     *,
+    weights: str = "ema",
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     verify: bool = False,
@@ -158,17 +188,38 @@ def load_clip(
     Args:
         source: its own file or folder, or that of a whole model.
         which: 'clip_l' or 'clip_g', where the source holds both.
+        weights, dtype, allow_pickle, verify: as in `load_mmdit`.
 
     Raises:
         UserError: the source holds both and `which` is not given, or as in `load_pipeline`.
     """
     if which not in (None, "clip_l", "clip_g"):
         raise UserError(f"which={which} must be clip_l or clip_g")
+    if is_native(source):
+        _not_for_runs(source, allow_pickle=allow_pickle)
+        kinds = ["clip_l", "clip_g"] if which is None else [which]
+        towers = _encoders_of_run(source, kinds, weights=weights, dtype=dtype)
+        if len(towers) > 1:
+            raise UserError(f"{source} holds two CLIP towers: say which='clip_l' or which='clip_g'")
+        assert isinstance(towers[0], CLIPTextModel)
+        return towers[0]
+    _not_for_public(source, weights)
     if which is None:
         which = _only_clip(source)
     module = load_model(source, which, dtype=dtype, allow_pickle=allow_pickle, verify=verify)
     assert isinstance(module, CLIPTextModel)
     return module
+
+
+def _encoders_of_run(
+    source: str | Path, kinds: Sequence[str], *, weights: str, dtype: torch.dtype | None
+) -> list[CLIPTextModel | T5Encoder]:
+    text = load_pipeline(source, weights=weights, dtype=dtype).text
+    found = [getattr(text, kind) for kind in kinds]
+    models = [encoder.model for encoder in found if isinstance(encoder, TextEncoder)]
+    if not models:
+        raise UserError(f"{source} was trained without {' and '.join(kinds)}")
+    return models
 
 
 def _only_clip(source: str | Path) -> str:
@@ -203,11 +254,22 @@ def load_clip_image(
 def load_t5(
     source: str | Path,
     *,
+    weights: str = "ema",
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     verify: bool = False,
 ) -> T5Encoder:
-    """The T5 encoder: `t5(ids) -> hidden (b, l, d)`."""
+    """The T5 encoder: `t5(ids) -> hidden (b, l, d)`.
+
+    Args:
+        source, weights, dtype, allow_pickle, verify: as in `load_mmdit`.
+    """
+    if is_native(source):
+        _not_for_runs(source, allow_pickle=allow_pickle)
+        (t5,) = _encoders_of_run(source, ["t5"], weights=weights, dtype=dtype)
+        assert isinstance(t5, T5Encoder)
+        return t5
+    _not_for_public(source, weights)
     module = load_model(source, "t5", dtype=dtype, allow_pickle=allow_pickle, verify=verify)
     assert isinstance(module, T5Encoder)
     return module

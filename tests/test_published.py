@@ -1,7 +1,9 @@
 """Pipelines of public weights: against the reference, against diffusers, and saved again."""
 
+import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 
 import mmdit
 from mmdit.checkpoints.archive import open_file
+from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import load
 from mmdit.errors import UserError
 from mmdit.flow.guidance import ClassifierFreeGuidance, SkipLayerGuidance
@@ -19,11 +22,12 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.controlnet import ControlledMMDiT, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline import NetworkVelocity, Pipeline
-from mmdit.published import PRESETS, chosen_preset, frozen_text, published_objective
+from mmdit.published import chosen_preset, frozen_text, published_objective
 from mmdit.registry import build, describe
 from mmdit.text.conditioning import TextConditioner, TextEncoder, TokenIds
 from mmdit.text.t5_tokenizer import T5Tokenizer
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
+from tests.checkpoints_for_tests import write_checkpoint
 
 
 def hints(model: dict[str, Any]) -> dict[str, Any]:
@@ -391,3 +395,62 @@ def test_a_control_net_takes_the_place_of_the_network(tiny):
     assert torch.equal(latents(pipe, "a cat"), plain)  # untrained, it changes nothing
     torch.nn.init.ones_(net.to_residuals[0].weight)
     assert not torch.equal(latents(pipe, "a cat"), plain)
+
+
+# Every loader, of a run and of public weights
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A run of this project that has the parts of the tiny published pipeline."""
+    pipe = mmdit.load_pipeline(tiny, t5_length=20)
+    raw = copy.deepcopy(pipe)
+    for parameter in raw.parameters():
+        parameter.data.add_(1.0)
+    write_checkpoint(tmp_path / "run", 1, {"ema": pipe, "raw": raw})
+    return tmp_path / "run"
+
+
+def test_the_parts_of_a_run_are_loaded_like_public_ones(run, tiny):
+    whole = mmdit.load_pipeline(run)
+    parts = {
+        mmdit.load_mmdit: whole.mmdit,
+        mmdit.load_autoencoder: whole.autoencoder,
+        mmdit.load_t5: whole.text.t5.model,
+        partial(mmdit.load_clip, which="clip_l"): whole.text.clip_l.model,
+        partial(mmdit.load_clip, which="clip_g"): whole.text.clip_g.model,
+    }
+    for loader, part in parts.items():
+        assert describe(loader(run)) == describe(part) == describe(loader(tiny))
+        for weights, added in (("ema", 0.0), ("raw", 1.0)):
+            loaded = dict(loader(run, weights=weights).named_parameters())
+            for name, parameter in part.named_parameters():
+                assert torch.equal(loaded[name], parameter + added), name
+    with pytest.raises(UserError, match="holds two CLIP towers: say which='clip_l' or"):
+        mmdit.load_clip(run)
+
+
+def test_an_encoder_that_a_run_has_not_is_named(run, tiny, tmp_path):
+    short = mmdit.load_pipeline(tiny, use_t5=False, use_clip_g=False, t5_length=20)
+    write_checkpoint(tmp_path / "short", 1, {"ema": short})
+    with pytest.raises(UserError, match="short was trained without t5"):
+        mmdit.load_t5(tmp_path / "short")
+    assert describe(mmdit.load_clip(tmp_path / "short")) == describe(short.text.clip_l.model)
+
+
+def test_what_does_not_apply_to_a_source_is_refused(run, tiny):
+    for loader, argument in (
+        (mmdit.load_pipeline, {"preset": "sd3-medium"}),
+        (mmdit.load_pipeline, {"t5_length": 77}),
+        (mmdit.load_mmdit, {"num_heads": 4}),
+        (mmdit.load_mmdit, {"allow_pickle": True}),
+        (mmdit.load_t5, {"allow_pickle": True}),
+    ):
+        (name,) = argument
+        with pytest.raises(UserError, match=f"this project: {name} is for public ones"):
+            loader(run, **argument)
+    for loader in (mmdit.load_pipeline, mmdit.load_mmdit, mmdit.load_autoencoder, mmdit.load_t5):
+        with pytest.raises(UserError, match="is no run of this project: it has no weights=raw"):
+            loader(tiny, weights="raw")
+    with pytest.raises(UserError, match="use_t5='no' must be True or False"):
+        mmdit.load_pipeline(tiny, use_t5="no")
