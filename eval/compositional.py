@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from configs.checks import whole
@@ -61,7 +61,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "splits": {},
     }
     shown: list[tuple[Tensor, str, bool]] = []
-    same_scenes = OmegaConf.merge(config, {"seed": 0})  # whatever the seed of the noise
+    same_scenes = config.copy()
+    same_scenes.seed = 0  # whatever the seed of the noise
     for split in config.splits:
         data = scenes_for(subject, same_scenes, split)
         table, examples = measure(pipe, data, report, config)
