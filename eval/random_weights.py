@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmdit.checkpoints.formats import FORMATS
+from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import Unfilled, descriptions, slots_of
 from mmdit.keys import generator_for
-from mmdit.published import PRESETS
 from mmdit.registry import build
 
 SIZES = (*PRESETS, "tiny")

@@ -28,7 +28,6 @@ from mmdit.metrics.distances import clip_score
 from mmdit.metrics.features import in_batches, load_clip_features
 from mmdit.metrics.scores import Features, scenes_of
 from mmdit.pipeline import Pipeline
-from mmdit.published import PRESETS
 from mmdit.text.conditioning import ENCODERS
 
 PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # free text: where parts of it are
@@ -69,7 +68,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
         options: dict[str, Any] = {key.removeprefix("text."): text.get(key) for key in PARTS}
         options |= {"preset": config.get("preset"), "dtype": chosen_dtype(device, config.precision)}
         pipe = mmdit.load_pipeline(given, device=device, **used, **options)
-        source = local(PRESETS[str(given)].hub if str(given) in PRESETS else given, [])
+        source = local(given, [])
     facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
     facts |= {f"{key}_sha256": hash_of(local(text[key], [])) for key in PARTS[:2] if key in text}
     return Subject(pipe, source, native, {**facts, "text": used})
