@@ -1,6 +1,7 @@
 """What a user is told of a mistake: what is wrong, where, and what to write instead."""
 
 import difflib
+import errno
 import functools
 import inspect
 import re
@@ -17,6 +18,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from mmdit.errors import UserError, first_line
+
+# What a file system says of a path that somebody named: no bug, wherever it shows.
+NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def explain(
@@ -48,6 +52,8 @@ def explain(
             return str(error)
         case ValueError() if not in_job:
             return _explain_value(error, config_dir)
+        case OSError() if error.errno in NOT_OURS and error.filename is not None:
+            return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     return _explain_partial(error)
 
 

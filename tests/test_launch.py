@@ -1,5 +1,6 @@
 """Text arrives as typed; a user's mistake ends in one message and code 2, a bug in a traceback."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -435,6 +436,19 @@ def test_wrong_key_in_the_script_is_a_bug(run: Callable[..., SimpleNamespace]) -
 @pytest.mark.parametrize("error", [RuntimeError("x"), ValueError("x"), AssertionError()])
 def test_only_known_mistakes_are_explained(error: Exception) -> None:
     assert explain(error, in_job=True, config_dir=CONFIGS) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device", "c"), "c: no space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), None),
+    ],
+)
+def test_what_a_file_system_says_of_a_path_is_no_bug(error: Exception, message: str | None) -> None:
+    assert explain(error, in_job=True, config_dir=CONFIGS) == message
 
 
 def test_nearest() -> None:
