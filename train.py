@@ -67,6 +67,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     whole(config, "image_size")
     whole(config, "sampling.steps")
     expect_number("sampling.guidance", config.sampling.guidance)
+    expect(isinstance(config.compile, bool), "compile", config.compile, "must be true or false")
     trained = config.autoencoder.trained
     expect(isinstance(trained, bool), "autoencoder.trained", trained, "must be true or false")
     if trained:

@@ -23,6 +23,8 @@ def chosen_device(name: str) -> torch.device:
     Raises:
         UserError: there is no such device here.
     """
+    if not isinstance(name, str):
+        raise UserError(f"device={name} must be the name of a device, as cpu or cuda:1, or auto")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
