@@ -4,6 +4,7 @@ They compose: `GuidanceRescale(inner=GuidanceInterval(inner=ClassifierFreeGuidan
 one of them has computed at a point, the next one does not compute again.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -88,6 +89,8 @@ class ClassifierFreeGuidance(Guidance):
     """
 
     def __init__(self, *, scale: float = 4.5) -> None:
+        if not math.isfinite(scale):
+            raise UserError(f"ClassifierFreeGuidance: scale {scale} must be a finite number")
         self.scale = scale
 
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
@@ -131,6 +134,8 @@ class SkipLayerGuidance(Guidance):
     ) -> None:
         if isinstance(layers, int) or not layers:
             raise UserError(f"SkipLayerGuidance: layers {layers} must be a list like [7, 8, 9]")
+        if not math.isfinite(skip_scale):
+            raise UserError(f"SkipLayerGuidance: skip_scale {skip_scale} must be a finite number")
         if not 0.0 <= start <= end <= 1.0:
             raise UserError(
                 f"SkipLayerGuidance: start {start} and end {end} must be fractions of the steps, "
@@ -223,7 +228,7 @@ class GuidanceRescale(Guidance):
 class ZeroUnconditional(Guidance):
     """Guidance away from zeros, as if all encoders were dropped, whatever the negative prompt is.
 
-    The unconditional input of the paper's training (Sec. B.3); the published samplers encode the
+    The unconditional input of the paper's training (App. B.3); the published samplers encode the
     empty prompt instead.
 
     Args:

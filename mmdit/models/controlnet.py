@@ -4,6 +4,7 @@ Published by Stability AI for SD3.5 Large (blur, canny, depth). The idea is Zhan
 base model stays as it is, and a control net that is not trained yet changes nothing.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from mmdit.models.backbone import reset_as_in_dit
 from mmdit.models.dit import DiTBlock
 from mmdit.models.mmdit import MMDiT
 from mmdit.nn.embeddings import PatchEmbedding, VectorEmbedding, sinusoid
-from mmdit.registry import register
+from mmdit.registry import describe, register
 
 # In the order of `control_type` in the public files. Factor and offset of pixels in [0, 1]: what
 # the autoencoder is shown. Canny edges leave [-1, 1] (0.5 to 128): the public weights expect it.
@@ -223,7 +224,8 @@ class ControlledMMDiT(nn.Module):
         placement: which residual is added after which block.
 
     Raises:
-        UserError: the two networks differ in width or dtype.
+        UserError: the two networks differ in width, dtype or what they read; `strength` is not
+            finite.
     """
 
     control_latent: Tensor  # buffer
@@ -248,6 +250,15 @@ class ControlledMMDiT(nn.Module):
             raise UserError(
                 f"the control net is {control_net.dtype}, the model {dtype}: make them the same"
             )
+        if not math.isfinite(strength):
+            raise UserError(f"the strength {strength} of the control net must be a finite number")
+        reads, has = describe(control_net), describe(base)
+        for name in ("pooled_width", "latent_channels", "patch_size"):
+            if reads.get(name, has[name]) != has[name]:
+                raise UserError(
+                    f"the control net has {name} {reads[name]}, the model {has[name]}: it was made "
+                    "for another model"
+                )
         self.base, self.control_net = base, control_net
         self.register_buffer("control_latent", control_latent, persistent=False)
         self.strength, self.placement = strength, placement

@@ -307,3 +307,11 @@ def test_what_is_remembered_of_a_point_serves_no_other():
         assert torch.equal(sides.conditional(z, t), velocity(z, t, POSITIVE))
         assert torch.equal(sides.against(POSITIVE).conditional(z, t), velocity(z, t, POSITIVE))
     assert network.batches == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scales_are_finite(scale):
+    with pytest.raises(UserError, match=f"ClassifierFreeGuidance: scale {scale} must be a finite"):
+        ClassifierFreeGuidance(scale=scale)
+    with pytest.raises(UserError, match=f"SkipLayerGuidance: skip_scale {scale} must be a finite"):
+        SkipLayerGuidance(inner=ClassifierFreeGuidance(), skip_scale=scale)

@@ -312,8 +312,9 @@ def test_half_precision(randomize, kind):
 class Given(nn.Module):
     """Stands for a control net whose residuals are known."""
 
-    def __init__(self, residuals: torch.Tensor) -> None:
+    def __init__(self, residuals: torch.Tensor, base: MMDiT) -> None:
         super().__init__()
+        self._description = describe(base)  # it reads what the model reads
         self.residuals, self.width, self.dtype = residuals, residuals.shape[-1], residuals.dtype
 
     def forward(self, *_) -> list[torch.Tensor]:
@@ -340,7 +341,7 @@ def test_both_placements_match_the_reference_and_diffusers(golden, load_original
     load_original(base, case.weights)
     whole = [case.inputs[name] for name in ("x", "sigma", "y", "context")]
     for n in case.config["call"]["n_residuals"]:
-        net = Given(case.inputs[f"residuals_{n}"])
+        net = Given(case.inputs[f"residuals_{n}"], base)
         model = controlled(base, net, control_latent=whole[0])
         case.check(f"v_{n}", model(*whole))
         model = controlled(base, net, control_latent=whole[0], placement=before_the_last_block)
@@ -423,3 +424,28 @@ def test_control_net_and_controlled_velocity_match_diffusers(load_diffusers, ran
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"pooled_width": 9}, "the control net has pooled_width 9, the model"),
+        ({"latent_channels": 8}, "the control net has latent_channels 8, the model"),
+        ({"patch_size": 1}, "the control net has patch_size 1, the model"),
+    ],
+)
+def test_a_control_net_of_another_model_is_refused(other, message):
+    sizes = {"width": 16, "num_heads": 2, "latent_channels": 4, "pooled_width": 5}
+    base = MMDiT(**sizes, depth=2, context_width=6, position_size=4)
+    controlled(base, ControlNet(**sizes, depth=1), control_latent=torch.zeros(1, 4, 4, 4))
+    with pytest.raises(UserError, match=message):
+        net = ControlNet(**{**sizes, **other}, depth=1)
+        ControlledMMDiT(base=base, control_net=net, control_latent=torch.zeros(1, 4, 4, 4))
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"strength .* must be a finite number"):
+            ControlledMMDiT(
+                base=base,
+                control_net=ControlNet(**sizes, depth=1),
+                control_latent=torch.zeros(1, 4, 4, 4),
+                strength=strength,
+            )
