@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import struct
 import uuid
@@ -86,6 +87,11 @@ class PickleArchive(Archive):
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
+        except pickle.UnpicklingError:  # whose text advises to run the code that may be in it
+            raise UserError(
+                f"{path} cannot be read as a pickled state dict of tensors: it is damaged, no "
+                "pickle, or holds other objects than tensors"
+            ) from None
         except Exception as error:
             raise UserError(
                 f"{path} cannot be read as a pickled state dict of tensors ({first_line(error)})"
