@@ -121,13 +121,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} has no readable manifest.json ({error})") from error
     manifest.pop("manifest_sha256", None)
-    whole = written == sealed(manifest)
-    if not whole and (folder / "ema.safetensors").is_file():
-        raise UserError(
-            f"checkpoint {folder} is in the former format, which this version does not go on with: "
-            f"begin a new run; its weights can still be used as the file {folder}/ema.safetensors"
-        )
-    if not whole:
+    if written != sealed(manifest):
         raise UserError(f"checkpoint {folder} is damaged: its manifest.json was changed")
     return manifest
 

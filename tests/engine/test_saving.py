@@ -502,14 +502,3 @@ def test_weights_that_training_deletes_meanwhile_are_looked_for_again(
     saver.wait()
     with pytest.raises(UserError, match=r"was deleted while it was read.*give the command again"):
         load_weights(path)
-
-
-def test_the_former_format_is_refused_by_name(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints" / "step_00000001"
-    folder.mkdir(parents=True)
-    manifest = {"step": 1, "finished": True, "figures": {}, "files": {"ema.safetensors": {}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "ema.safetensors").touch()
-    for source in (tmp_path, folder):
-        with pytest.raises(UserError, match=r"step_00000001 is in the former format.*ema\.safete"):
-            find_weights(source)
