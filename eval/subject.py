@@ -53,8 +53,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
         raise UserError(
             f"there is no finished run in {config.runs}/: give checkpoint=<run, file or hub id>"
         )
-    choice = config.get("text") or {}  # where a script offers none, all encoders speak
-    used = {f"use_{kind}": choice.get(f"use_{kind}", True) for kind in ENCODERS}
+    used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
     for key, value in used.items():
         if not isinstance(value, bool):
             raise UserError(f"text.{key}={value} must be true or false")
@@ -66,7 +65,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
         pipe.autocast = autocast(device, config.precision)
     else:
         options: dict[str, Any] = {key.removeprefix("text."): text.get(key) for key in PARTS}
-        options |= {"preset": config.get("preset"), "dtype": chosen_dtype(device, config.precision)}
+        options |= {"preset": config.preset, "dtype": chosen_dtype(device, config.precision)}
         pipe = mmdit.load_pipeline(given, device=device, **used, **options)
         source = local(given, [])
     facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
