@@ -34,12 +34,10 @@ from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.registry import describe
 from mmdit.text.clip_tokenizer import CLIPTokenizer, clip_tokenizer_in
-from mmdit.text.conditioning import AbsentEncoder, TextConditioner, TextEncoder
+from mmdit.text.conditioning import ENCODERS, AbsentEncoder, TextConditioner, TextEncoder
 from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
 
 log = logging.getLogger("mmdit")
-
-ENCODERS = ("clip_l", "clip_g", "t5")
 
 
 def load_published(
@@ -290,10 +288,7 @@ def without(pipeline: Pipeline, kinds: list[str]) -> None:
     old = pipeline.text
     parts: dict[str, Any] = {kind: getattr(old, kind) for kind in ENCODERS}
     for kind in kinds:
-        had = parts[kind]
-        parts[kind] = AbsentEncoder(
-            width=had.width, pooled_width=had.pooled_width, length=had.length
-        ).to(old.clip_l.device)
+        parts[kind] = AbsentEncoder.instead_of(parts[kind])
     description = describe(old)
     options = {name: description[name] for name in ("dropout", "empty_prompt")}
     pipeline.text = TextConditioner(**parts, **options)
