@@ -1,4 +1,4 @@
-"""Latents and encoded captions of a data set on disk, made once, read at any position (Sec. E.1).
+"""Latents and encoded captions of a data set on disk, made once, read at any position (App. E.1).
 
 <folder>/
     cache.json              what the cache was made from, and the sizes and hashes of its shards

@@ -32,7 +32,7 @@ class Profile(ABC):
 
 
 class ConstantDecay(Profile):
-    """The paper's: every 100 batches with decay 0.99 (Sec. B.3).
+    """The paper's: every 100 batches with decay 0.99 (App. B.3).
 
     Early on, when n updates have been seen, the decay is (1 + n) / (10 + n), so that the random
     start is soon forgotten.

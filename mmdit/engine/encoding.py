@@ -25,7 +25,7 @@ from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenI
 
 T = TypeVar("T")
 
-# Of latents and of what frozen encoders say, wherever they come from (Sec. E.1).
+# Of latents and of what frozen encoders say, wherever they come from (App. E.1).
 HALF = torch.bfloat16
 AT_ONCE = 2**20  # pixels that the autoencoder encodes at once
 IMAGES = 256  # and pictures

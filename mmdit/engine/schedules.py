@@ -1,7 +1,7 @@
 """Learning-rate schedules: the factor of the learning rate at each step.
 
 Pure functions of the step, which know no past: a resumed run sees the rates of an unbroken one, and
-nothing can restart. Each begins with a linear warm-up to 1 (Sec. B.3).
+nothing can restart. Each begins with a linear warm-up to 1 (App. B.3).
 """
 
 import math
@@ -37,7 +37,7 @@ class Schedule(ABC):
 
 
 class WarmupConstant(Schedule):
-    """Linear warm-up, then constant: the paper's (Sec. B.3)."""
+    """Linear warm-up, then constant: the paper's (App. B.3)."""
 
     def __init__(self, *, warmup_steps: int = 1000) -> None:
         super().__init__(warmup_steps=warmup_steps)

@@ -134,7 +134,7 @@ class FromMemory(_Kept):
 
 
 class FromCache(_Kept):
-    """Pictures are encoded once, their latents kept on disk (Sec. E.1), and so are the words of
+    """Pictures are encoded once, their latents kept on disk (App. E.1), and so are the words of
     text encoders that are not trained.
 
     What is read is what is encoded at each step, but for the last bit of values whose sums in
