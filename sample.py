@@ -123,12 +123,13 @@ def read_prompts(text: Verbatim) -> list[str]:
         return [text["prompt"]]
     path = Path(text["prompt_file"])
     try:
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file={path} cannot be read as UTF-8 text: {error}") from error
-    if not prompts:
+    if not content:
         raise UserError(f"prompt_file={path} is empty: write one prompt a line")
-    return prompts
+    # Lines alone end a prompt, not the other marks at which `splitlines` cuts.
+    return content.removesuffix("\n").split("\n")
 
 
 def check_numbers(config: DictConfig) -> None:

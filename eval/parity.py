@@ -33,6 +33,7 @@ from configs.launch import Verbatim, launch
 from eval.loading import measure_loading
 from eval.peers import SIDES, Config, Inputs, Stages, compute_in, parts
 from eval.random_weights import FULL_SIZE, SIZES, models_of_size, size_of, write_random
+from eval.subject import made
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import HABITS, SUBFOLDERS, config_of, read_config
 from mmdit.checkpoints.public import find
@@ -62,11 +63,11 @@ def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, write random weights where asked, compare, report."""
     check(config, text)
     name = config.random or Path(text["checkpoint"]).name
-    out = Path(text.get("out") or Path("results") / f"parity-{name}")
+    out = made(Path(text.get("out") or Path("results") / f"parity-{name}"))
     with tempfile.TemporaryDirectory(prefix="mmdit-parity-") as temporary:
         scratch = Path(temporary)
         if config.random:
-            folder = Path(text.get("keep") or scratch)
+            folder = made(Path(text["keep"]), "keep") if "keep" in text else scratch
             sources = random_sources(config, folder)
             fate = "kept" if "keep" in text else "deleted afterwards, unless keep=<folder> is given"
             files = ", ".join(str(path) for path in dict.fromkeys(sources.values()))
@@ -86,7 +87,6 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "stages": [row._asdict() for row in rows],
         "verdict": verdict(rows, config.tolerance),
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "parity.json").write_text(json.dumps(report, indent=1))
     markdown = as_markdown(report, rows)
     (out / "parity.md").write_text(markdown)

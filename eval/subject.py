@@ -237,17 +237,17 @@ def results_folder(text: Verbatim, source: Path, name: str) -> Path:
     return made(Path("results") / f"{name}-{source.stem}")
 
 
-def made(out: Path) -> Path:
-    """A folder for results.
+def made(folder: Path, key: str = "out") -> Path:
+    """A folder for results, asked for as `key`.
 
     Raises:
         UserError: it cannot be made.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be made a folder: {error}") from error
-    return out
+        raise UserError(f"{key}={folder} cannot be made a folder: {error}") from error
+    return folder
 
 
 def write_results(out: Path, name: str, report: Mapping[str, Any], markdown: str) -> None:

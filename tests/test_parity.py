@@ -261,6 +261,8 @@ def test_a_damaged_part_of_a_folder_is_not_passed_over(run, sources, tmp_path):
         (["random=tiny", "against=comfyui"], "against=comfyui must be diffusers"),
         (["checkpoint=nowhere.safetensors"], "nowhere.safetensors: there is no such file"),
         (["checkpoint=a", "keep=b"], "keep= keeps random weights"),
+        (["random=tiny", "out=/dev/null/a"], "out=/dev/null/a cannot be made a folder"),
+        (["random=tiny", "keep=/dev/null"], "keep=/dev/null cannot be made a folder"),
     ],
 )
 def test_requests_that_make_no_sense(run, words, message):

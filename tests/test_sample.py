@@ -72,3 +72,19 @@ def test_what_is_no_picture_is_refused_by_name(read, tmp_path):
         read(tmp_path / "page.eps")
     with pytest.raises(UserError, match=r"absent\.png cannot be read as a picture: no such file"):
         read(tmp_path / "absent.png")
+
+
+def test_a_line_of_a_file_is_a_prompt_as_it_was_typed(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n two\u2028lines\x0c\n\nlast".encode())
+    assert sample.read_prompts({"prompt_file": str(path)}) == [
+        "a cat",
+        " two\u2028lines\x0c",
+        "",
+        "last",
+    ]
+    path.write_text("one\n")
+    assert sample.read_prompts({"prompt_file": str(path)}) == ["one"]
+    path.write_bytes("\ufeff".encode())
+    with pytest.raises(UserError, match="is empty: write one prompt a line"):
+        sample.read_prompts({"prompt_file": str(path)})

@@ -44,7 +44,7 @@ def read_json(path: str, origin: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(path, origin))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise unfit(path, f"it is no whole JSON ({error})", origin) from error
     if not isinstance(content, dict):
         raise unfit(path, "it is no JSON object", origin)
