@@ -370,7 +370,9 @@ def test_kills_of_loader_workers(tmp_path: Path) -> None:
     for _ in range(kills):
         wait_for_step(process, path, last_logged(path) + 1)
         time.sleep(draw.uniform(0.0, 0.3))
-        os.kill(draw.choice(children(process.pid)), signal.SIGKILL)
+        while not (workers := children(process.pid)):  # new ones are being started
+            assert process.poll() is None
+        os.kill(draw.choice(workers), signal.SIGKILL)
     assert process.poll() is None
     reached = last_logged(path)
     _, told = process.communicate(timeout=300)
