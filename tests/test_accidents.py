@@ -219,9 +219,19 @@ def test_neither_loader_workers_nor_a_stop_of_them_all_change_the_losses(folder:
 
 def children(process: int) -> list[int]:
     """The processes that a process has started, and that live."""
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    found = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [p for p in found if "Z (zombie)" not in Path(f"/proc/{p}/status").read_text()]
+    found: list[str] = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found += (task / "children").read_text().split()
+    return [int(child) for child in found if lives(child)]
+
+
+def lives(process: str) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return "Z (zombie)" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 # --- kill -9, at length: pytest -m slow ---
