@@ -13,11 +13,11 @@ from mmdit.checkpoints.folders import (
     SUBFOLDERS,
     TOKENIZERS,
     read_index,
-    replacing,
     stored_shift,
     write_folder,
     write_model,
 )
+from mmdit.checkpoints.places import replacing
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.checkpoints.sources import load_model, local
