@@ -31,8 +31,8 @@ from configs.stages import (
     write_scores,
 )
 from mmdit.checkpoints.runs import Checkpoint
+from mmdit.checks import expect, expect_number
 from mmdit.data.captions import TASKS, short_caption
-from mmdit.data.checks import expect, expect_number
 from mmdit.data.shapes import Shapes
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA

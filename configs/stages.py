@@ -20,7 +20,7 @@ from tqdm import tqdm
 from configs.checks import whole
 from mmdit.checkpoints.native import load_strictly, write_atomically
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, hash_of_weights, load_weights
-from mmdit.data.checks import expect, expect_number
+from mmdit.checks import expect, expect_number
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
 from mmdit.engine.ema import EMA, ConstantDecay

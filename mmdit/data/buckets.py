@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image as Pillow
 
-from mmdit.data.checks import expect, expect_number, expect_whole
+from mmdit.checks import expect, expect_number, expect_whole
 from mmdit.data.drawing import Image
 
 Size: TypeAlias = tuple[int, int]  # height, width

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mmdit.checks import expect, expect_whole
 from mmdit.data.aside import whole, write_whole
 from mmdit.data.caption_sources import Captions
-from mmdit.data.checks import expect, expect_whole
 from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)

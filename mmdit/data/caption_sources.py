@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from mmdit.data.checks import expect, expect_mapping, expect_number
+from mmdit.checks import expect, expect_mapping, expect_number
 from mmdit.data.images import MAX_BYTES, NOWHERE, BadImage, read_bytes
 from mmdit.errors import UserError, first_line
 from mmdit.registry import register

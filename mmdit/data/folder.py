@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mmdit.checks import expect_whole
 from mmdit.data.aside import report_bad
 from mmdit.data.caption_sources import Captions, CaptionSource
-from mmdit.data.checks import expect_whole
 from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
 from mmdit.data.known import Known, Seen, status_of
 from mmdit.data.source import CaptionedImages, has_caption

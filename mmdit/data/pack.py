@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
+from mmdit.checks import expect
 from mmdit.data.aside import report_bad, whole, write_whole
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import (
@@ -33,7 +34,6 @@ from mmdit.data.caption_sources import (
     check_mix,
     sidecar_suffix,
 )
-from mmdit.data.checks import expect
 from mmdit.data.commands import add_options, command
 from mmdit.data.folder import FolderFiles
 from mmdit.data.images import MAX_PIXELS, BadImage, decode, suffix_of

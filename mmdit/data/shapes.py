@@ -14,11 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from mmdit.data import captions
-from mmdit.data.buckets import Size
-from mmdit.data.caption_sources import Captions
-from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
-from mmdit.data.checks import (
+from mmdit.checks import (
     expect,
     expect_list,
     expect_mapping,
@@ -26,6 +22,10 @@ from mmdit.data.checks import (
     expect_whole,
     one_of,
 )
+from mmdit.data import captions
+from mmdit.data.buckets import Size
+from mmdit.data.caption_sources import Captions
+from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
 from mmdit.data.composition import Kind, hold_out
 from mmdit.data.drawing import COLOURS, SHAPES, Image, Object, draw
 from mmdit.data.order import ShuffledOrder

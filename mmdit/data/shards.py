@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdit.checks import expect_whole
 from mmdit.data.aside import report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions, columns_of, lines_of, object_of
-from mmdit.data.checks import expect_whole
 from mmdit.data.images import MAX_PIXELS, BadImage
 from mmdit.data.index import index_path, index_shards
 from mmdit.data.patterns import find, find_shards

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmdit.checks import expect, expect_number, expect_whole, one_of
 from mmdit.data.buckets import Buckets, Size, fit
 from mmdit.data.caption_sources import Captions, check_mix, choose
-from mmdit.data.checks import expect, expect_number, expect_whole, one_of
 from mmdit.data.drawing import Image
 from mmdit.data.images import BadImage, decode
 from mmdit.data.order import BucketedOrder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmdit.data.checks import expect, expect_number, expect_whole
+from mmdit.checks import expect, expect_number, expect_whole
 from mmdit.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)

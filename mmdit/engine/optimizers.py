@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mmdit.data.checks import expect, expect_list, expect_number
+from mmdit.checks import expect, expect_list, expect_number
 from mmdit.errors import UserError
 from mmdit.models.backbone import Block
 from mmdit.models.clip import CLIPLayer

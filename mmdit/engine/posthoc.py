@@ -27,7 +27,7 @@ from mmdit.checkpoints.native import (
     write_atomically,
 )
 from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
-from mmdit.data.checks import expect_list, expect_whole
+from mmdit.checks import expect_list, expect_whole
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.engine.files import writing
 from mmdit.engine.parallel import whole

@@ -7,7 +7,7 @@ nothing can restart. Each begins with a linear warm-up to 1 (App. B.3).
 import math
 from abc import ABC, abstractmethod
 
-from mmdit.data.checks import expect_number, expect_whole
+from mmdit.checks import expect_number, expect_whole
 from mmdit.errors import UserError
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.checks import expect, expect_whole
 from mmdit.data.cache import Cache
-from mmdit.data.checks import expect, expect_whole
 from mmdit.data.order import Order
 from mmdit.engine.encoding import HALF, Data, Encoded, Lasting, encode, encode_each
 from mmdit.engine.precision import Autocast

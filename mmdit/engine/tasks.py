@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmdit.data.checks import expect_number
+from mmdit.checks import expect_number
 from mmdit.data.order import Order
 from mmdit.engine.encoding import AT_ONCE, Data, condition
 from mmdit.engine.precision import Autocast

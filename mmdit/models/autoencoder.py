@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.errors import UserError, at_least_one
+from mmdit.checks import at_least_one
+from mmdit.errors import UserError
 from mmdit.nn.attention import attention
 from mmdit.registry import register
 

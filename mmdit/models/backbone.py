@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmdit.errors import UserError, at_least_one
+from mmdit.checks import at_least_one
+from mmdit.errors import UserError
 from mmdit.nn.attention import QKV, Heads, attention
 from mmdit.nn.embeddings import (
     PatchEmbedding,

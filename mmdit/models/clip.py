@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdit.errors import UserError, at_least_one
+from mmdit.checks import at_least_one
+from mmdit.errors import UserError
 from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import MLP
 from mmdit.registry import register

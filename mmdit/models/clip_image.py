@@ -6,7 +6,8 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
-from mmdit.errors import UserError, at_least_one
+from mmdit.checks import at_least_one
+from mmdit.errors import UserError
 from mmdit.models.clip import CLIPLayer, QuickGELU
 from mmdit.registry import register
 

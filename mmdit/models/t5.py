@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.errors import at_least_one
+from mmdit.checks import at_least_one
 from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import tanh_gelu
 from mmdit.nn.norms import RMSNorm

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.errors import UserError, at_least_one
+from mmdit.checks import at_least_one
+from mmdit.errors import UserError
 from mmdit.models.backbone import Backbone, OutputLayer
 from mmdit.models.dit import DiTBlock
 from mmdit.nn.modulation import Modulation, modulate

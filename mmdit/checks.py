@@ -41,6 +41,13 @@ def expect_mapping(field: str, value: Any) -> None:
     expect(isinstance(value, Mapping), field, value, "must give a value to each name")
 
 
+def at_least_one(owner: str, **counts: int) -> None:
+    """Raise UserError, naming the owner and the first of its counts that is below 1, if any is."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{owner}: {name} {count} must be at least 1")
+
+
 def one_of(field: str, name: str, known: Iterable[str]) -> None:
     """Raise UserError, with the nearest known name, unless `name` is known."""
     known = list(known)
