@@ -98,8 +98,9 @@ def test_the_network_sees_every_time_of_the_grid_and_twice_the_batch_if_guided(
 
 def test_strength_zero_encodes_and_decodes(pipe, batches):
     image = picture(8, 12)
-    latent = pipe.autoencoder.encode(from_pixels(image[None]))
-    expected = to_pixels(pipe.autoencoder.decode(latent))
+    with torch.no_grad():  # as the pipeline computes: kernels may round otherwise under autograd
+        latent = pipe.autoencoder.encode(from_pixels(image[None]))
+        expected = to_pixels(pipe.autoencoder.decode(latent))
     assert torch.equal(pipe("a", image=image, strength=0.0), expected)
     assert batches == []
 
@@ -124,7 +125,8 @@ def test_progress_is_told_the_latents_which_a_decoder_turns_into_the_pictures(pi
     assert [t for _, t, _ in told] == pipe.objective.times(3)[1:].tolist()
     latents = [z for _, _, z in told]
     assert all(z.shape == pipe.noise([0, 1], 8, 8).shape for z in latents)
-    assert torch.equal(to_pixels(pipe.autoencoder.decode(latents[-1])), painted)
+    with torch.no_grad():  # as the pipeline decodes: kernels may round otherwise under autograd
+        assert torch.equal(to_pixels(pipe.autoencoder.decode(latents[-1])), painted)
     assert not torch.equal(latents[0], latents[-1])
 
 

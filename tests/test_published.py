@@ -126,6 +126,18 @@ def latents(pipe: Pipeline, prompt: str, **settings: Any) -> torch.Tensor:
     return (seen[0] - pipe.autoencoder.shift) * pipe.autoencoder.scale
 
 
+def assert_same_model(again: Pipeline, pipe: Pipeline, prompt: str) -> None:
+    """Equal weights bit for bit, and equal latents up to rounding.
+
+    Rounding may differ: kernels follow the alignment of weights, which is another at another offset
+    of the mapped file.
+    """
+    assert again.state_dict().keys() == pipe.state_dict().keys()
+    for key, tensor in pipe.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    torch.testing.assert_close(latents(again, prompt), latents(pipe, prompt), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("negative", [None, "a blue dog"])
 @pytest.mark.parametrize("use_t5", [True, False])
 def test_eight_guided_steps_match_diffusers(tiny, negative, use_t5):
@@ -154,10 +166,7 @@ def test_a_single_file_with_its_tokenizers_beside_it_paints_the_same(tiny, tmp_p
     folder = mmdit.load_pipeline(tiny, t5_length=20)
     path = mmdit.save_single_file(folder, tmp_path / "whole.safetensors")
     whole = mmdit.load_pipeline(path, t5_length=20, tokenizers=tiny)
-    assert torch.equal(latents(whole, "two cats"), latents(folder, "two cats"))
-    assert whole.state_dict().keys() == folder.state_dict().keys()
-    for key, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, folder.state_dict()[key]), key
+    assert_same_model(whole, folder, "two cats")
 
 
 def test_a_saved_folder_is_saved_again_bit_for_bit(tiny, tmp_path):
@@ -308,10 +317,10 @@ def test_a_tower_is_saved_in_its_place_whatever_its_activation(tiny, tmp_path):
     pipe = mmdit.load_pipeline(copy, t5_length=20)
     path = mmdit.save_single_file(pipe, tmp_path / "whole.safetensors")
     again = mmdit.load_pipeline(path, t5_length=20, tokenizers=tiny)
-    assert torch.equal(latents(again, "two cats"), latents(pipe, "two cats"))
+    assert_same_model(again, pipe, "two cats")
     mmdit.save_diffusers(pipe, tmp_path / "folder")
     again = mmdit.load_pipeline(tmp_path / "folder", t5_length=20)
-    assert torch.equal(latents(again, "two cats"), latents(pipe, "two cats"))
+    assert_same_model(again, pipe, "two cats")
 
 
 def test_a_folder_saved_without_an_encoder_is_opened_without_it(tiny, tmp_path):
@@ -322,7 +331,7 @@ def test_a_folder_saved_without_an_encoder_is_opened_without_it(tiny, tmp_path):
     mmdit.save_diffusers(short, folder)
     assert not (folder / "text_encoder_3").exists() and (folder / "notes.txt").exists()
     again = mmdit.load_pipeline(folder, t5_length=20)
-    assert torch.equal(latents(again, "a cat"), latents(short, "a cat"))
+    assert_same_model(again, short, "a cat")
 
 
 def test_a_saving_that_is_killed_leaves_the_old_folder_whole(tiny, tmp_path, monkeypatch):
@@ -332,7 +341,7 @@ def test_a_saving_that_is_killed_leaves_the_old_folder_whole(tiny, tmp_path, mon
     with pytest.raises(ZeroDivisionError):
         mmdit.save_diffusers(pipe, folder)
     again = mmdit.load_pipeline(folder, t5_length=20)
-    assert torch.equal(latents(again, "a cat"), latents(pipe, "a cat"))
+    assert_same_model(again, pipe, "a cat")
 
 
 def test_the_index_of_another_pipeline_is_refused(tiny, tmp_path):
