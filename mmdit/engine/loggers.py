@@ -4,12 +4,13 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from mmdit.checkpoints.native import write_atomically
 from mmdit.engine.files import unused, writing
+from mmdit.engine.pictures import LOSSES, Curves
 
 log = logging.getLogger(__name__)
 Row: TypeAlias = dict[str, Any]  # figures by name, or None where one was not finite; and the step
@@ -50,34 +51,53 @@ class NoLogger:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, each with its step; null where none is finite.
 
-    On resume, lines of steps that will be made again are dropped. A file with damaged lines is
-    kept as `metrics.jsonl.damaged`.
+    On resume, rows of steps that will be made again are dropped, and every other row that can be
+    read is kept. A file with damaged lines is kept as `metrics.jsonl.damaged`.
+
+    Args:
+        path: of the file.
+        start_step: number of steps already made.
+        every: steps between two rows, by which rows that are missing at the end are noticed.
+
+    Attributes:
+        curves: what `plot_losses` draws of all rows.
 
     Raises:
         UserError: here and in `log`, the disk is full or the folder cannot be written to.
     """
 
-    def __init__(self, path: Path, *, start_step: int) -> None:
-        self.path = path
-        rows, damaged = _read(path)
-        self.rows = [row for row in rows if row["step"] <= start_step]
-        kept = "".join(json.dumps(row) + "\n" for row in self.rows)
+    def __init__(self, path: Path, *, start_step: int, every: int = 1) -> None:
+        self.path, self.curves = path, Curves(LOSSES)
+        kept, damaged, later, last = list[str](), list[int](), 0, 0
+        for number, row in _lines(path):
+            if row is None:
+                damaged.append(number)
+            elif row["step"] > start_step:
+                later += 1
+            else:
+                kept.append(json.dumps(row) + "\n")
+                self.curves.add(row)
+                last = row["step"]
         with writing(path, path.parent):
             if damaged:
                 copy = unused(path.with_name(f"{path.name}.damaged"))
                 shutil.copyfile(path, copy)
-                log.warning(
-                    "%s: lines that are damaged, and left out: %d; the file as it was is kept as "
-                    "%s",
-                    *(path, damaged, copy.name),
-                )
-            write_atomically(path, kept.encode())
+                log.warning("%s; the file as it was is kept as %s", _told(path, damaged), copy.name)
+            write_atomically(path, "".join(kept).encode())
             self._file = path.open("a")
+        if last + every <= start_step:
+            log.warning(
+                "%s: the last row before step %d, from which the run goes on, is that of step %d: "
+                "the rows between were lost",
+                *(path, start_step, last),
+            )
+        if later:
+            log.info("%s: rows after step %d, made again now: %d", path, start_step, later)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one line."""
         row: Row = {"step": step, **finite(figures)}
-        self.rows.append(row)
+        self.curves.add(row)
         with writing(self.path, self.path.parent):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -94,27 +114,39 @@ def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
 
 def read_metrics(path: Path) -> list[Row]:
     """Rows of a metrics file; damaged lines are left out, and a last one cut short by a kill."""
-    rows, damaged = _read(path)
+    rows, damaged = [], []
+    for number, row in _lines(path):
+        if row is None:
+            damaged.append(number)
+        else:
+            rows.append(row)
     if damaged:
-        log.warning("%s: lines that are damaged, and left out: %d", path, damaged)
+        log.warning("%s", _told(path, damaged))
     return rows
 
 
-def _read(path: Path) -> tuple[list[Row], int]:
-    """Rows, and how many lines are damaged, not counting a last one without its end."""
+def _lines(path: Path) -> Iterator[tuple[int, Row | None]]:
+    """Number and row of each line, None if it is damaged; a last one cut short does not count."""
     if not path.exists():
-        return [], 0
+        return
     *lines, last = path.read_bytes().split(b"\n")
-    found = [_row(line) for line in lines]
-    rows = [row for row in [*found, _row(last)] if row is not None]
-    return rows, found.count(None)
+    for number, line in enumerate(lines, 1):
+        yield number, _row(line)
+    if (row := _row(last)) is not None:
+        yield len(lines) + 1, row
+
+
+def _told(path: Path, damaged: Sequence[int]) -> str:
+    """Which lines are left out."""
+    more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+    return f"{path}: damaged lines, left out: {', '.join(map(str, damaged[:10]))}{more}"
 
 
 def _row(line: bytes) -> Row | None:
     """The row of a line; None if it is damaged."""
     try:
         row = json.loads(line, parse_constant=lambda name: None)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return row if isinstance(step, int) and not isinstance(step, bool) else None

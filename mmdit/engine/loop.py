@@ -165,7 +165,13 @@ def train(
     if processes.main:
         remove_snapshots(run.path, start)
     reports = Reports(
-        run.path, task=task, logger=logger, processes=processes, start=start, steps=settings.steps
+        run.path,
+        task=task,
+        logger=logger,
+        processes=processes,
+        start=start,
+        steps=settings.steps,
+        every=settings.log_every,
     )
     loader = Loader(
         task.example,

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Point: TypeAlias = tuple[float, float]
 
 INK, FAINT, PAPER = (40, 40, 40), (215, 215, 215), (255, 255, 255)
 PALETTE = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
@@ -67,26 +68,78 @@ def _cut(line: str, width: int, font: Font) -> str:
     return f"{line}…"
 
 
-def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The training loss and the validation losses against the step, as a PNG.
+LOSSES = ("loss", "ema/loss", "raw/loss", "ema/psnr")  # what a run is followed by
 
-    A figure that is None was not finite, and has no point.
+
+class Curves:
+    """Figures against the step, as many points as a plot can show, however long the run is.
+
+    A curve of more than `parts` points is kept as the lowest and the highest of equal parts, which
+    double whenever there are too many: what leaps out stays.
+
+    Args:
+        names: of the figures.
+        parts: kept of each curve; even.
     """
-    names = ("loss", "ema/loss", "raw/loss", "ema/psnr")
-    curves = {
-        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        for name in names
-    }
-    curves = {name: points for name, points in curves.items() if points}
+
+    def __init__(self, names: Sequence[str], *, parts: int = 2000) -> None:
+        self._curves = {name: _Curve(parts) for name in names}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The figures of a row with its step; what is not a finite number has no point."""
+        for name, curve in self._curves.items():
+            value = row.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                curve.add((row["step"], value))
+
+    def points(self) -> dict[str, list[Point]]:
+        """Points in their order, by the names of the figures that have some."""
+        found = {name: curve.points() for name, curve in self._curves.items()}
+        return {name: points for name, points in found.items() if points}
+
+
+class _Curve:
+    """Points in parts of `_size`, the last of which may not be full."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._size, self._count = most, 1, 0
+        self._parts: list[list[Point]] = []  # one point, or the lowest and the highest as they came
+        self._last: list[Point] = []
+
+    def add(self, point: Point) -> None:
+        if self._count % self._size == 0:
+            if len(self._parts) == self._most:
+                pairs = zip(self._parts[::2], self._parts[1::2], strict=True)
+                self._parts, self._size = [_ends(a + b) for a, b in pairs], 2 * self._size
+            self._parts.append([])
+        self._parts[-1] = _ends([*self._parts[-1], point])
+        self._last = [point]
+        self._count += 1
+
+    def points(self) -> list[Point]:
+        kept = [point for part in self._parts for point in part]
+        return kept if kept[-1:] == self._last else kept + self._last
+
+
+def _ends(points: list[Point]) -> list[Point]:
+    """The lowest and the highest, as they came."""
+    if len(points) < 3:
+        return points
+    heights = [y for _, y in points]
+    ends = {heights.index(min(heights)), heights.index(max(heights))}
+    return [points[i] for i in sorted(ends)]
+
+
+def plot_losses(losses: Curves, path: Path) -> None:
+    """The training loss and the validation losses against the step, as a PNG."""
+    curves = losses.points()
     psnr = curves.pop("ema/psnr", [])
     if psnr:
         curves["ema/psnr (dB / 100)"] = [(step, value / 100) for step, value in psnr]
     plot(curves, path, x_label="step", y_label="loss")
 
 
-def plot(
-    curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, x_label: str, y_label: str
-) -> None:
+def plot(curves: Mapping[str, Sequence[Point]], path: Path, *, x_label: str, y_label: str) -> None:
     """Named curves of (x, y) in one frame with ticks, a grid and a legend.
 
     Points that are not finite are left out.

@@ -31,6 +31,7 @@ class Reports:
         processes: of the run.
         start: number of steps already made; what was told of later ones is dropped.
         steps: of the whole run.
+        every: steps between two rows of figures.
     """
 
     def __init__(
@@ -42,11 +43,14 @@ class Reports:
         processes: Processes,
         start: int,
         steps: int,
+        every: int = 1,
     ) -> None:
         self.path, self.task, self.logger, self.processes = path, task, logger, processes
         self.steps = steps
         self._metrics = (
-            MetricsFile(path / "metrics.jsonl", start_step=start) if processes.main else None
+            MetricsFile(path / "metrics.jsonl", start_step=start, every=every)
+            if processes.main
+            else None
         )
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
@@ -83,7 +87,7 @@ class Reports:
             self.logger.picture(step, "samples", grid)
             curves = self.path / "loss.png"
             with writing(curves, self.path):
-                plot_losses(self._metrics.rows, curves)
+                plot_losses(self._metrics.curves, curves)
             self.logger.picture(step, "curves", curves)
         return figures
 

@@ -1,14 +1,17 @@
 """EMA, optimizer, schedule, precision, pictures."""
 
 import math
+import time
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from mmdit.engine.pictures import grid_image, plot, plot_losses, ticks
+from mmdit.engine.pictures import LOSSES, Curves, grid_image, plot, plot_losses, ticks
 from mmdit.engine.precision import autocast, chosen_device
 from mmdit.errors import UserError
 
@@ -51,10 +54,41 @@ def test_plot_is_drawn_whatever_there_is(tmp_path: Path, curves) -> None:
         assert (len(page.getcolors(1 << 20)) > 1) == bool(curves)
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, None])
+def curves_of(rows: Iterable[Mapping[str, Any]], **options: Any) -> Curves:
+    curves = Curves(LOSSES, **options)
+    for row in rows:
+        curves.add(row)
+    return curves
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, None, "1"])
 def test_losses_that_are_not_finite_have_no_point(tmp_path: Path, number: float | None) -> None:
     rows = [{"step": i, "loss": 1 / (1 + i), "ema/psnr": 20.0 + i} for i in range(4)]
-    plot_losses(rows, tmp_path / "without.png")
+    plot_losses(curves_of(rows), tmp_path / "without.png")
     lost = {"step": 9, "loss": number, "ema/loss": number, "ema/psnr": number}
-    plot_losses([lost, *rows, lost], tmp_path / "with.png")
+    plot_losses(curves_of([lost, *rows, lost]), tmp_path / "with.png")
     assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+
+
+def test_a_short_curve_is_kept_whole_and_a_long_one_by_its_extremes() -> None:
+    rows = [{"step": i, "loss": math.sin(i)} for i in range(1, 5000)]
+    rows[700]["loss"], rows[4321]["loss"] = 99.0, -99.0
+    whole = [(row["step"], row["loss"]) for row in rows]
+    for count in (1, 2, 7, 8, 9, 100, 4999):
+        kept = curves_of(rows[:count], parts=8).points()["loss"]
+        assert kept == sorted(set(kept)) and set(kept) <= set(whole[:count])
+        assert len(kept) == count if count <= 8 else 8 <= len(kept) <= 17
+        assert kept[-1] == whole[count - 1]
+        for extreme in (min, max):
+            height = extreme(y for _, y in whole[:count])
+            assert extreme(y for _, y in kept) == height
+    steps = [step for step, _ in curves_of(rows, parts=8).points()["loss"]]
+    assert max(b - a for a, b in pairwise([0, *steps])) < 2 * 1024
+
+
+def test_the_plot_of_a_long_run_takes_no_longer_than_that_of_a_short_one(tmp_path: Path) -> None:
+    curves = curves_of({"step": i, "loss": 1 / i, "ema/loss": 2 / i} for i in range(1, 100_001))
+    assert sum(map(len, curves.points().values())) < 10_000
+    began = time.process_time()
+    plot_losses(curves, tmp_path / "long.png")
+    assert time.process_time() - began < 1
