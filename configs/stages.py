@@ -33,7 +33,7 @@ from mmdit.engine.runs import RunFolder, config_hash
 from mmdit.engine.schedules import WarmupConstant
 from mmdit.engine.sources import FromCache, Source
 from mmdit.engine.tasks import AutoencoderTask, Task
-from mmdit.errors import UserError
+from mmdit.errors import UserError, first_line
 from mmdit.metrics.scores import PROTOCOL
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline
@@ -235,7 +235,13 @@ def is_finished(config: DictConfig, run: RunFolder) -> bool:
     try:
         record = json.loads((run.path / "scores.json").read_text())
         measured = {key: record[key] for key in ("protocol", *protocol_of(config.metrics))}
-    except (OSError, ValueError, KeyError):  # not there, or cut short: it is measured again
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning(
+            "%s cannot be used, so the run is measured again: %s",
+            *(run.path / "scores.json", first_line(error)),
+        )
         return False
     return measured == {"protocol": PROTOCOL, **protocol_of(config.metrics)}
 

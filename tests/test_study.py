@@ -1,14 +1,17 @@
 """A study end to end, at its smallest: sweep, stop, go on, score, rank."""
 
 import json
+import subprocess
 from pathlib import Path
+from subprocess import PIPE
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from configs.stages import sweep_folder
+from configs.stages import is_finished, sweep_folder
 from mmdit.checkpoints.runs import checkpoints_in, hash_of_weights
-from tests.test_train import run
+from tests.training_for_tests import ALONE, command, run
 
 SMOKE = (
     *("experiment=smoke", "precision=fp32", "metrics=study", "name=study"),
@@ -70,6 +73,22 @@ def test_a_finished_variant_is_not_taken_for_one_of_another_config(folder):
     assert result.stderr.count("2 jobs of this multirun failed") == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "remark"), [(None, False), ("[]", True), ('{"protocol"', True), ("\xff", True)]
+)
+def test_scores_that_cannot_be_read_are_measured_again_with_a_remark(
+    tmp_path, caplog, content, remark
+):
+    config = OmegaConf.create(
+        {"training": {"steps": 4}, "metrics": {"samples": 6, "references": 8, "seed": 0}}
+    )
+    if content is not None:
+        (tmp_path / "scores.json").write_bytes(content.encode("latin-1"))
+    run = SimpleNamespace(path=tmp_path, latest=lambda: SimpleNamespace(step=4))
+    assert not is_finished(config, run)
+    assert ("so the run is measured again" in caplog.text) == remark
+
+
 def test_an_unfinished_variant_goes_on(folder):
     path = run_of(folder, "formulation=rf")
     (path / "scores.json").unlink()
@@ -77,6 +96,18 @@ def test_an_unfinished_variant_goes_on(folder):
     assert result.stdout.count("is finished") == 1
     assert (path / "scores.json").is_file()  # measured again, of the weights that were there
     assert len((path / "metrics.jsonl").read_text().splitlines()) == 7  # and not trained again
+
+
+@pytest.mark.slow
+def test_the_same_sweep_started_twice_at_once_is_done_by_both(tmp_path):
+    words = command("train.py", "-m", "experiment=smoke", "precision=fp32", "seed=0,1")
+    sweeps = [
+        subprocess.Popen(words, cwd=tmp_path, env=ALONE, stdout=PIPE, stderr=PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [sweep.communicate(timeout=300) for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0], told
+    assert "".join(out for out, _ in told).count(" is finished: it has made") == 2
 
 
 def test_the_ranking_reads_what_the_sweep_wrote(folder):

@@ -73,10 +73,8 @@ class RunFolder:
                 self._wait(self._lock)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
             raise UserError(
-                f"run folder {path} is in use by process {owner}: wait for it, stop it, "
+                f"run folder {path} is in use by process {self._owner()}: wait for it, stop it, "
                 "or choose another folder with run=<folder>"
             ) from error
         except OSError as error:  # network file systems may have no locks
@@ -95,8 +93,14 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process, which is using %s", self.path)
+            log.info("waiting for process %s, which is using %s", self._owner(), self.path)
             fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def _owner(self) -> str:
+        """The number of the process that holds the folder, as it noted it."""
+        assert self._lock is not None
+        self._lock.seek(0)
+        return self._lock.read().strip() or "unknown"
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -215,7 +219,8 @@ def open_run(
         run: folder to use instead.
         resume: None, 'auto' (the newest run of this name that has steps left; else one that was
             stopped before its first checkpoint, or is finished, with this very config; else a new
-            one), 'finish' (`run`, whether it is new, was stopped or is finished), or a run folder.
+            one), 'finish' (`run`, whether it is new, was stopped or is finished; while another
+            process works on it, that is waited for), or a run folder.
         config: plain config; kept in the folder, and compared when resuming.
 
     Raises:
@@ -231,7 +236,7 @@ def open_run(
     elif resume == "finish":
         if run is None:
             raise UserError("resume=finish needs run=<folder>, which says what is to be finished")
-        folder = RunFolder(Path(run))
+        folder = RunFolder(Path(run), wait=True)
     elif resume == "auto":
         candidates = [Path(run)] if run else numbered_runs(root, name)
         chosen = _to_go_on_with(candidates, config)

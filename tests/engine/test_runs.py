@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     save(run, 6, {**CONFIG, "seed": 1})
     with pytest.raises(UserError, match=r"its config differs: seed was 1, now 0"):
         opened(tmp_path, resume=str(run))
+
+
+def test_a_job_of_a_sweep_waits_for_another_process_that_makes_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = str(tmp_path / "a")
+    other = open_run(tmp_path, name="a", run=run, resume="finish", config=CONFIG)
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(opened, tmp_path, run=run, resume="finish")
+        deadline = time.monotonic() + 10
+        while not caplog.messages:
+            assert time.monotonic() < deadline and not waiting.done()
+            time.sleep(0.01)
+        assert caplog.messages == [f"waiting for process {os.getpid()}, which is using {run}"]
+        assert not waiting.done()
+        save(other.path, 10, finished=True)
+        other.close()
+        assert waiting.result(10) == other.path
 
 
 def test_a_config_that_differs_is_answered_with_the_command_of_the_run(tmp_path: Path) -> None:
