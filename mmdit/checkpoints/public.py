@@ -7,6 +7,7 @@ mapped file unless another dtype is asked for.
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -93,7 +94,8 @@ def load(
     Args:
         kind: see `Format.kind`.
         hints: what shapes do not tell (num_heads, activation, scale, shift).
-        dtype: of the weights; None keeps the file's, except that 8-bit floats become bfloat16.
+        dtype: of the weights; None keeps the file's, except that 8-bit floats become bfloat16, and
+            that tensors of several dtypes take that of most matrices.
         verify: look for NaN and infinite values in any case. Otherwise a gigabyte or more is not
             read for that alone, but only when it is converted.
 
@@ -162,34 +164,65 @@ def load_into(
             sources[primary] = copy
     check(match, type(module).__name__, slots, sources, infos)
     stored = {key: match.tensor(source) for key, source in sources.items()}
-    read_anyway = any(computed_in(t, dtype) != t.dtype for t in stored.values())
+    dtypes = target_dtypes(stored, format, dtype)
+    read_anyway = any(dtypes[key] != tensor.dtype for key, tensor in stored.items())
     small = sum(tensor.nbytes for tensor in stored.values()) < AT_ONCE
     if not (verify or read_anyway or small):
         log.debug("%s: values not looked at, verify=True does", match.archive.name)
     elif bad := not_finite(stored):
         raise UserError(explain_infinite(match.archive.name, bad, None))
     tensors: dict[str, Tensor] = {}
-    too_large, dtypes = [], set()
+    too_large = []
     for key, slot in slots.items():
-        theirs = stored[key].to(computed_in(stored[key], dtype))
+        theirs = stored[key].to(dtypes[key])
         if theirs.dtype == torch.float16 != stored[key].dtype and not is_finite(theirs):
             too_large.append(key)
-        if re.fullmatch(format.wide, key):
-            theirs = theirs.float() if theirs.dtype == torch.float16 else theirs
-        else:
-            dtypes.add(str(theirs.dtype).removeprefix("torch."))
+        if re.fullmatch(format.wide, key) and theirs.dtype == torch.float16:
+            theirs = theirs.float()
         tensors |= slot.read(theirs)
     if too_large:
-        raise UserError(explain_infinite(match.archive.name, too_large, dtype))
-    if len(dtypes) > 1:
-        log.warning(
-            "%s: its weights are %s, and stay so; to compute with them, load with one dtype=",
-            match.archive.name,
-            " and ".join(sorted(dtypes)),
-        )
+        raise UserError(explain_infinite(match.archive.name, too_large, torch.float16))
+    if dtype is None:
+        tell_of_mixture(match.archive.name, stored, dtypes)
     for name in format.constants:
         tensors[name] = torch.tensor(float(describe(module)[name]))
     module.load_state_dict(tensors, assign=True)
+
+
+def target_dtypes(
+    stored: Mapping[str, Tensor], format: Format, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype that each tensor is to have: the one asked for, or else that of the matrices.
+
+    A model computes in one dtype, but files may keep matrices in one and norms or biases in
+    another. What most values of the matrices have is taken then. Tensors that the format keeps wide
+    do not decide, and are not narrowed.
+    """
+    if dtype is not None:
+        return dict.fromkeys(stored, dtype)
+    own = {key: computed_in(tensor, None) for key, tensor in stored.items()}
+    wide = {key for key in stored if re.fullmatch(format.wide, key)}
+    votes: Counter[torch.dtype] = Counter()
+    for key in [key for key in stored if key not in wide and stored[key].ndim > 1] or stored:
+        votes[own[key]] += stored[key].numel()
+    common = votes.most_common(1)[0][0]
+    return {k: torch.promote_types(d, common) if k in wide else common for k, d in own.items()}
+
+
+def tell_of_mixture(
+    name: object, stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Note that tensors of several dtypes were made one, which loses digits or takes memory."""
+    changed = {d for key, d in dtypes.items() if computed_in(stored[key], None) != d}
+    if changed:
+        there = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
+        log.warning(
+            "%s: its tensors are %s; all are loaded as %s, like most of its matrices. dtype= "
+            "chooses another",
+            name,
+            " and ".join(sorted(there)),
+            " and ".join(str(dtype).removeprefix("torch.") for dtype in changed),
+        )
 
 
 def slots_of(module: nn.Module, format: Format) -> dict[str, Slot]:

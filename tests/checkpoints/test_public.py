@@ -1,10 +1,12 @@
 """Every key of the published files is used, and every tensor comes back bit for bit."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from mmdit.checkpoints.tables import SWAPPED
 from mmdit.checkpoints.values import bits, is_finite, same
 from mmdit.errors import UserError
 from mmdit.models.controlnet import ParallelControlNet
+from mmdit.models.mmdit import MMDiT
 
 TINY = ["mmdit", "mmdit_qk_norm", "mmditx", "autoencoder", "clip_l", "clip_g", "t5", "controlnet"]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
@@ -356,16 +359,92 @@ def test_equality_is_of_bits():
     assert same(eight, eight.clone()) and bits(eight).dtype == torch.int8
 
 
-def test_weights_of_several_dtypes_are_told_of(tiny, tmp_path, caplog):
-    archive = open_file(mmdit.save_single_file(tiny("mmdit"), tmp_path / "one.safetensors"))
-    mixed = {
-        k: archive[k].bfloat16() if k.endswith("weight") else archive[k] for k in archive.infos
+IDS = torch.tensor([[3, 5, 1]])
+FORWARD = {
+    "mmdit": lambda model: model(
+        torch.zeros(1, 16, 8, 8), torch.ones(1), torch.zeros(1, 10), torch.zeros(1, 3, 12)
+    ),
+    "autoencoder": lambda model: model.decode(model.encode(torch.zeros(1, 3, 16, 16))),
+    "clip_l": lambda model: model(IDS).pooled,
+    "clip_image": lambda model: model(torch.zeros(1, 3, 28, 28).to(model.projection.weight)),
+    "t5": lambda model: model(IDS),
+    "controlnet": lambda model: model(
+        MMDiT(depth=2, width=128, num_heads=2, pooled_width=10).to(model.blocks[0].mlp.fc1.weight),
+        torch.zeros(1, 16, 8, 8),
+        torch.ones(1),
+        torch.zeros(1, 10),
+        torch.zeros(1, 16, 8, 8),
+    )[0],
+}
+EIGHT = torch.float8_e4m3fn
+MASTERS = {  # of a matrix and of other tensors, which take turns
+    "bf16 and fp32": (torch.bfloat16, [torch.float32]),
+    "fp32 and bf16": (torch.float32, [torch.bfloat16]),
+    "fp16 and fp32": (torch.float16, [torch.float32]),
+    "fp8, bf16 and fp32": (EIGHT, [torch.bfloat16, torch.float32]),
+}
+
+
+def mixed(archive: Archive, matrices: torch.dtype, others: list[torch.dtype]) -> dict[str, Any]:
+    """The tensors of an archive, of several dtypes."""
+    tensors = {key: archive[key] for key in archive.infos}
+    turns = itertools.cycle(others)
+    return {
+        key: t.to(matrices if t.ndim > 1 else next(turns)) if t.is_floating_point() else t
+        for key, t in tensors.items()
     }
-    save_file(mixed, path := tmp_path / "mixed.safetensors")
-    model = mmdit.load_mmdit(path)
-    assert f"{path}: its weights are bfloat16 and float32, and stay so" in caplog.text
-    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16, torch.float32}
+
+
+CASES = [(kind, "bf16 and fp32") for kind in FORWARD] + [("clip_l", name) for name in MASTERS]
+CASES += [("t5", name) for name in MASTERS] + [("mmdit", "fp8, bf16 and fp32")]
+
+
+@pytest.mark.parametrize(("kind", "masters"), sorted(set(CASES)))
+@torch.no_grad()
+def test_masters_of_several_dtypes_compute_in_that_of_their_matrices(
+    tiny, tmp_path, caplog, kind, masters
+):
+    dtypes = MASTERS[masters]
+    dtype = torch.bfloat16 if dtypes[0] == EIGHT else dtypes[0]
+    write_model(whole := tiny(kind), folder := tmp_path / "folder")
+    (file,) = folder.glob("*.safetensors")
+    save_file(mixed(open_file(file), *dtypes), file)
+    sources = [folder]
+    if kind != "clip_image":
+        single = open_file(mmdit.save_single_file(whole, tmp_path / "single.safetensors"))
+        sources.append(path := tmp_path / "x.safetensors")
+        save_file(mixed(single, *dtypes), path, single.metadata)
+    for source in sources:
+        caplog.clear()
+        model = load_model(source, kind)
+        wide = {layer.down.weight for layer in model.layers} if kind == "t5" else set()
+        assert {p.dtype for p in set(model.parameters()) - wide} == {dtype}
+        assert "loaded as" in caplog.text and str(dtype).removeprefix("torch.") in caplog.text
+        assert FORWARD[kind](model).isfinite().all()
     caplog.clear()
-    assert mmdit.load_mmdit(path, dtype=torch.bfloat16).dtype == torch.bfloat16
-    mmdit.load_mmdit(tmp_path / "one.safetensors")
-    assert not caplog.text
+    asked = load_model(source, kind, dtype=torch.float32)
+    assert {p.dtype for p in asked.parameters()} == {torch.float32}
+    assert "loaded as" not in caplog.text
+
+
+def test_weights_of_one_dtype_are_not_remarked_on(tiny, tmp_path, caplog):
+    """Nor is T5 in float16, whose wide layer many files keep in float32."""
+    write_model(tiny("t5").half(), tmp_path)
+    archive = open_file(tmp_path / "model.safetensors")
+    tensors = {k: archive[k].float() if ".wo." in k else archive[k] for k in archive.infos}
+    save_file(tensors, tmp_path / "model.safetensors")
+    t5 = mmdit.load_t5(tmp_path)
+    assert t5.layers[0].down.weight.dtype == torch.float32
+    assert t5.token_embedding.weight.dtype == torch.float16
+    assert "loaded as" not in caplog.text
+
+
+def test_a_norm_too_large_for_the_dtype_of_the_matrices_is_named(tiny, tmp_path):
+    write_model(tiny("clip_l"), tmp_path)
+    archive = open_file(tmp_path / "model.safetensors")
+    tensors = {k: archive[k].half() if archive[k].ndim > 1 else archive[k] for k in archive.infos}
+    tensors["text_model.final_layer_norm.bias"] += 1e6
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"too large for float16: text_model\.final_layer_norm"):
+        mmdit.load_clip(tmp_path)
+    assert mmdit.load_clip(tmp_path, dtype=torch.float32)
