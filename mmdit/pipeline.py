@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.dtypes import at_least_float32
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import Grid
@@ -33,13 +34,13 @@ def to_pixels(x: Tensor) -> Tensor:
     return rearrange(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), "b c h w -> b h w c")
 
 
-def from_pixels(pixels: Tensor) -> Tensor:
-    """uint8 images (b, h, w, 3) -> float (b, 3, h, w) in [-1, 1], contiguous.
+def from_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images (b, h, w, 3) -> (b, 3, h, w) in [-1, 1], contiguous.
 
     Strides of (b, h, w, c) would spread through the autoencoder, whose GroupNorm is many times
     slower in that layout on CPU.
     """
-    return rearrange(pixels, "b h w c -> b c h w").contiguous().float() / 127.5 - 1.0
+    return rearrange(pixels, "b h w c -> b c h w").contiguous().to(dtype) / 127.5 - 1.0
 
 
 def one_per_prompt(image: Tensor, prompts: int, height: int | None, width: int | None) -> Tensor:
@@ -136,7 +137,7 @@ class NetworkVelocity:
         self.count = count
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
-        """At one time for a batch; float32."""
+        """At one time for a batch; at least float32."""
         self.count(len(z_t))
         with self.autocast():
             return self.objective.velocity(self.network, z_t, t, condition)
@@ -192,6 +193,11 @@ class Pipeline(nn.Module):
         self.function_evaluations = 0.0  # of the network, for each picture of the newest call
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's weights."""
+        return next(self.mmdit.parameters()).dtype
+
+    @property
     def device(self) -> torch.device:
         return next(self.mmdit.parameters()).device
 
@@ -215,11 +221,12 @@ class Pipeline(nn.Module):
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
         """Starting latents, one per seed, each from its own CPU generator: (b, c, h, w).
 
-        Image i has the same noise whatever the batch it is drawn in, and whatever the device.
+        Image i has the same noise whatever the batch it is drawn in, whatever the device, and
+        whatever the precision: it is drawn in float32.
         """
         size = (self.mmdit.latent_channels, *self.latent_size(height, width))
         draws = [torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(draws).to(self.device)
+        return torch.stack(draws).to(self.device, at_least_float32(self.dtype))
 
     def noised(self, image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Pictures, uint8 (n, h, w, 3), at noise level t of the straight path, where solvers move.
@@ -228,7 +235,8 @@ class Pipeline(nn.Module):
         Their latents are the means of the posterior; the reference draws samples of it.
         """
         with self.autocast():
-            x_0 = self.autoencoder.encode(from_pixels(image.to(self.device)))
+            dtype = at_least_float32(self.autoencoder.dtype)
+            x_0 = self.autoencoder.encode(from_pixels(image.to(self.device), dtype))
         x_0 = x_0.repeat_interleave(len(noise) // len(x_0), dim=0)
         return RectifiedFlow().interpolate(x_0, noise, t.to(noise))
 
@@ -269,9 +277,10 @@ class Pipeline(nn.Module):
             solver: a function of `mmdit.flow.solvers`.
             grid: where the solver stops, of `mmdit.flow.grids`; the formulation's own by default.
             progress: called after every solver step with its number from 0, the noise level t
-                that it reached and the latents there, (b, c, h, w), float32, noise included. So
-                `progress=lambda i, t, z: show(mmdit.latent_preview(z))` shows pictures of the
-                published autoencoder while they are painted.
+                that it reached and the latents there, (b, c, h, w), noise included, in float32 or,
+                where the network is, float64. So
+                `progress=lambda i, t, z: show(mmdit.latent_preview(z))` shows images of the
+                published autoencoder while they are sampled.
 
         Returns:
             uint8 (len(prompt) * num_images, height, width, 3), prompts outermost. How often the

@@ -26,6 +26,7 @@ from mmdit.checkpoints.diagnosis import (
 from mmdit.checkpoints.formats import FORMATS, Description, Format
 from mmdit.checkpoints.tables import Slot, correspondence
 from mmdit.checkpoints.values import computed_in, is_finite, not_finite, same
+from mmdit.dtypes import at_least_float32
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
@@ -185,7 +186,8 @@ def load_into(
     if dtype is None:
         tell_of_mixture(match.archive.name, stored, dtypes)
     for name in format.constants:
-        tensors[name] = torch.tensor(float(describe(module)[name]))
+        value = torch.tensor(float(describe(module)[name]), dtype=torch.float64)
+        tensors[name] = value.to(at_least_float32(next(iter(tensors.values())).dtype))
     module.load_state_dict(tensors, assign=True)
 
 

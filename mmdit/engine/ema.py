@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmdit.checks import expect, expect_number, expect_whole
+from mmdit.dtypes import wide
 from mmdit.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
@@ -139,7 +140,7 @@ class EMA(Generic[M]):
         self._trained = module
         for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
             if weight.requires_grad:
-                average.data = average.data.float()
+                average.data = wide(average.data)
 
     @functools.cached_property
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -177,6 +178,6 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def take_in(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    """Move float32 averages to `decay` of themselves and 1 - `decay` of the weights."""
+    """Move averages, float32 at least, to `decay` of themselves and 1 - `decay` of the weights."""
     own = [local(average) for average in averages]
-    torch._foreach_lerp_(own, [local(weight).float() for weight in weights], 1 - decay)
+    torch._foreach_lerp_(own, [wide(local(weight)) for weight in weights], 1 - decay)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmdit.checks import expect_number
 from mmdit.data.order import Order
+from mmdit.dtypes import wide
 from mmdit.engine.encoding import AT_ONCE, Data, condition
 from mmdit.engine.precision import Autocast
 from mmdit.engine.sources import Source
@@ -130,7 +131,7 @@ class AutoencoderTask:
         with self.autocast():
             posterior = self.module.posterior(x)
             z = posterior.sample(example.noise.to(self.device))
-            reconstruction = self.module.decoder(z).float()
+            reconstruction = wide(self.module.decoder(z))
         error = (reconstruction - x).square().flatten(1).mean(1)
         return error + self.kl_weight * posterior.kl().flatten(1).mean(1)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition, LayeredVelocity
 from mmdit.flow.solvers import VelocityFunction
@@ -18,7 +19,7 @@ from mmdit.registry import register
 
 
 class Sides:
-    """The velocity under the prompt and without it, float32; the newest point is remembered.
+    """The velocity with and without the prompt, at least float32; keeps that of the newest point.
 
     Args:
         velocity: of the network, for a condition.
@@ -38,13 +39,13 @@ class Sides:
         for known_z, known_t, known in self._newest:
             if known_z is z and known_t == t:
                 return known
-        cond = self.velocity(z, t, self.positive).float()
+        cond = wide(self.velocity(z, t, self.positive))
         self._newest[:] = [(z, t, cond)]
         return cond
 
     def both(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Under the prompt and without it, from one batch of both."""
-        cond, uncond = self.velocity(torch.cat([z, z]), t, self._both).float().chunk(2)
+        cond, uncond = wide(self.velocity(torch.cat([z, z]), t, self._both)).chunk(2)
         self._newest[:] = [(z, t, cond)]
         return cond, uncond
 
@@ -60,7 +61,7 @@ class Guidance(ABC):
 
     @abstractmethod
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        """The velocity to integrate, float32, a function of z and t alone.
+        """The velocity to integrate, at least float32, a function of z and t alone.
 
         Args:
             sides: the network's velocities.
@@ -156,7 +157,7 @@ class SkipLayerGuidance(Guidance):
         def guided(z: Tensor, t: float) -> Tensor:
             v = inner(z, t)
             if any(low < t <= high for low, high in windows):
-                weaker = skipped(z, t, sides.positive).float()
+                weaker = wide(skipped(z, t, sides.positive))
                 v = v + self.skip_scale * (sides.conditional(z, t) - weaker)
             return v
 

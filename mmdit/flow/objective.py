@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmdit.dtypes import at_least_float32, wide
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import Grid, UniformGrid
@@ -78,13 +79,14 @@ class Objective:
             c_vec, c_ctxt: the text (b, p), (b, l, d).
 
         Returns:
-            (b,), float32.
+            (b,), in no less than float32.
         """
         t, epsilon = draw
+        t = t.to(torch.promote_types(t.dtype, x_0.dtype))  # so that float64 stays on the path
         z_t = self.path.interpolate(x_0, epsilon, t)
         target = self.prediction.target(self.path, x_0, epsilon, t)
         output = model(*self.prediction.inputs(self.path, z_t, t), c_vec, c_ctxt)
-        return (output.float() - target.float()).square().flatten(1).mean(1)
+        return (wide(output) - wide(target)).square().flatten(1).mean(1)
 
     def density(self, t: Tensor) -> Tensor:
         """pi(t) of the times that `draw` gives, after the shift; integrates to one over (0, 1).
@@ -146,13 +148,13 @@ class Objective:
             sigma: in (0, 1].
 
         Returns:
-            (b, c, h, w), in the precision of z, and no less than float32.
+            (b, c, h, w), in the precision of z or of the network, and no less than float32.
         """
         path = self.path
         t = path.time_at(torch.tensor([sigma], dtype=torch.float64))
         z_t = (path.a(t) + path.b(t)).item() * z
         shown, time = self.prediction.inputs(path, z_t, t)
         # Half the timesteps would fall together in bfloat16, before the network embeds them.
-        precise = torch.promote_types(z.dtype, torch.float32)
-        output = model(shown, time.to(z.device, precise).expand(len(z)), *condition).to(precise)
+        precise = at_least_float32(z.dtype)
+        output = wide(model(shown, time.to(z.device, precise).expand(len(z)), *condition))
         return self.prediction.straight_velocity(path, output, z_t, t)

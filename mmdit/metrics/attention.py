@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.dtypes import wide
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
 from mmdit.nn import attention as room
@@ -155,7 +156,7 @@ def attention_statistics(
             some = slice(s, s + together)
             for row in range(0, queries, rows):
                 part = slice(row, row + rows)
-                logits = scale * (q[some, part].float() @ k[some].float().transpose(1, 2))
+                logits = scale * (wide(q[some, part]) @ wide(k[some]).transpose(1, 2))
                 if bias is not None:
                     logits += bias[some, part]
                 if causal:

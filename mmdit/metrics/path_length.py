@@ -6,6 +6,7 @@ The straighter the paths, the fewer steps follow them; larger models have shorte
 import torch
 from torch import Tensor
 
+from mmdit.dtypes import wide
 from mmdit.flow.guidance import Guidance, Sides
 from mmdit.flow.solvers import VelocityFunction
 
@@ -31,7 +32,7 @@ class MeasuredVelocity:
         """The velocity itself, unchanged."""
         v = self.velocity(z, t)
         if t in self._steps:
-            self._lengths[t] = self._steps[t] * v.float().flatten(1).norm(dim=1)
+            self._lengths[t] = self._steps[t] * wide(v).flatten(1).norm(dim=1)
         return v
 
     def lengths(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mmdit.dtypes import wide
 from mmdit.errors import UserError
 
 WINDOW, SIGMA = 11, 1.5  # pixels: side and standard deviation of the window of SSIM
@@ -15,7 +16,7 @@ K1, K2 = 0.01, 0.03
 
 def psnr(images: Tensor, truth: Tensor) -> float:
     """Peak signal-to-noise ratio in dB over a batch of uint8 images; infinite where equal."""
-    error = (images.float() - truth.float()).square().mean().item()
+    error = (wide(images) - wide(truth)).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 

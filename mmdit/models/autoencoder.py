@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.checks import at_least_one
+from mmdit.dtypes import at_least_float32, wide
 from mmdit.errors import UserError
 from mmdit.nn.attention import attention
 from mmdit.registry import register
@@ -206,11 +207,12 @@ class Autoencoder(nn.Module):
         self.memory_format = torch.channels_last if width >= 128 else torch.contiguous_format
         self.encoder = Encoder(3, widths, blocks, latent_channels)
         self.decoder = Decoder(3, widths, blocks, latent_channels)
-        self.register_buffer("scale", torch.tensor(float(scale)))
-        self.register_buffer("shift", torch.tensor(float(shift)))
+        self._given = {"scale": float(scale), "shift": float(shift)}
+        for name, value in self._given.items():
+            self.register_buffer(name, torch.tensor(value))
 
     def posterior(self, x: Tensor) -> Posterior:
-        """q(z | x) of the raw latent, float32; x (b, 3, H, W) in [-1, 1].
+        """q(z | x) of the raw latent, float32 at least; x (b, 3, H, W) in [-1, 1].
 
         Raises:
             UserError: a side of the image is not a multiple of the downsampling factor.
@@ -218,7 +220,7 @@ class Autoencoder(nn.Module):
         for name, side in zip(("height", "width"), x.shape[-2:], strict=True):
             if side % self.factor:
                 raise UserError(f"image {name} {side} must be a multiple of {self.factor}")
-        mean, log_variance = self.encoder(x.to(self.dtype)).float().chunk(2, dim=1)
+        mean, log_variance = wide(self.encoder(x.to(self.dtype))).chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30.0, 20.0))
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -235,8 +237,9 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalized latent (b, c, h, w) -> image (b, 3, H, W), nominally in [-1, 1]."""
+        latent = latent.to(torch.promote_types(latent.dtype, self.dtype))
         z = latent / self.scale + self.shift
-        return self.decoder(z.to(self.dtype, memory_format=self.memory_format)).float()
+        return wide(self.decoder(z.to(self.dtype, memory_format=self.memory_format)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`, in place, of `encode` and `decode`."""
@@ -249,11 +252,18 @@ class Autoencoder(nn.Module):
         return self.encoder.conv_in.weight.dtype
 
     def _apply(self, fn, recurse=True):  # what .to(), .cuda() and .half() go through
-        """Scale and shift stay float32, whatever the weights become: 1.5305 is 1.53125 in bf16."""
-        exact = {name: getattr(self, name) for name in ("scale", "shift")}
+        """Scale and shift stay float32 at least, whatever the weights become.
+
+        1.5305 is 1.53125 in bfloat16, and in float64 it is itself again.
+        """
+        before = {name: getattr(self, name) for name in self._given}
         super()._apply(fn, recurse)
-        for name, value in exact.items():
-            setattr(self, name, value.to(getattr(self, name).device))
+        for name, value in before.items():
+            slot = getattr(self, name)
+            dtype = at_least_float32(slot.dtype)
+            if value.dtype != dtype == torch.float64 and value == self._given[name]:
+                value = torch.tensor(self._given[name], dtype=dtype)
+            setattr(self, name, value.to(slot.device, dtype))
         return self
 
     @torch.no_grad()

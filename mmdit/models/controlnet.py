@@ -23,15 +23,15 @@ from mmdit.registry import describe, register
 CONTROL_RANGES = {"blur": (2.0, -1.0), "canny": (127.5, 0.5), "depth": (2.0, -1.0)}
 
 
-def control_pixels(pixels: Tensor, control_type: str) -> Tensor:
-    """A control image as the autoencoder is to see it: uint8 (b, h, w, 3) -> float (b, 3, h, w).
+def control_pixels(pixels: Tensor, control_type: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A control image as the autoencoder is to see it: uint8 (b, h, w, 3) -> (b, 3, h, w).
 
     Raises:
         UserError: `control_type` is not one of `CONTROL_RANGES`.
     """
     check_control_type(control_type)
     factor, offset = CONTROL_RANGES[control_type]
-    return rearrange(pixels, "b h w c -> b c h w").contiguous().float() / 255 * factor + offset
+    return rearrange(pixels, "b h w c -> b c h w").contiguous().to(dtype) / 255 * factor + offset
 
 
 def check_control_type(control_type: str) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mmdit.dtypes import wide
 from mmdit.errors import UserError
 
 # Red, green and blue of each of the 16 channels, as published with the reference sampler: a linear
@@ -36,6 +37,6 @@ def latent_preview(latent: Tensor) -> Tensor:
             f"latent_preview: a latent of shape {tuple(latent.shape)} must be "
             f"(b, {len(RGB_OF_CHANNELS)}, h, w), of SD3's autoencoder"
         )
-    factors = torch.tensor(RGB_OF_CHANNELS, device=latent.device)
-    rgb = torch.einsum("b c h w, c r -> b h w r", latent.float(), factors)
+    latent = wide(latent)
+    rgb = torch.einsum("b c h w, c r -> b h w r", latent, latent.new_tensor(RGB_OF_CHANNELS))
     return (((rgb + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)

@@ -64,7 +64,7 @@ def attention(
     if on_cpu and q.requires_grad and q.shape[-2] <= 1024:
         out = _explicit(q, k, v, bias=bias, causal=causal, scale=scale)
     else:
-        half = on_cpu and not q.requires_grad and q.dtype != torch.float32
+        half = on_cpu and not q.requires_grad and q.element_size() < 4
         if half and keys % 32 and (keys < 512 or keys % 2):
             k, v, bias = _filled_up(k, v, bias=bias, causal=causal)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)

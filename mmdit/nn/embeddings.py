@@ -6,9 +6,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.dtypes import wide
+
 
 def sinusoid(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of 1000 t, cosines first; float32 always.
+    """Sinusoidal embedding of 1000 t, cosines first; float32 at least.
 
     In bfloat16 only about half of the thousand timesteps would stay distinct.
 
@@ -17,13 +19,14 @@ def sinusoid(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tenso
             negative. This is the only place where time is scaled by 1000.
 
     Returns:
-        (b, width), float32.
+        (b, width), float64 where t is, else float32.
     """
+    t = wide(t)
     half = width // 2
     frequency = torch.exp(
-        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        -math.log(max_period) * torch.arange(half, dtype=t.dtype, device=t.device) / half
     )
-    angle = 1000.0 * t.float()[:, None] * frequency
+    angle = 1000.0 * t[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -67,7 +70,7 @@ def position_table(width: int, *, size: int, grid: int, base: int) -> Tensor:
     The first half of the width encodes the column, the second the row, each as sines then cosines.
 
     Returns:
-        (size, size, width), float32; computed in float64.
+        (size, size, width), of the default dtype; computed in float64.
     """
     coordinate = (torch.arange(size, dtype=torch.float64) - (size - grid) / 2) * base / grid
     quarter = width // 4
@@ -76,7 +79,7 @@ def position_table(width: int, *, size: int, grid: int, base: int) -> Tensor:
     axis = torch.cat([angle.sin(), angle.cos()], dim=-1)  # (size, width / 2)
     column = axis[None, :, :].expand(size, size, -1)
     row = axis[:, None, :].expand(size, size, -1)
-    return torch.cat([column, row], dim=-1).float()
+    return torch.cat([column, row], dim=-1).to(torch.get_default_dtype())
 
 
 def centre_crop(table: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,8 +1,10 @@
-"""Normalizations. Statistics are taken in float32 whatever the dtype of the input."""
+"""Normalizations. Statistics are taken in float32 at least, whatever the dtype of the input."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmdit.dtypes import wide
 
 
 class LayerNorm(nn.Module):
@@ -19,7 +21,7 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis; of Q and K per head when `qk_norm` asks (Sec. 5.3.2).
 
-    The mean square is taken in float32: in bfloat16 its error reaches the attention logits.
+    The mean square is taken in float32 at least: its error in bfloat16 reaches the logits.
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
@@ -31,6 +33,6 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., d)
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight.float()).to(x.dtype)
+        h = wide(x)
+        normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * wide(self.weight)).to(x.dtype)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel, clip_pixels
@@ -78,7 +79,7 @@ class CLIPPair(nn.Module):
     def image_embeddings(self, pixels: Tensor) -> Tensor:
         """Pictures (n, h, w, 3) uint8, resized by `clip_pixels`, to (n, d) of any length."""
         images = clip_pixels(pixels, self.image.image_size)
-        return self.image(images.to(self.image.class_embedding)).float()
+        return wide(self.image(images.to(self.image.class_embedding)))
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """`image_embeddings` of length 1."""
@@ -86,4 +87,4 @@ class CLIPPair(nn.Module):
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to (n, d)."""
-        return F.normalize(self.text(self.text.tokenize(prompts)).pooled.float(), dim=-1)
+        return F.normalize(wide(self.text(self.text.tokenize(prompts)).pooled), dim=-1)
