@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import pickletools
 import re
 import struct
 import uuid
@@ -16,13 +17,23 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmdit.bounds import (
+    LONGEST_JSON,
+    LONGEST_KEY,
+    MOST_ENTRIES,
+    MOST_OPCODES,
+    MOST_SHARDS,
+    MOST_TENSORS,
+    parse_json,
+    read_bounded,
+)
 from mmdit.errors import UserError, first_line
 
 log = logging.getLogger("mmdit.checkpoints")
@@ -64,6 +75,8 @@ class Archive:
         self._place: dict[str, Any] = {}
         for path in paths:
             infos, metadata = read_header(path)
+            if len(self.infos) + len(infos) > MOST_TENSORS:
+                raise UserError(f"{self.name} lists {_too_many()}")
             if twice := self.infos.keys() & infos.keys():
                 raise UserError(f"{path} repeats {sorted(twice)[0]}, which another shard holds too")
             try:
@@ -84,9 +97,12 @@ class PickleArchive(Archive):
 
     def __init__(self, path: Path) -> None:
         try:
+            _expect_short_pickle(path)
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
+        except UserError:
+            raise
         except pickle.UnpicklingError:  # whose text advises to run the code that may be in it
             raise UserError(
                 f"{path} cannot be read as a pickled state dict of tensors: it is damaged, no "
@@ -106,6 +122,11 @@ class PickleArchive(Archive):
             raise UserError(f"{path} holds no state dict of tensors")
         if others := [str(key) for key in content if str(key) not in tensors]:
             log.warning("%s: left out, being no tensors: %s", path, ", ".join(others[:10]))
+        if len(tensors) > MOST_TENSORS:
+            raise UserError(f"{path} holds {_too_many()}")
+        for key, value in tensors.items():
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"{path}: {key} is larger than what is stored of it")
         self.name, self.paths, self.metadata, self._place = path, [path], {}, tensors
         self.infos = {
             k: Info(tuple(v.shape), NAMES.get(v.dtype, str(v.dtype))) for k, v in tensors.items()
@@ -113,6 +134,41 @@ class PickleArchive(Archive):
 
     def __getitem__(self, key: str) -> Tensor:
         return self._place[key]
+
+
+def _too_many() -> str:
+    return (
+        f"more than {MOST_TENSORS:,} tensors, which is more than any model that is read here has: "
+        "it is damaged, or was not made in good faith"
+    )
+
+
+def _expect_short_pickle(path: Path) -> None:
+    """Refuse a pickle that would take minutes or gigabytes to be read; nothing in it is run.
+
+    Raises:
+        UserError: it has too many parts.
+        Exception: it is damaged, in the words of the libraries.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(names) > 2 * MOST_TENSORS:
+                raise UserError(f"{path} holds {_too_many()}")
+            for name in names:
+                if name.endswith("data.pkl"):
+                    with archive.open(name) as file:
+                        _count_opcodes(path, file)
+        return
+    with path.open("rb") as file:
+        for _ in range(4):  # a number, a version, facts on the machine, and the content
+            _count_opcodes(path, file)
+
+
+def _count_opcodes(path: Path, file: IO[bytes]) -> None:
+    for count, _ in enumerate(pickletools.genops(file)):
+        if count > MOST_OPCODES:
+            raise UserError(f"{path} holds more than a state dict of {MOST_TENSORS:,} tensors")
 
 
 def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
@@ -142,10 +198,16 @@ def open_shards(index: Path) -> Archive:
             is not where the index says.
     """
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = parse_json(read_bounded(index, LONGEST_JSON))["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{index} is no index of shards: it has no JSON "weight_map"') from None
+    if len(weight_map) > MOST_TENSORS:
+        raise UserError(f"{index} lists {_too_many()}")
+    if len(names) > MOST_SHARDS:
+        raise UserError(f"{index} lists {len(names):,} shards, more than {MOST_SHARDS:,}")
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} points to {name!r}, which is no .safetensors file beside it")
@@ -175,6 +237,11 @@ def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
             if not 2 <= length <= LONGEST_HEADER or start[8:9] != b"{":
                 raise UserError(f"{path} is no safetensors file: {_what_it_is(start, size)}")
+            if length > LONGEST_JSON:
+                raise UserError(
+                    f"{path} has a header of {length:,} bytes; {LONGEST_JSON:,} is several times "
+                    "what any model that is read here needs"
+                )
             file.seek(8)
             text = file.read(length)
     except OSError as error:
@@ -182,12 +249,21 @@ def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
     needed = 8 + length
     if size >= needed:
         try:
-            header = json.loads(text)
+            header = parse_json(text)
             metadata = {k: str(v) for k, v in header.pop("__metadata__", {}).items()}
             infos = {k: Info(tuple(v["shape"]), str(v["dtype"])) for k, v in header.items()}
             needed += max((v["data_offsets"][1] for v in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise UserError(f"{path} has a damaged header: download or copy it again") from None
+            if len(metadata) > MOST_ENTRIES:
+                raise ValueError(f"its metadata has {len(metadata):,} entries")
+            if (longest := max(map(len, infos), default=0)) > LONGEST_KEY:
+                raise ValueError(f"a tensor's name has {longest:,} characters")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = f" ({first_line(error)})" if isinstance(error, ValueError) else ""
+            raise UserError(
+                f"{path} has a damaged header{reason}: download or copy it again"
+            ) from None
+        if len(infos) > MOST_TENSORS:
+            raise UserError(f"{path} lists {_too_many()}")
     if size < needed:
         raise UserError(
             f"{path} is damaged, it is cut off: it has {size:,} bytes and should have at least "

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
 from mmdit.checkpoints.archive import write_shards
 from mmdit.checkpoints.formats import Description
 from mmdit.checkpoints.public import descriptions, exported, kind_of
@@ -74,8 +75,10 @@ def read_json(path: Path) -> Config:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(read_bounded(path, LONGEST_JSON))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mmdit.bounds import parse_json
 from mmdit.checkpoints.archive import Archive, Info
 from mmdit.checkpoints.diagnosis import (
     NAMES,
@@ -135,8 +136,8 @@ def load(
 def own_description(archive: Archive, kind: str) -> Description:
     """What a file of ours tells of a model beyond its shapes; empty for a file of others."""
     try:
-        return dict(json.loads(archive.metadata.get(ENTRY, "{}")).get(kind, {}))
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        return dict(parse_json(archive.metadata.get(ENTRY, "{}").encode()).get(kind, {}))
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{archive.name}: its header's entry {ENTRY} is damaged") from None
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
 from mmdit.checkpoints import native, shards
 from mmdit.checkpoints.archive import open_file
 from mmdit.errors import UserError
@@ -116,9 +117,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     try:
-        written = (folder / "manifest.json").read_bytes()
-        manifest: dict[str, Any] = dict(json.loads(written))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        written = read_bounded(folder / "manifest.json", LONGEST_JSON)
+        manifest: dict[str, Any] = dict(parse_json(written))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"checkpoint {folder} has no readable manifest.json ({error})") from error
     manifest.pop("manifest_sha256", None)
     if written != sealed(manifest):

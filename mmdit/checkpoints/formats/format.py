@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mmdit.bounds import MOST_BLOCKS
 from mmdit.checkpoints.archive import Info
 from mmdit.checkpoints.tables import Form, Rule, reshaped, rows
 from mmdit.errors import UserError
@@ -85,8 +86,14 @@ def count(infos: Infos, pattern: str) -> int:
     A number is believed when at least half of those up to it are there: a block that is missing
     still counts, a stray `blocks.999999` does not.
     """
-    there = sorted({int(number) for number in numbers(infos, pattern)})
-    return 1 + max((n for i, n in enumerate(there, start=1) if n < 2 * i), default=0)
+    there = sorted({int(number) for number in numbers(infos, pattern) if len(number) < 8})
+    found = 1 + max((n for i, n in enumerate(there, start=1) if n < 2 * i), default=0)
+    if found > MOST_BLOCKS:
+        raise UserError(
+            f"its keys number {found:,} blocks, as in {pattern}; {MOST_BLOCKS} is several times "
+            "what any model that is read here has"
+        )
+    return found
 
 
 def numbers(infos: Infos, pattern: str) -> list[str]:
