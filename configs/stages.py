@@ -18,7 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.checks import whole
-from mmdit.checkpoints.native import load_strictly, write_atomically
+from mmdit.atomic import write_atomically
+from mmdit.checkpoints.native import load_strictly
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, hash_of_weights, load_weights
 from mmdit.checks import expect, expect_number
 from mmdit.data.shapes import Shapes

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from configs.checks import whole
 from configs.launch import Verbatim, launch
 from eval.subject import PARTS, Subject, open_subject, sampling, shapes_for
-from mmdit.checkpoints.native import file_hash, write_atomically
+from mmdit.atomic import write_atomically
+from mmdit.checkpoints.native import file_hash
 from mmdit.metrics.geneval import GenEvalFolder, Metadata, read_metadata, scene_metadata
 from mmdit.metrics.scores import scenes_of
 

@@ -12,10 +12,8 @@ import pickle
 import pickletools
 import re
 import struct
-import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmdit.atomic import NEW, scratch
 from mmdit.bounds import (
     LONGEST_JSON,
     LONGEST_KEY,
@@ -296,35 +295,38 @@ def write_archive(
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
-    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
-    unknown = "0x" + 64 * "0"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()
-        mode = beside.stat().st_mode
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-            beside,
-            metadata={"format": "pt", **(metadata or {}), HASH: unknown},
-        )
-        beside.chmod(mode)  # the library makes files that nobody else may read
-        with beside.open("r+b") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length))
-            header["__metadata__"][HASH] = "0x" + hashlib.file_digest(file, "sha256").hexdigest()
-            # Sorted, because the library's order is another each time.
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            assert len(text) <= length, "the hash has the length that was kept for it"
-            file.seek(8)
-            file.write(text.ljust(length))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
+        with scratch(path) as beside:
+            new = beside / NEW
+            _write_hashed(new, tensors, metadata or {})
+            new.rename(path)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            beside.unlink()
         raise UserError(f"{path} cannot be written ({first_line(error)})") from None
+
+
+def _write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a new file, in a folder that is cleared if the library is killed."""
+    unknown = "0x" + 64 * "0"
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt", **metadata, HASH: unknown},
+    )
+    path.chmod(mode)  # the library makes files that nobody else may read
+    with path.open("r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"][HASH] = "0x" + hashlib.file_digest(file, "sha256").hexdigest()
+        # Sorted, because the library's order is another each time.
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the hash has the length that was kept for it"
+        file.seek(8)
+        file.write(text.ljust(length))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def verify_hashes(archive: Archive) -> None:

@@ -4,10 +4,8 @@ The header's metadata holds the module's description (plain JSON, see `mmdit.reg
 says by itself what it is. Files appear whole or not at all.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,23 +16,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mmdit.atomic import write_atomically
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, then move it there."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    except OSError:
-        with contextlib.suppress(OSError):  # on a full disk its part would take the last of space
-            beside.unlink(missing_ok=True)
-        raise
 
 
 def save_module(path: Path, module: nn.Module) -> None:
@@ -126,15 +110,6 @@ def _read_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} was not written by this project: its header is no JSON ({error})"
         ) from error
-
-
-def flush(folder: Path) -> None:
-    """Make what was made and renamed in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_hash(path: Path) -> str:

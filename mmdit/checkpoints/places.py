@@ -2,21 +2,22 @@
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mmdit.atomic import NEW, clear, flush, scratch, take_place
 from mmdit.checkpoints.folders import LAYOUT, WEIGHTS_WRITTEN
 from mmdit.errors import UserError
 
 
 @contextmanager
 def replacing(folder: Path, *, pipeline: bool) -> Iterator[Path]:
-    """A folder to write in, whose content takes its place in `folder` when all is written.
+    """A folder to write in, which takes the place of `folder` when all is written.
 
     What was there under the same names, or was left by an earlier saving, goes; other files stay.
-    Where anything fails, all of it stays.
+    Where anything fails, or the process is killed at any moment, `folder` is whole: as it was, or
+    as it is written now.
 
     Args:
         pipeline: whether a whole pipeline is written, or one model.
@@ -25,25 +26,27 @@ def replacing(folder: Path, *, pipeline: bool) -> Iterator[Path]:
         UserError: the place cannot be written to, or holds something else that would be lost.
     """
     folder = folder.resolve()
-    check_place(folder, pipeline=pipeline)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with scratch(folder) as beside:  # which undoes a saving that was killed half-way
+            check_place(folder, pipeline=pipeline)
+            new = beside / NEW
+            new.mkdir()
+            yield new
+            sync(new)
+            if not folder.is_dir():
+                new.rename(folder)
+                return
+            clear(folder)
+            ours = LAYOUT if pipeline else filter(WEIGHTS_WRITTEN.fullmatch, os.listdir(folder))
+            leave = {*ours, *os.listdir(new)}
+            share(folder, new, leave=leave)
+            take_place(beside, folder)
+            with suppress(OSError):  # it has been saved, if not yet for a power cut
+                flush(folder.parent)
+            if new.is_dir():  # the old folder now: what was put into it meanwhile stays, too
+                share(new, folder, leave=leave)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error})") from None
-    new, old = beside / "new", beside / "old"
-    try:
-        new.mkdir()
-        old.mkdir()
-        yield new
-        folder.mkdir(exist_ok=True)
-        written = {item.name for item in new.iterdir()}
-        left = LAYOUT if pipeline else set(filter(WEIGHTS_WRITTEN.fullmatch, os.listdir(folder)))
-        exchange(folder, sorted(written), sorted(left | written), new=new, old=old)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_place(folder: Path, *, pipeline: bool) -> None:
@@ -62,18 +65,38 @@ def check_place(folder: Path, *, pipeline: bool) -> None:
         )
 
 
-def exchange(
-    folder: Path, written: Sequence[str], removed: Sequence[str], *, new: Path, old: Path
-) -> None:
-    """Move `removed` out of a folder to `old`, `written` into it from `new`; all or nothing."""
-    moves = [(folder / name, old / name) for name in removed if os.path.lexists(folder / name)]
-    moves += [(new / name, folder / name) for name in written]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            source.rename(target)
-            done.append((source, target))
-    except OSError:
-        for source, target in reversed(done):
-            target.rename(source)
-        raise
+def share(old: Path, new: Path, *, leave: Collection[str] = ()) -> None:
+    """Let a folder hold what another holds, too; without copies where the disk has hard links.
+
+    Args:
+        leave: names that are left out. Files that the new folder has stay as they are there.
+    """
+    new.mkdir(exist_ok=True)
+    for item in os.scandir(old):
+        target = new / item.name
+        if item.name in leave or (
+            os.path.lexists(target) and not item.is_dir(follow_symlinks=False)
+        ):
+            continue
+        if item.is_dir(follow_symlinks=False):
+            share(Path(item.path), target)
+        elif item.is_symlink():
+            target.symlink_to(os.readlink(item.path))
+        else:
+            try:
+                os.link(item.path, target)
+            except OSError:
+                shutil.copy2(item.path, target)
+    shutil.copystat(old, new)
+    with suppress(OSError):  # to give a folder away is for the superuser
+        owner = old.stat()
+        os.chown(new, owner.st_uid, owner.st_gid)
+
+
+def sync(folder: Path) -> None:
+    """Make all that a folder holds survive a power cut."""
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(here, name), "rb") as file:
+                os.fsync(file.fileno())
+        flush(Path(here))

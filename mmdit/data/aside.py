@@ -1,39 +1,14 @@
 """Images that cannot be used: set aside, counted, listed in a report, and limited."""
 
-import contextlib
 import json
 import logging
-import os
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
+from mmdit.atomic import write_atomically
 from mmdit.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, then move it there."""
-    with whole(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which appears at `path` when the block ends well, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of several machines may write the same file: each under a name of its own.
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def report_bad(
@@ -62,7 +37,7 @@ def report_bad(
         text = json.dumps(record, indent=1, ensure_ascii=False)
         # A name that is no UTF-8 holds surrogates; written as escapes they are JSON too.
         try:
-            write_whole(report, text.encode(errors="backslashreplace"))
+            write_atomically(report, text.encode(errors="backslashreplace"))
         except OSError as error:
             raise UserError(f"report {report} cannot be written: {error.strerror}") from error
     listed = f" (listed in {report})" if report else ""

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mmdit.atomic import clear, whole_file, write_atomically
 from mmdit.checks import expect, expect_whole
-from mmdit.data.aside import whole, write_whole
 from mmdit.data.caption_sources import Captions
 from mmdit.errors import UserError, first_line
 
@@ -102,6 +102,7 @@ class Cache:
 
         By the process that holds the folder, as all that writes but `write`.
         """
+        clear(self.folder)
         if not self._reopened():
             self._write_facts()
 
@@ -130,7 +131,7 @@ class Cache:
         return facts
 
     def _write_facts(self) -> None:
-        write_whole(self.folder / "cache.json", json.dumps(self.facts, indent=1).encode())
+        write_atomically(self.folder / "cache.json", json.dumps(self.facts, indent=1).encode())
 
     def __len__(self) -> int:
         """How many shards it has when it is complete."""
@@ -176,10 +177,10 @@ class Cache:
         facts = {"tables": tables, "content": content, **self._place(number)}
         # Under one key: the order of several is left to chance, and a shard's bytes would be.
         data = save(tensors, {"facts": json.dumps(facts)})
-        with whole(path) as file:
+        with whole_file(path) as file:
             file.write(data)
         record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        write_whole(path.with_suffix(".json"), json.dumps(record).encode())
+        write_atomically(path.with_suffix(".json"), json.dumps(record).encode())
 
     @property
     def completed(self) -> bool:
@@ -193,7 +194,8 @@ class Cache:
 
         A kill at any moment leaves a cache that is not completed, and so comes here again.
         """
-        for path in self.folder.glob("*.tmp"):  # of processes that were killed
+        clear(self.folder)
+        for path in filter(Path.is_file, self.folder.glob("*.tmp")):  # as they once were written
             path.unlink(missing_ok=True)
         if notes := self._notes():
             self.facts["shards"] = {self.path(n).name: record for n, record in self._records()}

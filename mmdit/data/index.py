@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from mmdit.data.aside import report_bad, write_whole
+from mmdit.atomic import write_atomically
+from mmdit.data.aside import report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.commands import add_options, command
 from mmdit.data.images import MAX_PIXELS, BadImage, TooLarge, decode
@@ -56,7 +57,7 @@ class ShardIndex(NamedTuple):
             "samples": len(self.samples),
         }
         rows = [header, *self.samples]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex | None":

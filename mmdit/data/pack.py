@@ -22,8 +22,9 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
+from mmdit.atomic import clear, whole_file, write_atomically
 from mmdit.checks import expect
-from mmdit.data.aside import report_bad, whole, write_whole
+from mmdit.data.aside import report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import (
     Captions,
@@ -161,6 +162,7 @@ def _alone(out: Path) -> Iterator[None]:
             raise UserError(
                 f"another process packs into {out}: wait for it, or choose another folder"
             ) from error
+        clear(out)
         yield
 
 
@@ -225,7 +227,7 @@ class Record:
 
     def _write(self, *, complete: bool) -> None:
         record = {**self._settings, "complete": complete, "shards": self._shards}
-        write_whole(self._path, json.dumps(record, indent=1).encode())
+        write_atomically(self._path, json.dumps(record, indent=1).encode())
 
 
 def _otherwise(out: Path, what: str) -> UserError:
@@ -328,7 +330,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Checked]]) -> None:
 
     The same samples give the same bytes: no member has a time or an owner.
     """
-    with whole(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for key, sample in samples:
             members = {
                 f".{suffix_of(sample.data)}": sample.data,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mmdit.checkpoints.native import write_atomically
+from mmdit.atomic import write_atomically
 from mmdit.engine.pictures import plot
 from mmdit.flow.objective import Objective
 

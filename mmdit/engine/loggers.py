@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from mmdit.checkpoints.native import write_atomically
+from mmdit.atomic import write_atomically
 from mmdit.engine.files import unused, writing
 from mmdit.engine.pictures import LOSSES, Curves
 

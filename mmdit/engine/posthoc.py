@@ -20,12 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.native import (
-    file_hash,
-    load_tensors,
-    save_tensors,
-    write_atomically,
-)
+from mmdit.atomic import write_atomically
+from mmdit.checkpoints.native import file_hash, load_tensors, save_tensors
 from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
 from mmdit.checks import expect_list, expect_whole
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in

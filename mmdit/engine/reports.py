@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.native import weights_hash, write_atomically
+from mmdit.atomic import write_atomically
+from mmdit.checkpoints.native import weights_hash
 from mmdit.engine.files import writing
 from mmdit.engine.loggers import Logger, MetricsFile, finite
 from mmdit.engine.pictures import plot_losses, save_grid

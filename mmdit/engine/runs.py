@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mmdit.checkpoints.native import write_atomically
+from mmdit.atomic import write_atomically
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, read_manifest
 from mmdit.engine.processes import Processes
 from mmdit.engine.signals import Interrupted

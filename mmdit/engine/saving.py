@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmdit.atomic import flush, write_atomically
 from mmdit.checkpoints import shards
-from mmdit.checkpoints.native import file_hash, flush, write_atomically
+from mmdit.checkpoints.native import file_hash
 from mmdit.checkpoints.runs import (
     Checkpoint,
     checkpoints_in,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdit.checkpoints.native import write_atomically
+from mmdit.atomic import write_atomically
 from mmdit.engine.files import writing
 from mmdit.errors import UserError, first_line
 

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mmdit.checkpoints.native import write_atomically
+from mmdit.atomic import write_atomically
 from mmdit.data.captions import RELATIONS, Scene, short_caption
 from mmdit.errors import UserError
 

@@ -4,7 +4,6 @@ The two libraries are oracles here; nothing of theirs is used elsewhere.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from mmdit.checkpoints.sources import load_model
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
 from mmdit.registry import describe
+from tests.kills_for_tests import at_each_change, content
 
 NAMES = ["mmdit", "mmdit_qk_norm", "mmditx", "autoencoder", "clip_l", "clip_g", "t5", "controlnet"]
 NAMES += ["clip_image"]
@@ -186,30 +186,30 @@ def test_a_pipeline_is_not_saved_among_other_things(tiny_published, tmp_path):
 
 def test_a_saving_that_fails_leaves_all_as_it_was(tiny_published, tmp_path, monkeypatch):
     pipe = mmdit.load_pipeline(tiny_published)
-    shutil.copytree(tiny_published, folder := tmp_path / "pipe")
-    shutil.move(folder / "vae", tmp_path / "shared")
-    (folder / "vae").symlink_to(tmp_path / "shared")
-    before = everything(tmp_path)
-    rename = Path.rename
+    shutil.copytree(tiny_published, kept := tmp_path / "kept" / "pipe")
+    shutil.move(kept / "vae", tmp_path / "shared")
+    (kept / "vae").symlink_to(tmp_path / "shared")
+    (kept / "mine" / "deep").mkdir(parents=True)
+    (kept / "mine" / "deep" / "notes.txt").write_text("mine")
+    (kept / "latest").symlink_to("mine")
+    failed = 0
+    for last in range(1, 60, 6):
+        shutil.copytree(tmp_path / "kept", tmp_path / "trial", symlinks=True)
 
-    def failing_at(last: int) -> Callable[[Path, Path], Path]:
-        calls = iter(range(last + 1))
-        put_back = []  # a disk that was full when something was to be written to it
-
-        def move(source: Path, target: Path) -> Path:
-            if source.parent.name in ("new", "pipe") and not put_back and next(calls) == last:
-                put_back.append(True)
+        def fail(number: int, last: int = last) -> None:
+            if number == last:  # once: a disk that was full when something was to be written to it
                 raise OSError(28, "No space left on device")
-            return rename(source, target)
 
-        return move
-
-    for last in range(1, 20, 3):
         with monkeypatch.context() as broken:
-            broken.setattr(Path, "rename", failing_at(last))
-            with pytest.raises(UserError, match="No space left"):
-                mmdit.save_diffusers(pipe, folder)
-        assert everything(tmp_path) == before and (folder / "vae").is_symlink()
-    mmdit.save_diffusers(pipe, folder)
-    assert everything(tmp_path / "shared") and not (folder / "vae").is_symlink()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["pipe", "shared"]
+            at_each_change(fail, broken.setattr)
+            try:
+                mmdit.save_diffusers(pipe, folder := tmp_path / "trial" / "pipe")
+            except UserError as error:
+                assert "No space left" in str(error)
+                assert content(tmp_path / "trial") == content(tmp_path / "kept")
+                failed += 1
+            else:  # where what is no longer needed cannot be removed
+                assert not (folder / "vae").is_symlink() and (folder / "latest").is_symlink()
+                assert (folder / "mine" / "deep" / "notes.txt").read_text() == "mine"
+        shutil.rmtree(tmp_path / "trial")
+    assert failed > 5 and everything(tmp_path / "shared")

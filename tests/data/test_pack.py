@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 
-import mmdit.data.aside
 import mmdit.data.pack
 from mmdit.data import pack
 from mmdit.data.caption_sources import Sidecars, Table
@@ -133,7 +132,7 @@ def test_packing_goes_on_where_it_was_stopped(photos, tmp_path, monkeypatch, kil
 
     original = os.fsync
     with monkeypatch.context() as patch:
-        patch.setattr(mmdit.data.aside.os, "fsync", dying)
+        patch.setattr(os, "fsync", dying)
         with pytest.raises(KeyboardInterrupt):
             packed(photos, tmp_path / "out")
     with pytest.raises(UserError, match=r"holds no \*\.tar|is not packed to the end"):

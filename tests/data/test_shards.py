@@ -351,7 +351,7 @@ def test_a_folder_that_is_only_read_needs_no_index(tmp_path, monkeypatch, caplog
     def refused(path, data):  # to the superuser no mode of a folder is a hindrance
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(mmdit.data.index, "write_whole", refused)
+    monkeypatch.setattr(mmdit.data.index, "write_atomically", refused)
     assert len(opened(tmp_path)) == 4
     assert "cannot be written" in caplog.text and "another folder for indices" in caplog.text
 
