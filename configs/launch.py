@@ -1,8 +1,10 @@
 """From a command line to a running job: compose the config with Hydra, explain the user's mistakes.
 
-`launch` is `hydra.main` plus two things. Free text (prompts, paths) is taken from the command line
-before Hydra parses it, because Hydra's grammar gives a meaning to commas, quotes, brackets, `$` and
-more. And a user's mistake ends in one message and exit code 2, while a bug keeps its traceback.
+`launch` is `hydra.main` plus three things. Free text (prompts, paths) is taken from the command
+line before Hydra parses it, because Hydra's grammar gives a meaning to commas, quotes, brackets,
+`$` and more. A config is checked before anything of it is built: keys that nothing reads, and
+targets that it may not build, are refused. And a user's mistake ends in one message and exit code
+2, while a bug keeps its traceback.
 """
 
 import functools
@@ -11,17 +13,23 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
+from configs.keys import check_keys, known_keys
 from configs.messages import explain
+from configs.targets import check_targets
 from mmdit.engine.processes import give_way, tell_torchrun
 from mmdit.errors import UserError, first_line
 
@@ -34,7 +42,7 @@ FLAGS_ALONE = {
 }
 FLAGS_WITH_VALUE = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
-    *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
+    *("--config-dir", "-cd", "--info", "-i"),
 }
 
 
@@ -63,6 +71,13 @@ def launch(
     error: BaseException
     try:
         arguments, text = split_arguments(sys.argv[1:], verbatim)
+        imports = imports_in(arguments)
+        known = known_keys(config_name, config_dir) if _may_add(arguments) else None
+
+        def check(config: DictConfig) -> None:
+            if known is not None:
+                check_keys(config, known, verbatim, config_dir)
+            check_targets(config, imports)
 
         @functools.wraps(job)  # Hydra names the job after the file that defines it
         def task(config: DictConfig) -> None:
@@ -70,7 +85,8 @@ def launch(
             started = True
             sys.argv = [sys.argv[0], *arguments]  # in a worker of a launcher, too
             try:
-                import_modules(config.get("imports") or [])
+                check_targets(config, imports)
+                import_modules(config.get("imports"))
                 job(config, dict(text))
             except Exception as failure:
                 if HydraConfig.get().mode == RunMode.RUN:
@@ -82,13 +98,17 @@ def launch(
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
         if "COMP_LINE" in os.environ:
             os.environ["COMP_LINE"] = _without_verbatim(os.environ["COMP_LINE"], verbatim)
-        if describe is not None and _shows_config(arguments):
-            with initialize_config_dir(str(config_dir), version_base="1.3"):
-                overrides = [a for a in arguments if "=" in a or a.startswith("~")]
-                overrides += _search_path(arguments)
-                for line in describe(compose(config_name, overrides)):
-                    print(f"# {line}")
-        hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(task)()
+        with checked_compositions(check):
+            if describe is not None and _shows_config(arguments):
+                with initialize_config_dir(str(config_dir), version_base="1.3"):
+                    overrides = [a for a in arguments if "=" in a or a.startswith("~")]
+                    overrides += _search_path(arguments)
+                    for line in describe(compose(config_name, overrides)):
+                        print(f"# {line}")
+            main = hydra.main(
+                config_path=str(config_dir), config_name=config_name, version_base="1.3"
+            )
+            main(task)()
         return
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -114,13 +134,64 @@ def launch(
     sys.exit(2)
 
 
-def import_modules(names: Iterable[str]) -> None:
+@contextmanager
+def checked_compositions(check: Callable[[DictConfig], None]) -> Iterator[None]:
+    """Have `check` look at every config that Hydra composes, Hydra's own included.
+
+    Hydra itself builds launchers, callbacks and handlers of logging before the job begins, and
+    composes the config of each job of a multirun anew.
+    """
+    compose_one = ConfigLoaderImpl.load_configuration
+
+    def load_configuration(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
+        config = compose_one(self, *args, **options)
+        check(config)
+        return config
+
+    ConfigLoaderImpl.load_configuration = load_configuration  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = compose_one  # type: ignore[method-assign]
+
+
+def _may_add(arguments: Sequence[str]) -> bool:
+    """Whether a command line adds keys, or reads configs of the user's, which may."""
+    flags = ("--config", "-cd", "-cn", "-cp")
+    return any(word.startswith(("+", *flags)) or "searchpath" in word for word in arguments)
+
+
+def imports_in(arguments: Sequence[str]) -> list[str]:
+    """The modules that the command line itself names: `imports=[a,b]`.
+
+    Raises:
+        UserError: it names none, or something else.
+    """
+    words = [word for word in arguments if word.lstrip("+").partition("=")[0].strip() == "imports"]
+    given = [override.value() for override in OverridesParser.create().parse_overrides(words)]
+    return [name for value in given for name in module_names(value)]
+
+
+def module_names(value: Any) -> list[str]:
+    """What `imports` holds, or one name.
+
+    Raises:
+        UserError: these are not names of modules.
+    """
+    names = value if isinstance(value, list | ListConfig) else [value]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+            raise UserError(f"imports={value} must be a list of modules: imports=[my_module]")
+    return list(names)
+
+
+def import_modules(value: Any) -> None:
     """Import the user's own modules, so that checkpoints may name the classes they register.
 
     Raises:
         UserError: there is no such module.
     """
-    for name in names:
+    for name in module_names(value) if value else ():
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -7,9 +7,8 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 import hydra.errors as hydra_errors
@@ -17,6 +16,7 @@ import omegaconf.errors as omegaconf_errors
 import yaml
 from omegaconf import OmegaConf
 
+from configs.keys import did_you_mean, nearest, unknown_key
 from mmdit.errors import UserError, first_line
 
 # What a file system says of a path that somebody named: no bug, wherever it shows.
@@ -66,29 +66,6 @@ def _explain_value(error: ValueError, config_dir: Path) -> str:
     return f"{error}\n(command line: {' '.join(sys.argv[1:])})"
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The name in `known` most like `word`, as a whole or in its last part; None if none is."""
-
-    def likeness(name: str) -> tuple[float, float]:
-        last, last_known = re.split(r"[./]", word)[-1], re.split(r"[./]", name)[-1]
-        whole = difflib.SequenceMatcher(None, word, name).ratio()
-        return max(whole, 0.9 * difflib.SequenceMatcher(None, last, last_known).ratio()), whole
-
-    best = max(sorted(known), key=likeness, default="")
-    return best if best and likeness(best)[0] > 0.65 else None
-
-
-def did_you_mean(name: str | None) -> str:
-    """The question to put behind a message, if there is a name to offer."""
-    return f" Did you mean {name}?" if name else ""
-
-
-def _dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _dotted_keys(value, f"{prefix}{key}.")
-
-
 def _explain_missing_config(error: hydra_errors.MissingConfigException, config_dir: Path) -> str:
     if not error.options:
         names = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml")))
@@ -112,13 +89,9 @@ def _explain_composition(
     message = re.sub(r"\s*See https://\S+ for details", "", str(error)).strip()
     unknown = re.match(r"Could not override '(.+?)'", message)
     node = getattr(cause, "parent_node", None)
-    if unknown and node is not None:
-        key = unknown[1]
-        known = {*_dotted_keys(OmegaConf.to_container(node._get_root())), *verbatim}
-        known |= {p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()}
-        known = {name for name in known if key.startswith("hydra") or not name.startswith("hydra")}
-        hint = did_you_mean(nearest(key, known))
-        return f"unknown key {key!r}.{hint} (+{key}=... adds a new key)"
+    root = None if node is None else node._get_root()
+    if unknown and root is not None and OmegaConf.select(root, unknown[1]) is None:
+        return unknown_key(unknown[1], root, verbatim, config_dir)
     if isinstance(error, hydra_errors.OverrideParseException):
         quoted = f"""'{error.override.partition("=")[0]}="..."'"""
         advice = f"special characters need quotes inside the shell's quotes, {quoted}"

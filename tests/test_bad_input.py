@@ -83,6 +83,11 @@ def told(
         (("model=toy_uvit", "model.width=191"), ("191",)),
         (("formulation=rf", "objective=edm"), ("study's rf",)),
         (("match=size",), ("match=size", "params, flops")),
+        (("+guidance_scale=9",), ("'guidance_scale'. Did you mean", "No code reads it")),
+        (("autoencoder.training.workers=2",), ("write +autoencoder.training.workers=",)),
+        (("+autoencoder.training.step=2",), ("autoencoder.training.step",)),
+        (("training._target_=torch.load",), ("training._target_",)),
+        (("logger._target_=torch.load",), ("logger._target_: 'torch.load' is not part",)),
     ],
 )
 def test_train_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
@@ -109,11 +114,20 @@ def test_train_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, 
         (("prompt=a", "out=picture.png"), ("picture.png", "folder")),
         (("--prompt", "a"), ("prompt=",)),
         (("promt=a",), ("promt", "prompt")),
+        (("prompt=a", "+guidance_scale=9"), ("'guidance_scale'. Did you mean gui", "No code")),
+        (("prompt=a", "+schedule=warmup_cosine"), ("'schedule'", "No code reads it")),
+        (("prompt=a", "solver._target_=numpy.load"), ("solver._target_: 'numpy.load' is not",)),
     ],
 )
 def test_sample_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
     message = told("sample.py", *words)
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize("name", ["rank", "attention", "geneval", "memory", "speed"])
+def test_scripts_refuse_what_they_do_not_read_or_may_not_build(told: Told, name: str) -> None:
+    assert "No code reads it" in told(f"eval/{name}.py", "+guidance_scale=9")
+    assert "is not part of mmdit" in told(f"eval/{name}.py", "+hydra.callbacks.a={_target_: a.b}")
 
 
 def test_checkpoint_that_is_no_safetensors(told: Told, tmp_path: Path) -> None:

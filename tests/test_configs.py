@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import mmdit.engine.ema
@@ -23,6 +24,7 @@ import mmdit.flow.predictions
 import mmdit.flow.schedule
 import mmdit.flow.solvers
 import mmdit.flow.timesteps
+from configs.keys import check_keys, known_keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -139,3 +141,13 @@ def test_every_text_config_builds(file, tiny_published):
         config["source"] = str(tiny_published)
     text = instantiate(config)
     assert text.encode([""]).c_vec.shape == (1, text.pooled_width)
+
+
+@pytest.mark.parametrize("name", ["train", "memory"])
+def test_every_key_of_the_shipped_configs_is_read(name):
+    known = known_keys(name, CONFIGS)
+    experiments = [f"experiment={file.stem}" for file in (CONFIGS / "experiment").glob("*.yaml")]
+    groups = ["autoencoder=published", "autoencoder=sd3", "posthoc=power_functions"]
+    for word in [*experiments, *groups, "metrics=study", "++clip.training.accumulation=4"]:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            check_keys(compose(name, [word]), known, (), CONFIGS)

@@ -1,0 +1,147 @@
+"""Which keys of a config something reads: one that nothing reads would silently change nothing."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from mmdit.engine.loop import Settings
+from mmdit.errors import UserError
+
+Tree = dict[str, Any]
+
+# Read where they are given, and left out by the yaml of a stage.
+OPTIONAL = {
+    f"{stage}.training": dict.fromkeys(sorted(Settings._field_defaults.keys() - {"section"}))
+    for stage in ("autoencoder", "clip")
+}
+REFERENCE = re.compile(r"\$\{(\.*)([^${}:]+)\}")
+
+
+def known_keys(config_name: str, config_dir: Path) -> Tree:
+    """The sections and keys that the script of a config reads.
+
+    Those of its config as it stands, and of all options of the groups that this config chooses
+    from, which need not have the same keys.
+    """
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        base = compose(config_name, return_hydra_config=True)
+    choices = base.hydra.runtime.choices
+    known: Tree = OmegaConf.to_container(base)  # type: ignore[assignment]
+    for group in choices:
+        for file in sorted((config_dir / str(group)).glob("*.yaml")):
+            text = file.read_text("utf-8")
+            if "/" not in str(group) and "@package" not in text:
+                option = OmegaConf.to_container(OmegaConf.load(file))
+                assert isinstance(option, dict)
+                known[str(group)] = _merged(known.get(str(group)), option)
+    for place, names in OPTIONAL.items():
+        section, name = place.split(".")
+        if isinstance(known.get(section), dict) and name in known[section]:
+            known[section][name] = {**names, **known[section][name]}
+    return known
+
+
+def _merged(one: Any, other: Any) -> Any:
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return other if one is None else one
+    return one | {key: _merged(one.get(key), value) for key, value in other.items()}
+
+
+def check_keys(
+    config: DictConfig, known: Mapping[str, Any], verbatim: Sequence[str], config_dir: Path
+) -> None:
+    """Refuse keys that nothing reads, wherever they come from.
+
+    Below a `_target_` all keys are arguments, which are checked when it is called. Elsewhere a key
+    is read by the script or by an interpolation.
+
+    Raises:
+        UserError: there is such a key.
+    """
+    plain: Tree = OmegaConf.to_container(config)  # type: ignore[assignment]
+    plain.pop("hydra", None)  # which Hydra checks
+    used = set(_references(plain, ()))
+    for key in _unread(plain, known, ()):
+        if not any(key == name[: len(key)] or name == key[: len(name)] for name in used):
+            told = unknown_key(".".join(key), config, verbatim, config_dir)
+            raise UserError(f"{told} No code reads it, so it would change nothing.")
+
+
+def _unread(
+    section: Mapping[str, Any], known: Mapping[str, Any], place: tuple[str, ...]
+) -> Iterator[tuple[str, ...]]:
+    if "_target_" in section and (not known or "_target_" in known):
+        return
+    for key, value in section.items():
+        if key not in known:
+            yield (*place, str(key))
+        elif isinstance(value, dict) and isinstance(known[key], dict):
+            yield from _unread(value, known[key], (*place, key))
+
+
+def _references(node: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The keys that the interpolations of a config name."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _references(value, (*place, str(key)))
+    elif isinstance(node, str):
+        for dots, path in REFERENCE.findall(node):
+            parts = tuple(re.findall(r"[^.\[\]]+", path))
+            yield (place[: len(place) - len(dots)] if dots else ()) + parts
+
+
+# --- what a message offers instead ---
+
+
+def unknown_key(key: str, config: DictConfig, verbatim: Sequence[str], config_dir: Path) -> str:
+    """What to say of a key that is not in `config`, or that nothing reads there."""
+    plain = OmegaConf.to_container(config)
+    known = {*_dotted_keys(plain), *verbatim}
+    known |= {p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()}
+    known = {name for name in known if key.startswith("hydra") or not name.startswith("hydra")}
+    known = {name for name in known if name != key and not name.startswith(f"{key}.")}
+    section, _, last = key.rpartition(".")
+    target = OmegaConf.select(config, f"{section}._target_") if section else None
+    if last in OPTIONAL.get(section, ()) or _takes(target, last):
+        return f"unknown key {key!r}: its yaml leaves it out, so write +{key}=..."
+    return f"unknown key {key!r}.{did_you_mean(nearest(key, known))}"
+
+
+def _takes(target: Any, argument: str) -> bool:
+    """Whether a class of this project, named by a config, has such an argument."""
+    if not isinstance(target, str) or not target.startswith("mmdit."):
+        return False
+    try:
+        return argument in inspect.signature(get_object(target)).parameters
+    except (ImportError, TypeError, ValueError):
+        return False
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The name in `known` most like `word`, as a whole or in its last part; None if none is."""
+
+    def likeness(name: str) -> tuple[float, float]:
+        last, last_known = re.split(r"[./]", word)[-1], re.split(r"[./]", name)[-1]
+        whole = difflib.SequenceMatcher(None, word, name).ratio()
+        return max(whole, 0.9 * difflib.SequenceMatcher(None, last, last_known).ratio()), whole
+
+    best = max(sorted(known), key=likeness, default="")
+    return best if best and likeness(best)[0] > 0.65 else None
+
+
+def did_you_mean(name: str | None) -> str:
+    """The question to put behind a message, if there is a name to offer."""
+    return f" Did you mean {name}?" if name else ""
+
+
+def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _dotted_keys(value, f"{prefix}{key}.")
