@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from configs.checks import whole
 from configs.launch import Verbatim, launch
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.data.images import BadImage, decode, read_bytes
-from mmdit.engine.pictures import save_grid
+from mmdit.engine.files import NumberedFiles
+from mmdit.engine.pictures import LARGEST_GRID, Thumbnails, png
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.errors import UserError
 from mmdit.registry import describe
@@ -86,16 +88,14 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "weights_sha256": hash_of_weights(source) if isinstance(source, Path) else None,
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__},
     }
-    wishes = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
-    taken = [int(m[0]) for path in out.glob("*.png") if (m := re.match(r"\d+", path.name))]
-    number = max(taken, default=0) + 1
-    pictures: list[torch.Tensor] = []
+    wishes = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
+    count = len(prompts) * config.num_images
+    files, grid_of = NumberedFiles(out), Thumbnails() if count <= LARGEST_GRID else None
     strength = 1.0 if config.strength is None else config.strength
     steps = len(pipe.objective.times(settings["steps"], strength=strength, grid=grid)) - 1
-    with tqdm(total=len(wishes) * steps, unit="step", disable=None) as bar:
-        for start in range(0, len(wishes), config.batch_size):
-            batch = wishes[start : start + config.batch_size]
-            painted = pipe(
+    with tqdm(total=count * steps, unit="step", disable=None) as bar:
+        while batch := list(islice(wishes, config.batch_size)):
+            images = pipe(
                 [prompt for prompt, _ in batch],
                 seeds=[seed for _, seed in batch],
                 image=image,
@@ -105,14 +105,16 @@ def job(config: DictConfig, text: Verbatim) -> None:
                 progress=lambda *_, batch=batch: bar.update(len(batch)),
                 **settings,
             ).cpu()
-            for (prompt, seed), pixels in zip(batch, painted, strict=True):
-                path = out / f"{number + len(pictures):05d}-{slug(prompt)}-seed{seed}.png"
+            for (prompt, seed), pixels in zip(batch, images, strict=True):
                 counted = {"function_evaluations": pipe.function_evaluations}
-                write(pixels, prompt, {"seed": seed, **facts, **counted}, path)
-                pictures.append(pixels)
-                tqdm.write(str(path))
-    captions = [f"{prompt[:60]} ({seed})" for prompt, seed in wishes]
-    print(save_grid(torch.stack(pictures), captions, path=out / f"{number:05d}-grid.png"))
+                data = described_png(pixels, prompt, {"seed": seed, **facts, **counted})
+                tqdm.write(str(files.add(f"{slug(prompt)}-seed{seed}.png", data)))
+                if grid_of is not None:
+                    grid_of.add(pixels, f"{prompt[:60]} ({seed})")
+    if grid_of is None:
+        print(f"no grid of {count} images: one of more than {LARGEST_GRID} could not be looked at")
+    else:
+        print(files.add("grid.png", png(grid_of.image()), first=files.first))
 
 
 def read_prompts(text: Verbatim) -> list[str]:
@@ -245,12 +247,12 @@ def slug(prompt: str) -> str:
     return words[:40].strip("-") or "picture"
 
 
-def write(pixels: torch.Tensor, prompt: str, facts: dict[str, Any], path: Path) -> None:
-    """Write a picture with its prompt and its facts as metadata."""
+def described_png(pixels: torch.Tensor, prompt: str, facts: dict[str, Any]) -> bytes:
+    """An image as a PNG, with its prompt and its facts as metadata."""
     info = PngInfo()
     info.add_itxt("prompt", prompt)
     info.add_itxt("mmdit", json.dumps({"prompt": prompt, **facts}))
-    Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
+    return png(Image.fromarray(pixels.numpy()), pnginfo=info)
 
 
 if __name__ == "__main__":

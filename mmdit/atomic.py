@@ -86,18 +86,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def claim(path: Path, write: Callable[[BinaryIO], object]) -> bool:
+def claim(path: Path, data: bytes) -> bool:
     """Write a file where there is none, whole or not at all; whether the name was free.
 
     Of several processes that claim one name at once, one gets it.
     """
+    if os.path.lexists(path):
+        return False
     with scratch(path) as beside:
-        new = beside / NEW
-        with new.open("wb") as file:
-            write(file)
+        with (beside / NEW).open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return move_to_free(new, path)
+        return move_to_free(beside / NEW, path)
 
 
 def move_to_free(source: Path, path: Path) -> bool:

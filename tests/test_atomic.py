@@ -115,7 +115,7 @@ def test_a_forked_process_does_not_hold_what_its_parent_wrote(tmp_path):
 
 def test_one_of_many_gets_a_name(tmp_path):
     def attempt(i: int) -> bool:
-        return claim(tmp_path / "file", lambda file: file.write(bytes([i]) * 1000))
+        return claim(tmp_path / "file", bytes([i]) * 1000)
 
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(attempt, range(40)))
@@ -129,8 +129,8 @@ def test_a_name_is_claimed_without_hard_links_too(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refused)
-    assert claim(tmp_path / "file", lambda file: file.write(b"one"))
-    assert not claim(tmp_path / "file", lambda file: file.write(b"two"))
+    assert claim(tmp_path / "file", b"one")
+    assert not claim(tmp_path / "file", b"two")
     assert (tmp_path / "file").read_bytes() == b"one"
 
 

@@ -1,12 +1,16 @@
 """Files and folders of a run, as several machines see them."""
 
 import contextlib
+import fcntl
+import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from pathlib import Path
 
+from mmdit.atomic import claim, clear
 from mmdit.errors import UserError
 
 PATIENCE = 60.0  # seconds until files of another machine must be seen here
@@ -23,6 +27,57 @@ def unused(path: Path) -> Path:
     """`path`, or it with a number in front of its last suffix where it is taken."""
     numbered = (path.with_suffix(f".{number}{path.suffix}") for number in count(2))
     return next(p for p in chain([path], numbered) if not p.exists())
+
+
+class NumberedFiles:
+    """Files `<number>-<name>` of a folder, which other processes may fill at the same time.
+
+    Attributes:
+        first: number of the first file that was added; 1 before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.first = folder, 1
+        self._next, self._seen = 1, -1  # the number to try, and the folder's time when it was free
+        clear(folder)
+
+    def add(self, name: str, data: bytes, *, first: int | None = None) -> Path:
+        """Write a file under the next free number, whole or not at all.
+
+        Args:
+            first: number to begin with; None is that after all files of the folder.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        with _alone(self.folder):
+            number = self._free() if first is None else first
+            while not claim(path := self.folder / f"{number:05d}-{name}", data):
+                number += 1
+            if first is None:
+                if self._seen < 0:
+                    self.first = number
+                self._next, self._seen = number + 1, self.folder.stat().st_mtime_ns
+        return path
+
+    def _free(self) -> int:
+        """The number after all others; looked for only where somebody else has been here."""
+        if self._seen == self.folder.stat().st_mtime_ns:
+            return self._next
+        numbers = (re.match(r"\d+(?=-)", name) for name in os.listdir(self.folder))
+        return max((int(found[0]) for found in numbers if found), default=0) + 1
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the same block; not on file systems without locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sizes(paths: Iterable[Path], folder: Path) -> dict[str, int]:

@@ -1,16 +1,23 @@
 """Pictures for people: grids of captioned samples, and curves of losses. Pillow only."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from mmdit.atomic import write_atomically
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Point: TypeAlias = tuple[float, float]
 
+LARGEST_GRID = 64  # images of a grid that can be looked at
+THUMBNAIL = 256  # pixels of a thumbnail's longer side
 INK, FAINT, PAPER = (40, 40, 40), (215, 215, 215), (255, 255, 255)
 PALETTE = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
 
@@ -40,9 +47,37 @@ def grid_image(
 
 def save_grid(images: Tensor, captions: Sequence[str], *, path: Path) -> Path:
     """Write `grid_image` and give its path back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid_image(images, captions).save(path)
+    write_atomically(path, png(grid_image(images, captions)))
     return path
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    """An image as the bytes of a PNG file.
+
+    Pillow hides what the system says of a file that it cannot write, so we write files ourselves.
+    """
+    data = io.BytesIO()
+    image.save(data, format="PNG", **options)
+    return data.getvalue()
+
+
+class Thumbnails:
+    """Small copies of images of one size, for a grid of them."""
+
+    def __init__(self) -> None:
+        self._images: list[Tensor] = []
+        self._captions: list[str] = []
+
+    def add(self, pixels: Tensor, caption: str) -> None:
+        """Add an image, uint8 (h, w, 3)."""
+        image = Image.fromarray(pixels.cpu().numpy())
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        self._images.append(torch.from_numpy(np.array(image)))
+        self._captions.append(caption)
+
+    def image(self) -> Image.Image:
+        """The grid of all of them."""
+        return grid_image(torch.stack(self._images), self._captions)
 
 
 def _wrapped(text: str, width: int, font: Font, most: int = 3) -> list[str]:
@@ -153,7 +188,7 @@ def plot(curves: Mapping[str, Sequence[Point]], path: Path, *, x_label: str, y_l
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     points = [point for curve in curves.values() for point in curve]
     if not points:
-        page.save(path)
+        write_atomically(path, png(page))
         return
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
@@ -185,7 +220,7 @@ def plot(curves: Mapping[str, Sequence[Point]], path: Path, *, x_label: str, y_l
         pen.text((width - 148, top + 16 + 18 * i), name, fill=INK, font=font, anchor="lm")
     pen.text((width / 2, height - 16), x_label, fill=INK, font=font, anchor="mm")
     pen.text((8, 4), y_label, fill=INK, font=font)
-    page.save(path)
+    write_atomically(path, png(page))
 
 
 def ticks(low: float, high: float, about: int = 6) -> list[float]:
