@@ -267,7 +267,8 @@ def tell_results(run: Path, checkpoint: Checkpoint, minutes: float, prompt: str)
     figures = checkpoint.figures
     log.info("finished %s in %.1f minutes", run, minutes)
     log.info("  validation  %.4f EMA, %.4f raw", figures["ema/loss"], figures["raw/loss"])
-    log.info("  samples     %s", run / "samples" / f"{checkpoint.folder.name}.png")
+    samples = run / "samples" / f"{checkpoint.folder.name}.png"
+    log.info("  samples     %s", samples if samples.is_file() else "none: they were not finite")
     log.info("  curves      %s", run / "loss.png")
     log.info("  metrics     %s", run / "metrics.jsonl")
     log.info("  checkpoint  %s", checkpoint.folder)

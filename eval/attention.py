@@ -46,7 +46,7 @@ from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.metrics.attention import BlockAttention, attention_at, last_blocks, watched
 from mmdit.models.backbone import Backbone
-from mmdit.pipeline import from_pixels
+from mmdit.pipeline import to_latents
 
 PROTOCOL = "attention-1"
 VERBATIM = ("checkpoint", "out", *PARTS)
@@ -118,9 +118,8 @@ def look_at_shapes(
     for start in range(0, config.samples, config.batch_size):
         indices = range(start, min(start + config.batch_size, config.samples))
         images, told = data.batch(indices)
-        x = from_pixels(images).to(pipe.device, pipe.autoencoder.dtype)
         with pipe.autocast():
-            latents.append(pipe.autoencoder.encode(x).float())
+            latents.append(to_latents(pipe.autoencoder, images))
         captions += told
     options = {"levels": levels, "seed": config.seed, "batch_size": config.batch_size}
     return attention_at(pipe, torch.cat(latents), captions, **options)

@@ -47,7 +47,7 @@ from mmdit.metrics.distances import frechet_distance
 from mmdit.metrics.reconstruction import psnr, ssim
 from mmdit.metrics.scores import Features
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.pipeline import from_pixels, to_pixels
+from mmdit.pipeline import to_latents, to_pixels
 
 PROTOCOL = "autoencoder-1"
 VERBATIM = ("checkpoint", "out", "images", "clip")
@@ -183,7 +183,6 @@ def measure(
     batch_size: int,
 ) -> Measured:
     """Encode, decode and compare, some pictures at a time."""
-    device = next(opened.module.parameters()).device
     levels: list[float] = []
     similarities: list[float] = []
     seen: list[tuple[Tensor, Tensor]] = []
@@ -192,8 +191,7 @@ def measure(
     for start in tqdm(starts, desc="reconstructing", unit="batch", disable=None):
         truth = pictures(indices[start : start + batch_size])
         with opened.autocast():
-            x = from_pixels(truth).to(device)
-            again = to_pixels(opened.module.decode(opened.module.encode(x))).cpu()
+            again = to_pixels(opened.module.decode(to_latents(opened.module, truth))).cpu()
         pairs = list(zip(again.split(1), truth.split(1), strict=True))
         levels += [psnr(*pair) for pair in pairs]
         similarities += [ssim(*pair) for pair in pairs]

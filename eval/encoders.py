@@ -40,7 +40,7 @@ from eval.subject import (
 from mmdit.errors import UserError
 from mmdit.metrics.encoders import SUBSETS, speaking
 from mmdit.metrics.validation import LEVELS, validation_loss
-from mmdit.pipeline import Pipeline, from_pixels
+from mmdit.pipeline import Pipeline, to_latents
 from mmdit.text.conditioning import EMPTY_PROMPTS, ENCODERS, NAMES
 
 PROTOCOL = "encoders-1"
@@ -92,7 +92,7 @@ def latents_of(subject: Subject, config: DictConfig) -> tuple[Tensor, list[str]]
         stop = min(start + config.batch_size, config.validation_samples)
         images, told = data.batch(range(start, stop))
         with pipe.autocast():
-            latents.append(pipe.autoencoder.encode(from_pixels(images).to(pipe.device)).float())
+            latents.append(to_latents(pipe.autoencoder, images))
         captions += told
     return torch.cat(latents), captions
 

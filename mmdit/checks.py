@@ -5,7 +5,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmdit.errors import UserError
+from torch import Tensor
+
+from mmdit.errors import NotFinite, UserError
 
 
 def expect(holds: bool, field: str, value: object, expectation: str) -> None:
@@ -55,3 +57,17 @@ def one_of(field: str, name: str, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{field} {name!r} must be one of {', '.join(known)}{hint}")
+
+
+def expect_finite(stage: str, x: Tensor) -> None:
+    """Raise NotFinite, naming the stage that x comes from, if a value of it is NaN or infinite."""
+    if x.is_meta:  # which has no values
+        return
+    finite = x.isfinite().flatten(1).all(dim=1)  # of each sample (b, ...)
+    if not finite.all():
+        bad = (~finite).sum().item()
+        raise NotFinite(
+            f"{stage} gave NaN or infinite values for {bad} of {len(x)} samples. Try bfloat16 or "
+            "float32 instead of float16 (dtype=torch.bfloat16, or precision=bf16 or fp32 on a "
+            "command line), or look for damaged weights with verify=true"
+        )

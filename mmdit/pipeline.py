@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.checks import expect_finite
 from mmdit.dtypes import at_least_float32
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
@@ -19,6 +20,7 @@ from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.solvers import Progress, VelocityFunction, euler
+from mmdit.flow.watch import Watch
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
 from mmdit.models.controlnet import ControlledMMDiT
@@ -30,7 +32,12 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Float images (b, 3, h, w) in [-1, 1] -> uint8 (b, h, w, 3)."""
+    """Float images (b, 3, h, w) in [-1, 1], as decoded -> uint8 (b, h, w, 3).
+
+    Raises:
+        NotFinite: a value is NaN or infinite.
+    """
+    expect_finite("the autoencoder's decoder", x)
     return rearrange(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), "b c h w -> b h w c")
 
 
@@ -41,6 +48,18 @@ def from_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     slower in that layout on CPU.
     """
     return rearrange(pixels, "b h w c -> b c h w").contiguous().to(dtype) / 127.5 - 1.0
+
+
+def to_latents(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """uint8 images (b, h, w, 3), anywhere -> normalized latents (b, c, h, w), where the model is.
+
+    Raises:
+        NotFinite: a value is NaN or infinite.
+    """
+    device, dtype = autoencoder.scale.device, at_least_float32(autoencoder.dtype)
+    latents = autoencoder.encode(from_pixels(pixels.to(device, non_blocking=True), dtype))
+    expect_finite("the autoencoder's encoder", latents)
+    return latents
 
 
 def one_per_prompt(image: Tensor, prompts: int, height: int | None, width: int | None) -> Tensor:
@@ -131,21 +150,22 @@ class NetworkVelocity:
         network: Backbone,
         objective: Objective,
         autocast: Autocast,
-        count: Callable[[int], object] = lambda _: None,
+        evaluated: Callable[[Tensor, Tensor], object] = lambda z_t, velocity: None,
     ) -> None:
         self.network, self.objective, self.autocast = network, objective, autocast
-        self.count = count
+        self.evaluated = evaluated
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
         """At one time for a batch; at least float32."""
-        self.count(len(z_t))
         with self.autocast():
-            return self.objective.velocity(self.network, z_t, t, condition)
+            velocity = self.objective.velocity(self.network, z_t, t, condition)
+        self.evaluated(z_t, velocity)
+        return velocity
 
     def skipping(self, layers: Collection[int]) -> "NetworkVelocity":
         """Without these blocks of the network."""
         fewer = self.network.skipping(layers)
-        return NetworkVelocity(fewer, self.objective, self.autocast, self.count)
+        return NetworkVelocity(fewer, self.objective, self.autocast, self.evaluated)
 
 
 @register
@@ -235,8 +255,7 @@ class Pipeline(nn.Module):
         Their latents are the means of the posterior; the reference draws samples of it.
         """
         with self.autocast():
-            dtype = at_least_float32(self.autoencoder.dtype)
-            x_0 = self.autoencoder.encode(from_pixels(image.to(self.device), dtype))
+            x_0 = to_latents(self.autoencoder, image)
         x_0 = x_0.repeat_interleave(len(noise) // len(x_0), dim=0)
         return RectifiedFlow().interpolate(x_0, noise, t.to(noise))
 
@@ -288,6 +307,7 @@ class Pipeline(nn.Module):
 
         Raises:
             UserError: an impossible size or number, or an image that does not fit them.
+            NotFinite: values become NaN or infinite; the message names the stage and the step.
         """
         prompts = texts("prompt", prompt)
         negatives = texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
@@ -330,9 +350,10 @@ class Pipeline(nn.Module):
         with self.autocast():
             positive = for_each_picture(self.text.encode(prompts), count)
             negative = for_each_picture(self.text.encode(negatives), count)
-        evaluated: list[int] = []
-        network = NetworkVelocity(self.mmdit, self.objective, self.autocast, evaluated.append)
-        z = solver(guidance(network, positive, negative, times, steps), z, times, progress)
-        self.function_evaluations = sum(evaluated) / count
+        watch = Watch(len(times) - 1, progress)
+        network = NetworkVelocity(self.mmdit, self.objective, self.autocast, watch.evaluated)
+        z = solver(guidance(network, positive, negative, times, steps), z, times, watch.step)
+        watch.check(z, "at its end")  # solvers need not call `progress`
+        self.function_evaluations = watch.evaluations / count
         with self.autocast():
             return to_pixels(self.autoencoder.decode(z))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit.checks import expect_finite
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions
 from mmdit.data.drawing import Image
@@ -104,6 +105,7 @@ def encode_each(
 
     Raises:
         UserError: a picture has changed, or is another one at each step.
+        NotFinite: a latent is NaN or infinite.
     """
     batches = batches_of(data, indices)
     with ThreadPoolExecutor(threads) as pool:
@@ -113,6 +115,7 @@ def encode_each(
             ahead = [pool.submit(data.whole, index) for index in following]
             images = torch.from_numpy(np.stack([image for image, _ in samples]))
             latents = encode(autoencoder, images, autocast).cpu()
+            expect_finite("the autoencoder's encoder", latents)  # they will be kept
             for index, latent, (_, captions) in zip(batch, latents, samples, strict=True):
                 yield Encoded(index, latent, captions)
 

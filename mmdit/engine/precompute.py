@@ -20,7 +20,13 @@ from mmdit.engine.signals import Signals
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.registry import describe
-from mmdit.text.conditioning import AbsentEncoder, Encodings, TextConditioner, TextEncoder
+from mmdit.text.conditioning import (
+    AbsentEncoder,
+    Encodings,
+    TextConditioner,
+    TextEncoder,
+    expect_finite_encodings,
+)
 
 log = logging.getLogger(__name__)
 CAPTIONS = 64  # that the encoders read at once
@@ -157,6 +163,7 @@ class Precomputation:
         """What present encoders say, by `<encoder>.hidden` and `<encoder>.pooled`."""
         with self.autocast():
             encodings = say(self.text, self.text.tokenize(texts))
+        expect_finite_encodings(encodings)  # they will be kept
         return {
             f"{name}.{part}": tensor.cpu()
             for name, encoder in zip(Encodings._fields, self.text.encoders, strict=True)

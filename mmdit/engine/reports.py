@@ -16,6 +16,7 @@ from mmdit.engine.loggers import Logger, MetricsFile, finite
 from mmdit.engine.pictures import plot_losses, save_grid
 from mmdit.engine.processes import Processes
 from mmdit.engine.tasks import Task
+from mmdit.errors import NotFinite
 
 log = logging.getLogger(__name__)
 MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy")
@@ -61,7 +62,7 @@ class Reports:
             self.logger.log(step, figures)
 
     def evaluate(self, step: int, averaged: nn.Module, raw: nn.Module) -> dict[str, float]:
-        """Validation figures, EMA and raw, and pictures of what the average can do.
+        """Validation figures, EMA and raw, and images of what the average can do, if finite.
 
         Raises:
             UserError: the disk is full or the folder cannot be written to.
@@ -72,7 +73,11 @@ class Reports:
             measured = self.task.evaluate(which)
             record[kind] = {"weights_sha256": weights_hash(which), **finite(measured)}
             figures |= {f"{kind}/{k}": v for k, v in measured.items()}
-        images, captions = self.task.picture(averaged)
+        try:
+            images, captions = self.task.picture(averaged)
+        except NotFinite as error:  # a model in training may get over it; the losses decide
+            log.warning("step %d: no sample images: %s", step, error)
+            images, captions = None, []
         if self._metrics is not None:
             name = f"step_{step:08d}"
             path = self.path / "evaluations" / f"{name}.json"
@@ -83,9 +88,10 @@ class Reports:
             told = ", ".join(f"{k} {figures[k]:.4g}" for k in MAIN_FIGURES if k in figures)
             log.info("%s: step %d of %d, %s", self.path.name, step, self.steps, told)
             grid = self.path / "samples" / f"{name}.png"
-            with writing(grid, self.path):
-                save_grid(images, captions, path=grid)
-            self.logger.picture(step, "samples", grid)
+            if images is not None:
+                with writing(grid, self.path):
+                    save_grid(images, captions, path=grid)
+                self.logger.picture(step, "samples", grid)
             curves = self.path / "loss.png"
             with writing(curves, self.path):
                 plot_losses(self._metrics.curves, curves)

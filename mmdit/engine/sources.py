@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.checkpoints.values import is_finite
 from mmdit.checks import expect, expect_whole
 from mmdit.data.cache import Cache
 from mmdit.data.order import Order
@@ -17,6 +18,7 @@ from mmdit.engine.precision import Autocast
 from mmdit.engine.precompute import Precomputation
 from mmdit.engine.processes import Processes
 from mmdit.engine.runs import config_hash
+from mmdit.errors import NotFinite
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenIds
 
@@ -206,6 +208,7 @@ class FromCache(_Kept):
 
     def read(self, step: int, indices: Sequence[int]) -> Read:
         latents = torch.stack([self.cache.latent(index) for index in indices])
+        self._expect_finite(latents, indices)
         captions = [
             self.cache.caption(index, self.data.pick(self.cache.captions(index), index, step))
             for index in indices
@@ -213,7 +216,19 @@ class FromCache(_Kept):
         if not captions[0].said:
             return Read(latents, self.text.tokenize([caption.text for caption in captions]))
         said = {name: torch.stack([c.said[name] for c in captions]) for name in captions[0].said}
+        for words in said.values():
+            self._expect_finite(words, indices)
         return Read(latents, self._encodings(said, len(indices)))
+
+    def _expect_finite(self, kept: Tensor, indices: Sequence[int]) -> None:
+        """Refuse NaN and infinite values in a cache, as earlier versions may have written them."""
+        if not is_finite(kept):
+            bad = [i for i, values in zip(indices, kept, strict=True) if not is_finite(values)]
+            raise NotFinite(
+                f"cache {self.cache.folder}: what it keeps of samples {bad[:10]} is NaN or "
+                "infinite. It was made in too low a precision or with damaged weights: delete that "
+                "folder, and it is made again from the images"
+            )
 
     def _encodings(self, said: dict[str, Tensor], batch: int) -> Encodings:
         """What was kept, and zeros where an encoder is absent or pools nothing."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmdit.checks import expect_number
+from mmdit.checks import expect_finite, expect_number
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
 from mmdit.engine.encoding import AT_ONCE, Data, condition
@@ -19,7 +19,7 @@ from mmdit.metrics.attention import attention_at, last_blocks
 from mmdit.metrics.reconstruction import psnr
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.pipeline import Pipeline, from_pixels, to_pixels
+from mmdit.pipeline import Pipeline, from_pixels, to_latents, to_pixels
 from mmdit.text.conditioning import Encodings, TokenIds
 
 
@@ -146,19 +146,18 @@ class AutoencoderTask:
         """PSNR in dB; also sets the scale and shift of the latents, which have changed."""
         assert isinstance(module, Autoencoder)
         self._measure_latents(module)
+        return {"psnr": psnr(self._reconstructed(module, self._truth), self._truth)}
+
+    def _reconstructed(self, module: Autoencoder, images: Tensor) -> Tensor:
         with self.autocast():
-            reconstruction = module.decode(module.encode(from_pixels(self._truth).to(self.device)))
-        return {"psnr": psnr(to_pixels(reconstruction).cpu(), self._truth)}
+            return to_pixels(module.decode(to_latents(module, images))).cpu()
 
     @torch.no_grad()
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
         assert isinstance(module, Autoencoder)
         truth = self._truth[:8]
-        x = from_pixels(truth).to(self.device)
-        with self.autocast():
-            reconstruction = to_pixels(module.decode(module.encode(x)))
         captions = ["image"] * len(truth) + ["reconstruction"] * len(truth)
-        return torch.cat([truth, reconstruction.cpu()]), captions
+        return torch.cat([truth, self._reconstructed(module, truth)]), captions
 
     def _measure_latents(self, module: Autoencoder, count: int = 1024) -> None:
         """Set the scale and shift of `module` from the raw latents of `count` training images."""
@@ -172,6 +171,7 @@ class AutoencoderTask:
                     for i in numbers[::128]
                 ]
             )
+        expect_finite("the autoencoder's encoder", raw)
         module.normalize(raw.mean(), raw.std())
 
 
@@ -220,7 +220,7 @@ class FlowTask:
         with torch.no_grad(), autocast():
             self._validation_latents = torch.cat(
                 [
-                    module.autoencoder.encode(from_pixels(images).to(module.device))
+                    to_latents(module.autoencoder, images)
                     for images in validation.images.split(max(1, AT_ONCE // pixels))
                 ]
             )

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from mmdit.checks import expect_finite
 from mmdit.errors import UserError
 from mmdit.models.backbone import reset_as_in_dit
 from mmdit.models.dit import DiTBlock
@@ -226,6 +227,7 @@ class ControlledMMDiT(nn.Module):
     Raises:
         UserError: the two networks differ in width, dtype or what they read; `strength` is not
             finite.
+        NotFinite: the control latent is not.
     """
 
     control_latent: Tensor  # buffer
@@ -250,6 +252,7 @@ class ControlledMMDiT(nn.Module):
             raise UserError(
                 f"the control net is {control_net.dtype}, the model {dtype}: make them the same"
             )
+        expect_finite("the control image's autoencoder", control_latent)
         if not math.isfinite(strength):
             raise UserError(f"the strength {strength} of the control net must be a finite number")
         reads, has = describe(control_net), describe(base)

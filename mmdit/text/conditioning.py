@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.checks import expect_finite
 from mmdit.errors import UserError
 from mmdit.flow.guidance import Condition
 from mmdit.models.clip import CLIPTextModel
@@ -279,9 +280,33 @@ class TextConditioner(nn.Module):
         return Condition(torch.cat(pooled, dim=-1), torch.cat([clip, hidden[2]], dim=1))
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Condition of each prompt; `empty_prompt` says what an empty one means."""
-        ids = self.tokenize(prompts)
-        if self.empty_prompt == "encoded":
-            return self(ids)
-        spoken = torch.tensor([bool(prompt.strip()) for prompt in prompts])
-        return self(ids, spoken[:, None].expand(-1, 3))
+        """Condition of each prompt; `empty_prompt` says what an empty one means.
+
+        Raises:
+            NotFinite: an encoder gives NaN or infinite values; the message names it.
+        """
+        ids, kept = self.tokenize(prompts), None
+        if self.empty_prompt == "zeros":
+            spoken = torch.tensor([bool(prompt.strip()) for prompt in prompts])
+            kept = spoken[:, None].expand(-1, 3)
+        condition: Condition = self(ids, kept)
+        expect_finite_encodings(self.split(condition))
+        return condition
+
+    def split(self, condition: Condition) -> Encodings:
+        """What each encoder says in a condition: inverts `join`."""
+        narrow, wide, n = self.clip_l, self.clip_g, self.clip_l.length
+        clip, t5 = condition.c_ctxt[:, :n], condition.c_ctxt[:, n:]
+        pooled = condition.c_vec.split([narrow.pooled_width, wide.pooled_width], dim=-1)
+        return Encodings(
+            Encoding(clip[..., : narrow.width], pooled[0]),
+            Encoding(clip[..., narrow.width : narrow.width + wide.width], pooled[1]),
+            Encoding(t5, condition.c_vec[:, :0]),
+        )
+
+
+def expect_finite_encodings(encodings: Encodings) -> None:
+    """Raise NotFinite, naming the encoder, if a value is NaN or infinite."""
+    for name, encoding in zip(NAMES.values(), encodings, strict=True):
+        for part in encoding:
+            expect_finite(f"the text encoder {name}", part)

@@ -14,7 +14,7 @@ from mmdit.engine.loggers import MetricsFile, NoLogger
 from mmdit.engine.posthoc import PostHoc
 from mmdit.engine.processes import Processes
 from mmdit.engine.reports import Reports
-from mmdit.errors import UserError
+from mmdit.errors import NotFinite, UserError
 
 
 class Measured:
@@ -43,6 +43,22 @@ def test_an_evaluation_that_is_not_finite_is_null(tmp_path: Path) -> None:
     text = (tmp_path / "evaluations" / "step_00000003.json").read_text()
     record = json.loads(text, parse_constant=pytest.fail)
     assert (record["ema"]["loss"], record["raw"]["psnr"]) == (None, 20.0)
+
+
+def test_samples_that_are_not_finite_are_left_out_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = reports(tmp_path, loss=0.5)
+
+    def picture(module: nn.Module) -> tuple[Tensor, list[str]]:
+        raise NotFinite("sampling, step 2 of 5: the latents are NaN")
+
+    monkeypatch.setattr(told.task, "picture", picture)
+    assert told.evaluate(3, nn.Identity(), nn.Identity())["ema/loss"] == 0.5
+    told.close()
+    assert not (tmp_path / "samples").exists()
+    assert (tmp_path / "loss.png").is_file()
+    assert "step 3: no sample images: sampling, step 2 of 5" in caplog.text
 
 
 def full(handle: object) -> None:

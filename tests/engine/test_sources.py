@@ -21,7 +21,7 @@ from mmdit.engine.precompute import Unfinished
 from mmdit.engine.processes import Processes
 from mmdit.engine.sources import FromCache, FromMemory, FromPixels, Source
 from mmdit.engine.tasks import Captioned, FlowTask, Validation
-from mmdit.errors import UserError
+from mmdit.errors import NotFinite, UserError
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
@@ -309,6 +309,43 @@ def test_random_crops_are_refused_where_latents_are_kept(photos, tmp_path, kind)
     with pytest.raises(UserError, match=r"crop=random .* latents=from_pixels"):
         source_of(kind, pipe, data, **arguments)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [FromCache, FromMemory])
+def test_latents_that_are_not_finite_are_not_kept(photos, tmp_path, kind):
+    pipe, arguments = pipeline(frozen=False), {"root": tmp_path} if kind is FromCache else {}
+    torch.nn.init.constant_(pipe.autoencoder.encoder.conv_out.bias, float("nan"))
+    with pytest.raises(NotFinite, match=r"^the autoencoder's encoder"):
+        source_of(kind, pipe, opened(photos), **arguments)
+    assert not [*tmp_path.rglob("*.safetensors")]
+
+
+def test_words_that_are_not_finite_are_not_kept(photos, tmp_path):
+    pipe = pipeline(frozen=True)
+    torch.nn.init.constant_(pipe.text.t5.model.final_norm.weight, float("inf"))
+    with pytest.raises(NotFinite, match=r"^the text encoder T5"):
+        source_of(FromCache, pipe, opened(photos), root=tmp_path)
+    assert not [*tmp_path.rglob("*.safetensors")]
+
+
+@pytest.mark.parametrize("part", ["latent", "caption"])
+def test_a_cache_that_holds_values_that_are_not_finite_is_refused(
+    photos, tmp_path, monkeypatch, part
+):
+    source = source_of(FromCache, pipeline(frozen=True), opened(photos), root=tmp_path)
+    source.read(0, [0, 4])
+    read = getattr(source.cache, part)
+
+    def damaged(index, *more):
+        found = read(index, *more)
+        if index == 4:
+            tensor = found if part == "latent" else found.said["t5.hidden"]
+            tensor.view(-1)[3] = float("nan")
+        return found
+
+    monkeypatch.setattr(source.cache, part, damaged)
+    with pytest.raises(NotFinite, match=r"samples \[4\] is NaN or infinite.*delete that folder"):
+        source.read(0, [0, 4])
 
 
 # Interruptions
