@@ -25,7 +25,8 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
         source: run folder or checkpoint folder.
         out: a .safetensors file; a folder for 'diffusers'.
         weights: 'ema' or 'raw'.
-        form: 'native' keeps everything; 'single_file' and 'diffusers' are the public layouts.
+        form: 'native' keeps everything; 'single_file' and 'diffusers' are the public layouts, with
+            a warning of what other programs would misread.
 
     Raises:
         UserError: nothing is there, it is damaged, it has no such layout, or `out` cannot be

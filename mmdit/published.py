@@ -20,6 +20,7 @@ from mmdit.checkpoints.folders import (
 from mmdit.checkpoints.places import replacing
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
+from mmdit.checkpoints.readers import REMARK, remark
 from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
@@ -258,6 +259,12 @@ def load_encoders(
                 tokenizer = clip_tokenizer_in(folder, pad_with_end=kind == "clip_l")
         except UserError as error:
             raise UserError(f"{error}. (Elsewhere: text.tokenizers=<folder>)") from None
+        if kind == "clip_l" and describe(model)["projection_width"] is not None:
+            log.warning(
+                "%s: CLIP-L's pooled vector goes through a projection that is not the identity, as "
+                "diffusers applies it; single files and SD3's reference know none",
+                encoders,
+            )
         parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
     return parts
 
@@ -313,7 +320,12 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     """Write a model, or all models of a pipeline, in the original single-file layout.
 
     A transformer stands under `model.diffusion_model.`, other models alone stand bare, as
-    published. ComfyUI, diffusers (`from_single_file`) and this project read it.
+    published. This project reads every such file, with the sizes in its header. ComfyUI reads
+    transformers of width 64 x depth with heads of 64, 16 latent channels, a context of width 4096
+    and a pooled vector of 2048, and other models of the published sizes; diffusers
+    (`from_single_file`) reads the published sizes alone, and no ControlNet. What they would refuse
+    or compute wrongly is said in a warning and in the header's metadata, as `mmdit.readers`. A
+    single file holds neither tokenizers nor how a pipeline is sampled.
 
     Args:
         thing: MMDiT, Autoencoder, CLIPTextModel, T5Encoder, ControlNet, or a Pipeline.
@@ -330,8 +342,35 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     for kind, model in models.items():
         prefixed = kind == "mmdit" or len(models) > 1
         tensors |= exported(model, "original", kind=kind, prefixed=prefixed)
-    write_archive(path, tensors, descriptions(models))
+    metadata = descriptions(models)
+    if told := remark(models, unsaid(thing, single_file=True)):
+        metadata[REMARK] = told
+    write_archive(path, tensors, metadata)
+    if told:
+        log.warning("%s: %s", path, told)
     return path
+
+
+def unsaid(thing: nn.Module, *, single_file: bool) -> list[str]:
+    """How a pipeline is used where the public layouts have no place to say it."""
+    if not isinstance(thing, Pipeline):
+        return []
+    objective, told = thing.objective, []
+    path, prediction = type(objective.path), type(objective.prediction)
+    if (path, prediction) != (RectifiedFlow, Velocity):
+        told.append(
+            f"it was trained as {path.__name__} with {prediction.__name__}, but is sampled "
+            "elsewhere as rectified flow that predicts a velocity"
+        )
+    if single_file and objective.shift.alpha != 3.0:
+        told.append(f"its timesteps are shifted by {objective.shift.alpha:g}, but elsewhere by 3")
+    if thing.text.empty_prompt != "encoded":
+        told.append("its empty prompt is all zeros, but is encoded elsewhere")
+    for kind in ENCODERS if single_file else ():
+        tokenizer = getattr(getattr(thing.text, kind), "tokenizer", None)
+        if tokenizer is not None and not isinstance(tokenizer, CLIPTokenizer | T5Tokenizer):
+            told.append(f"{kind} reads the tokens of a {type(tokenizer).__name__}")
+    return told
 
 
 def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
@@ -362,4 +401,6 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
     shift = thing.objective.shift.alpha
     with replacing(folder, pipeline=True) as new:
         write_folder(models_of(thing), new, shift=shift, tokenizers=tokenizers)
+    if told := unsaid(thing, single_file=False):
+        log.warning("%s: the folder has no place for this: %s", folder, "; ".join(told))
     return folder

@@ -72,6 +72,15 @@ def test_public_layouts(run: Path, tmp_path: Path, form: str, name: str) -> None
     assert torch.allclose(again.encode(x), whole.encode(x), atol=1e-6)
 
 
+def test_the_command_says_who_reads_the_file(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main([str(run), str(tmp_path / "vae.safetensors"), "--format", "single_file"])
+    told = "autoencoder has latent_channels 4 for 16, width 32 for 128"
+    assert told in caplog.text
+    assert told in open_file(tmp_path / "vae.safetensors").metadata["mmdit.readers"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
