@@ -37,7 +37,7 @@ from eval.subject import made
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import HABITS, SUBFOLDERS, config_of, read_config
 from mmdit.checkpoints.public import find
-from mmdit.checkpoints.sources import load_model, local, weights_of
+from mmdit.checkpoints.sources import layout_of, load_model, local, weights_of
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 
@@ -143,14 +143,14 @@ def given_sources(source: str, components: object) -> dict[str, Path]:
     found: dict[tuple[str, str], str] = {}
     for kind in kinds:
         try:
-            archive, _ = weights_of(path, kind)
+            archive, folder = weights_of(path, kind)
         except UserError:
             places = ("config.json", SUBFOLDERS.get(kind, "config.json"))
             if path.is_file() or any((path / place).exists() for place in places):
                 raise  # it is there, but damaged
             continue
-        if match := find(archive, kind):
-            # A tower in a file of its own could be either CLIP: it is compared once.
+        if match := find(archive, kind, layout=layout_of(archive, folder)):
+            # A tower in a folder of its own could be either CLIP: it is compared once.
             found.setdefault((str(archive.name), match.prefix), kind)
     refuse_absent(found.values(), components, source)
     return dict.fromkeys(found.values(), path)
@@ -196,7 +196,8 @@ def run_theirs(
     kind: str, source: Path, config: DictConfig, inputs: Inputs, peer_config: Config
 ) -> Stages:
     """What the peer's model computes of the same inputs."""
-    match = find(weights_of(source, kind)[0], kind)
+    archive, folder = weights_of(source, kind)
+    match = find(archive, kind, layout=layout_of(archive, folder))
     assert match is not None
     side = SIDES[kind]
     model = side.peer(match, peer_config).eval()

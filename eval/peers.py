@@ -270,8 +270,10 @@ class CLIPSide(Side):
         tensors, width = tensors_of(match), config["hidden_size"]
         with torch.device("meta"), Unfilled():
             model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
-        # Where a file has no projection, diffusers' converter puts the identity.
-        tensors.setdefault("text_projection.weight", torch.eye(width))
+        # Where a single file has none or one that is not read, diffusers' converter puts the
+        # identity.
+        if match.format.identity not in tensors:
+            tensors["text_projection.weight"] = torch.eye(width)
         model.load_state_dict(tensors, assign=True)
         positions = torch.arange(config["max_position_embeddings"])[None]
         model.text_model.embeddings.position_ids = positions  # in no file: still on meta

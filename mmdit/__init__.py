@@ -15,7 +15,7 @@ import torch
 
 from mmdit.checkpoints import runs
 from mmdit.checkpoints.archive import open_file
-from mmdit.checkpoints.public import find
+from mmdit.checkpoints.public import find, own_description
 from mmdit.checkpoints.runs import is_native
 from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
@@ -226,11 +226,17 @@ def _only_clip(source: str | Path) -> str:
     path = local(source, ["text_encoder", "text_encoder_2"])
     both = path.is_dir() and (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir()
     if path.is_file() and path.suffix == ".safetensors":
-        matches = {kind: find(open_file(path), kind) for kind in ("clip_l", "clip_g")}
+        archive = open_file(path)
+        matches = {kind: find(archive, kind) for kind in ("clip_l", "clip_g")}
         prefixed = [kind for kind, match in matches.items() if match and match.prefix]
         if len(prefixed) == 1:
             return prefixed[0]
         both = len(prefixed) == 2
+        # In a file of its own: by its width, or by what our header says.
+        bare = [kind for kind, match in matches.items() if match and not match.prefix]
+        own = [kind for kind in bare if own_description(archive, kind)]
+        if not prefixed and len(one := own or bare) == 1:
+            return one[0]
     if both:
         raise UserError(f"{source} holds two CLIP towers: say which='clip_l' or which='clip_g'")
     if path.is_dir() and (path / "text_encoder_2").is_dir():

@@ -70,6 +70,15 @@ def test_a_folder_in_diffusers_layout_agrees_too(parity, sources, kind, tmp_path
     assert all(row.ok for row in rows)
 
 
+def test_a_projection_that_nothing_reads_is_compared_as_none(parity, sources, tmp_path):
+    """In the place of CLIP-L in a single file, as some programs leave it."""
+    key = "text_encoders.clip_l.transformer.text_projection.weight"
+    path = tmp_path / "whole.safetensors"
+    tensors = load_file(sources["clip_l"]) | {key: torch.zeros(16, 16)}
+    save_file(tensors, path, metadata=open_file(sources["clip_l"]).metadata)
+    assert all(row.ok for row in compared(parity, "clip_l", path, path))
+
+
 # Bugs
 
 

@@ -124,7 +124,10 @@ def explain_stranger(archive: Archive, kind: str) -> str:
     if not keys:
         return f"{what}: it holds no tensors at all"
     if found := recognize(keys):
-        return f"{what}; what it holds is {found}"
+        which = {"clip_l": "clip_g", "clip_g": "clip_l"}.get(kind)
+        tower = found == "a CLIP text tower" and which is not None
+        hint = f" (by its width, the other one of SD3's two: which={which!r})" if tower else ""
+        return f"{what}; what it holds is {found}{hint}"
     wrapper = ""
     while more := next((w for w in WRAPPERS if all(k.startswith(wrapper + w) for k in keys)), ""):
         wrapper += more

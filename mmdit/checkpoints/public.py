@@ -73,12 +73,21 @@ class Match(NamedTuple):
         return self.archive[self.prefix + key]
 
 
-def find(archive: Archive, kind: str) -> Match | None:
-    """Where a model of this kind stands in the archive, if it does."""
-    for format in FORMATS:
-        if format.kind == kind:
-            prefix = format.prefix_in(archive.infos)
-            if prefix is not None:
+def find(archive: Archive, kind: str, *, layout: str | None = None) -> Match | None:
+    """Where a model of this kind stands in the archive, if it does.
+
+    Args:
+        layout: which to prefer where the keys of both are the same; None is 'original', but for a
+            whole CLIP, which has but one.
+    """
+    if layout is None and any(key.startswith("vision_model.") for key in archive.infos):
+        layout = "diffusers"
+    formats = [format for format in FORMATS if format.kind == kind]
+    for format in sorted(formats, key=lambda format: format.layout != (layout or "original")):
+        prefix = format.prefix_in(archive.infos)
+        if prefix is not None:
+            placed = layout or prefix or own_description(archive, kind)
+            if placed or not format.another(archive.infos):
                 return Match(archive, format, prefix)
     return None
 
@@ -87,6 +96,7 @@ def load(
     archive: Archive,
     kind: str,
     *,
+    layout: str | None = None,
     hints: Description | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
@@ -95,6 +105,7 @@ def load(
 
     Args:
         kind: see `Format.kind`.
+        layout: see `find`.
         hints: what shapes do not tell (num_heads, activation, scale, shift).
         dtype: of the weights; None keeps the file's, except that 8-bit floats become bfloat16, and
             that tensors of several dtypes take that of most matrices.
@@ -107,7 +118,7 @@ def load(
     """
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise UserError(f"dtype {dtype} must be torch.float16, bfloat16, float32 or float64")
-    match = find(archive, kind)
+    match = find(archive, kind, layout=layout)
     if match is None:
         raise UserError(explain_stranger(archive, kind))
     infos, hints = without_identity(match), hints or {}
@@ -127,9 +138,6 @@ def load(
     except UserError as error:
         raise UserError(f"{archive.name}: {error}. Nothing was loaded") from None
     load_into(module, match, dtype=dtype, verify=verify)
-    if key := match.format.identity:
-        said = "projected" if key in infos else "not projected, or by the identity"
-        log.debug("%s: the pooled vector is %s", archive.name, said)
     return module.eval()
 
 

@@ -175,6 +175,12 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
     )
 
 
+def layout_of(archive: Archive, folder: Path) -> str | None:
+    """'diffusers' for the weights of a folder with a config.json; None for any other file."""
+    named = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
+    return "diffusers" if named and (folder / "config.json").is_file() else None
+
+
 def load_model(
     source: str | Path,
     kind: str,
@@ -197,11 +203,16 @@ def load_model(
     archive, folder = weights_of(path, kind, allow_pickle=allow_pickle)
     if verify:
         verify_hashes(archive)
-    in_layout = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
-    config = read_config(folder, kind) if in_layout else {}
+    layout = layout_of(archive, folder)
+    config = read_config(folder, kind) if layout else {}
     with torch.device("cpu"):  # also where other networks are built on meta, to be counted
         module = load(
-            archive, kind, hints={**hints_of(kind, config), **hints}, dtype=dtype, verify=verify
+            archive,
+            kind,
+            layout=layout,
+            hints={**hints_of(kind, config), **hints},
+            dtype=dtype,
+            verify=verify,
         )
     check_config(kind, module, config, folder)
     return module

@@ -99,7 +99,7 @@ def towers(
         hints = {**hints, "activation": told["text"]["hidden_act"]}
     reading = copy.copy(archive)
     reading.infos = {k: info for k, info in archive.infos.items() if not k.startswith(SEEING)}
-    text = load(reading, "clip_l", hints=hints, **options)
+    text = load(reading, "clip_l", layout="diffusers", hints=hints, **options)
     image = load(archive, "clip_image", hints=heads.get("vision", {}), **options)
     assert isinstance(text, CLIPTextModel) and isinstance(image, CLIPImageModel)
     return text, image

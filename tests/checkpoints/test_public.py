@@ -103,13 +103,13 @@ def manifest(monkeypatch):
 def test_every_key_of_a_published_file_is_read_and_written(manifest, name):
     archive = manifest(name)
     written: dict[str, tuple[tuple[int, ...], str]] = {}
+    layout = "diffusers" if name.startswith("diffusers") else "original"
     for kind in MANIFESTS[name]:
-        match = find(archive, kind)
-        model = load(archive, kind)
+        match = find(archive, kind, layout=layout)
+        model = load(archive, kind, layout=layout)
         counted = (kind, len(model.blocks) + 1, "3.5_medium" in name) if kind == "mmdit" else kind
         assert sum(p.numel() for p in model.parameters()) == PARAMETERS[counted]
         assert kind_of(model) == kind
-        layout = "diffusers" if name.startswith("diffusers") else "original"
         tensors = exported(model, layout, prefixed=bool(match.prefix))
         written |= {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors}
     assert set(archive.read) == archive.infos.keys() == written.keys()

@@ -40,6 +40,7 @@ class Format:
         arguments: their key -> the argument of the model that it holds; it may be missing.
         copies: their key -> their key of which it is an exact copy.
         identity: their key of a projection that they store as the identity where we have none.
+        another: whether what has these keys without a prefix is another model, by its shapes.
         wide: regular expression of keys whose tensors overflow in float16; float32 instead.
         extras: keys that published files may carry and no model needs; dropped by name.
     """
@@ -54,6 +55,7 @@ class Format:
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
+    another: Callable[[Infos], bool] = lambda _: False
     wide: str = r"(?!)"
     extras: tuple[str, ...] = ()
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 from mmdit.checkpoints.formats.format import (
     Description,
@@ -13,11 +14,14 @@ from mmdit.checkpoints.formats.format import (
 from mmdit.checkpoints.tables import Rule
 from mmdit.errors import UserError
 
+WIDTHS = {"clip_l": 768, "clip_g": 1280}
+TOKENS = r"text_model\.embeddings\.token_embedding\.weight"
+
 
 def read_clip(infos: Infos, hints: Description) -> Description:
     """Architecture of a text tower. Activation and heads leave no trace in the shapes."""
     positions = shapes(infos, r"text_model\.embeddings\.position_embedding\.weight", 2)
-    tokens = shapes(infos, r"text_model\.embeddings\.token_embedding\.weight", 2)
+    tokens = shapes(infos, TOKENS, 2)
     norms = shapes(infos, r"text_model\..*layer_norm[12]?\.weight", 1)
     projections = shapes(infos, r"text_projection\.weight", 2)
     if not norms:
@@ -39,6 +43,22 @@ def read_clip(infos: Infos, hints: Description) -> Description:
         "activation": hints.get("activation", known.get(width)),
         "projection_width": projections[0][0] if projections else None,
     }
+
+
+def read_clip_l(infos: Infos, hints: Description) -> Description:
+    """Architecture of CLIP-L in a single file or a file of its own, which is not projected.
+
+    The published files have no projection. Other programs write one that nothing has initialised
+    or reads, so that only our own header can tell that there is one.
+    """
+    told = read_clip({k: v for k, v in infos.items() if k != PROJECTION}, hints)
+    return {**told, "projection_width": hints.get("projection_width")}
+
+
+def other_tower(kind: str) -> Callable[[Infos], bool]:
+    """Whether a text tower is the other one of SD3's two, by its width."""
+    widths = {width for other, width in WIDTHS.items() if other != kind}
+    return lambda infos: any(shape[1] in widths for shape in shapes(infos, TOKENS, 2))
 
 
 def clip(_: Description) -> list[Rule]:
@@ -134,26 +154,46 @@ def t5(_: Description) -> list[Rule]:
     ]
 
 
+TEXT_LAYERS = r"text_model\.encoder\.layers\.\d+\."
+PROJECTION = "text_projection.weight"
 OLD_BUFFERS = (r"(text_model\.)?embeddings\.position_ids", r"logit_scale")
 SEEING = (r"vision_model\..*", r"visual_projection\.weight")  # the other half of a whole CLIP
 
 FORMATS = [
+    Format(
+        kind="clip_l",
+        layout="original",
+        prefixes=("text_encoders.clip_l.transformer.", ""),
+        mark=TEXT_LAYERS,
+        describe=read_clip_l,
+        rules=clip,
+        another=other_tower("clip_l"),
+        extras=(*OLD_BUFFERS, *SEEING, r"text_projection(\.weight)?"),
+    ),
+    Format(
+        kind="clip_g",
+        layout="original",
+        prefixes=("text_encoders.clip_g.transformer.", ""),
+        mark=TEXT_LAYERS,
+        describe=read_clip,
+        rules=clip,
+        identity=PROJECTION,
+        another=other_tower("clip_g"),
+        extras=(*OLD_BUFFERS, *SEEING),
+    ),
     *(
         Format(
             kind=kind,
-            layout=layout,
-            prefixes=prefixes,
-            mark=r"text_model\.encoder\.layers\.\d+\.",
+            layout="diffusers",
+            prefixes=("",),
+            mark=TEXT_LAYERS,
             describe=read_clip,
             rules=clip,
-            identity="text_projection.weight",
+            identity=PROJECTION,
+            another=other_tower(kind),
             extras=(*OLD_BUFFERS, *SEEING),
         )
         for kind in ("clip_l", "clip_g")
-        for layout, prefixes in (
-            ("original", (f"text_encoders.{kind}.transformer.", "")),
-            ("diffusers", ("",)),
-        )
     ),
     Format(
         kind="t5",
