@@ -277,4 +277,4 @@ def tell_results(run: Path, checkpoint: Checkpoint, minutes: float, prompt: str)
 
 if __name__ == "__main__":
     store_formulations()
-    launch(job, config_name="train", describe=describe)
+    launch(job, config_name="train", describe=describe, outlives_output=True)

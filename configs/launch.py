@@ -32,6 +32,7 @@ from configs.messages import explain
 from configs.targets import check_targets
 from mmdit.engine.processes import give_way, tell_torchrun
 from mmdit.errors import UserError, first_line
+from mmdit.streams import guarded
 
 Verbatim = dict[str, str]
 CONFIGS = Path(__file__).resolve().parent
@@ -57,14 +58,27 @@ def launch(
     verbatim: tuple[str, ...] = (),
     describe: Callable[[DictConfig], Iterable[str]] | None = None,
     config_dir: Path = CONFIGS,
+    outlives_output: bool = False,
 ) -> None:
     """Run `job(config, text)` as the command line asks: once, or once per job of a multirun.
 
     `verbatim` names the keys whose values are taken as typed and stay out of the config: `text`
     holds those that were given. `describe(config)` gives lines that `--cfg job` prints as comments
-    above the config. Exits with 2 after a user's mistake, with 130 after Ctrl-C, and
-    raises any other exception of the job.
+    above the config. Exits with 2 after a user's mistake, with 130 after Ctrl-C, with 141 where
+    nobody reads what is printed any more (`| head -1`), and raises any other exception of the job.
+    A job that `outlives_output` goes on to its end without being read.
     """
+    with guarded(lambda: outlives_output and HydraConfig.initialized()):
+        _launch(job, config_name, verbatim, describe, config_dir)
+
+
+def _launch(
+    job: Callable[[DictConfig, Verbatim], None],
+    config_name: str,
+    verbatim: tuple[str, ...],
+    describe: Callable[[DictConfig], Iterable[str]] | None,
+    config_dir: Path,
+) -> None:
     command_line, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR") == "1"
     started = False
     failed: list[str] = []

@@ -1,7 +1,6 @@
 """What a user is told of a mistake: what is wrong, where, and what to write instead."""
 
 import difflib
-import errno
 import functools
 import inspect
 import re
@@ -17,10 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from configs.keys import did_you_mean, nearest, unknown_key
-from mmdit.errors import UserError, first_line
-
-# What a file system says of a path that somebody named: no bug, wherever it shows.
-NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.ELOOP}
+from mmdit.errors import UserError, first_line, path_trouble
 
 
 def explain(
@@ -52,8 +48,8 @@ def explain(
             return str(error)
         case ValueError() if not in_job:
             return _explain_value(error, config_dir)
-        case OSError() if error.errno in NOT_OURS and error.filename is not None:
-            return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+        case OSError() if trouble := path_trouble(error):
+            return trouble
     return _explain_partial(error)
 
 
@@ -135,6 +131,8 @@ def _explain_call(cause: BaseException, key: str, target: str) -> str | None:
     """`target`, named by the config node `key`, raised `cause`: was it handed something wrong?"""
     if isinstance(cause, UserError):
         return f"{key}: {cause}"
+    if isinstance(cause, OSError) and (trouble := path_trouble(cause)):
+        return f"{key}: {trouble}"
     if isinstance(cause, ValueError):
         return f"{key}: {cause}\n(HYDRA_FULL_ERROR=1 shows where this was raised)"
     frames = traceback.extract_tb(cause.__traceback__)

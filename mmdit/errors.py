@@ -1,5 +1,11 @@
 """The one exception type that marks a user's mistake."""
 
+import errno
+import io
+import os
+import traceback
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A user's mistake: its message is printed as is, with no traceback, and the exit code is 2."""
@@ -12,3 +18,38 @@ class NotFinite(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, which is often a page; its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# What a file system says of a path that somebody named: no bug, wherever it shows.
+NOT_OURS = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP"),
+        *("EIO", "ESTALE", "ENODEV", "ENXIO", "ETIMEDOUT", "EREMOTEIO", "EHOSTDOWN", "ENOTCONN"),
+        *("ENOTDIR", "EISDIR", "ENOTEMPTY", "EBUSY", "ETXTBSY", "EXDEV", "EMLINK", "ENOLCK"),
+        *("EMFILE", "ENFILE", "EOPNOTSUPP"),
+    )
+    if hasattr(errno, name)
+}
+
+
+def path_trouble(error: OSError) -> str | None:
+    """One line on what the file system says of a path; None if that is not what failed.
+
+    An error of reading or writing an open file names no path: it is that of the function that was
+    at it.
+    """
+    if error.errno not in NOT_OURS:
+        return None
+    why = (error.strerror or type(error).__name__).lower()
+    if error.filename is not None:
+        paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if p is not None]
+        return f"{' -> '.join(paths)}: {why}"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        for value in frame.f_locals.values():
+            if isinstance(value, Path):
+                return f"{value}: {why}"
+            if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", 0), str):
+                return f"{name}: {why}"
+    return None

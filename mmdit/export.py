@@ -12,8 +12,9 @@ from pathlib import Path
 
 from mmdit.checkpoints.native import save_tensors
 from mmdit.checkpoints.runs import WEIGHTS, description_of, find_weights, load_model, load_weights
-from mmdit.errors import UserError
+from mmdit.errors import UserError, path_trouble
 from mmdit.published import save_diffusers, save_single_file
+from mmdit.streams import guarded
 
 FORMATS = ("native", "single_file", "diffusers")
 
@@ -37,14 +38,16 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
         raise UserError(f"{source} is a file already: give a run folder or a checkpoint folder")
     if form != "diffusers" and out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors")
+    native = form == "native"
+    tensors = load_weights(path) if native else {}
+    model = None if native else load_model(path)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if form == "native":
-            save_tensors(out, load_weights(path), {"description": description_of(path)})
+        if model is None:
+            save_tensors(out, tensors, {"description": description_of(path)})
         elif form == "single_file":
-            save_single_file(load_model(path), out)
+            save_single_file(model, out)
         else:
-            save_diffusers(load_model(path), out)
+            save_diffusers(model, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from error
     return out
@@ -60,9 +63,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=FORMATS, default="native", dest="form")
     given = parser.parse_args(words)
     try:
-        print(export(given.source, given.out, weights=given.weights, form=given.form))
-    except UserError as error:
-        print(error, file=sys.stderr)
+        with guarded():
+            print(export(given.source, given.out, weights=given.weights, form=given.form))
+    except (UserError, OSError) as error:
+        trouble = path_trouble(error) if isinstance(error, OSError) else str(error)
+        if trouble is None:
+            raise
+        print(trouble, file=sys.stderr)
         sys.exit(2)
 
 

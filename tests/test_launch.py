@@ -555,12 +555,49 @@ def test_only_known_mistakes_are_explained(error: Exception) -> None:
     [
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: permission denied"),
         (OSError(errno.ENOSPC, "No space left on device", "c"), "c: no space left on device"),
+        (OSError(errno.EIO, "Input/output error", "c"), "c: input/output error"),
+        (OSError(errno.ESTALE, "Stale file handle", "c", None, "d"), "c -> d: stale file handle"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", b"c"), "c: disk quota exceeded"),
         (OSError(errno.ENOSPC, "No space left on device"), None),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), None),
     ],
 )
 def test_what_a_file_system_says_of_a_path_is_no_bug(error: Exception, message: str | None) -> None:
     assert explain(error, in_job=True, config_dir=CONFIGS) == message
+
+
+def test_an_error_of_an_open_file_names_the_file(tmp_path: Path) -> None:
+    def failing(path: Path) -> None:
+        with path.open("w"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError) as caught:
+        failing(tmp_path / "x")
+    told = explain(caught.value, in_job=True, config_dir=CONFIGS)
+    assert told == f"{tmp_path / 'x'}: input/output error"
+
+
+def test_what_a_file_system_says_while_a_node_is_built_names_its_key(tmp_path: Path) -> None:
+    config = OmegaConf.create({"data": {"_target_": "os.listdir", "path": str(tmp_path) * 200}})
+    with pytest.raises(Exception) as caught:
+        instantiate(config.data)
+    told = explain(caught.value, in_job=True, config_dir=CONFIGS)
+    assert told is not None and told.startswith(f"data: {tmp_path}")
+    assert told.endswith(": file name too long")
+
+
+def test_output_that_nobody_reads_ends_quietly(folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for words in (["--cfg", "job"], ["training.root=1"]):
+        ended = subprocess.run(
+            [sys.executable, "app.py", "imports=[targets]", *words],
+            cwd=folder,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+        )
+        assert (ended.returncode, ended.stderr) == (141, b"")
+    os.close(writer)
 
 
 def test_nearest() -> None:

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 
 from mmdit.data.images import MAX_PIXELS, BadImage
-from mmdit.errors import UserError
+from mmdit.errors import UserError, path_trouble
+from mmdit.streams import guarded
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +20,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command(body: Callable[[], None]) -> int:
     """Run a command; a user's mistake or a failing disk is told in a line, with exit code 2."""
     try:
-        body()
+        with guarded():
+            body()
     except (ValueError, OSError) as error:
         # UserError, or the plain ValueError of an argument; its other kinds are faults of the code.
         if isinstance(error, ValueError) and type(error) not in (UserError, BadImage, ValueError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        trouble = path_trouble(error) if isinstance(error, OSError) else None
+        print(f"error: {trouble or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
