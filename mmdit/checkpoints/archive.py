@@ -3,7 +3,6 @@
 A tensor is a view of the memory-mapped file. Nothing is copied until somebody converts it.
 """
 
-import functools
 import hashlib
 import json
 import logging
@@ -33,13 +32,13 @@ from mmdit.bounds import (
     parse_json,
     read_bounded,
 )
+from mmdit.checkpoints.hashes import HASH, NO_HASH, NO_SEAL, SEAL, sealed
 from mmdit.errors import UserError, first_line
 
 log = logging.getLogger("mmdit.checkpoints")
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-HASH = "modelspec.hash_sha256"  # of the header's metadata: of all bytes after the header
 NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -290,78 +289,45 @@ def _what_it_is(start: bytes, size: int) -> str:
 def write_archive(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a file that appears whole or not at all, with their hash in its header.
+    """`write_sealed`, for what a user asked to be saved.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
     try:
-        with scratch(path) as beside:
-            new = beside / NEW
-            _write_hashed(new, tensors, metadata or {})
-            new.rename(path)
-    except (OSError, SafetensorError) as error:
+        write_sealed(path, tensors, {"format": "pt", **(metadata or {})})
+    except OSError as error:
         raise UserError(f"{path} cannot be written ({first_line(error)})") from None
 
 
-def _write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a new file, in a folder that is cleared if the library is killed."""
-    unknown = "0x" + 64 * "0"
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt", **metadata, HASH: unknown},
-    )
-    path.chmod(mode)  # the library makes files that nobody else may read
-    with path.open("r+b") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(length))
-        header["__metadata__"][HASH] = "0x" + hashlib.file_digest(file, "sha256").hexdigest()
-        # Sorted, because the library's order is another each time.
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, "the hash has the length that was kept for it"
-        file.seek(8)
-        file.write(text.ljust(length))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def verify_hashes(archive: Archive) -> None:
-    """Compare the content of an archive's files with the hashes that are known of them.
-
-    Known are: of a file in the hub's cache, its name there; of any other, what its header says.
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a file that appears whole or not at all, with the hashes of `hashes.py`.
 
     Raises:
-        UserError: a file has another content.
+        OSError: the disk is full, or the folder cannot be written to.
     """
-    for path in archive.paths:
-        blob = path.resolve()
-        _, metadata = ({}, {}) if path.suffix in PICKLES else read_header(path)
-        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            expected, offset = blob.name, 0
-        elif re.fullmatch(r"0x[0-9a-fA-F]{64}", stated := metadata.get(HASH, "")):
-            with path.open("rb") as file:
-                expected, offset = stated[2:].lower(), 8 + struct.unpack("<Q", file.read(8))[0]
-        else:
-            log.debug("%s: no hash is known that it could be compared with", path)
-            continue
-        stat = path.stat()
-        if content_hash(path, offset, stat.st_size, stat.st_mtime_ns) != expected:
-            raise UserError(
-                f"{path} is damaged: its content is not what was published or written (its SHA-256 "
-                f"is not {expected[:16]}...). Delete {blob} and download or copy it again"
+    with scratch(path) as beside:
+        new = beside / NEW
+        new.touch()
+        mode = new.stat().st_mode
+        try:
+            save_file(
+                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+                new,
+                metadata={**metadata, HASH: NO_HASH, SEAL: NO_SEAL},
             )
-
-
-@functools.cache
-def content_hash(path: Path, offset: int, size: int, changed: int) -> str:
-    """SHA-256 of what follows `offset`; once for the five models of one unchanged file."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        except SafetensorError as error:  # of the disk, too
+            raise OSError(first_line(error)) from error
+        new.chmod(mode)  # the library makes files that nobody else may read
+        with new.open("r+b") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length))
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(8)
+            file.write(sealed(header, length, content))
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
 
 
 def write_shards(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmdit.atomic import write_atomically
+from mmdit.bounds import parse_json
+from mmdit.checkpoints.archive import Archive, write_sealed
+from mmdit.checkpoints.hashes import HASH, SEAL, verify_hashes
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
 
@@ -78,35 +78,34 @@ def differences(wanted: Mapping[str, Shaped], found: Mapping[str, Shaped]) -> st
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors with a JSON header, atomically."""
-    plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-    write_atomically(path, save(plain, {key: json.dumps(value) for key, value in metadata.items()}))
+    """Write tensors with a JSON header and their hash, atomically.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    write_sealed(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of ours.
+    """Tensors and header of a file of ours, compared with the hash that its header states.
 
     Raises:
-        UserError: the file is not there, cannot be read as safetensors, or is not one of ours.
+        UserError: the file is not there, cannot be read as safetensors, is damaged, or is not one
+            of ours.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _read_header(file.metadata() or {}, path)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged or no safetensors file ({error}): "
-            "use another checkpoint, or copy it here again"
-        ) from error
-    return tensors, metadata
+    archive = Archive([path])
+    verify_hashes([path])
+    metadata = _read_header(archive.metadata, path)
+    return {key: archive[key] for key in archive.infos}, metadata
 
 
 def _read_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
+    own = {key: value for key, value in header.items() if key not in ("format", HASH, SEAL)}
     try:
-        return {key: json.loads(value) for key, value in header.items()}
-    except (ValueError, RecursionError) as error:  # others write what they like, like format: pt
+        return {key: parse_json(value.encode()) for key, value in own.items()}
+    except ValueError as error:  # others write what they like
         raise UserError(
             f"{path} was not written by this project: its header is no JSON ({error})"
         ) from error

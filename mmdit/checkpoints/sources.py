@@ -14,10 +14,10 @@ from mmdit.checkpoints.archive import (
     Archive,
     open_file,
     open_shards,
-    verify_hashes,
 )
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
+from mmdit.checkpoints.hashes import verify_hashes
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
 from mmdit.errors import UserError, first_line
@@ -202,7 +202,7 @@ def load_model(
     path = local(source, [SUBFOLDERS[kind]] if kind in SUBFOLDERS else [])
     archive, folder = weights_of(path, kind, allow_pickle=allow_pickle)
     if verify:
-        verify_hashes(archive)
+        verify_hashes(archive.paths)
     layout = layout_of(archive, folder)
     config = read_config(folder, kind) if layout else {}
     with torch.device("cpu"):  # also where other networks are built on meta, to be counted

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.checkpoints.archive import Archive, verify_hashes
+from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.folders import read_config
+from mmdit.checkpoints.hashes import verify_hashes
 from mmdit.checkpoints.public import load
 from mmdit.checkpoints.runs import find_weights, is_native, load_model
 from mmdit.checkpoints.sources import local, weights_of
@@ -59,7 +60,7 @@ def load_clip_features(
         return pair.to(dtype=dtype, device=device)
     archive, folder = weights_of(local(source, []), "clip_image", allow_pickle=allow_pickle)
     if verify:
-        verify_hashes(archive)
+        verify_hashes(archive.paths)
     text, image = towers(archive, read_config(folder), dtype=dtype, verify=verify)
     words = clip_tokenizer_in(
         folder if tokenizer is None else tokenizer, pad_with_end=True, length=text.length
