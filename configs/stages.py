@@ -128,7 +128,9 @@ def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Path] | None:
             return None
         return found[-1], found[-1].verified("ema")
     except UserError as error:
-        raise UserError(f"{error}. Delete {path}: the {stage} is then trained again") from error
+        raise UserError(
+            f"{error}. Move {path} elsewhere: the {stage} is then trained again"
+        ) from error
 
 
 def train_stage(

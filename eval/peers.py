@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.checkpoints.public import Match, Unfilled, exported, load_into
+from mmdit.checkpoints.building import Unfilled
+from mmdit.checkpoints.public import Match, exported, load_into
 from mmdit.checkpoints.values import computed_in
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel

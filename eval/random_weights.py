@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmdit.checkpoints.building import Unfilled
 from mmdit.checkpoints.formats import FORMATS
 from mmdit.checkpoints.presets import PRESETS
-from mmdit.checkpoints.public import Unfilled, descriptions, slots_of
+from mmdit.checkpoints.public import descriptions, slots_of
 from mmdit.keys import generator_for
 from mmdit.registry import build
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from eval.random_weights import ENCODERS
+from mmdit.checkpoints.building import Unfilled
 from mmdit.checkpoints.folders import HABITS, config_of
-from mmdit.checkpoints.public import Unfilled, exported
+from mmdit.checkpoints.public import exported
 from mmdit.engine.optimizers import adamw
 from mmdit.registry import build
 

@@ -20,11 +20,12 @@ LONGEST_KEY = 500  # characters of a tensor's name; the longest public one has 1
 # An empty object of two bytes takes 64 in memory, so that a length alone bounds too little.
 MOST_BRACKETS = 100_000
 DEEPEST = 32  # levels of a description; ours have six
-MOST_BLOCKS = 256  # the largest public model has 38
+MOST_BLOCKS = 128  # the largest public model has 38
+MOST_BUILT = 6_000  # tensors of what a description builds; ours hold 2,800 in an 8B pipeline
 MOST_SHARDS = 1_000  # the largest public model has three
 MOST_OPCODES = 300_000  # of a pickle, which needs about 30 for a tensor
 LARGEST_VOCABULARY = 16 << 20  # bytes; T5's files are the largest, with 2.4 MB
-MOST_WORDS = 300_000  # of a vocabulary; T5's has 32,128, that of mT5 250,112
+MOST_WORDS = 100_000  # of a vocabulary; T5's has 32,128, CLIP's 49,408
 LONGEST_PROMPT = 4096  # tokens; T5 was trained on 512
 
 

@@ -81,6 +81,8 @@ def _check(cls: str, name: str, value: Any, annotation: Any) -> None:
     if not any(isinstance(value, PLAIN[kind][0]) for kind in of_kind):
         expectation = " or ".join(PLAIN[kind][1] for kind in asked)
         raise UserError(f"{cls}: {name} {value!r} must be {expectation}")
+    if isinstance(value, int) and abs(value) >= 2**63:  # torch counts in 64 bits
+        raise UserError(f"{cls}: {name}, of {len(str(value))} digits, must be below 2^63")
 
 
 def describe(instance: Any) -> dict[str, Any]:

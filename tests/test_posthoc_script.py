@@ -99,7 +99,7 @@ def test_a_damaged_note_of_a_snapshot_is_named(
     note.write_text(content)
     message = call("run=run", "out=a.safetensors", code=2)
     assert message.startswith("snapshot run/snapshots/step_00000005.json is damaged (")
-    assert message.endswith("): delete it to do without it\n")
+    assert message.endswith("): move it elsewhere to do without it\n")
 
 
 @pytest.mark.parametrize(

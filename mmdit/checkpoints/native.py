@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from mmdit.bounds import parse_json
 from mmdit.checkpoints.archive import Archive, write_sealed
+from mmdit.checkpoints.building import build_on_meta, filled
 from mmdit.checkpoints.hashes import HASH, SEAL, verify_hashes
 from mmdit.errors import UserError
-from mmdit.registry import build, describe
+from mmdit.registry import describe
 
 
 def save_module(path: Path, module: nn.Module) -> None:
@@ -32,14 +33,31 @@ def load_module(path: Path) -> nn.Module:
     Raises:
         UserError: the file is not there, is damaged, or does not fit its own description.
     """
-    tensors, metadata = load_tensors(path)
+    archive, metadata = open_own(path)
     if "description" not in metadata:
         raise UserError(
             f"{path} was not written by this project: its header has no description of a model"
         )
-    module = build(metadata["description"])
-    load_strictly(module, tensors, path)
-    return module.eval()
+    check_description(metadata["description"], archive.infos, path)
+    # Copied, since a mapped tensor changes with its file, and lies as it lies there.
+    tensors = {key: archive[key].clone() for key in archive.infos}
+    return filled(metadata["description"], tensors, path)
+
+
+def check_description(
+    description: dict[str, Any], found: Mapping[str, "Shaped"], source: Path
+) -> None:
+    """Compare what a description asks for with what there is, before anything is allocated.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    try:
+        module = build_on_meta(description)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    if told := differences(module.state_dict(), found):
+        raise UserError(f"{source} does not fit {type(module).__name__}: {told}")
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -86,8 +104,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_sealed(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of ours, compared with the hash that its header states.
+def open_own(path: Path) -> tuple[Archive, dict[str, Any]]:
+    """A file of ours and its header, compared with the hash that the header states.
 
     Raises:
         UserError: the file is not there, cannot be read as safetensors, is damaged, or is not one
@@ -97,7 +115,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"no checkpoint at {path}: there is no such file")
     archive = Archive([path])
     verify_hashes([path])
-    metadata = _read_header(archive.metadata, path)
+    return archive, _read_header(archive.metadata, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of ours; see `open_own`."""
+    archive, metadata = open_own(path)
     return {key: archive[key] for key in archive.infos}, metadata
 
 

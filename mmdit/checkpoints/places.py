@@ -61,7 +61,7 @@ def check_place(folder: Path, *, pipeline: bool) -> None:
     if pipeline and there and not whole:
         raise UserError(
             f"{folder} holds {there[0]} and no model_index.json, so that it is no saved pipeline: "
-            "save elsewhere, or remove what is in the way"
+            "save elsewhere, or move what is in the way"
         )
 
 

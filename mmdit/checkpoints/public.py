@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mmdit.bounds import parse_json
 from mmdit.checkpoints.archive import Archive, Info
+from mmdit.checkpoints.building import build_on_meta
 from mmdit.checkpoints.diagnosis import (
     NAMES,
     Faults,
@@ -35,7 +35,7 @@ from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet, ParallelControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
-from mmdit.registry import build, describe
+from mmdit.registry import describe
 
 log = logging.getLogger("mmdit.checkpoints")
 
@@ -133,8 +133,7 @@ def load(
         for name, value in hints.items():
             if told.get(name, value) != value:
                 raise UserError(f"{name} {value} contradicts the weights, which have {told[name]}")
-        with torch.device("meta"), Unfilled():
-            module: nn.Module = build({**own, **stored, **hints, **told})
+        module = build_on_meta({**own, **stored, **hints, **told})
     except UserError as error:
         raise UserError(f"{archive.name}: {error}. Nothing was loaded") from None
     load_into(module, match, dtype=dtype, verify=verify)
@@ -147,15 +146,6 @@ def own_description(archive: Archive, kind: str) -> Description:
         return dict(parse_json(archive.metadata.get(ENTRY, "{}").encode()).get(kind, {}))
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{archive.name}: its header's entry {ENTRY} is damaged") from None
-
-
-class Unfilled(TorchFunctionMode):
-    """Turns `nn.init` off: on meta there is nothing to fill, and trying takes seconds."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def load_into(

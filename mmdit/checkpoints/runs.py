@@ -16,8 +16,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
 from mmdit.checkpoints import native, shards
 from mmdit.checkpoints.archive import open_file
+from mmdit.checkpoints.building import filled
 from mmdit.errors import UserError
-from mmdit.registry import build
 
 log = logging.getLogger(__name__)
 STEP_FOLDER = re.compile(r"step_\d{8,}")  # others are being written, or were set aside
@@ -236,10 +237,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.is_file():
         return native.load_tensors(path)[0]
+    with _while_it_is_there(path):
+        parts = [shards.read(folder) for folder in _folders(path)]
+        return {key: tensor for part in parts for key, tensor in part.items()}
+
+
+def _folders(path: Path) -> list[Path]:
+    """Where the tensors of a group lie: in its folder, and in that of what both groups share."""
     frozen = path.parent / FROZEN
+    return [frozen, path] if path.name in WEIGHTS and frozen.is_dir() else [path]
+
+
+@contextmanager
+def _while_it_is_there(path: Path) -> Iterator[None]:
     try:
-        shared = shards.read(frozen) if path.name in WEIGHTS and frozen.is_dir() else {}
-        return shards.read(path) | shared
+        yield
     except UserError as error:
         if path.is_dir():
             raise
@@ -257,10 +269,11 @@ def load_model(path: Path) -> nn.Module:
     """
     if path.is_file():
         return native.load_module(path)
-    weights = load_weights(path)
-    module: nn.Module = build(description_of(path))
-    native.load_strictly(module, weights, path)
-    return module.eval()
+    description = description_of(path)
+    with _while_it_is_there(path):
+        found = {key: fact for f in _folders(path) for key, fact in shards.facts(f).items()}
+    native.check_description(description, found, path)
+    return filled(description, load_weights(path), path)
 
 
 def description_of(path: Path) -> dict[str, Any]:

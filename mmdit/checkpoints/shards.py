@@ -4,6 +4,7 @@ Written by all processes of a run at once, by `torch.distributed.checkpoint`; re
 processes, each of which takes the parts it needs. Nothing in such a folder is a pickle.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from mmdit.checkpoints.archive import read_header
 from mmdit.checkpoints.native import differences
 from mmdit.errors import UserError
 
@@ -91,6 +93,8 @@ def facts(folder: Path) -> dict[str, Fact]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of tensors")
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)  # which has bounds, and the library none
     try:
         entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -128,9 +132,11 @@ def read(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: a file cannot be read.
     """
-    tensors = {
-        key: torch.empty(fact.shape, dtype=fact.dtype) for key, fact in facts(folder).items()
-    }
+    found = facts(folder)
+    needed = sum(math.prod(fact.shape) * fact.dtype.itemsize for fact in found.values())
+    if needed > (there := sum(path.stat().st_size for path in folder.glob("*.safetensors"))):
+        raise _unreadable(folder, ValueError(f"{needed:,} bytes of tensors in {there:,} bytes"))
+    tensors = {key: torch.empty(fact.shape, dtype=fact.dtype) for key, fact in found.items()}
     read_into(folder, tensors)
     return tensors
 

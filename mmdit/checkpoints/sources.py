@@ -187,7 +187,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
-    verify: bool = False,
+    verify: bool = True,
     **hints: Any,
 ) -> nn.Module:
     """One model from a file, a folder or the hub; see `mmdit.checkpoints.public.load`.

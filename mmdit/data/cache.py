@@ -121,10 +121,12 @@ class Cache:
             expect(facts["shard_size"] >= 1, "shard_size", facts["shard_size"], "must be 1 or more")
             facts["shards"] = {name: _record(told) for name, told in facts["shards"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({first_line(error)}): delete the cache") from error
+            raise UserError(
+                f"{path} is damaged ({first_line(error)}): move the cache elsewhere"
+            ) from error
         if protocol != PROTOCOL:
             raise UserError(
-                f"{path} is of the protocol {protocol}, not {PROTOCOL}: delete the cache"
+                f"{path} is of the protocol {protocol}, not {PROTOCOL}: move the cache elsewhere"
             )
         if told := differences(made, self.facts["identity"]):
             raise UserError(f"{self.folder} was made with {'; '.join(told)}: name another folder")
@@ -166,7 +168,7 @@ class Cache:
         if damaged := [path.name for (path, expected), found in pairs if found != expected]:
             raise UserError(
                 f"{len(damaged)} of {len(made)} shards of {self.folder} are damaged, their SHA-256 "
-                f"differs: {', '.join(damaged[:10])}; delete them, and they are made again"
+                f"differs: {', '.join(damaged[:10])}; move them elsewhere, and they are made again"
             )
 
     def write(self, number: int, samples: Samples) -> None:
@@ -311,8 +313,8 @@ class Shard:
         if (cache, shard) != (place["cache"], place["shard"]):
             other = "this cache" if cache == place["cache"] else "a cache that was made otherwise"
             raise UserError(
-                f"{path} should be shard {place['shard']}, and is shard {shard} of {other}: delete "
-                "this file, and it is made again"
+                f"{path} should be shard {place['shard']}, and is shard {shard} of {other}: move "
+                "this file elsewhere, and it is made again"
             )
         self._shapes, self._counts, self._latent_sums, ends, self._caption_sums = tables.values()
         self._ends = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).tolist()
@@ -385,7 +387,9 @@ def _short(value: object) -> str:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged ({reason}): delete this file, and it is made again")
+    return UserError(
+        f"{path} is damaged ({reason}): move this file elsewhere, and it is made again"
+    )
 
 
 def _bytes(tensor: Tensor) -> bytes:

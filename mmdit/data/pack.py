@@ -232,7 +232,7 @@ class Record:
 
 def _otherwise(out: Path, what: str) -> UserError:
     return UserError(
-        f"{out} holds shards packed otherwise ({what}): choose another folder, or remove it"
+        f"{out} holds shards packed otherwise ({what}): choose another folder, or move it away"
     )
 
 

@@ -150,7 +150,7 @@ class Shards(CaptionedImages):
         except BadImage as error:
             beside = self._index / path.relative_to(self.root) if self._index else path
             raise BadImage(
-                f"{error}: if {path} was replaced, delete its index {index_path(beside)}"
+                f"{error}: if {path} was replaced, move its index elsewhere: {index_path(beside)}"
             ) from error
 
     def _picture(self, index: int) -> list[int]:

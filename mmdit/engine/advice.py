@@ -17,7 +17,7 @@ def where_not_finite(section: str) -> str:
         return f"Lower {stage}.lr: the {stage} is then trained anew"
     return (
         "Lower optimizer.lr and go on from the last checkpoint with resume=auto; where its weights "
-        "are ruined already, delete it, and the one before is used"
+        "are ruined already, move it elsewhere, and the one before is used"
     )
 
 

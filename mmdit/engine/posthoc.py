@@ -154,8 +154,8 @@ class Snapshot(NamedTuple):
         """
         if not self.path.is_file() or file_hash(self.path) != self.sha256:
             raise UserError(
-                f"snapshot {self.path} is missing or damaged (its SHA-256 differs): delete "
-                f"{self.path.with_suffix('.json').name} beside it to do without it"
+                f"snapshot {self.path} is missing or damaged (its SHA-256 differs): move "
+                f"{self.path.with_suffix('.json').name} beside it elsewhere to do without it"
             )
         return load_tensors(self.path)[0]
 
@@ -178,7 +178,8 @@ def snapshots_in(run: Path) -> list[Snapshot]:
             kept = snapshot.step <= reached
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"snapshot {path} is damaged ({first_line(error)}): delete it to do without it"
+                f"snapshot {path} is damaged ({first_line(error)}): move it elsewhere to do "
+                "without it"
             ) from error
         if kept:
             found.append(snapshot)

@@ -238,7 +238,7 @@ class Saver:
             told = "; ".join(f"{folder}: {fault}" for folder, fault in faults.items())
             raise UserError(
                 f"all checkpoints of {self.run} are damaged ({told}): put back a copy of one, or "
-                "delete them to begin again"
+                "move them elsewhere to begin again"
             )
         return None
 

@@ -34,7 +34,7 @@ def load_clip_features(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     allow_pickle: bool = False,
-    verify: bool = False,
+    verify: bool = True,
 ) -> CLIPPair:
     """Both towers of CLIP, in eval mode; the paper measures with CLIP-L/14 (Sec. 5.1).
 

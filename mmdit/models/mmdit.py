@@ -207,13 +207,14 @@ class MMDiT(Backbone):
             position_grid=position_grid,
             position_base=position_base,
         )
-        if not set(dual_attention) <= set(range(depth - 1)):
+        if not all(0 <= i < depth - 1 for i in dual_attention):
             raise UserError(
                 f"MMDiT: dual_attention {list(dual_attention)} must name blocks before the last, "
                 f"from 0 to {depth - 2}"
             )
+        dual = set(dual_attention)
         self.blocks = nn.ModuleList(
-            (DualAttentionBlock if i in dual_attention else JointBlock)(
+            (DualAttentionBlock if i in dual else JointBlock)(
                 width, num_heads, mlp_ratio, qk_norm=qk_norm
             )
             for i in range(depth - 1)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.checks import expect_finite
+from mmdit.bounds import LONGEST_PROMPT
+from mmdit.checks import at_least_one, expect_finite
 from mmdit.errors import UserError
 from mmdit.flow.guidance import Condition
 from mmdit.models.clip import CLIPTextModel
@@ -98,6 +99,9 @@ class AbsentEncoder(nn.Module):
 
     def __init__(self, *, width: int, pooled_width: int = 0, length: int) -> None:
         super().__init__()
+        at_least_one("AbsentEncoder", width=width, length=length)
+        if length > LONGEST_PROMPT:
+            raise UserError(f"AbsentEncoder: length {length} must be at most {LONGEST_PROMPT}")
         self.width, self.pooled_width, self.length = width, pooled_width, length
         self.place: Tensor
         # Holds nothing, but follows the module to its device and dtype.

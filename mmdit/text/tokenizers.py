@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from mmdit.bounds import LONGEST_PROMPT, MOST_WORDS
 from mmdit.errors import UserError
 from mmdit.registry import register
 
@@ -27,8 +28,8 @@ class PromptTokenizer(ABC):
     """
 
     def __init__(self, tokenizer: Tokenizer, *, pad: str, length: int) -> None:
-        if length < 3:
-            raise UserError(f"tokenizer length {length} must be at least 3")
+        if not 3 <= length <= LONGEST_PROMPT:
+            raise UserError(f"tokenizer length {length} must be from 3 to {LONGEST_PROMPT}")
         self.length = length
         self.vocabulary_size: int = tokenizer.get_vocab_size()
         self._tokenizer = tokenizer
@@ -61,6 +62,8 @@ class WordTokenizer(PromptTokenizer):
     """
 
     def __init__(self, *, vocabulary: Sequence[str], template: str, pad: str, length: int) -> None:
+        if len(vocabulary) > MOST_WORDS:
+            raise UserError(f"a vocabulary of {len(vocabulary):,} words: {MOST_WORDS:,} at most")
         ids = {token: i for i, token in enumerate(vocabulary)}
         tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

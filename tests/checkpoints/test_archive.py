@@ -9,17 +9,16 @@ import zipfile
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mmdit.checkpoints import archive
 from mmdit.checkpoints.archive import (
-    HASH,
     open_file,
     open_shards,
-    verify_hashes,
     write_archive,
     write_shards,
 )
+from mmdit.checkpoints.hashes import HASH, SEAL, content_hash, verify_hashes
 from mmdit.errors import UserError
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
@@ -182,7 +181,7 @@ def test_what_is_written_says_its_hash_and_is_the_same_each_time(tmp_path):
     assert all(
         torch.equal(value, TENSORS[key]) for key, value in load_file(tmp_path / "one").items()
     )
-    verify_hashes(opened)
+    verify_hashes(opened.paths)
 
 
 def flip(path):
@@ -196,37 +195,92 @@ def test_a_flipped_bit_is_found_by_the_hash_in_the_header(tmp_path):
     write_archive(path, TENSORS)
     flip(path)
     with pytest.raises(UserError, match=r"x.safetensors is damaged: .* SHA-256"):
-        verify_hashes(open_file(path))
+        verify_hashes([path])
 
 
 def test_a_flipped_bit_is_found_by_the_name_in_the_cache_of_the_hub(tmp_path):
     save_file(TENSORS, blob := tmp_path / "blob")
-    name = archive.content_hash(blob, 0, 0, 0)
+    name = content_hash(blob, 0, 0, 0)
     (tmp_path / "blobs").mkdir()
     blob = blob.rename(tmp_path / "blobs" / name)
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
-    verify_hashes(open_file(link))
+    verify_hashes([link])
     flip(blob)
-    with pytest.raises(UserError, match=rf"model.safetensors is damaged.* Delete .*blobs/{name}"):
-        verify_hashes(open_file(link))
+    with pytest.raises(UserError, match=r"model.safetensors is damaged.* Download it again"):
+        verify_hashes([link])
+
+
+def edited(path, change):
+    """Write a file again, as another program that keeps its metadata does."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = load_file(path), file.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, _: tensors["a"].mul_(2),  # merged: same names, shapes and metadata
+        lambda tensors, _: tensors.update(a=tensors["a"].half()),
+        lambda tensors, _: tensors.pop("b"),
+        lambda tensors, metadata: metadata.pop(SEAL) and tensors["a"].zero_(),  # older ones of ours
+    ],
+)
+def test_a_hash_that_another_program_has_kept_is_only_reported(tmp_path, caplog, change):
+    path = tmp_path / "x.safetensors"
+    write_archive(path, TENSORS, {"x": "y"})
+    for _ in range(9):  # the library puts the metadata in another order each time
+        edited(path, change)
+        verify_hashes([path])
+        assert f"{path}: its header states the hash of other content" in caplog.text
+        caplog.clear()
+        write_archive(path, TENSORS, {"x": "y"})
+
+
+def test_a_header_that_another_program_has_added_to_is_not_damaged(tmp_path, caplog):
+    path = tmp_path / "x.safetensors"
+    write_archive(path, TENSORS, {"x": "y"})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["modelspec.title"] = "mine"
+    path.write_bytes(packed(header, content[8 + length :]))
+    verify_hashes([path])  # its content still is what the hash says
+    assert not caplog.records
+    flip(path)
+    verify_hashes([path])
+    assert "was merged, cast or edited" in caplog.text
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"x":"y"', b'"x":"z"'), (b'"b":', b'"c":')])
+def test_a_header_that_was_changed_in_place_is_refused(tmp_path, old, new):
+    path = tmp_path / "x.safetensors"
+    write_archive(path, TENSORS, {"x": "y"})
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(UserError, match="its header is not as it was written") as refusal:
+        verify_hashes([path])
+    assert "elete" not in str(refusal.value)
 
 
 def test_without_a_hash_that_is_said(tmp_path, caplog):
     for metadata in (None, {HASH: "0x12"}, {HASH: "none"}):
         save_file(TENSORS, tmp_path / "x.safetensors", metadata)
         with caplog.at_level("DEBUG", logger="mmdit.checkpoints"):
-            verify_hashes(open_file(tmp_path / "x.safetensors"))
+            verify_hashes([tmp_path / "x.safetensors"])
         assert "no hash is known" in caplog.text
         caplog.clear()
 
 
 def test_five_models_of_one_file_are_hashed_once(tmp_path, monkeypatch):
     write_archive(path := tmp_path / "x.safetensors", TENSORS)
-    before = archive.content_hash.cache_info().misses
+    before = content_hash.cache_info().misses
     for _ in range(5):
-        verify_hashes(open_file(path))
-    assert archive.content_hash.cache_info().misses == before + 1
+        verify_hashes([path])
+    assert content_hash.cache_info().misses == before + 1
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):

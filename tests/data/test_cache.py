@@ -152,7 +152,7 @@ def test_a_shard_of_another_cache_is_refused(cache, tmp_path):
     assert cache.path(0).stat().st_size == size
     damaged = opened(cache.folder)
     assert damaged.missing() == []
-    with pytest.raises(UserError, match=r"shard-00000\.safetensors .* made otherwise: delete this"):
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors .* made otherwise: move this"):
         damaged.latent(0)
 
 
@@ -177,7 +177,7 @@ def test_any_flipped_bit_of_a_header_is_noticed(cache):
     for position in range(8 + int.from_bytes(whole[:8], "little")):
         flipped = bytes([whole[position] ^ (1 << position % 8)])
         path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
-        with pytest.raises(UserError, match=r"shard-00000\.safetensors .* delete this file"):
+        with pytest.raises(UserError, match=r"shard-00000\.safetensors .* move this file"):
             read_all(opened(cache.folder))
 
 
@@ -217,7 +217,7 @@ def test_folders_and_files_that_are_no_cache_are_refused(tmp_path, cache):
     damages += [json.dumps({k: facts[k] for k in facts if k != key}) for key in facts]
     for damage in damages:
         (cache.folder / "cache.json").write_text(damage)
-        with pytest.raises(UserError, match="delete the cache"):
+        with pytest.raises(UserError, match="move the cache elsewhere"):
             opened(cache.folder)
 
 

@@ -105,5 +105,5 @@ def test_a_prompt_does_not_depend_on_its_batch():
 
 
 def test_a_length_without_room_for_a_word_is_refused():
-    with pytest.raises(ValueError, match="length 2 must be at least 3"):
+    with pytest.raises(ValueError, match="length 2 must be from 3 to 4096"):
         clip(length=2)

@@ -1,0 +1,102 @@
+"""Models built from descriptions that a file of others holds: on meta, where nothing is allocated.
+
+A description may ask for any size. It is built where that costs nothing and compared with the
+shapes that the file's header lists; only what fits is built to be used.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mmdit.bounds import DEEPEST, MOST_BUILT
+from mmdit.checkpoints.diagnosis import explain_infinite
+from mmdit.checkpoints.values import LIMITS, not_finite
+from mmdit.errors import UserError, first_line
+from mmdit.registry import build
+
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+
+
+class Unfilled(TorchFunctionMode):
+    """Turns `nn.init` off, which takes seconds where all is replaced, or on meta."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+class Bounded(TorchFunctionMode):
+    """Stops what makes more tensors than any model has.
+
+    Raises:
+        UserError: the next tensor would be one too many.
+    """
+
+    made = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.made += func in FACTORIES
+        if self.made > MOST_BUILT:
+            raise UserError(
+                f"its description is that of a model of more than {MOST_BUILT:,} tensors, twice as "
+                "many as any that is known here has"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def build_on_meta(description: dict[str, Any]) -> nn.Module:
+    """The module that a description asks for, without memory for its tensors.
+
+    Raises:
+        UserError: the description cannot be that of a model.
+    """
+    expect_shallow(description)
+    try:
+        with torch.device("meta"), Unfilled(), Bounded():
+            module: nn.Module = build(description)
+    except UserError:
+        raise
+    except Exception as error:  # what a file asks for may be of any kind
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"its description cannot be built ({what})") from error
+    return module
+
+
+def expect_shallow(description: Any) -> None:
+    """Refuse what is nested beyond any description.
+
+    Raises:
+        UserError: it is.
+    """
+    level, depth = [description], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise UserError(f"its description is nested more than {DEEPEST} levels deep")
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [x for items in inner for x in items if isinstance(x, dict | list)]
+
+
+def filled(description: dict[str, Any], tensors: Mapping[str, Tensor], source: Path) -> nn.Module:
+    """The module of a description that was found to fit these tensors, with them as its own.
+
+    It is built again, since what its state does not hold (a buffer that is not persistent) must be
+    made where it is used. Tensors take the dtype that the module has; those that are mapped are
+    copied.
+
+    Raises:
+        UserError: a tensor has values that are NaN or infinite.
+    """
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in LIMITS}
+    if bad := not_finite(floats):
+        raise UserError(explain_infinite(source, bad, None))
+    with torch.device("cpu"), Unfilled():
+        module: nn.Module = build(description)
+    own = {key: tensors[key].to(like.dtype) for key, like in module.state_dict().items()}
+    module.load_state_dict(own, assign=True)
+    return module.eval()
