@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmdit.checkpoints.runs import runs_in
 from mmdit.errors import UserError, first_line
 from mmdit.metrics.ranking import Point, Run
 from mmdit.metrics.scores import PROTOCOL as SCORES_PROTOCOL
@@ -32,20 +33,33 @@ def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """What each run folder's `scores.json` says, and remarks on what is left out or differs."""
     if not folder.is_dir():
         raise UserError(f"runs={folder}: there is no such folder")
-    files = sorted(folder.glob("*/scores.json"))
+    runs = runs_in(folder)
+    files = [run / "scores.json" for run in runs if (run / "scores.json").is_file()]
     if not files:
         raise UserError(f"runs={folder}: no folder in it holds a scores.json")
     records = [
-        {**read_scores(file), "run": file.parent.name, "folder": file.parent} for file in files
+        {
+            **read_scores(file),
+            "run": file.parent.relative_to(folder).as_posix(),
+            "folder": file.parent,
+        }
+        for file in files
     ]
     notes = []
-    unscored = [p.parent.name for p in sorted(folder.glob("*/config.json"))]
-    unscored = [name for name in unscored if not (folder / name / "scores.json").is_file()]
+    scored = {file.parent for file in files}
+    unscored = [run.relative_to(folder).as_posix() for run in runs if run not in scored]
     if unscored:
         notes.append(f"Left out, having no scores.json: {', '.join(unscored)}.")
     others = sum(setting_of(row) not in SETTINGS for r in records for row in r["scores"])
     if others:
         notes.append(f"Left out, being no setting of the protocol: {others} scores.")
+    for record in records:
+        losses = [record["validation"][weights]["loss"] for weights in ("ema", "raw")]
+        if None in map(finite, losses):
+            notes.append(f"RUINED, its validation loss is not finite: {as_run(record)}.")
+        if skipped := record["training"].get("skipped_steps"):
+            steps = record["training"]["steps"]
+            notes.append(f"{skipped} of {steps} steps left out, not finite: {as_run(record)}.")
     for key in ("steps", "batch_size"):
         values = sorted({record["training"][key] for record in records})
         if len(values) > 1:

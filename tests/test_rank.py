@@ -203,6 +203,17 @@ def test_trends_are_those_of_the_scores(report):
     assert trend["loss_by_flops"]["exponent"] == pytest.approx(slope)
 
 
+def test_runs_in_subfolders_are_ranked_and_what_they_left_out_is_noted(tmp_path):
+    records = [scores(v) for v in VARIANTS[:2]]
+    records[0]["training"]["skipped_steps"] = 3
+    write_study(tmp_path / "sweep" / "[a]", records)
+    job({"runs": tmp_path})
+    result = json.loads((tmp_path / "ranking" / "rank.json").read_text())
+    assert len(result["runs"]) == 2
+    assert all(run["run"].startswith("sweep/[a]/") for run in result["runs"])
+    assert any(re.match("3 of .* steps left out, not finite: ", note) for note in result["notes"])
+
+
 def test_figures_that_a_study_lacks_leave_a_dash(tmp_path):
     pytest.importorskip("matplotlib")
     records = [scores(v) for v in VARIANTS[:2]]
@@ -212,6 +223,7 @@ def test_figures_that_a_study_lacks_leave_a_dash(tmp_path):
     job({"runs": write_study(tmp_path, records)})
     text = (tmp_path / "ranking" / "rank.json").read_text()
     assert "NaN" not in text
+    assert f"RUINED, its validation loss is not finite: {VARIANTS[0]}" in text
     assert {f["variant"]: f["loss"] is None for f in json.loads(text)["figures"]} == {
         VARIANTS[0]: True,
         VARIANTS[1]: False,

@@ -6,11 +6,12 @@ all there is to save, and a resumed run equals an unbroken one bit for bit on th
 """
 
 import logging
-import math
 import os
 import re
 import shlex
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import inf, isfinite, isnan
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -42,6 +43,8 @@ from mmdit.registry import describe
 log = logging.getLogger(__name__)
 REAL = ("clip", "timeout")  # settings that need not be whole
 MOST_SKIPPED = 100  # steps in a row, after which nothing will be finite any more
+SHARE_SKIPPED = 0.1  # of the last `WINDOW` steps, or of all at the end: above, the run is ruined
+WINDOW = 100
 
 
 class Settings(NamedTuple):
@@ -113,7 +116,7 @@ def positive(config: Mapping[Any, Any], name: str, where: str) -> Any:
     """
     value = config[name]
     kind, expected = (float | int, "a") if name in REAL else (int, "a whole")
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < inf:
         raise UserError(f"{where}.{name}={value} must be {expected} number above 0")
     return value
 
@@ -198,6 +201,13 @@ def train(
 
     def evaluate(step: int) -> None:
         figures.update(reports.evaluate(step, ema.module, module))
+        bad = [name for name in figures if name.endswith("/loss") and not isfinite(figures[name])]
+        bad += [name for name, value in figures.items() if isnan(value) and name not in bad]
+        if step >= settings.steps and bad:
+            raise UserError(
+                f"step {step}: {', '.join(f'{name} {figures[name]}' for name in bad[:3])}: the "
+                f"weights are ruined. {where_not_finite(settings.section)}"
+            )
         if settings.keep_best is not None and settings.keep_best not in figures:
             log.warning(
                 "%s.keep_best=%s is no figure of the evaluation, so none is the best: %s",
@@ -216,6 +226,7 @@ def train(
         )
 
     skipped = 0  # steps in a row
+    recent = deque[bool](maxlen=WINDOW)  # whether the last steps were left out
     module.train()
     meter = Meter(loader, device, processes.world_size)
     bar = tqdm(
@@ -225,7 +236,7 @@ def train(
         desc=run.path.name,
         disable=None if processes.main else True,
     )
-    with Signals() as signals, run.marked(start), saver, bar:
+    with Signals() as signals, run.marked(start) as facts, saver, bar:
         steps = loader(start, settings.steps)
         for done in range(start + 1, settings.steps + 1):
             set_lr(optimizer, [rate * schedule(done - 1) for rate in rates])
@@ -234,13 +245,21 @@ def train(
                 made = make_step(parts, signals.flags())
             skipped = 0 if made.updated else skipped + 1
             if skipped:
-                figures["skipped_steps"] = figures.get("skipped_steps", 0) + 1
+                facts["skipped_steps"] = figures["skipped_steps"] = (
+                    int(figures.get("skipped_steps", 0)) + 1
+                )
                 log.warning("step %d: loss or gradient not finite, step left out", done - 1)
             if skipped == MOST_SKIPPED:
                 raise UserError(
                     f"step {done - 1}: {skipped} steps in a row were left out, because loss or "
                     f"gradient was not finite. {where_not_finite(settings.section)}"
                 )
+            recent.append(not made.updated)
+            total = int(figures.get("skipped_steps", 0))
+            if len(recent) == WINDOW and sum(recent) > SHARE_SKIPPED * WINDOW:
+                raise _ruined(f"{sum(recent)} of the last {WINDOW}", done, settings.section)
+            if done == settings.steps and (total > max(1, SHARE_SKIPPED * done) or total == done):
+                raise _ruined(f"{total} of all {done}", done, settings.section)
             ema.update(done)
             if posthoc is not None:
                 last = done == settings.steps
@@ -279,6 +298,14 @@ def train(
         checkpoint = saver.wait()
     reports.close()
     return checkpoint
+
+
+def _ruined(count: str, done: int, section: str) -> UserError:
+    return UserError(
+        f"step {done - 1}: {count} steps were left out, because loss or gradient was not finite: "
+        f"more than {SHARE_SKIPPED:.0%} train another model than was asked for. "
+        f"{where_not_finite(section)}"
+    )
 
 
 def restore(

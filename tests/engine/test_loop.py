@@ -1,7 +1,8 @@
 """The loop on a model of a few weights: a run is a pure function of its config and seed."""
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -325,3 +326,57 @@ def test_speed_is_that_of_training_alone(tmp_path: Path, monkeypatch: pytest.Mon
     go(tmp_path, 9, log_every=3)  # evaluates at 5 and 9, saves at even steps and at 9
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "lr" in row]
     assert [row["images_per_second"] for row in rows] == pytest.approx([4.0] * 3)
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Make the losses of some steps not finite."""
+    example = Regression.example
+
+    def spoiled(self: Regression, step: int, indices: Sequence[int]) -> Tensor:
+        return example(self, step, indices) * (float("nan") if bad(step) else 1.0)
+
+    monkeypatch.setattr(Regression, "example", spoiled)
+
+
+@pytest.mark.parametrize(
+    ("steps", "bad", "told"),
+    [
+        (8, lambda step: step > 0, "step 7: 7 of all 8 steps were left out"),
+        (1, lambda step: True, "step 0: 1 of all 1 steps were left out"),
+        (20, lambda step: step < 3, "step 19: 3 of all 20 steps were left out"),
+        (14, lambda step: step % 4 == 3, "step 9: 2 of the last 10 steps were left out"),
+    ],
+)
+def test_a_run_of_too_many_steps_left_out_is_not_finished(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    bad: Callable[[int], bool],
+    told: str,
+) -> None:
+    monkeypatch.setattr(loop, "WINDOW", 10 if steps == 14 else 100)
+    poisoned(monkeypatch, bad)
+    with pytest.raises(UserError, match=f"{told}.*more than 10%.*Lower autoencoder.lr"):
+        go(tmp_path, steps, nonfinite="skip", section="autoencoder.training")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "FAILED" and status["skipped_steps"] >= 1
+    assert not any(checkpoint.finished for checkpoint in checkpoints_in(tmp_path))
+
+
+def test_a_run_that_left_few_steps_out_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, lambda step: step in (4, 9))
+    go(tmp_path, 20, nonfinite="skip")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["skipped_steps"]) == ("FINISHED", 2)
+
+
+@pytest.mark.parametrize("figure", ["loss", "likeness"])
+def test_a_run_whose_last_evaluation_is_not_finite_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
+) -> None:
+    monkeypatch.setattr(Regression, "evaluate", lambda *_: {"other": 1.0, figure: float("nan")})
+    with pytest.raises(UserError, match=f"step 6: ema/{figure} nan, raw/{figure} nan: the weights"):
+        go(tmp_path, 6)
+    assert [(c.step, c.finished) for c in checkpoints_in(tmp_path)] == [(2, False), (4, False)]
