@@ -44,7 +44,8 @@ from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, ta
 from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
 from mmdit.engine.precompute import Unfinished
 from mmdit.engine.processes import Processes, join, leave, own_device
-from mmdit.engine.runs import open_together
+from mmdit.engine.runs import check_name, open_together
+from mmdit.engine.schedules import Schedule, check_length
 from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.errors import UserError
 from mmdit.models.matching import matched
@@ -58,6 +59,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     began = time.perf_counter()
     for key in ("name", "runs", "run", "resume"):  # name=2024 is a name all the same
         config[key] = config[key] if config[key] is None else str(config[key])
+    check_name(config.name)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_variant(config.variant, plain["objective"])
     device = own_device(chosen_device(config.device))
@@ -100,6 +102,16 @@ def job(config: DictConfig, _: Verbatim) -> None:
     optimizer = instantiate(config.optimizer)(pipeline)
     posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
     schedule = instantiate(config.schedule)
+    remarks = check_length(schedule, settings.steps) if isinstance(schedule, Schedule) else []
+    expect(
+        ema.profile.every <= settings.steps,
+        *("ema.every", ema.profile.every),
+        f"must be at most training.steps={settings.steps}: the average would stay at the start",
+    )
+    if config.get("metrics") is not None:
+        instantiate(config.metrics)  # long before it is used
+        with torch.device("meta"):
+            instantiate(config.clip.model)
     source = instantiate(config.latents)(
         data=data["train"],
         autoencoder=pipeline.autoencoder,
@@ -145,6 +157,9 @@ def job(config: DictConfig, _: Verbatim) -> None:
     again = how_to_resume(None if label else run.path, sys.argv[1:])
     run.keep_command(again)
     with closing(processes, logger, again):
+        for remark in remarks if processes.main else ():
+            log.warning("note: %s", remark)
+        logger.start(run.path, plain)  # what it needs from elsewhere must be there now
         prepare(run.path)
         # A group that is left out has no key.
         measured = config.get("metrics") is not None
@@ -161,7 +176,6 @@ def job(config: DictConfig, _: Verbatim) -> None:
             seed=config.seed,
             autocast=precision,
         )
-        logger.start(run.path, plain)
         checkpoint = train(
             task,
             run=run,
@@ -267,6 +281,8 @@ def tell_results(run: Path, checkpoint: Checkpoint, minutes: float, prompt: str)
     figures = checkpoint.figures
     log.info("finished %s in %.1f minutes", run, minutes)
     log.info("  validation  %.4f EMA, %.4f raw", figures["ema/loss"], figures["raw/loss"])
+    if skipped := figures.get("skipped_steps"):
+        log.warning("  left out    %d of %d steps, not finite", skipped, checkpoint.step)
     samples = run / "samples" / f"{checkpoint.folder.name}.png"
     log.info("  samples     %s", samples if samples.is_file() else "none: they were not finite")
     log.info("  curves      %s", run / "loss.png")

@@ -67,7 +67,9 @@ def check_recipe(config: DictConfig, stage: str) -> None:
     decay = recipe.ema.decay
     expect_number(f"{stage}.ema.decay", decay)
     expect(0 <= decay < 1, f"{stage}.ema.decay", decay, "must be in [0, 1)")
-    whole(config, f"{stage}.ema.every")
+    every, steps = whole(config, f"{stage}.ema.every"), recipe.training.steps
+    late = f"must be at most {stage}.training.steps={steps}: the average would stay at the start"
+    expect(every <= steps, f"{stage}.ema.every", every, late)
     if stage == "autoencoder":
         whole(config, "autoencoder.seed", 0)
         expect_number("autoencoder.kl_weight", recipe.kl_weight, 0)
@@ -294,6 +296,7 @@ def write_scores(
         "weights_sha256": {kind: hash_of_weights(checkpoint.verified(kind)) for kind in pipelines},
         "training": {
             "steps": steps,
+            "skipped_steps": int(checkpoint.figures.get("skipped_steps", 0)),
             "batch_size": batch_size,
             "parameters": sum(weight.numel() for weight in network.parameters()),
             # A backward pass costs two forward passes.

@@ -15,6 +15,7 @@ runs/shapes-001/
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -302,11 +303,31 @@ def hash_of_weights(path: Path) -> str:
 def newest_finished(root: Path) -> Path | None:
     """The text-to-image run that was finished last; autoencoders are no such runs."""
     finished = []
-    for run in root.glob("*"):
-        if (run / "config.json").is_file():
-            try:
-                done = [c.folder for c in checkpoints_in(run) if c.finished]
-                finished += [(read_manifest(folder)["finished_at"], run) for folder in done]
-            except UserError as error:
-                log.warning("%s: the run does not count", error)
+    for run in runs_in(root):
+        try:
+            done = [c.folder for c in checkpoints_in(run) if c.finished]
+            finished += [(read_manifest(folder)["finished_at"], run) for folder in done]
+        except UserError as error:
+            log.warning("%s: the run does not count", error)
     return max(finished)[1] if finished else None
+
+
+def runs_in(root: Path) -> list[Path]:
+    """The text-to-image runs below a folder, in subfolders too, where names with a slash lie.
+
+    A run is a folder with a `config.json` or a `scores.json`. Folders that cannot be read, and
+    linked ones below the first level, are left out.
+    """
+    return sorted(_runs_in(root, links=True))
+
+
+def _runs_in(folder: Path, *, links: bool = False) -> Iterator[Path]:
+    try:
+        entries = [e.name for e in os.scandir(folder) if e.is_dir(follow_symlinks=links)]
+    except OSError:
+        return
+    for path in (folder / name for name in entries):
+        if (path / "config.json").is_file() or (path / "scores.json").is_file():
+            yield path
+        elif not (path / "checkpoints").is_dir():  # which a stage has, and no run within
+            yield from _runs_in(path)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmdit.atomic import write_atomically
-from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, read_manifest
+from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, read_manifest, runs_in
+from mmdit.engine.lengthening import before_its_end, how_to_lengthen
 from mmdit.engine.processes import Processes
 from mmdit.engine.signals import Interrupted
 from mmdit.errors import UserError, first_line
@@ -37,6 +38,7 @@ FREE = (
         for key in ("asynchronous", "accumulation", "workers", "timeout", "nonfinite")
     ),
 )
+LONGEST_NAME = 240  # bytes of a part: file systems take 255, and a number is appended
 # ... and the learning rate, which one lowers on purpose after a loss that was not finite. A variant
 # of a sweep must have been trained with its own.
 LOWERED = ("optimizer.lr",)
@@ -108,23 +110,24 @@ class RunFolder:
             self._lock.close()
 
     @contextmanager
-    def marked(self, step: int) -> Iterator[None]:
+    def marked(self, step: int) -> Iterator[dict[str, Any]]:
         """Keep `status.json` while training runs from `step` on.
 
         Its state is RUNNING, then FINISHED, PREEMPTED (a signal, after which all was saved) or
-        FAILED; after a kill -9 it still says RUNNING.
+        FAILED; after a kill -9 it still says RUNNING. What is put into the dictionary is kept, too.
         """
+        facts: dict[str, Any] = {}
         self._mark("RUNNING", step=step)
         try:
-            yield
+            yield facts
         except Interrupted as stop:
             number = signal.Signals(stop.number)
-            self._mark("PREEMPTED", step=stop.checkpoint.step, signal=number.name)
+            self._mark("PREEMPTED", step=stop.checkpoint.step, signal=number.name, **facts)
             raise
         except BaseException as error:
-            self._mark("FAILED", error=first_line(error))
+            self._mark("FAILED", error=first_line(error), **facts)
             raise
-        self._mark("FINISHED")
+        self._mark("FINISHED", **facts)
 
     def _mark(self, state: str, **facts: Any) -> None:
         if self._lock is not None:
@@ -164,15 +167,40 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 def numbered_runs(root: Path, name: str) -> list[Path]:
     """The run folders `<name>-<number>` under `root`, in the order of their numbers."""
-    pattern = re.compile(re.escape(name) + r"-(\d{3,})")
-    found = [
-        (int(m[1]), path) for path in root.glob(f"{name}-*") if (m := pattern.fullmatch(path.name))
-    ]
+    place = root / name
+    pattern = re.compile(re.escape(place.name) + r"-([0-9]{3,})")
+    there = list(place.parent.iterdir()) if place.parent.is_dir() else []
+    found = [(int(m[1]), path) for path in there if (m := pattern.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
+def check_name(name: str) -> None:
+    """Refuse a name under which no run can lie below the folder of all runs.
+
+    Raises:
+        UserError: it is empty or absolute, leads out of the folder, has a part that no file system
+            takes, or holds characters that cannot be seen.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or part != part.strip() for part in parts):
+        problem = "must be a name, or names with single slashes between them, below runs="
+    elif not name.isprintable():
+        problem = "must not hold line breaks and other characters that cannot be seen"
+    elif any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        problem = f"is too long: at most {LONGEST_NAME} bytes"
+    else:
+        return
+    shown = name if len(name) <= 60 else f"{name[:60]}..."
+    raise UserError(f"name={shown!r} {problem}")
+
+
 def next_run(root: Path, name: str) -> Path:
-    """A new folder `<name>-<number>`, made by this call alone."""
+    """A new folder `<name>-<number>`, made by this call alone.
+
+    Raises:
+        UserError: the name is none, see `check_name`.
+    """
+    check_name(name)
     runs = numbered_runs(root, name)
     number = int(runs[-1].name.rpartition("-")[2]) + 1 if runs else 1
     while True:
@@ -249,7 +277,7 @@ def open_run(
     else:
         path = Path(resume)
         if not (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
-            runs = sorted(str(p.parent) for p in root.glob("*/config.json"))
+            runs = [str(run) for run in runs_in(root)]
             listed = ", ".join(runs[:10]) + (f" and {len(runs) - 10} more" if runs[10:] else "")
             raise UserError(
                 f"resume={resume}: there is no run in that folder (no config.json, no checkpoints);"
@@ -300,13 +328,16 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
     latest = folder.latest()
     if latest is not None:
         before = _config_of(folder.path, [latest])
-        changed = _differences(before, config, may_differ)
+        free = (*may_differ, *before_its_end(before, config, latest.step))
+        changed = _differences(before, config, free)
         if changed:
+            folder.close()
             told = "; ".join(changed[:10]) + (f"; {len(changed) - 10} more" * (len(changed) > 10))
             raise UserError(
                 f"cannot go on with {folder.path}, its config differs: {told}. Give its own "
                 f"command: {folder.command() or 'that which began it, with resume='}; or start a "
                 "new run without resume= (a sweep: under another name=)"
+                + how_to_lengthen(before, config, folder.path, checkpoints_in(folder.path))
             )
         for change in _differences(before, config, FREE):
             log.info("going on with another value: %s", change)

@@ -25,6 +25,9 @@ class Schedule(ABC):
         expect_whole("warmup_steps", warmup_steps, 0)
         self.warmup_steps = warmup_steps
 
+    end: int | None = None  # the step from which the factor stays at `final`, if there is one
+    final: float = 1.0
+
     def __call__(self, step: int) -> float:
         """Factor for the step that is about to be made, counted from 0."""
         if step < self.warmup_steps:
@@ -62,7 +65,7 @@ class WarmupCosine(Schedule):
     def __init__(self, *, warmup_steps: int = 1000, steps: int, final: float = 0.0) -> None:
         super().__init__(warmup_steps=warmup_steps)
         _check_end(steps, warmup_steps, "warmup_steps", final)
-        self.steps, self.final = steps, final
+        self.steps, self.end, self.final = steps, steps, final
 
     def warmed_up(self, step: int) -> float:
         past = min(1.0, (step - self.warmup_steps) / (self.steps - self.warmup_steps))
@@ -91,11 +94,40 @@ class WarmupStableDecay(Schedule):
         super().__init__(warmup_steps=warmup_steps)
         expect_whole("decay_steps", decay_steps, 1)
         _check_end(steps, warmup_steps + decay_steps - 1, "warmup_steps + decay_steps - 1", final)
-        self.steps, self.decay_steps, self.final = steps, decay_steps, final
+        self.steps, self.end, self.decay_steps, self.final = steps, steps, decay_steps, final
 
     def warmed_up(self, step: int) -> float:
         past = (step - (self.steps - self.decay_steps)) / self.decay_steps
         return self.final + (1 - self.final) * (1 - math.sqrt(min(1.0, max(0.0, past))))
+
+
+def check_length(schedule: Schedule, steps: int) -> list[str]:
+    """Compare a schedule with the length of training, and say what is worth a remark.
+
+    Raises:
+        UserError: the learning rate would be 0 for a part of the training.
+    """
+    end, warmup = schedule.end, schedule.warmup_steps
+    if end is not None and end < steps and schedule.final == 0:
+        raise UserError(
+            f"training.steps={steps} is more than schedule.steps={end}, where the learning rate "
+            f"reaches 0: the last {steps - end} steps would train nothing. Leave schedule.steps "
+            "out, which then is training.steps; or give schedule.final=0.1, which is kept "
+            "afterwards, or schedule=warmup_constant"
+        )
+    remarks = []
+    if end is not None and end < steps:
+        remarks.append(f"the last {steps - end} steps are made at {schedule.final:g} x lr")
+    if end is not None and end > steps:
+        remarks.append(
+            f"training ends {end - steps} steps before its schedule: schedule.steps={end}"
+        )
+    if warmup >= steps:
+        remarks.append(
+            f"training.steps={steps} end within the warm-up, schedule.warmup_steps={warmup}: the "
+            "learning rate never reaches optimizer.lr"
+        )
+    return remarks
 
 
 def _check_end(steps: int, least: int, name: str, final: float) -> None:

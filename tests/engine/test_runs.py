@@ -5,8 +5,11 @@ import fcntl
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit.checkpoints.runs import step_folders
+from mmdit.checkpoints.runs import checkpoints_in, newest_finished, runs_in, step_folders
 from mmdit.engine.loop import how_to_resume
 from mmdit.engine.processes import Processes
 from mmdit.engine.retention import Retention
@@ -54,6 +57,85 @@ def test_the_newest_run_with_steps_left_goes_on(tmp_path: Path) -> None:
     assert opened(tmp_path, config={**CONFIG, "training": {"steps": 11}}).name == "a-003"
     with pytest.raises(UserError, match=r"resume=a-1: .* the runs in .* are .*a-002, .*a-003$"):
         opened(tmp_path, resume="a-1")
+
+
+ODD_NAMES = ["a[1]", "x*", "what?", "sweep/a", "sweep/[b]/c*", "ümlaut", "with space", "a-001"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_run_of_any_name_goes_on(tmp_path: Path, name: str) -> None:
+    for other in ("a1", "xy", "whatx", "sweep/x", "a"):  # which a pattern would find
+        save(tmp_path / f"{other}-009", 4)
+    assert opened(tmp_path, name=name, resume=None) == tmp_path / f"{name}-001"
+    save(tmp_path / f"{name}-001", 4)
+    assert opened(tmp_path, name=name) == tmp_path / f"{name}-001"
+    assert opened(tmp_path, name=name, resume=None) == tmp_path / f"{name}-002"
+    assert {tmp_path / f"{name}-001", tmp_path / f"{name}-002"} <= {*runs_in(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "/abs", "../../x", "a/../../x", ".", "..", "a//b", "a/", "./a", " a", "a\n", "a\0b"),
+        *("x" * 300, "a/" + "ü" * 130, "a\x1b[31m"),
+    ],
+)
+def test_names_that_are_none_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"^name=") as told:
+        opened(tmp_path, name=name, resume=None)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 200
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a", "sweep/a[1]", "sweep/deep/a"])
+def test_the_newest_finished_run_is_found_in_subfolders(tmp_path: Path, name: str) -> None:
+    for run in ("b-001", name):
+        save(tmp_path / run, 10, finished=True)
+        (tmp_path / run / "config.json").write_text("{}")
+    save(tmp_path / "autoencoder-1", 10, finished=True)  # whose folder has no config
+    assert newest_finished(tmp_path) == tmp_path / name
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        opened(tmp_path, resume="nowhere")
+
+
+def schedule(steps: int, *, begun: int = 10, decay: int | None = 4, final: float = 0.0) -> Any:
+    """A config whose training is as long as its schedule, unless `begun` says otherwise."""
+    end = {"steps": steps, "final": final} | ({} if decay is None else {"decay_steps": decay})
+    return {**CONFIG, "training": {"steps": max(steps, begun)}, "schedule": end}
+
+
+def test_a_stable_run_is_lengthened_before_its_decay(tmp_path: Path) -> None:
+    run = tmp_path / "a-001"
+    save(run, 6, schedule(10))
+    assert opened(tmp_path, config=schedule(20)) == run
+    save(run, 10, schedule(10), finished=True)
+    with pytest.raises(UserError, match=r"schedule.steps was 10, now 20") as told:
+        opened(tmp_path, config=schedule(20))
+    copying, removing = re.findall(r"(?:cp|rm) -r [^&,]+", str(told.value))
+    for command in (copying, removing):
+        subprocess.run(shlex.split(command), check=True)
+    (copy,) = re.findall(r"resume=(\S+)", str(told.value).partition("rm -r")[2])
+    assert opened(tmp_path, resume=copy, config=schedule(20)) == Path(copy)
+    assert [c.step for c in checkpoints_in(Path(copy))] == [6]
+    shutil.rmtree(step_folders(run)[0])
+    with pytest.raises(UserError, match=r"none is kept \(training.keep_every"):
+        opened(tmp_path, resume=str(run), config=schedule(20))
+
+
+@pytest.mark.parametrize(
+    ("final", "told"),
+    [(0.0, "train anew.*schedule=warmup_constant"), (0.1, "add schedule.steps=10 .* 0.1 x lr")],
+)
+def test_a_cosine_that_cannot_be_lengthened_says_what_can(
+    tmp_path: Path, final: float, told: str
+) -> None:
+    save(tmp_path / "a-001", 6, schedule(10, decay=None, final=final))
+    with pytest.raises(UserError, match=rf"schedule.steps was 10, now 20.*{told}"):
+        opened(tmp_path, config=schedule(20, decay=None, final=final))
+    save(tmp_path / "b-001", 6)
+    with pytest.raises(UserError) as other:
+        opened(tmp_path, name="b", config={**CONFIG, "seed": 1, "training": {"steps": 20}})
+    assert "schedule" not in str(other.value)
 
 
 def test_a_run_without_a_checkpoint_is_the_last_choice(tmp_path: Path) -> None:

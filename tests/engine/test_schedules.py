@@ -9,7 +9,12 @@ import pytest
 import yaml
 
 from mmdit.engine import schedules
-from mmdit.engine.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay
+from mmdit.engine.schedules import (
+    WarmupConstant,
+    WarmupCosine,
+    WarmupStableDecay,
+    check_length,
+)
 from mmdit.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "schedule"
@@ -108,3 +113,24 @@ def test_stable_decays_of_two_lengths_agree_until_the_first_decays() -> None:
 def test_bad_numbers_are_refused(make, told: str) -> None:
     with pytest.raises(UserError, match=told):
         make()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        WarmupCosine(warmup_steps=2, steps=6),
+        WarmupStableDecay(warmup_steps=2, steps=6, decay_steps=2),
+    ],
+)
+def test_a_training_that_outlasts_its_learning_rate_is_refused(schedule) -> None:
+    with pytest.raises(UserError, match=r"training\.steps=12 .* schedule\.steps=6.* last 6 steps"):
+        check_length(schedule, 12)
+    assert check_length(schedule, 6) == []
+    assert "training ends 1 steps before" in check_length(schedule, 5)[0]
+
+
+def test_what_a_schedule_leaves_unsaid_is_remarked() -> None:
+    assert check_length(WarmupConstant(warmup_steps=2), 10**6) == []
+    assert "never reaches" in check_length(WarmupConstant(warmup_steps=6), 6)[0]
+    (remark,) = check_length(WarmupCosine(warmup_steps=2, steps=6, final=0.1), 12)
+    assert remark == "the last 6 steps are made at 0.1 x lr"
