@@ -103,11 +103,11 @@ def job(config: DictConfig, _: Verbatim) -> None:
     posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
     schedule = instantiate(config.schedule)
     remarks = check_length(schedule, settings.steps) if isinstance(schedule, Schedule) else []
-    expect(
-        ema.profile.every <= settings.steps,
-        *("ema.every", ema.profile.every),
-        f"must be at most training.steps={settings.steps}: the average would stay at the start",
-    )
+    if ema.profile.every > settings.steps:
+        remarks.append(
+            f"ema.every={ema.profile.every} is more than training.steps={settings.steps}: the "
+            "average, which is sampled from and measured, stays at the random start"
+        )
     if config.get("metrics") is not None:
         instantiate(config.metrics)  # long before it is used
         with torch.device("meta"):

@@ -91,8 +91,6 @@ def told(
             ("schedule=warmup_stable_decay", "schedule.decay_steps=2", "schedule.steps=5"),
             ("training.steps=6", "schedule.steps=5"),
         ),
-        (("ema.every=7",), ("ema.every 7", "training.steps=6")),
-        (("autoencoder.ema.every=5",), ("autoencoder.ema.every 5", "autoencoder.training.steps=4")),
         (("name=/abs",), ("name='/abs' must be a name",)),
         (("name=../../x",), ("name='../../x' must be",)),
         (("metrics=study", "metrics.samples=0"), ("metrics", "samples")),
@@ -135,6 +133,31 @@ def test_train_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, 
 def test_sample_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
     message = told("sample.py", *words)
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("logger=wandb",), "log in by `wandb login`"),
+        (("logger=wandb", "logger.project=a/b"), "Invalid project name"),
+        (("text=published", "text.source=missing"), "missing"),
+        (("metrics=study", "+metrics.colour=red"), "metrics.colour"),
+    ],
+)
+def test_what_a_run_needs_from_elsewhere_is_looked_at_before_the_first_stage(
+    told: Told,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    expected: str,
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert expected in told("train.py", "experiment=smoke", *words)
+    assert not list(tmp_path.glob("runs/autoencoder-*"))
 
 
 @pytest.mark.parametrize("name", ["rank", "attention", "geneval", "memory", "speed"])

@@ -59,6 +59,6 @@ def how_to_lengthen(
         return f"{told}; or train anew for the whole length"
     return told + (
         "train anew for the whole length. Runs that are to be lengthened take "
-        "schedule=warmup_constant, or schedule=warmup_stable_decay and a checkpoint from before its "
-        "decay"
+        "schedule=warmup_constant, or schedule=warmup_stable_decay and a checkpoint before "
+        "its decay"
     )
