@@ -23,18 +23,21 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import mmdit
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
+from mmdit.checks import MOST_STEPS
 from mmdit.data.images import BadImage, decode, read_bytes
+from mmdit.devices import available
 from mmdit.engine.files import NumberedFiles
 from mmdit.engine.pictures import LARGEST_GRID, Thumbnails, png
-from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
+from mmdit.engine.precision import autocast, chosen_dtype
 from mmdit.errors import UserError
 from mmdit.registry import describe
 from mmdit.text.conditioning import ENCODERS
 
 log = logging.getLogger("mmdit.sample")
+MOST_IMAGES = 1_000_000  # per prompt
 VERBATIM = (
     *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
     *("autoencoder", "text.encoders", "text.tokenizers"),
@@ -49,8 +52,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
     if (picture is None) != (config.strength is None):
         raise UserError("image=<file> and strength=<0 to 1> belong together: give both or neither")
     out = make_folder(Path(text.get("out") or "samples"))
+    device = available(config.device)
     source = find_source(text.get("checkpoint"), config)
-    device = chosen_device(config.device)
     pipe = load(source, config, text, device)
     if config.compile:
         pipe.mmdit.compile()
@@ -136,9 +139,12 @@ def read_prompts(text: Verbatim) -> list[str]:
 
 def check_numbers(config: DictConfig) -> None:
     """Refuse values that make no sense, by name; None stands for the model's default."""
-    for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
-        whole(config, name, least)
-    for name in ("steps", "height", "width", "text.t5_length"):
+    whole(config, "num_images", most=MOST_IMAGES)
+    whole(config, "batch_size")
+    seed_of(config, images=config.num_images)
+    if config.steps is not None:
+        whole(config, "steps", most=MOST_STEPS)
+    for name in ("height", "width", "text.t5_length"):
         if OmegaConf.select(config, name) is not None:
             whole(config, name)
     for name in ("guidance", "strength"):

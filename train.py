@@ -18,7 +18,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.formulations import check_variant, store_formulations
 from configs.launch import Verbatim, launch, sweep_label
 from configs.stages import (
@@ -31,9 +31,10 @@ from configs.stages import (
     write_scores,
 )
 from mmdit.checkpoints.runs import Checkpoint
-from mmdit.checks import expect, expect_number
+from mmdit.checks import MOST_STEPS, expect, expect_number
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
+from mmdit.devices import available
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
 from mmdit.engine.encoding import Data
@@ -41,7 +42,7 @@ from mmdit.engine.formulation import report_formulation
 from mmdit.engine.loader import share
 from mmdit.engine.loggers import Logger, NoLogger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, take_frozen, train
-from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
+from mmdit.engine.precision import autocast, chosen_dtype
 from mmdit.engine.precompute import Unfinished
 from mmdit.engine.processes import Processes, join, leave, own_device
 from mmdit.engine.runs import check_name, open_together
@@ -62,12 +63,12 @@ def job(config: DictConfig, _: Verbatim) -> None:
     check_name(config.name)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     check_variant(config.variant, plain["objective"])
-    device = own_device(chosen_device(config.device))
+    device = own_device(available(config.device))
     precision = autocast(device, config.precision)
     settings = Settings.of(config.training, "training")
-    whole(config, "seed", 0)
+    seed_of(config)
     whole(config, "image_size")
-    whole(config, "sampling.steps")
+    whole(config, "sampling.steps", most=MOST_STEPS)
     expect_number("sampling.guidance", config.sampling.guidance)
     expect(isinstance(config.compile, bool), "compile", config.compile, "must be true or false")
     trained = config.autoencoder.trained
@@ -119,7 +120,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         autocast=precision,
     )
     logger: Logger = instantiate(config.logger) if processes.main else NoLogger()
-    text_device = None if config.text_device is None else chosen_device(config.text_device)
+    text_device = None if config.text_device is None else available(config.text_device)
     if text_device is not None and not pipeline.text.frozen:
         raise UserError(
             f"text_device={config.text_device} is for encoders that are not trained, as those of "

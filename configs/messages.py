@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from configs.keys import did_you_mean, nearest, unknown_key
+from mmdit.engine.out_of_memory import is_out_of_memory
 from mmdit.errors import UserError, first_line, path_trouble
 
 
@@ -26,6 +27,11 @@ def explain(
     match error:
         case UserError():
             return str(error)
+        case RuntimeError() | MemoryError() | OSError() if is_out_of_memory(error):
+            return (
+                f"out of memory ({first_line(error)[:200]}). Try a smaller batch_size, image or "
+                "model, fewer images or samples, or precision=bf16"
+            )
         case hydra_errors.InstantiationException():
             return _explain_instantiation(error)
         case hydra_errors.MissingConfigException():

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from mmdit.atomic import write_atomically
 from mmdit.checkpoints.native import load_strictly
 from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, hash_of_weights, load_weights
@@ -75,11 +75,11 @@ def check_recipe(config: DictConfig, stage: str) -> None:
             *(stage, every, stage, steps),
         )
     if stage == "autoencoder":
-        whole(config, "autoencoder.seed", 0)
+        seed_of(config, "autoencoder.seed")
         expect_number("autoencoder.kl_weight", recipe.kl_weight, 0)
     else:
         whole(config, "clip.samples")
-        whole(config, "metrics.seed", 0)
+        seed_of(config, "metrics.seed")
 
 
 def find_or_train(

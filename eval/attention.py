@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.random_weights import SIZES, models_of_size, write_random
 from eval.subject import (
@@ -40,8 +40,9 @@ from eval.subject import (
     write_results,
 )
 from mmdit.checkpoints.native import file_hash
+from mmdit.devices import available
 from mmdit.engine.pictures import plot
-from mmdit.engine.precision import chosen_device, chosen_dtype
+from mmdit.engine.precision import chosen_dtype
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.metrics.attention import BlockAttention, attention_at, last_blocks, watched
@@ -67,8 +68,9 @@ class Watched(NamedTuple):
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, look, write."""
     levels = numbers(config, "levels", "times above 0, up to 1", low=0.0, high=1.0)
-    for key, least in (("samples", 1), ("batch_size", 1), ("seed", 0), ("text_length", 1)):
+    for key, least in (("samples", 1), ("batch_size", 1), ("text_length", 1)):
         whole(config, key, least)
+    seed_of(config)
     if config.image_sizes is not None:
         numbers(config, "image_sizes", "sides in pixels", low=0, high=float("inf"))
     if config.random and "checkpoint" in text:
@@ -129,7 +131,7 @@ def random_network(config: DictConfig, text: Verbatim) -> Watched:
     """A transformer of a published size with random weights, on random inputs."""
     if config.random not in SIZES:
         raise UserError(f"random={config.random} must be one of {', '.join(SIZES)}")
-    device = chosen_device(config.device)
+    device = available(config.device)
     with tempfile.TemporaryDirectory(prefix="mmdit-attention-") as folder:
         models = models_of_size(config.random, ["mmdit"])
         files = write_random(models, Path(folder), seed=config.seed, name=config.random)

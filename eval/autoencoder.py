@@ -40,8 +40,9 @@ from eval.subject import (
 from mmdit.checkpoints.runs import find_weights
 from mmdit.checkpoints.sources import local
 from mmdit.data.images import BadImage, decode, read_bytes
+from mmdit.devices import available
 from mmdit.engine.pictures import grid_image
-from mmdit.engine.precision import Autocast, autocast, chosen_device, chosen_dtype
+from mmdit.engine.precision import Autocast, autocast, chosen_dtype
 from mmdit.errors import UserError
 from mmdit.metrics.distances import frechet_distance
 from mmdit.metrics.reconstruction import psnr, ssim
@@ -83,7 +84,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     size = None if config.image_size is None else whole(config, "image_size")
     opened = open_autoencoder(config, text)
     pictures, count, data_facts = find_pictures(opened, config, text, size)
-    features, clip_facts = open_features(text, chosen_device(config.device))
+    features, clip_facts = open_features(text, available(config.device))
     out = results_folder(text, opened.source, "autoencoder")
     measured = measure(opened, pictures, features, range(count), config.batch_size)
     mean_psnr = sum(measured.psnr) / count
@@ -115,7 +116,7 @@ def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
     """
     if not text.get("checkpoint"):
         raise UserError("give checkpoint=<run, file, folder or hub id> of an autoencoder")
-    given, device = text["checkpoint"], chosen_device(config.device)
+    given, device = text["checkpoint"], available(config.device)
     native = is_run(given)
     if native:
         source = find_weights(Path(given).expanduser(), config.weights)

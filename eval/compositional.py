@@ -23,7 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.subject import (
     PARTS,
@@ -46,8 +46,9 @@ VERBATIM = ("checkpoint", "out", *PARTS)
 
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, measure, write."""
-    for key, least in (("prompts_per_task", 2), ("batch_size", 1), ("seed", 0)):
+    for key, least in (("prompts_per_task", 2), ("batch_size", 1)):
         whole(config, key, least)
+    seed_of(config)
     subject = open_subject(config, text)
     pipe = subject.pipe
     report: dict[str, Any] = {

@@ -17,7 +17,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.subject import (
     PARTS,
@@ -42,8 +42,9 @@ SCORES = {"clip": "CLIP score", "accuracy": "accuracy"}  # the first there is co
 
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, paint at every number of steps, write."""
-    for key, least in (("batch_size", 1), ("seed", 0), ("samples", 2)):
+    for key, least in (("batch_size", 1), ("samples", 2)):
         whole(config, key, least)
+    seed_of(config)
     counts = numbers(config, "steps", "at least two whole numbers", low=0, high=float("inf"))
     if len(counts) < 2 or not all(isinstance(count, int) for count in counts):
         raise UserError(f"steps={config.steps} must be a list of at least two whole numbers")

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.subject import (
     PARTS,
@@ -49,8 +49,9 @@ VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)
 
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, paint with every subset, write."""
-    for key, least in (("validation_samples", 1), ("batch_size", 1), ("seed", 0)):
+    for key, least in (("validation_samples", 1), ("batch_size", 1)):
         whole(config, key, least)
+    seed_of(config)
     subject = open_subject(config, text)
     prompts = read_prompts(subject, config, text)
     features, clip_facts = open_features(text, subject.pipe.device)

@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.subject import PARTS, Subject, open_subject, sampling, shapes_for
 from mmdit.atomic import write_atomically
@@ -33,8 +33,9 @@ VERBATIM = ("checkpoint", "out", "metadata", *PARTS)
 
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, paint what is missing."""
-    for key, least in (("samples_per_prompt", 1), ("batch_size", 1), ("seed", 0), ("prompts", 1)):
+    for key, least in (("samples_per_prompt", 1), ("batch_size", 1), ("prompts", 1)):
         whole(config, key, least)
+    seed_of(config, images=config.samples_per_prompt)
     given = Path(text["metadata"]) if "metadata" in text else None
     lines = read_metadata(given) if given else None
     subject = open_subject(config, text)

@@ -11,13 +11,14 @@ from torch import Tensor
 from configs.checks import whole
 from configs.launch import CONFIGS
 from eval.random_weights import ENCODERS
+from mmdit.devices import available
 from mmdit.engine.activations import ACTIVATIONS
 from mmdit.engine.footprint import (
     Share,
 )
 from mmdit.engine.optimizers import adamw_8bit
 from mmdit.engine.parallel import FSDP, Single
-from mmdit.engine.precision import Autocast, chosen_device, chosen_dtype
+from mmdit.engine.precision import Autocast, chosen_dtype
 from mmdit.engine.processes import own_device
 from mmdit.engine.sources import FromPixels
 from mmdit.engine.tasks import Captioned, FlowTask, Validation
@@ -73,7 +74,7 @@ def planned(config: DictConfig) -> Plan:
             raise UserError(
                 f"encoders={config.encoders} are only predicted: leave out measure=true"
             )
-        device = own_device(chosen_device(config.device))
+        device = own_device(available(config.device))
     elif config.device not in ("auto", "cuda", "cpu"):
         raise UserError(f"device={config.device} must be auto, cuda or cpu")
     else:

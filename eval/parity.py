@@ -28,7 +28,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.loading import measure_loading
 from eval.peers import SIDES, Config, Inputs, Stages, compute_in, parts
@@ -116,7 +116,7 @@ def check(config: DictConfig, text: Verbatim) -> None:
     for key, unit in UNITS.items():
         if whole(config, key) % unit:
             raise UserError(f"{key}={config[key]} must be a multiple of {unit}")
-    whole(config, "seed", 0)
+    seed_of(config)
     if not isinstance(config.tolerance, int | float) or not config.tolerance > 0:
         raise UserError(f"tolerance={config.tolerance} must be a number above 0")
     wanted(config.components)

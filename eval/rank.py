@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.rank_input import (
     SETTINGS,
@@ -123,8 +123,8 @@ KEPT = ("run", "variant", "seed", "dataset", "samples", "weights_sha256", "train
 
 def check(config: DictConfig) -> None:
     """Refuse values that make no sense."""
-    for key, least in (("resamples", 100), ("seed", 0)):
-        whole(config, key, least)
+    whole(config, "resamples", 100)
+    seed_of(config)
     if not isinstance(config.report, bool):
         raise UserError(f"report={config.report} must be true or false")
 

@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.loading import measure_loading, timed
 from eval.speed_cases import (
@@ -48,7 +48,7 @@ from eval.speed_cases import (
     twin,
 )
 from mmdit.checkpoints.folders import write_model
-from mmdit.engine.precision import chosen_device
+from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 
@@ -74,7 +74,7 @@ class Row(NamedTuple):
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, measure, report."""
     check(config)
-    device = chosen_device(config.device)
+    device = available(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     ceiling = product_ceiling(device, DTYPES[config.dtype])
@@ -117,7 +117,7 @@ def check(config: DictConfig) -> None:
     whole(config, "repeats")
     if config.threads is not None:
         whole(config, "threads")
-    whole(config, "seed", 0)
+    seed_of(config)
 
 
 # Measuring

@@ -14,14 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
-from configs.checks import whole
+from configs.checks import seed_of, whole
 from configs.launch import Verbatim
 from mmdit.checkpoints.native import file_hash
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.checkpoints.sources import local
 from mmdit.data.captions import Scene, short_caption
 from mmdit.data.shapes import Shapes
-from mmdit.engine.precision import autocast, chosen_device, chosen_dtype
+from mmdit.devices import available
+from mmdit.engine.precision import autocast, chosen_dtype
 from mmdit.errors import UserError
 from mmdit.metrics.compositional import judge
 from mmdit.metrics.distances import clip_score
@@ -57,7 +58,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
     for key, value in used.items():
         if not isinstance(value, bool):
             raise UserError(f"text.{key}={value} must be true or false")
-    device = chosen_device(config.device)
+    device = available(config.device)
     native = is_run(given)
     if native:
         source = find_weights(Path(given).expanduser(), config.weights)
@@ -165,11 +166,11 @@ def paint(
     pipe: Pipeline, prompts: Sequence[str], config: DictConfig, *, label: str, **options: Any
 ) -> Tensor:
     """One picture a prompt, (n, h, w, 3) uint8; picture i starts from the noise of seed + i."""
-    batches = []
+    batches, first = [], seed_of(config, images=len(prompts))
     starts = range(0, len(prompts), config.batch_size)
     for start in tqdm(starts, desc=label, unit="batch", disable=None):
         batch = prompts[start : start + config.batch_size]
-        seeds = [config.seed + start + i for i in range(len(batch))]
+        seeds = [first + start + i for i in range(len(batch))]
         batches.append(pipe(batch, seeds=seeds, solver=instantiate(config.solver), **options).cpu())
     return torch.cat(batches)
 

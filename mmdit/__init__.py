@@ -18,6 +18,7 @@ from mmdit.checkpoints.archive import open_file
 from mmdit.checkpoints.public import find, own_description
 from mmdit.checkpoints.runs import is_native
 from mmdit.checkpoints.sources import load_model, local
+from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
@@ -76,15 +77,16 @@ def load_pipeline(
             'sd3.5-medium'.
         weights: 'ema' or 'raw', where `source` is a run.
         dtype: of the weights; None keeps the file's.
-        device: where it goes; None is the CPU.
+        device: where it goes, as 'cuda' or 'auto'; None is the CPU.
         use_clip_l, use_clip_g, use_t5: an encoder that is left out contributes zeros.
         preset, t5_length, autoencoder, encoders, tokenizers, allow_pickle, verify: of public
             weights: see `mmdit.published.load_published`. A run's are always verified.
 
     Raises:
         UserError: nothing of the kind is there, it is damaged, or it is another kind of model; an
-            argument does not apply to it.
+            argument does not apply to it; there is no such device here.
     """
+    place = None if device is None else available(device)  # before gigabytes are read
     used: dict[str, Any] = {"use_clip_l": use_clip_l, "use_clip_g": use_clip_g, "use_t5": use_t5}
     for name, use in used.items():
         if not isinstance(use, bool):
@@ -102,7 +104,7 @@ def load_pipeline(
     else:
         _not_for_public(source, weights)
         module = load_published(source, dtype=dtype, verify=verify, **used, **public)
-    return module.to(device=device)
+    return module.to(device=place)
 
 
 def _not_for_runs(source: str | Path, **given: Any) -> None:

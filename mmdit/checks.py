@@ -2,12 +2,51 @@
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from mmdit.errors import NotFinite, UserError
+
+COUNTS = 2**63 - 1  # torch counts in 64 bits, one of them for the sign
+SEEDS = 2**64 - 1  # the last seed that torch and numpy's Philox take
+MOST_STEPS = 10_000  # of a solver: far more than any sampling needs
+SHOWN = {COUNTS: "2^63 - 1", SEEDS: "2^64 - 1"}
+
+
+def whole_number(name: str, given: Any, least: int = 1, most: int = COUNTS) -> int:
+    """A whole number of Python, numpy or torch, as an int; a bool is none.
+
+    Raises:
+        UserError: something else, or a number outside [least, most].
+    """
+    try:
+        number = None if isinstance(given, bool) else operator.index(given)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not least <= number <= most:
+        bounds = f"from {least} to {SHOWN.get(most, f'{most:,}')}"
+        if most == COUNTS and (number is None or number < least):
+            bounds = f"of at least {least}"
+        raise UserError(f"{name}={given} must be a whole number {bounds}")
+    return number
+
+
+def seed_number(name: str, given: Any, *, images: int = 1) -> int:
+    """A seed, 0 to 2^64 - 1, from which so many images are counted: the last has seed + images - 1.
+
+    Raises:
+        UserError: it is none, or too large for them.
+    """
+    number = whole_number(name, given, 0, SEEDS)
+    if number + images - 1 > SEEDS:
+        raise UserError(
+            f"{name}={given} must be a whole number from 0 to 2^64 - {images}: seeds of {images} "
+            f"images are counted up from it, and the last of all is 2^64 - 1"
+        )
+    return number
 
 
 def expect(holds: bool, field: str, value: object, expectation: str) -> None:
@@ -20,7 +59,7 @@ def expect_whole(field: str, value: Any, least: int) -> None:
     """Raise UserError unless `value` is a whole number of at least `least`; a bool is none."""
     holds = isinstance(value, int) and not isinstance(value, bool) and value >= least
     expect(holds, field, value, f"must be a whole number, at least {least}")
-    expect(value < 2**63, field, value, "must be below 2^63")  # torch counts and seeds in 64 bits
+    expect(value <= COUNTS, field, value, "must be below 2^63")
 
 
 def expect_number(field: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:

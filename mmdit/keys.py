@@ -12,7 +12,8 @@ import torch
 def generator_for(*key: int | str) -> torch.Generator:
     """CPU generator of the given key, e.g. `generator_for(seed, "noise", step, index)`.
 
-    Keys of different content never share a stream (up to a 64-bit hash collision).
+    Keys of different content share a stream only by a collision of hashes, of which torch's CPU
+    generator reads the low 32 bits.
     """
     plain = tuple(part if isinstance(part, str) else int(part) for part in key)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()

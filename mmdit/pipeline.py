@@ -1,7 +1,6 @@
 """Prompt to picture: text, noise, guided flow, decoder."""
 
 import math
-import operator
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
@@ -11,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.checks import expect_finite
+from mmdit.checks import MOST_STEPS, expect_finite, seed_number, whole_number
 from mmdit.dtypes import at_least_float32
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
@@ -29,6 +28,7 @@ from mmdit.text.conditioning import TextConditioner
 
 Solver = Callable[[VelocityFunction, Tensor, Tensor, Progress | None], Tensor]
 Autocast = Callable[[], AbstractContextManager[object]]
+MOST_IMAGES = 10_000  # of one call, which holds all of them at once
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -106,21 +106,6 @@ def texts(name: str, given: str | Sequence[str]) -> list[str]:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"{name} {text!r} is no text: it has half of a surrogate pair")
     return list(several)
-
-
-def whole(name: str, given: Any, *, least: int) -> int:
-    """A number that counts, of Python, numpy or torch, as an int.
-
-    Raises:
-        UserError: something else, or less than `least`, or more than 63 bits.
-    """
-    try:
-        number = operator.index(given)
-    except (TypeError, ValueError):
-        number = least - 1
-    if isinstance(given, bool) or not least <= number < 2**63:
-        raise UserError(f"{name}={given!r} must be a whole number, at least {least}")
-    return number
 
 
 def real(name: str, given: Any, least: float = -math.inf, most: float = math.inf) -> float:
@@ -287,12 +272,14 @@ class Pipeline(nn.Module):
             image: to start from instead of noise: uint8 (h, w, 3), or one for each prompt.
             strength: how much of `image` is repainted, from 0 (it is encoded and decoded) to 1
                 (nothing is kept); `Grid.remaining` says which steps are left to do.
-            num_images: pictures per prompt; picture i of a prompt starts from seed + i.
+            num_images: per prompt; image i of a prompt starts from seed + i.
+                All prompts together, at most 10,000 images.
             height, width: in pixels; that of `image`, or the training size, by default.
-            steps: of the solver.
+            steps: of the solver, at most 10,000.
             guidance: scale of classifier-free guidance (1 turns it off), or an object of
                 `mmdit.flow.guidance`.
-            seed: of the first picture; `seeds` gives one for each picture instead.
+            seed: of the first image, 0 to 2^64 - 1; `seeds` gives one for each instead. Torch's CPU
+                generator reads the low 32 bits: seeds 2^32 apart give the same image.
             solver: a function of `mmdit.flow.solvers`.
             grid: where the solver stops, of `mmdit.flow.grids`; the formulation's own by default.
             progress: called after every solver step with its number from 0, the noise level t
@@ -316,14 +303,19 @@ class Pipeline(nn.Module):
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one "
                 "for each"
             )
-        num_images = whole("num_images", num_images, least=1)
-        steps = self.steps if steps is None else whole("steps", steps, least=1)
+        num_images = whole_number("num_images", num_images, most=MOST_IMAGES)
+        steps = whole_number("steps", self.steps if steps is None else steps, most=MOST_STEPS)
         if (image is None) != (strength is None):
             raise UserError("image and strength belong together: give both or neither")
         strength = 1.0 if strength is None else real("strength", strength, 0.0, 1.0)
         count = len(prompts) * num_images
+        if count > MOST_IMAGES:
+            raise UserError(
+                f"{len(prompts)} prompts x num_images={num_images} are {count:,} images, which are "
+                f"sampled at once: at most {MOST_IMAGES:,} are, so make several calls"
+            )
         if seeds is None:
-            first = whole("seed", seed, least=0)
+            first = seed_number("seed", seed, images=num_images)
             seeds = [first + i % num_images for i in range(count)]
         if not isinstance(seeds, Sequence) or len(seeds) != count:
             many = len(seeds) if isinstance(seeds, Sequence) else repr(seeds)
@@ -331,8 +323,8 @@ class Pipeline(nn.Module):
         if image is not None:
             image = one_per_prompt(image, len(prompts), height, width)
             height, width = image.shape[1:3]
-        height = self.image_size if height is None else whole("height", height, least=1)
-        width = self.image_size if width is None else whole("width", width, least=1)
+        height = self.image_size if height is None else whole_number("height", height)
+        width = self.image_size if width is None else whole_number("width", width)
         guidance = self.guidance if guidance is None else guidance
         if not isinstance(guidance, Guidance):
             guidance = ClassifierFreeGuidance(scale=real("guidance", guidance))
@@ -343,7 +335,8 @@ class Pipeline(nn.Module):
         if isinstance(self.mmdit, ControlledMMDiT):
             self.mmdit.check_pictures(count)
 
-        z = self.noise([whole("seed", seed, least=0) for seed in seeds], height, width)
+        seeds = [seed_number(f"seeds[{i}]", seed) for i, seed in enumerate(seeds)]
+        z = self.noise(seeds, height, width)
         times = self.objective.times(steps, strength=strength, grid=grid)
         # Paths that end before all is noise start there, from the noise alone.
         z = times[0].item() * z if image is None else self.noised(image, z, times[:1])

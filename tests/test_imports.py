@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Ground first. Rooms of one floor do not know each other.
 FLOORS = [
     {"errors"},
-    {"atomic", "bounds", "checks", "dtypes", "keys", "registry", "streams"},
+    {"atomic", "bounds", "checks", "devices", "dtypes", "keys", "registry", "streams"},
     {"flow", "nn", "data"},
     {"models"},
     {"text", "checkpoints"},

@@ -173,11 +173,18 @@ def test_each_prompt_has_its_picture_or_all_share_one(pipe):
         ({"image": picture(3, 8, 8), "strength": 0.5}, r"\(1, height, width, 3\)"),
         ({"height": 0}, "height=0"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": 10**9}, "steps=1000000000 must be a whole number from 1 to 10,000"),
+        ({"height": 10**9}, "height=1000000000 must be a multiple of 4"),
+        ({"width": 10**30}, r"width=10*0 must be a whole number from 1 to 2\^63 - 1"),
+        ({"num_images": 10**9}, "num_images=1000000000 .* from 1 to 10,000"),
         ({"num_images": 0}, "num_images=0"),
         ({"seeds": [1, 2]}, "2 seeds for 1 pictures"),
         ({"seeds": 5}, "5 seeds for 1 pictures: give a list"),
         *(({"seed": s}, "seed=.* must be a whole number") for s in (None, "3", 1.5, True, -1)),
-        *(({"seed": s}, "seed=.* must be a whole number") for s in (2**63, np.float64(1.0))),
+        *(({"seed": s}, "seed=.* must be a whole number") for s in (2**64, np.float64(1.0))),
+        ({"seed": 2**64}, r"must be a whole number from 0 to 2\^64 - 1$"),
+        ({"seeds": [-1]}, r"seeds\[0\]=-1 must be a whole number from 0 to 2\^64 - 1$"),
+        ({"seed": 2**64 - 3, "num_images": 4}, r"from 0 to 2\^64 - 4: seeds of 4 images"),
         *(({"height": h}, "height=.* must be a whole number") for h in ("8", 8.0, True)),
         *(({"num_images": n}, "num_images=.* must be a whole") for n in ("2", 2.0, False)),
         *(({"steps": n}, "steps=.* must be a whole number") for n in ("4", 4.5, True)),
@@ -192,6 +199,26 @@ def test_each_prompt_has_its_picture_or_all_share_one(pipe):
 def test_what_cannot_be_painted_is_refused(pipe, arguments, message):
     with pytest.raises(UserError, match=message):
         pipe("a", **arguments)
+
+
+def test_prompts_and_images_of_one_call_are_bounded_together(pipe):
+    with pytest.raises(UserError, match=r"2 prompts x num_images=9000 are 18,000 images.*10,000"):
+        pipe(["a", "b"], num_images=9000)
+
+
+def test_a_models_own_number_of_steps_is_bounded_too(pipe):
+    pipe.steps = 10**9
+    with pytest.raises(UserError, match="steps=1000000000"):
+        pipe("a")
+
+
+def test_the_last_seeds_are_used_and_differ(pipe):
+    last = 2**64 - 1
+    images = pipe("a", seed=last - 1, num_images=2, steps=1)
+    assert torch.equal(images[1], pipe("a", seed=last, steps=1)[0])
+    assert torch.equal(images[1], pipe("a", seeds=[np.uint64(last)], steps=1)[0])
+    assert torch.equal(pipe.noise([last], 8, 8), pipe.noise([2**32 - 1], 8, 8))
+    assert not torch.equal(images[0], images[1])
 
 
 def test_guidance_may_be_an_object_that_skips_layers(pipe, batches):

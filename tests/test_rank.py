@@ -357,7 +357,7 @@ def test_unequal_training_is_said(tmp_path):
         ({"table": "one.json"}, {}, "at least 2 variants, the only one is a"),
         ({"table": "empty.json"}, {}, "at least 2 variants, there is none"),
         ({}, {"resamples": 3}, "resamples=3 must be a whole number of at least 100"),
-        ({}, {"seed": -1}, "seed=-1 must be a whole number of at least 0"),
+        ({}, {"seed": -1}, "seed=-1 must be a whole number from 0 to"),
         ({}, {"report": "perhaps"}, "report=perhaps must be true or false"),
     ],
 )

@@ -21,6 +21,7 @@ from mmdit.checks import (
     expect_number,
     expect_whole,
     one_of,
+    seed_number,
 )
 from mmdit.data import captions
 from mmdit.data.buckets import Size
@@ -330,7 +331,7 @@ class Shapes:
         size, most = self.image_size, self.max_count
         expect_whole("image_size", size, 32)
         expect(size % 32 == 0, "image_size", size, "must be a multiple of 32")
-        expect_whole("seed", self.seed, 0)
+        seed_number("seed", self.seed)
         expect_whole("samples", self.samples, 1)
         expect_number("jitter", self.jitter, 0)
         expect_whole("max_count", most, 1)

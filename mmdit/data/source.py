@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmdit.checks import expect, expect_number, expect_whole, one_of
+from mmdit.checks import expect, expect_number, expect_whole, one_of, seed_number
 from mmdit.data.buckets import Buckets, Size, fit
 from mmdit.data.caption_sources import Captions, check_mix, choose
 from mmdit.data.drawing import Image
@@ -67,7 +67,7 @@ class CaptionedImages(ABC):
         one_of("split", split, SPLITS)
         one_of("crop", crop, CROPS)
         expect_whole("max_pixels", max_pixels, 1)
-        expect_whole("seed", seed, 0)
+        seed_number("seed", seed)
         if samples is not None:
             expect_whole("samples", samples, 1)
         for field, value in (

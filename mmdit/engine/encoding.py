@@ -6,6 +6,7 @@ is the same.
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions
 from mmdit.data.drawing import Image
 from mmdit.data.order import Order
+from mmdit.engine.out_of_memory import enough_memory
 from mmdit.engine.precision import Autocast
 from mmdit.flow.condition import Condition
 from mmdit.models.autoencoder import Autoencoder
@@ -114,10 +116,20 @@ def encode_each(
             samples = [promise.result() for promise in ahead]
             ahead = [pool.submit(data.whole, index) for index in following]
             images = torch.from_numpy(np.stack([image for image, _ in samples]))
-            latents = encode(autoencoder, images, autocast).cpu()
+            with memory_for("encoding", images):
+                latents = encode(autoencoder, images, autocast).cpu()
             expect_finite("the autoencoder's encoder", latents)  # they will be kept
             for index, latent, (_, captions) in zip(batch, latents, samples, strict=True):
                 yield Encoded(index, latent, captions)
+
+
+def memory_for(doing: str, images: Tensor) -> AbstractContextManager[None]:
+    """A UserError where the autoencoder has no memory for so many images (n, h, w, 3) at once."""
+    count, height, width = images.shape[:3]
+    return enough_memory(
+        f"{doing} {count} images of {width} x {height}",
+        "precision=bf16, a smaller data.image_size or autoencoder.model, or device=cpu",
+    )
 
 
 def batches_of(data: Lasting, indices: Sequence[int]) -> list[list[int]]:

@@ -17,26 +17,6 @@ def bf16_pays(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device called 'cpu', 'cuda', ..., or 'auto': cuda where there is one.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if not isinstance(name, str):
-        raise UserError(f"device={name} must be the name of a device, as cpu or cuda:1, or auto")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} is not available here: use device=cpu or auto") from error
-    if device.type == "meta":
-        raise UserError("device=meta computes nothing: use device=cpu or auto")
-    return device
-
-
 def autocast(device: torch.device, precision: str) -> Autocast:
     """Context factory for `precision`: 'bf16', 'fp32', or 'auto' (bf16 where it pays).
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mmdit.checkpoints.native import weights_hash
 from mmdit.data.cache import Cache, Samples, texts_of
 from mmdit.engine.encoding import HALF, Encoded, Lasting, encode_each, say
+from mmdit.engine.out_of_memory import enough_memory
 from mmdit.engine.precision import Autocast
 from mmdit.engine.processes import Processes
 from mmdit.engine.runs import RunFolder, config_hash
@@ -161,7 +162,8 @@ class Precomputation:
 
     def _said(self, texts: list[str]) -> dict[str, Tensor]:
         """What present encoders say, by `<encoder>.hidden` and `<encoder>.pooled`."""
-        with self.autocast():
+        what, advice = f"reading {len(texts)} captions", "precision=bf16, text_device=cpu"
+        with enough_memory(what, f"{advice} or text.use_t5=false"), self.autocast():
             encodings = say(self.text, self.text.tokenize(texts))
         expect_finite_encodings(encodings)  # they will be kept
         return {

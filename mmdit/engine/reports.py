@@ -1,5 +1,6 @@
 """What a run tells: figures into `metrics.jsonl` and a logger, evaluations, pictures."""
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from mmdit.atomic import write_atomically
 from mmdit.checkpoints.native import weights_hash
 from mmdit.engine.files import writing
 from mmdit.engine.loggers import Logger, MetricsFile, finite
+from mmdit.engine.out_of_memory import enough_memory
 from mmdit.engine.pictures import plot_losses, save_grid
 from mmdit.engine.processes import Processes
 from mmdit.engine.tasks import Task
@@ -65,16 +67,23 @@ class Reports:
         """Validation figures, EMA and raw, and images of what the average can do, if finite.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written to.
+            UserError: the disk is full or the folder cannot be written to; memory runs out.
         """
         record: dict[str, Any] = {**self.task.protocol, "step": step}
         figures: dict[str, float] = {}
+        memory = functools.partial(
+            enough_memory,
+            f"evaluating step {step}",
+            "precision=bf16, or a smaller training.validation_size or data.image_size",
+        )
         for kind, which in (("ema", averaged), ("raw", raw)):
-            measured = self.task.evaluate(which)
+            with memory():
+                measured = self.task.evaluate(which)
             record[kind] = {"weights_sha256": weights_hash(which), **finite(measured)}
             figures |= {f"{kind}/{k}": v for k, v in measured.items()}
         try:
-            images, captions = self.task.picture(averaged)
+            with memory():
+                images, captions = self.task.picture(averaged)
         except NotFinite as error:  # a model in training may get over it; the losses decide
             log.warning("step %d: no sample images: %s", step, error)
             images, captions = None, []

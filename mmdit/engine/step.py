@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmdit.engine.advice import setting, where_memory_ran_out, where_not_finite
 from mmdit.engine.loader import Part
+from mmdit.engine.out_of_memory import is_out_of_memory
 from mmdit.engine.parallel import Loss, Parallel, whole
 from mmdit.engine.processes import Processes
 from mmdit.errors import UserError
@@ -104,12 +105,6 @@ class Stepper:
             + f". The weights were not updated. {where_not_finite(self.section)}; or leave such "
             f"steps out with {setting(self.section, 'nonfinite', 'skip')}"
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of a GPU or of the CPU, raised this."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _what_needs_less(parts: Sequence[Part], section: str) -> str:

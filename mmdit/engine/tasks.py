@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmdit.checks import expect_finite, expect_number
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
-from mmdit.engine.encoding import AT_ONCE, Data, condition
+from mmdit.engine.encoding import AT_ONCE, Data, condition, memory_for
 from mmdit.engine.precision import Autocast
 from mmdit.engine.sources import Source
 from mmdit.flow.objective import Draw
@@ -161,18 +161,14 @@ class AutoencoderTask:
 
     def _measure_latents(self, module: Autoencoder, count: int = 1024) -> None:
         """Set the scale and shift of `module` from the raw latents of `count` training images."""
-        numbers = range(min(count, len(self.data)))
-        with self.autocast():
-            raw = torch.cat(
-                [
-                    module.posterior(
-                        from_pixels(self.data.square(numbers[i : i + 128])[0]).to(self.device)
-                    ).mean
-                    for i in numbers[::128]
-                ]
-            )
-        expect_finite("the autoencoder's encoder", raw)
-        module.normalize(raw.mean(), raw.std())
+        numbers, raw = range(min(count, len(self.data))), []
+        for start in numbers[::128]:
+            images = self.data.square(numbers[start : start + 128])[0]
+            with memory_for("measuring the latents of", images), self.autocast():
+                raw.append(module.posterior(from_pixels(images.to(self.device))).mean)
+        every = torch.cat(raw)
+        expect_finite("the autoencoder's encoder", every)
+        module.normalize(every.mean(), every.std())
 
 
 class Captioned(NamedTuple):
@@ -217,13 +213,11 @@ class FlowTask:
         self.module, self.source, self.validation = module, source, validation
         self.seed, self.autocast = seed, autocast
         pixels = validation.images.shape[1] * validation.images.shape[2]
-        with torch.no_grad(), autocast():
-            self._validation_latents = torch.cat(
-                [
-                    to_latents(module.autoencoder, images)
-                    for images in validation.images.split(max(1, AT_ONCE // pixels))
-                ]
-            )
+        latents = []
+        for images in validation.images.split(max(1, AT_ONCE // pixels)):
+            with memory_for("encoding", images), torch.no_grad(), autocast():
+                latents.append(to_latents(module.autoencoder, images))
+        self._validation_latents = torch.cat(latents)
         self._flops = functools.cache(
             functools.partial(module.mmdit.flops, text_length=module.text.context_length)
         )

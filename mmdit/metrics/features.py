@@ -15,6 +15,7 @@ from mmdit.checkpoints.hashes import verify_hashes
 from mmdit.checkpoints.public import load
 from mmdit.checkpoints.runs import find_weights, is_native, load_model
 from mmdit.checkpoints.sources import local, weights_of
+from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
@@ -51,13 +52,14 @@ def load_clip_features(
     Raises:
         UserError: nothing of the kind is there, it is damaged, or it is another kind of model.
     """
+    place = None if device is None else available(device)
     path = Path(source).expanduser()
     if is_native(path):
         file = find_weights(path, weights)
         pair = load_model(file)
         if not isinstance(pair, CLIPPair):
             raise UserError(f"{file} holds a {type(pair).__name__}, not a CLIPPair")
-        return pair.to(dtype=dtype, device=device)
+        return pair.to(dtype=dtype, device=place)
     archive, folder = weights_of(local(source, []), "clip_image", allow_pickle=allow_pickle)
     if verify:
         verify_hashes(archive.paths)
@@ -68,7 +70,7 @@ def load_clip_features(
     pair = CLIPPair(text=TextEncoder(tokenizer=words, model=text), image=image)
     if "logit_scale" in archive.infos:
         pair.logit_scale.data = archive["logit_scale"].float().reshape(())
-    return pair.eval().to(device=device)
+    return pair.eval().to(device=place)
 
 
 def towers(

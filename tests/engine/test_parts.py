@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mmdit.devices import available
 from mmdit.engine.pictures import LOSSES, Curves, grid_image, plot, plot_losses, ticks
-from mmdit.engine.precision import autocast, chosen_device
+from mmdit.engine.precision import autocast
 from mmdit.errors import UserError
 
 
@@ -25,7 +26,7 @@ def test_precision_is_what_was_asked_for() -> None:
     with pytest.raises(UserError, match="fp8"):
         autocast(torch.device("cpu"), "fp8")
     with pytest.raises(UserError, match="device=nowhere"):
-        chosen_device("nowhere")
+        available("nowhere")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (3, 3), (-0.2, 1234.5), (1e-6, 2e-6)])

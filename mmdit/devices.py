@@ -1,0 +1,29 @@
+"""Where things are computed."""
+
+import torch
+
+from mmdit.errors import UserError
+
+
+def available(device: torch.device | str) -> torch.device:
+    """The device called 'cpu', 'cuda', 'cuda:1', ..., or 'auto': cuda where there is one.
+
+    Raises:
+        UserError: there is no such device here, or it computes nothing.
+    """
+    if not isinstance(device, torch.device | str):
+        raise UserError(f"device={device} must be the name of a device, as cpu or cuda:1, or auto")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"device={device} is not available here: use device=cpu or auto (torch "
+            f"{torch.__version__} sees {count or 'no'} CUDA device{'s' * (count != 1)})"
+        ) from error
+    if found.type == "meta":
+        raise UserError("device=meta computes nothing: use device=cpu or auto")
+    return found
