@@ -589,7 +589,7 @@ def test_what_a_file_system_says_while_a_node_is_built_names_its_key(tmp_path: P
 def test_output_that_nobody_reads_ends_quietly(folder: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    for words in (["--cfg", "job"], ["training.root=1"]):
+    for words in (["--cfg", "job"], ["--help"]):
         ended = subprocess.run(
             [sys.executable, "app.py", "imports=[targets]", *words],
             cwd=folder,
