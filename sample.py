@@ -32,6 +32,7 @@ from mmdit.devices import available
 from mmdit.engine.files import NumberedFiles
 from mmdit.engine.pictures import LARGEST_GRID, Thumbnails, png
 from mmdit.engine.precision import autocast, chosen_dtype
+from mmdit.engine.status import mend
 from mmdit.errors import UserError
 from mmdit.registry import describe
 from mmdit.text.conditioning import ENCODERS
@@ -183,6 +184,7 @@ def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
     holds_none = path.is_dir() and not any(path.rglob("*.safetensors"))
     if checkpoint and not mmdit.is_native(path) and not holds_none:
         return checkpoint
+    mend(path)
     return find_weights(path, config.weights)  # which says what a folder without weights lacks
 
 

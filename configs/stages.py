@@ -33,6 +33,7 @@ from mmdit.engine.precision import Autocast
 from mmdit.engine.runs import RunFolder, config_hash
 from mmdit.engine.schedules import WarmupConstant
 from mmdit.engine.sources import FromCache, Source
+from mmdit.engine.status import mend
 from mmdit.engine.tasks import AutoencoderTask, Task
 from mmdit.errors import UserError, first_line
 from mmdit.metrics.scores import PROTOCOL
@@ -104,6 +105,7 @@ def find_or_train(
     trained = trained_in(path, stage)
     if trained is not None:
         log.info("reusing the %s of %s", stage, path)
+        mend(path)
     else:
         run = RunFolder(path, wait=True)
         trained = trained_in(path, stage)  # by the process that was waited for

@@ -23,6 +23,7 @@ from mmdit.data.captions import Scene, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.devices import available
 from mmdit.engine.precision import autocast, chosen_dtype
+from mmdit.engine.status import mend
 from mmdit.errors import UserError
 from mmdit.metrics.compositional import judge
 from mmdit.metrics.distances import clip_score
@@ -61,6 +62,7 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
     device = available(config.device)
     native = is_run(given)
     if native:
+        mend(Path(given).expanduser())
         source = find_weights(Path(given).expanduser(), config.weights)
         pipe = mmdit.load_pipeline(source, device=device, **used)
         pipe.autocast = autocast(device, config.precision)

@@ -11,12 +11,14 @@ from mmdit.engine.saving import Saver
 from mmdit.registry import describe
 
 
-def write_checkpoint(run: Path, step: int, modules: Mapping[str, nn.Module]) -> None:
-    """A finished run's only checkpoint, of modules by their groups: 'raw', 'ema'."""
+def write_checkpoint(
+    run: Path, step: int, modules: Mapping[str, nn.Module], *, finished: bool = True
+) -> None:
+    """A run's only checkpoint, of modules by their groups: 'raw', 'ema'."""
     with Saver(run, Processes(), keep=Retention(last=1), config={}) as saver:
         saver.save(
             step=step,
-            finished=True,
+            finished=finished,
             tensors={name: module.state_dict() for name, module in modules.items()},
             descriptions={name: describe(module) for name, module in modules.items()},
             figures={},

@@ -64,7 +64,7 @@ def finish(folder: Path, name: str, *words: str) -> Path:
 def test_each_signal_saves_marks_and_tells_how_to_go_on(folder: Path) -> None:
     stopped = folder / "runs" / "stopped"
     step = 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         process = start(folder, "run=runs/stopped", "resume=auto")
         wait_for_step(process, stopped, step + 3)
         process.send_signal(number)

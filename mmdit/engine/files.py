@@ -23,6 +23,14 @@ def make_empty(folder: Path, names: Iterable[str]) -> None:
         (folder / name).mkdir(parents=True)
 
 
+def remove(path: Path) -> None:
+    """A folder with all that it holds; of a link, which may lead to another disk, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def unused(path: Path) -> Path:
     """`path`, or it with a number in front of its last suffix where it is taken."""
     numbered = (path.with_suffix(f".{number}{path.suffix}") for number in count(2))

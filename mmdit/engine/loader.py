@@ -192,5 +192,5 @@ def told_of_death(error: Exception) -> bool:
 
 def _start_worker(_: int) -> None:
     """Signals are for the main process, which ends its workers when it ends."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -147,7 +147,7 @@ def train(
         config: plain config, which checkpoints keep.
 
     Raises:
-        Interrupted: SIGINT, SIGTERM or SIGUSR1; the step was finished and saved.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP; the step was finished and saved.
         UserError: the loss or the gradient is not finite. The last good checkpoint stays.
     """
     module, device = task.module, next(task.module.parameters()).device

@@ -95,7 +95,7 @@ class Precomputation:
         """Make the shards that are missing.
 
         Raises:
-            Unfinished: SIGINT, SIGTERM or SIGUSR1.
+            Unfinished: SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
             UserError: a picture has changed, a shard is damaged, or the disk is full or cannot be
                 written.
         """

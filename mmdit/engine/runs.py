@@ -18,6 +18,7 @@ from mmdit.checkpoints.runs import Checkpoint, checkpoints_in, read_manifest, ru
 from mmdit.engine.lengthening import before_its_end, how_to_lengthen
 from mmdit.engine.processes import Processes
 from mmdit.engine.signals import Interrupted
+from mmdit.engine.status import LOCK, state_of, tidy, write_status
 from mmdit.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class RunFolder:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a+")
+            self._lock = (path / LOCK).open("a+")
         except OSError as error:
             raise UserError(
                 f"run folder {path} cannot be written ({error.strerror}): choose another with "
@@ -89,6 +90,7 @@ class RunFolder:
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
         HELD.add(self)
+        tidy(path)
 
     def _wait(self, lock: IO[str]) -> None:
         """Return when no other process holds the folder."""
@@ -113,8 +115,8 @@ class RunFolder:
     def marked(self, step: int) -> Iterator[dict[str, Any]]:
         """Keep `status.json` while training runs from `step` on.
 
-        Its state is RUNNING, then FINISHED, PREEMPTED (a signal, after which all was saved) or
-        FAILED; after a kill -9 it still says RUNNING. What is put into the dictionary is kept, too.
+        What is put into the dictionary is kept, too. After a kill -9 it says RUNNING until somebody
+        looks: see `mmdit.engine.status`.
         """
         facts: dict[str, Any] = {}
         self._mark("RUNNING", step=step)
@@ -131,11 +133,7 @@ class RunFolder:
 
     def _mark(self, state: str, **facts: Any) -> None:
         if self._lock is not None:
-            content = json.dumps({"state": state, "process": os.getpid(), **facts}, indent=1)
-            try:
-                write_atomically(self.path / "status.json", content.encode())
-            except OSError as error:  # a full disk must not hide what happened
-                log.warning("status.json could not be written: %s", error)
+            write_status(self.path, state, **facts)
 
     def keep_command(self, again: str) -> None:
         """Keep in `command.txt` the command line that goes on with this run."""
@@ -163,6 +161,12 @@ def _leave_to_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def told_of(run: Path) -> str:
+    """A run in a list: its folder, and how it stands where that is known."""
+    state = state_of(run)
+    return f"{run} ({state})" if state else str(run)
 
 
 def numbered_runs(root: Path, name: str) -> list[Path]:
@@ -277,7 +281,7 @@ def open_run(
     else:
         path = Path(resume)
         if not (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
-            runs = [str(run) for run in runs_in(root)]
+            runs = [told_of(run) for run in runs_in(root)]
             listed = ", ".join(runs[:10]) + (f" and {len(runs) - 10} more" if runs[10:] else "")
             raise UserError(
                 f"resume={resume}: there is no run in that folder (no config.json, no checkpoints);"

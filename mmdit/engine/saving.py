@@ -29,10 +29,11 @@ from mmdit.checkpoints.runs import (
     sealed,
     step_folders,
 )
-from mmdit.engine.files import await_file, gigabytes, go_on, make_empty, sizes, unused
+from mmdit.engine.files import await_file, gigabytes, go_on, make_empty, remove, sizes, unused
 from mmdit.engine.processes import A_DAY, Processes
 from mmdit.engine.provenance import code_version
 from mmdit.engine.retention import Retention
+from mmdit.engine.status import remove_unfinished
 from mmdit.errors import UserError
 
 T = TypeVar("T")
@@ -212,9 +213,7 @@ class Saver:
 
     def _sweep(self) -> None:
         """Remove what killed processes left unfinished."""
-        for path in self.run.glob("checkpoints/*.tmp"):
-            log.info("removing %s, which was not finished", path)
-            remove(path)
+        remove_unfinished(self.run)
 
     def _find(self) -> Checkpoint | None:
         faults: dict[Path, str] = {}
@@ -324,14 +323,6 @@ class Saver:
             f"space (old runs; of this one, keep={self.keep.last} checkpoints stay) and "
             f"{go_on(self.run)}; or move {self.run} to another disk first, and leave a link to it"
         )
-
-
-def remove(path: Path) -> None:
-    """A folder with all that it holds; of a link, which may lead to another disk, the link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:

@@ -22,24 +22,30 @@ class Interrupted(Exception):
 class Signals:
     """Turns signals that ask for an end into a wish that the loop looks at after each step.
 
-    SIGUSR1 is how batch systems announce that they will stop a job (sbatch --signal=USR1@120). A
-    second signal of the same kind does what it did before: it ends the process at once.
+    SIGUSR1 is how batch systems announce that they will stop a job (sbatch --signal=USR1@120), and
+    SIGHUP is what a closed terminal sends; where it is ignored, as under nohup, it stays so. A
+    second signal of the same kind does what it did before: it ends the process at once; but a
+    closed terminal may send several. SIGQUIT (Ctrl-\\) always ends it at once, unsaved.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __enter__(self) -> Self:
         self.received: int | None = None
-        self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        wanted = [number for number in self.NUMBERS if number not in kept]
+        self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self._before[signal.Signals(number)])
+        hangup = number == signal.SIGHUP
+        signal.signal(number, signal.SIG_IGN if hangup else self._before[signal.Signals(number)])
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if self.received != number or number != signal.SIGHUP:
+                signal.signal(number, handler)
 
     def flags(self) -> list[float]:
         """1 for the signal received, 0 for the others."""
@@ -47,7 +53,7 @@ class Signals:
 
     def agreed(self, flags: Sequence[float]) -> int | None:
         """Of the sums of all processes' flags: a signal that any of them received."""
-        counts = zip(self.NUMBERS, flags, strict=True)
+        counts = zip(self.NUMBERS, flags, strict=False)
         return next((int(number) for number, count in counts if count), None)
 
 

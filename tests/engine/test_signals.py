@@ -22,10 +22,35 @@ def test_a_signal_is_a_wish_once(number):
     assert signal.getsignal(number) == before
 
 
+def test_a_closed_terminal_is_a_wish_however_often_it_says_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Signals() as signals:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+        os.kill(os.getpid(), signal.SIGHUP)  # while all is closed
+        with Signals() as signals:
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_one_process_received_holds_for_all():
     none = Signals()
-    assert none.agreed([0.0, 2.0, 0.0]) == signal.SIGTERM
-    assert none.agreed([0.0, 0.0, 0.0]) is None
+    assert none.agreed([0.0, 2.0, 0.0, 0.0]) == signal.SIGTERM
+    assert none.agreed([0.0] * 4) is None
 
 
 def test_a_step_that_hangs_ends_with_its_stack():
