@@ -42,7 +42,7 @@ from mmdit.engine.formulation import report_formulation
 from mmdit.engine.loader import share
 from mmdit.engine.loggers import Logger, NoLogger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, take_frozen, train
-from mmdit.engine.precision import autocast, chosen_dtype
+from mmdit.engine.precision import autocast, chosen_dtype, reason
 from mmdit.engine.precompute import Unfinished
 from mmdit.engine.processes import Processes, join, leave, own_device
 from mmdit.engine.runs import check_name, open_together
@@ -65,6 +65,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
     check_variant(config.variant, plain["objective"])
     device = own_device(available(config.device))
     precision = autocast(device, config.precision)
+    dtype = chosen_dtype(device, config.precision)
+    plain["computed"] = "bf16" if dtype == torch.bfloat16 else "fp32"
     settings = Settings.of(config.training, "training")
     seed_of(config)
     whole(config, "image_size")
@@ -98,7 +100,6 @@ def job(config: DictConfig, _: Verbatim) -> None:
     recompute(pipeline, config.activation_checkpointing)
     if config.compile:
         pipeline.mmdit.compile()
-    dtype = chosen_dtype(device, config.precision)
     parallel.place(pipeline, ema.module, device=device, dtype=dtype)
     optimizer = instantiate(config.optimizer)(pipeline)
     posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
@@ -155,6 +156,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         log.info("%s is finished: it has made training.steps=%d", run.path, settings.steps)
         leave()
         return
+    log.info("computing in %s", reason(device, config.precision))
     again = how_to_resume(None if label else run.path, sys.argv[1:])
     run.keep_command(again)
     with closing(processes, logger, again):

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # What may differ between a run and its continuation: where and how often, ...
 FREE = (
     *("run", "runs", "resume", "logger", "device", "compile", "parallel"),
-    "activation_checkpointing",
+    *("activation_checkpointing", "computed"),
     *(f"latents.{key}" for key in ("folder", "root", "shard_size", "threads", "verify")),
     *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
     *("sampling", "text_device"),
@@ -333,6 +333,9 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
     if latest is not None:
         before = _config_of(folder.path, [latest])
         free = (*may_differ, *before_its_end(before, config, latest.step))
+        was, here = _computed(before), _computed(config)
+        if was == here:
+            free = (*free, "precision")  # asked for, or chosen by auto: the same
         changed = _differences(before, config, free)
         if changed:
             folder.close()
@@ -343,10 +346,23 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
                 "new run without resume= (a sweep: under another name=)"
                 + how_to_lengthen(before, config, folder.path, checkpoints_in(folder.path))
             )
-        for change in _differences(before, config, FREE):
+        for change in _differences(before, config, (*FREE, "precision")):
             log.info("going on with another value: %s", change)
+        if None not in (was, here) and was != here:
+            log.warning(
+                "%s was computed in %s up to here and is in %s from now on, because precision=auto "
+                "means that on this machine; to keep it, give precision=%s",
+                *(folder.path, was, here, was),
+            )
     write_atomically(folder.path / "config.json", json.dumps(config, indent=1).encode())
     return folder
+
+
+def _computed(config: Mapping[str, Any]) -> str | None:
+    """bf16 or fp32, in which a run computes; None where an older one does not tell."""
+    precision = config.get("precision")
+    told = config.get("computed") or (precision if precision != "auto" else None)
+    return None if told is None else str(told)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -275,3 +275,33 @@ def test_how_to_resume() -> None:
     assert told == """python train.py seed=0 'resume="runs/sw/seed=0,1"'"""
     sweep = ["-m", "seed=0,1", "run=x"]
     assert how_to_resume(None, sweep) == "python train.py -m seed=0,1 run=x"
+
+
+@pytest.mark.parametrize("asked", ["auto", "bf16"])
+def test_a_run_goes_on_in_another_precision_only_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, asked: str
+) -> None:
+    began = {**CONFIG, "precision": "auto", "computed": "bf16"}
+    save(tmp_path / "a-001", 4, began)
+    caplog.set_level(logging.INFO, "mmdit")
+    caplog.clear()
+    assert opened(tmp_path, config={**began, "precision": asked}).name == "a-001"
+    assert not caplog.records
+    # precision=auto on a machine without bf16
+    assert opened(tmp_path, config={**began, "computed": "fp32"}).name == "a-001"
+    assert re.search(
+        r"a-001 was computed in bf16 up to here and is in fp32 from now on.*precision=bf16$",
+        caplog.text.strip(),
+    )
+    with pytest.raises(UserError, match="precision was 'auto', now 'fp32'"):
+        opened(tmp_path, config={**began, "precision": "fp32", "computed": "fp32"})
+
+
+def test_a_run_that_does_not_tell_its_precision_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "a-001", 4, {**CONFIG, "precision": "auto"})
+    caplog.clear()
+    now = {**CONFIG, "precision": "auto", "computed": "fp32"}
+    assert opened(tmp_path, config=now).name == "a-001"
+    assert not caplog.records
