@@ -181,7 +181,8 @@ def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
             f"there is no finished run in {config.runs}/: train one with `python train.py`, "
             "or give checkpoint=<run folder, file or hub id>"
         )
-    holds_none = path.is_dir() and not any(path.rglob("*.safetensors"))
+    looked_for = ("*.safetensors", "adapter_config.json")  # of a LoRA, which is named as such
+    holds_none = path.is_dir() and not any(any(path.rglob(name)) for name in looked_for)
     if checkpoint and not mmdit.is_native(path) and not holds_none:
         return checkpoint
     mend(path)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mmdit.checkpoints import runs
-from mmdit.checkpoints.archive import open_file
+from mmdit.checkpoints.archive import open_file, split_part
 from mmdit.checkpoints.public import find, own_description
 from mmdit.checkpoints.runs import is_native
 from mmdit.checkpoints.sources import load_model, local
@@ -74,7 +74,8 @@ def load_pipeline(
         source: a run folder of this project, one of its checkpoint folders, or a file exported from
             one;
             a single file or a folder of public weights; a hub id; or the name of a preset, like
-            'sd3.5-medium'.
+            'sd3.5-medium'. Of a file that holds a model several times, or of a pickle of several
+            state dicts, 'file.pt:ema' is what stands under that prefix or name.
         weights: 'ema' or 'raw', where `source` is a run.
         dtype: of the weights; None keeps the file's.
         device: where it goes, as 'cuda' or 'auto'; None is the CPU.
@@ -227,7 +228,7 @@ def _encoders_of_run(
 def _only_clip(source: str | Path) -> str:
     path = local(source, ["text_encoder", "text_encoder_2"])
     both = path.is_dir() and (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir()
-    if path.is_file() and path.suffix == ".safetensors":
+    if split_part(path)[0].suffix == ".safetensors":
         archive = open_file(path)
         matches = {kind: find(archive, kind) for kind in ("clip_l", "clip_g")}
         prefixed = [kind for kind, match in matches.items() if match and match.prefix]

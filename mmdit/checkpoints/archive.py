@@ -3,6 +3,7 @@
 A tensor is a view of the memory-mapped file. Nothing is copied until somebody converts it.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -12,9 +13,9 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,7 @@ from mmdit.errors import UserError, first_line
 log = logging.getLogger("mmdit.checkpoints")
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+DEEPEST_PART = 4  # dicts in dicts of a pickle, as {"ema": {"state_dict": {"key": tensor}}}
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 NAMES = {
     torch.float16: "F16",
@@ -63,7 +65,11 @@ class Archive:
         infos: shape and dtype of every tensor.
         metadata: text entries of the headers.
         name: of the file, or of the folder of the shards, for messages.
+        parts: names of the nested dicts, of a pickle that holds several; its keys begin with them.
     """
+
+    parts: tuple[str, ...] = ()
+    root = ""  # what of every key in the file is not in `infos`
 
     def __init__(self, paths: Sequence[Path], name: Path | None = None) -> None:
         self.name = paths[0] if name is None else name
@@ -86,8 +92,31 @@ class Archive:
             self._place |= dict.fromkeys(infos, opened)
 
     def __getitem__(self, key: str) -> Tensor:
-        tensor: Tensor = self._place[key].get_tensor(key)
+        tensor: Tensor = self._place[self.root + key].get_tensor(self.root + key)
         return tensor
+
+    def part(self, name: str) -> Self:
+        """What stands under a prefix, as `ema` or `module.model`, or in a nested dict of the name.
+
+        Raises:
+            UserError: nothing does.
+        """
+        prefix = f"{name}."
+        part = copy.copy(self)
+        part.infos = {
+            key.removeprefix(prefix): info
+            for key, info in self.infos.items()
+            if key.startswith(prefix)
+        }
+        if not part.infos:
+            first = list(dict.fromkeys(key.partition(".")[0] for key in self.infos))
+            raise UserError(
+                f"{self.name} has nothing under {name!r}: its keys begin with "
+                f"{', '.join(first[:10])}{', ...' if len(first) > 10 else ''}"
+            )
+        part.root, part.parts = self.root + prefix, ()
+        part.name = Path(f"{self.name}:{name}")
+        return part
 
 
 class PickleArchive(Archive):
@@ -110,16 +139,26 @@ class PickleArchive(Archive):
             raise UserError(
                 f"{path} cannot be read as a pickled state dict of tensors ({first_line(error)})"
             ) from None
-        content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+        content = content if isinstance(content, Mapping) else {}
+        inner = content.get("state_dict")
+        beside = flattened({k: v for k, v in content.items() if k != "state_dict"})
+        if isinstance(inner, Mapping) and not any(isinstance(v, Tensor) for _, v in beside):
+            content = inner
+        values = dict(flattened(content))
         tensors = {
-            str(key): value
-            for key, value in content.items()
+            key: value
+            for key, value in values.items()
             if isinstance(value, Tensor) and value.layout == torch.strided
         }
         if not tensors:
             raise UserError(f"{path} holds no state dict of tensors")
-        if others := [str(key) for key in content if str(key) not in tensors]:
+        if others := [key for key in values if key not in tensors]:
             log.warning("%s: left out, being no tensors: %s", path, ", ".join(others[:10]))
+        self.parts = tuple(
+            str(name)
+            for name, value in content.items()
+            if isinstance(value, Mapping) and any(key.startswith(f"{name}.") for key in tensors)
+        )
         if len(tensors) > MOST_TENSORS:
             raise UserError(f"{path} holds {_too_many()}")
         for key, value in tensors.items():
@@ -131,7 +170,26 @@ class PickleArchive(Archive):
         }
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._place[key]
+        return self._place[self.root + key]
+
+
+def flattened(
+    content: Mapping[Any, object], depth: int = DEEPEST_PART
+) -> Iterator[tuple[str, object]]:
+    """The values of nested dicts, under their names joined by dots; not below `depth`."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and depth > 1:
+            yield from ((f"{key}.{name}", v) for name, v in flattened(value, depth - 1))
+        else:
+            yield str(key), value
+
+
+def split_part(path: Path) -> tuple[Path, str]:
+    """A file and the part of it that is asked for, as in `file.pt:ema`; '' for all of it."""
+    name, colon, part = str(path).rpartition(":")
+    if colon and not path.exists() and Path(name).is_file():
+        return Path(name), part
+    return path, ""
 
 
 def _too_many() -> str:
@@ -170,12 +228,15 @@ def _count_opcodes(path: Path, file: IO[bytes]) -> None:
 
 
 def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
-    """The tensors of one file.
+    """The tensors of one file, or of a part of it (`file.pt:ema`).
 
     Raises:
         UserError: there is no such file; it is no safetensors file, is cut off, or is a pickle and
             `allow_pickle` is not set.
     """
+    path, part = split_part(path)
+    if part:
+        return open_file(path, allow_pickle=allow_pickle).part(part)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     if path.suffix.lower() in PICKLES:
@@ -248,7 +309,8 @@ def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
     if size >= needed:
         try:
             header = parse_json(text)
-            metadata = {k: str(v) for k, v in header.pop("__metadata__", {}).items()}
+            stated = header.pop("__metadata__", None)
+            metadata = {} if stated is None else {k: str(v) for k, v in stated.items()}
             infos = {k: Info(tuple(v["shape"]), str(v["dtype"])) for k, v in header.items()}
             needed += max((v["data_offsets"][1] for v in header.values()), default=0)
             if len(metadata) > MOST_ENTRIES:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from mmdit.checkpoints.archive import Archive, Info
+from mmdit.checkpoints.formats import ADAPTERS, FORMATS, WRAPPERS
 from mmdit.checkpoints.tables import Slot
 
 NAMES = {
@@ -33,18 +34,33 @@ UNET = r"^(model\.diffusion_model\.)?(input_blocks|output_blocks|middle_block)\.
 FLUX = r"^(model\.diffusion_model\.)?(double_blocks|single_blocks|single_transformer_blocks)\."
 CODES = "absmax|quant_map|quant_state|qweight|qzeros|SCB|comfy_quant"
 SCALES = "scale_(weight|input)|(weight|input)_scale"
+# PEFT's own names of base weights that lie beside adapters, and of layers that it replaced.
+UNMERGED = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")
+UNMERGED_MEANS = (
+    "a model of PEFT whose adapters are not merged: only base weights are loaded here, so that it "
+    "must be merged with merge_and_unload() and saved again, or the base model given instead"
+)
 TRACES = [
+    Trace(UNMERGED.pattern, UNMERGED_MEANS),
     Trace(
-        r"lora_|\.lora\.|\.(lokr|hada)_|\.dora_scale$",
-        "a LoRA or another adapter, which changes a model and is none",
+        ADAPTERS.pattern,
+        "a LoRA or another adapter, which changes a model and is not one: only base weights are "
+        "loaded here",
     ),
     Trace(
         rf"\.({CODES}|{SCALES})\b|(^|\.)scaled_fp8$",
         "a quantized model, whose weights are codes: use the fp16, bf16 or plain fp8 file",
     ),
     Trace(
-        r"(^|\.)exp_avg(_sq)?(\.|$)|^optimizer\.", "the state of an optimizer, which is no model"
+        r"(^|\.)(exp_avg(_sq)?|momentum_buffer|max_exp_avg_sq)(\.|$)|^optimizer\.",
+        "the state of an optimizer, which is not a model",
     ),
+    Trace(
+        r"^(emb_params|string_to_(param|token)(\..*)?|<[^<>]+>|clip_[lgh]|t5xxl)$",
+        "the embedding of a word (textual inversion), which is not a model",
+    ),
+    Trace(r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which changes a model and is not one"),
+    Trace(r"^(taesd_)?(encoder|decoder)\.layers\.\d+\.", "a tiny autoencoder for previews (TAESD)"),
     Trace(r"^conditioner\.embedders\.", "Stable Diffusion XL, which is another architecture"),
     Trace(
         rf"{UNET}|^(down|mid|up)_blocks?\.|^control_model\.",
@@ -94,8 +110,8 @@ TRACES = [
         ("autoencoder diffusers",),
     ),
 ]
-# Attributes of training wrappers, which stand before every key of what they wrap.
-WRAPPERS = ("module.", "_orig_mod.", "model.", "transformer.", "diffusion_model.", "ema.")
+PUBLISHED = tuple(prefix for format in FORMATS for prefix in format.prefixes if prefix)
+WRAPPED = re.compile(rf"^((?:{'|'.join(WRAPPERS)})\.)+")
 
 BLOCK = re.compile(r"(?:blocks?|layers|down|up)\.(\d+)\.")
 # What the text stream of every block has, but for that of the last one.
@@ -123,20 +139,49 @@ def explain_stranger(archive: Archive, kind: str) -> str:
     what = f"{archive.name} holds no {NAMES[kind]}"
     if not keys:
         return f"{what}: it holds no tensors at all"
-    if found := recognize(keys):
-        which = {"clip_l": "clip_g", "clip_g": "clip_l"}.get(kind)
-        tower = found == "a CLIP text tower" and which is not None
-        hint = f" (by its width, the other one of SD3's two: which={which!r})" if tower else ""
-        return f"{what}; what it holds is {found}{hint}"
-    wrapper = ""
-    while more := next((w for w in WRAPPERS if all(k.startswith(wrapper + w) for k in keys)), ""):
-        wrapper += more
-        if found := recognize(key.removeprefix(wrapper) for key in keys):
-            return (
-                f"{what} under a known name: all keys begin with {wrapper!r}, as training wrappers "
-                f"leave them; without it, it would be {found}. Strip that prefix and save again"
-            )
+    if archive.parts:
+        held = "; ".join(f"{part!r} holds {_held(keys, part)}" for part in archive.parts)
+        return f"{what}; of its parts, {held}"
+    if elsewhere := _elsewhere(keys, kind):
+        named = ", ".join(f"{prefix!r}" for prefix in elsewhere)
+        return (
+            f"{what} under a known name, but keys like its own stand under {named}: to read those, "
+            f"give {archive.name}:{elsewhere[0].removesuffix('.')}"
+        )
+    bare = [WRAPPED.sub("", key) for key in keys]
+    if found := recognize(keys) or recognize(bare):
+        return f"{what}; what it holds is {found}{_other_tower(kind, found)}{_besides(keys)}"
     return f"{what}, nor anything known; its keys begin with {', '.join(sorted(keys)[:5])}"
+
+
+def _held(keys: Sequence[str], part: str) -> str:
+    """What stands in a nested dict of a pickle."""
+    below = [key.removeprefix(f"{part}.") for key in keys if key.startswith(f"{part}.")]
+    return recognize(below) or f"keys like {min(below)}"
+
+
+def _elsewhere(keys: Sequence[str], kind: str) -> list[str]:
+    """Prefixes of a kind's keys that are neither published nor those of known wrappers."""
+    marks = "|".join(format.mark for format in FORMATS if format.kind == kind)
+    pattern = re.compile(rf"((?:[^.]+\.)+?)(?:{marks})")
+    plain = [key for key in keys if not ADAPTERS.search(key)]
+    found = {match[1] for key in plain if (match := pattern.match(key))}
+    return sorted(found - set(PUBLISHED))[:5]
+
+
+def _other_tower(kind: str, found: str) -> str:
+    which = {"clip_l": "clip_g", "clip_g": "clip_l"}.get(kind)
+    if which is None or found != "a CLIP text tower":
+        return ""
+    return f" (by its width, the other one of SD3's two: which={which!r})"
+
+
+def _besides(keys: Sequence[str]) -> str:
+    """In a file whose models have their prefixes: what stands under no known one."""
+    unknown = sorted(key for key in keys if not key.startswith(PUBLISHED))
+    if not unknown or len(unknown) == len(keys):
+        return ""
+    return f"; besides, it holds {len(unknown)} tensors of something unknown, as {unknown[0]}"
 
 
 def recognize(keys: Iterable[str], own: str = "") -> str | None:

@@ -9,22 +9,24 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmdit.bounds import parse_json
 from mmdit.checkpoints.archive import Archive, Info
 from mmdit.checkpoints.building import build_on_meta
 from mmdit.checkpoints.diagnosis import (
     NAMES,
+    UNMERGED,
+    UNMERGED_MEANS,
     Faults,
     explain_faults,
     explain_infinite,
     explain_stranger,
 )
 from mmdit.checkpoints.formats import FORMATS, Description, Format
+from mmdit.checkpoints.matches import ENTRY, Match, find, own_description
 from mmdit.checkpoints.tables import Slot, correspondence
 from mmdit.checkpoints.values import computed_in, is_finite, not_finite, same
 from mmdit.dtypes import at_least_float32
@@ -40,56 +42,7 @@ from mmdit.registry import describe
 log = logging.getLogger("mmdit.checkpoints")
 
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
-ENTRY = "mmdit.descriptions"  # of the header's metadata, in the files we write
 AT_ONCE = 1 << 30  # bytes whose values are looked at without being asked to: a tenth of a second
-PREFIXES = {prefix for format in FORMATS for prefix in format.prefixes if prefix}
-# Scalars that trainers leave beside the text encoders, and nothing reads.
-STRAY = re.compile(r"text_encoders\.\w+\.logit_scale")
-
-
-class Match(NamedTuple):
-    """A model found in an archive."""
-
-    archive: Archive
-    format: Format
-    prefix: str
-
-    def infos(self) -> dict[str, Info]:
-        """What stands under the prefix, the prefix stripped.
-
-        Keys under no known prefix belong to no model; they are in here too, to be reported, under
-        names that stand for none of its tensors.
-        """
-        others = tuple(PREFIXES - {self.prefix})
-        return {
-            key.removeprefix(self.prefix)
-            if key.startswith(self.prefix)
-            else f"{key} (not under {self.prefix})": info
-            for key, info in self.archive.infos.items()
-            if not (self.prefix and key.startswith(others)) and not STRAY.fullmatch(key)
-        }
-
-    def tensor(self, key: str) -> Tensor:
-        return self.archive[self.prefix + key]
-
-
-def find(archive: Archive, kind: str, *, layout: str | None = None) -> Match | None:
-    """Where a model of this kind stands in the archive, if it does.
-
-    Args:
-        layout: which to prefer where the keys of both are the same; None is 'original', but for a
-            whole CLIP, which has but one.
-    """
-    if layout is None and any(key.startswith("vision_model.") for key in archive.infos):
-        layout = "diffusers"
-    formats = [format for format in FORMATS if format.kind == kind]
-    for format in sorted(formats, key=lambda format: format.layout != (layout or "original")):
-        prefix = format.prefix_in(archive.infos)
-        if prefix is not None:
-            placed = layout or prefix or own_description(archive, kind)
-            if placed or not format.another(archive.infos):
-                return Match(archive, format, prefix)
-    return None
 
 
 def load(
@@ -121,6 +74,15 @@ def load(
     match = find(archive, kind, layout=layout)
     if match is None:
         raise UserError(explain_stranger(archive, kind))
+    refuse_unmerged(match)
+    if match.wrapper:
+        log.warning(
+            "%s: the %s is read from under %r%s",
+            archive.name,
+            NAMES[kind],
+            match.prefix,
+            f"; the file has these parts: {', '.join(archive.parts)}" if archive.parts else "",
+        )
     infos, hints = without_identity(match), hints or {}
     own = own_description(archive, kind)
     stored = {
@@ -140,12 +102,13 @@ def load(
     return module.eval()
 
 
-def own_description(archive: Archive, kind: str) -> Description:
-    """What a file of ours tells of a model beyond its shapes; empty for a file of others."""
-    try:
-        return dict(parse_json(archive.metadata.get(ENTRY, "{}").encode()).get(kind, {}))
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{archive.name}: its header's entry {ENTRY} is damaged") from None
+def refuse_unmerged(match: Match) -> None:
+    """Refuse base weights that lie beside adapters, as PEFT saves them before they are merged."""
+    if unmerged := [key for key in match.infos() if UNMERGED.search(key)]:
+        raise UserError(
+            f"{match.archive.name}: its {NAMES[match.format.kind]} is {UNMERGED_MEANS} "
+            f"({len(unmerged)} such keys: {', '.join(unmerged[:3])}, ...). Nothing was loaded"
+        )
 
 
 def load_into(

@@ -14,9 +14,10 @@ from mmdit.checkpoints.archive import (
     Archive,
     open_file,
     open_shards,
+    split_part,
 )
-from mmdit.checkpoints.diagnosis import NAMES
-from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config
+from mmdit.checkpoints.diagnosis import NAMES, recognize
+from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config, read_json
 from mmdit.checkpoints.hashes import verify_hashes
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
@@ -29,6 +30,7 @@ HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>refs/pr/\d+|\w[\w.-]*))?"
     r"(/(?P<file>(\w[\w.-]*/)*\w[\w.-]*\.safetensors))?"
 )
+ADAPTER_CONFIG = "adapter_config.json"
 # Names of the encoders' own files, beside the single files of the hub's repositories.
 STANDALONE = {
     "clip_l": ("clip_l.safetensors",),
@@ -50,7 +52,8 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
 
     Args:
         source: a path; the name of a preset; or `owner/name` on the hub, with `@revision` (branch,
-            tag or commit) and `/path/in/it.safetensors` behind it where wanted.
+            tag or commit) and `/path/in/it.safetensors` behind it where wanted. Behind a file,
+            `:ema` chooses what stands under that prefix, or in a pickle's nested dict of that name.
         folders: of a repository in diffusers' layout. Of one that holds a single model, its weights
             are fetched as well.
 
@@ -58,8 +61,11 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
         UserError: there is no such file, folder or model, or it may not or cannot be fetched.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if path.exists() or split_part(path)[1]:
         return path
+    head, _, part = str(source).rpartition(":")
+    if Path(head).suffix == ".safetensors":
+        return Path(f"{local(head, folders)}:{part}")
     source = PRESETS[str(source)].hub if str(source) in PRESETS else source
     on_hub = HUB_ID.fullmatch(str(source))
     a_file = on_hub is not None and on_hub["file"] is not None
@@ -131,7 +137,7 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
     Raises:
         UserError: no weights are there, or more than one candidate.
     """
-    if path.is_file():
+    if split_part(path)[0].is_file():
         if path.name.endswith(".index.json"):
             return open_shards(path), path.parent
         if match := SHARD.fullmatch(path.name):
@@ -158,21 +164,40 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
         for name in STANDALONE.get(kind, ()):
             if (folder / name).is_file():
                 return open_file(folder / name), folder
-    files = sorted(path.glob("*.safetensors"))
-    holding = [a for f in files if find(a := open_file(f), kind) is not None]
+    archives = [open_file(file) for file in sorted(path.glob("*.safetensors"))]
+    holding = [archive for archive in archives if find(archive, kind) is not None]
     if len(holding) == 1:
         return holding[0], path
     if len(holding) > 1:
         names = ", ".join(archive.name.name for archive in holding)
         raise UserError(f"{path} holds several files with a {NAMES[kind]}: name one of {names}")
+    if adapter := adapter_in(path):
+        raise UserError(f"{path} holds no {NAMES[kind]}: {adapter}. Nothing was loaded")
     places = f"{path / SUBFOLDERS[kind]} and {path}" if kind in SUBFOLDERS else str(path)
     pickles = [file.name for file in path.rglob("*") if file.suffix in PICKLES]
     told = f"; pickles like {pickles[0]} are read only as files by name" if pickles else ""
+    held = [f"{a.name.name} holds {what}" for a in archives if (what := recognize(a.infos))]
     raise UserError(
-        f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{told}. Incomplete "
-        "downloads show as *.incomplete or *.part; a single file on the hub is asked for as "
-        "owner/name/file.safetensors"
+        f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{told}. "
+        + (
+            "; ".join(held[:5])
+            or "Incomplete downloads show as *.incomplete or *.part; a single file on the hub is "
+            "asked for as owner/name/file.safetensors"
+        )
     )
+
+
+def adapter_in(folder: Path) -> str | None:
+    """What a folder is that PEFT wrote, or a pipeline's folder with such a subfolder."""
+    for place in (folder, *(folder / name for name in SUBFOLDERS.values())):
+        path = place / ADAPTER_CONFIG
+        if path.is_file():
+            base = str(read_json(path).get("base_model_name_or_path", "not named"))
+            return (
+                f"{path} tells of a LoRA or another adapter of PEFT, which changes a model and is "
+                f"not one. Only base weights are loaded here; its base model is {base[:100]!r}"
+            )
+    return None
 
 
 def layout_of(archive: Archive, folder: Path) -> str | None:

@@ -45,6 +45,7 @@ FOREIGN = {
     "no JSON": (packed(b"{,}    "), "damaged header"),
     "deep JSON": (packed(b'{"a":' + b"[" * 99999), "damaged header"),
     "a list": (packed(b"{}  ")[:8] + b"[]  ", "its first bytes are no header"),
+    "metadata that is false": (packed({"__metadata__": False, "a": A}, bytes(8)), "damaged"),
     "no shape": (packed({"a": {"dtype": "F32"}}), "damaged header"),
     "no offsets": (packed({"a": {**A, "data_offsets": []}}), "damaged header"),
     "metadata that is a number": (packed({"__metadata__": 3, "a": A}, bytes(8)), "damaged"),
@@ -64,6 +65,14 @@ def test_what_is_no_safetensors_file_is_told_for_what_it_is(tmp_path, name):
         open_file(path)
     assert str(path) in str(refusal.value)
     assert expected in str(refusal.value)
+
+
+@pytest.mark.parametrize("empty", [None, {}])
+def test_empty_metadata_may_be_null(tmp_path, empty):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(packed({"__metadata__": empty, "a": A}, bytes(8)))
+    opened = open_file(path)
+    assert opened.metadata == {} and torch.equal(opened["a"], torch.zeros(2))
 
 
 def test_a_file_that_is_not_there(tmp_path):

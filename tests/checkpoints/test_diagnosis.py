@@ -141,27 +141,70 @@ MUTATIONS = {
     "an optimizer": (plus(f"{P}exp_avg.x"), ("those of the state of an optimizer",)),
     "NaN": (changed(MLP, spoilt(float("nan"))), (f"NaN or infinite: {MLP}", "diverged")),
     "infinity": (changed(MLP, spoilt(-float("inf"))), (f"NaN or infinite: {MLP}", "damaged")),
-    "the prefix of data parallelism": (
-        renamed("^model.diffusion_model.", "module."),
-        ("all keys begin with 'module.'", "the SD3 transformer", "Strip"),
-    ),
-    "the prefixes of two wrappers": (
-        renamed("^model.diffusion_model.", "module._orig_mod."),
-        ("all keys begin with 'module._orig_mod.'", "the SD3 transformer"),
-    ),
-    "the prefix of a trainer": (
-        renamed("^model.diffusion_model.", "model."),
-        ("all keys begin with 'model.'", "the SD3 transformer"),
-    ),
     "no tensors": (lambda _: {}, ("holds no tensors at all",)),
     "something unknown": (only("a.b", "c"), ("nor anything known", "a.b, c")),
     "LoRA of PEFT": (
         only("transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"),
+        ("what it holds is a LoRA", "only base weights are loaded here"),
+    ),
+    "LoRA of PEFT, under its own names": (
+        only("base_model.model.transformer_blocks.0.attn.to_q.lora_B.default.weight"),
+        ("what it holds is a LoRA",),
+    ),
+    "LoRA of the bare transformer": (
+        only("transformer_blocks.0.attn.add_k_proj.lora_B.weight"),
         ("what it holds is a LoRA",),
     ),
     "LoRA of kohya": (
         only("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight"),
         ("a LoRA",),
+    ),
+    "LoRA of ComfyUI": (
+        only("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_down.weight"),
+        ("a LoRA",),
+    ),
+    "LoKr": (only("lycoris_joint_blocks_0_x_block_attn_qkv.lokr_w1"), ("a LoRA or another",)),
+    "an older LoRA of diffusers": (
+        only("transformer.transformer_blocks.0.attn.processor.to_q_lora.down.weight"),
+        ("a LoRA",),
+    ),
+    "PEFT, not merged": (
+        renamed(r"(attn\.qkv)\.(weight|bias)$", r"\1.base_layer.\2"),
+        ("adapters are not merged", "merge_and_unload()", "16 such keys", "Nothing was loaded"),
+    ),
+    "PEFT, not merged, with its prefix": (
+        lambda tensors: (
+            {
+                "base_model.model." + k.removeprefix(P).replace("fc1.", "fc1.base_layer."): v
+                for k, v in tensors.items()
+            }
+            | {
+                "base_model.model.joint_blocks.0.x_block.mlp.fc1.lora_A.default.weight": torch.ones(
+                    2
+                )
+            }
+        ),
+        ("adapters are not merged",),
+    ),
+    "a word's embedding": (only("<cat-toy>"), ("textual inversion",)),
+    "the embeddings of a word": (only("clip_l", "clip_g"), ("textual inversion",)),
+    "an IP-Adapter": (only("image_proj.proj.weight", "ip_adapter.1.to_k"), ("an IP-Adapter",)),
+    "an optimizer alone": (only("state.0.exp_avg", "state.0.step"), ("state of an optimizer",)),
+    "unknown weights beside the known": (
+        only("first_stage_model.encoder.down.0.block.0.conv1.weight", "odd.blocks.0.weight"),
+        ("an autoencoder", "besides, it holds 1 tensors of something unknown, as odd.blocks.0"),
+    ),
+    "an unknown prefix": (
+        renamed("^model.diffusion_model.", "my.own."),
+        ("keys like its own stand under 'my.own.'", "x.safetensors:my.own"),
+    ),
+    "two transformers": (
+        lambda t: {k.replace(P, new): v for k, v in t.items() for new in ("model.", "ema.")},
+        ("holds 2 of the kind SD3 transformer, under 'ema', 'model'", "x.safetensors:ema"),
+    ),
+    "a published prefix and a wrapper's": (
+        lambda t: {k.replace(P, new): v for k, v in t.items() for new in (P, "ema.")},
+        ("holds 2 of the kind SD3 transformer, under 'model.diffusion_model', 'ema'",),
     ),
     "SDXL": (
         only(f"{P}input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x"),
@@ -202,7 +245,7 @@ def test_what_is_wrong_with_a_transformer(transformer, tmp_path, name):
     assert str(path) in message
     assert all(part in message for part in expected), message
 
-    if match := find(open_file(path), "mmdit"):
+    if "holds 2 of the kind" not in message and (match := find(open_file(path), "mmdit")):
         before = {
             key: (id(v), v.clone()) for key, v in transformer.state_dict(keep_vars=True).items()
         }

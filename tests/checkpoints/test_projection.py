@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmdit
-from mmdit.checkpoints.archive import HASH, Info, open_file
+from mmdit.checkpoints.archive import Info, open_file
 from mmdit.checkpoints.folders import write_model
+from mmdit.checkpoints.hashes import HASH
 from mmdit.checkpoints.public import ENTRY, find
 from mmdit.checkpoints.readers import REMARK
 from mmdit.errors import UserError
@@ -119,7 +120,7 @@ def archive(width: int, metadata: dict[str, str]) -> SimpleNamespace:
         "text_model.embeddings.token_embedding.weight": Info((99, width), "F16"),
         "text_model.encoder.layers.0.layer_norm1.weight": Info((width,), "F16"),
     }
-    return SimpleNamespace(infos=keys, metadata=metadata, name="x")
+    return SimpleNamespace(infos=keys, metadata=metadata, name="x", parts=())
 
 
 def test_a_tower_in_a_file_of_its_own_is_the_one_of_its_width(monkeypatch, tmp_path):

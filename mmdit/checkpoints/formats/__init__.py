@@ -6,7 +6,14 @@ prefix (`model.diffusion_model.`, `first_stage_model.`, ...) or stands bare in a
 """
 
 from mmdit.checkpoints.formats import autoencoder, controlnet, text, transformer
-from mmdit.checkpoints.formats.format import Argument, Description, Format, Infos
+from mmdit.checkpoints.formats.format import (
+    ADAPTERS,
+    WRAPPERS,
+    Argument,
+    Description,
+    Format,
+    Infos,
+)
 
 FORMATS: list[Format] = [
     *transformer.FORMATS,
@@ -14,4 +21,4 @@ FORMATS: list[Format] = [
     *text.FORMATS,
     *controlnet.FORMATS,
 ]
-__all__ = ["FORMATS", "Argument", "Description", "Format", "Infos"]
+__all__ = ["ADAPTERS", "FORMATS", "WRAPPERS", "Argument", "Description", "Format", "Infos"]

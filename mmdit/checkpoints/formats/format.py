@@ -1,7 +1,7 @@
 """What a public format is, and how sizes are read from a file's keys and shapes."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,19 @@ Description = dict[str, Any]
 Reader = Callable[[Infos, Description], Description]
 
 
+# Attributes of training wrappers, which stand before every key of what they wrap.
+WRAPPERS = (
+    *("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module", "base_model", "state_dict"),
+    *("model", "net", "network", "diffusion_model", "transformer", "mmdit", "dit", "denoiser"),
+    *("ema", "ema_model", "model_ema", "online_model", "student", "generator", "averaged_model"),
+)
+# Keys of what changes a model: LoRA and its kin, as PEFT, kohya, LyCORIS and ComfyUI call them.
+ADAPTERS = re.compile(
+    r"(^|[._])(lora|lokr|hada|loha|oft|boft|ia3|vera|lycoris|fourierft)_|[._]lora\."
+    r"|\.dora_scale$|\.diff(_b)?$"
+)
+
+
 class Argument(NamedTuple):
     """An argument of a model that a format stores as a tensor."""
 
@@ -25,7 +38,7 @@ class Argument(NamedTuple):
     write: Callable[[Any], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
     """One model in one layout.
 
@@ -59,14 +72,18 @@ class Format:
     wide: str = r"(?!)"
     extras: tuple[str, ...] = ()
 
-    def prefix_in(self, keys: Iterable[str]) -> str | None:
-        """The prefix under which this model stands among `keys`; None when it is not there."""
-        found = set()
-        for prefix in self.prefixes:
-            pattern = re.compile(re.escape(prefix) + self.mark)
-            if any(pattern.match(key) for key in keys):
-                found.add(prefix)
-        return next((prefix for prefix in self.prefixes if prefix in found), None)
+    def places(self, keys: Iterable[str], parts: Sequence[str] = ()) -> dict[str, str]:
+        """Where this model stands among `keys`: the prefixes, and the wrapper in each.
+
+        The published prefixes come first; before each may stand those of training wrappers, or the
+        name of a part.
+        """
+        wrappers = "|".join(re.escape(name) for name in (*WRAPPERS, *parts))
+        known = "|".join(re.escape(prefix) for prefix in self.prefixes)
+        pattern = re.compile(rf"(((?:(?:{wrappers})\.)*?)(?:{known}))(?:{self.mark})")
+        found = {match[1]: match[2] for key in keys if (match := pattern.match(key))}
+        published = [prefix for prefix in self.prefixes if prefix in found]
+        return {**{prefix: found[prefix] for prefix in published}, **found}
 
 
 # Reading sizes
