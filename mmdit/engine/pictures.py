@@ -2,6 +2,8 @@
 
 import io
 import math
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mmdit.atomic import write_atomically
+from mmdit.printable import printable
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Point: TypeAlias = tuple[float, float]
@@ -81,26 +84,46 @@ class Thumbnails:
 
 
 def _wrapped(text: str, width: int, font: Font, most: int = 3) -> list[str]:
-    """At most `most` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    lines = [line for line in lines if line]
-    if len(lines) > most:
-        lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
-    return [_cut(line, width, font) for line in lines]
+    """At most `most` lines of at most `width` pixels; what does not fit ends in an ellipsis.
+
+    Lines break at spaces, and inside what has none: Chinese, Japanese, Thai, a long word.
+    """
+    rest = printable(" ".join(text.split()))
+    lines: list[str] = []
+    while rest and len(lines) < most:
+        end = _fitting(rest, width, font)
+        if end < len(rest):
+            space = rest.rfind(" ", 1, end + 1)
+            end = _before_mark(rest, end) if space < 0 else space
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    if rest:
+        lines[-1] = _cut(f"{lines[-1]} …", width, font)
+    return lines
+
+
+def _fitting(text: str, width: int, font: Font, suffix: str = "") -> int:
+    """How many characters of `text`, one at least, have room beside `suffix`, by bisection.
+
+    Never more than there are pixels, so that no text takes long, not even marks without width.
+    """
+    lengths = range(1, min(len(text), width) + 1)
+    too_many = bisect_right(lengths, width, key=lambda n: font.getlength(text[:n] + suffix))
+    return max(1, too_many)
+
+
+def _before_mark(text: str, end: int) -> int:
+    """Where to break instead of between a letter and its accents or vowel signs."""
+    start = end
+    while start > 1 and unicodedata.category(text[start]).startswith("M"):
+        start -= 1
+    return start if start > 1 else end
 
 
 def _cut(line: str, width: int, font: Font) -> str:
     if font.getlength(line) <= width:
         return line
-    while line and font.getlength(f"{line}…") > width:
-        line = line[:-1]
-    return f"{line}…"
+    return f"{line[: _fitting(line, width, font, '…')]}…"
 
 
 LOSSES = ("loss", "ema/loss", "raw/loss", "ema/psnr")  # what a run is followed by

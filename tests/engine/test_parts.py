@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from mmdit.devices import available
-from mmdit.engine.pictures import LOSSES, Curves, grid_image, plot, plot_losses, ticks
+from mmdit.engine.pictures import LOSSES, Curves, _wrapped, grid_image, plot, plot_losses, ticks
 from mmdit.engine.precision import autocast
 from mmdit.errors import UserError
 
@@ -45,6 +45,48 @@ def test_grid_shows_every_image_in_its_place() -> None:
     page = grid_image(images, ["a", "b " * 100, "日本 😀"], columns=2)
     assert page.getpixel((20, 20)) == (0, 0, 0)
     assert page.getpixel((160, 20)) == (200, 200, 200)
+
+
+LONG = {
+    "one word": "a" * 100_000,
+    "Chinese": "\u6c49\u5b57" * 50_000,
+    "Thai": "\u0e20\u0e32\u0e1e\u0e27\u0e32\u0e14\u0e17\u0e35\u0e48" * 11_000,
+    "emoji": "\U0001f469\u200d\U0001f467\U0001f600" * 25_000,
+    "accents": "e" + "\u0301" * 100_000,
+    "Hebrew": "\u05e9\u05dc\u05d5\u05dd" * 25_000,
+    "words": "word " * 20_000,
+    "spaces": " " * 100_000,
+    "line breaks": "\n" * 100_000,
+    "escapes": "\x1b[2J" * 25_000,
+    "bytes": "\udcff" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("side", [32, 512])
+def test_a_caption_of_any_length_is_drawn_at_once(kind: str, side: int) -> None:
+    images = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+    began = time.process_time()
+    grid_image(images, [LONG[kind]], side=side)
+    assert time.process_time() - began < 1
+    font = ImageFont.load_default(11)
+    lines = _wrapped(LONG[kind], side, font)
+    blank = kind in ("spaces", "line breaks")
+    assert len(lines) == (0 if blank else 3)
+    assert blank or lines[-1].endswith("…")
+    assert all(font.getlength(line) <= side for line in lines)
+    assert all(line.isprintable() or kind == "emoji" for line in lines)
+
+
+def test_lines_break_at_spaces_and_inside_what_has_none() -> None:
+    font = ImageFont.load_default(11)
+    width = int(font.getlength("two words"))
+    assert _wrapped("two words  and\nsix", width, font) == ["two words", "and six"]
+    assert _wrapped("one\u6c49\u5b57", 128, font) == ["one\u6c49\u5b57"]
+    parts = _wrapped("a " + "\u6c49" * 12, width, font)
+    assert parts[0] == "a" and "".join(parts[1:]) == "\u6c49" * 12
+    accented = _wrapped("e\u0301" * 12, width, font)
+    assert all(not line.startswith("\u0301") for line in accented)
 
 
 @pytest.mark.parametrize("curves", [{}, {"one": [(0, 1.0)]}, {"a": [(0, 1.0), (9, 2.0)]}])
