@@ -34,6 +34,7 @@ from mmdit.engine.pictures import LARGEST_GRID, Thumbnails, png
 from mmdit.engine.precision import autocast, chosen_dtype
 from mmdit.engine.status import mend
 from mmdit.errors import UserError
+from mmdit.printable import printable, show
 from mmdit.registry import describe
 from mmdit.text.conditioning import ENCODERS
 
@@ -112,13 +113,13 @@ def job(config: DictConfig, text: Verbatim) -> None:
             for (prompt, seed), pixels in zip(batch, images, strict=True):
                 counted = {"function_evaluations": pipe.function_evaluations}
                 data = described_png(pixels, prompt, {"seed": seed, **facts, **counted})
-                tqdm.write(str(files.add(f"{slug(prompt)}-seed{seed}.png", data)))
+                tqdm.write(printable(files.add(f"{slug(prompt)}-seed{seed}.png", data)))
                 if grid_of is not None:
                     grid_of.add(pixels, f"{prompt[:60]} ({seed})")
     if grid_of is None:
         print(f"no grid of {count} images: one of more than {LARGEST_GRID} could not be looked at")
     else:
-        print(files.add("grid.png", png(grid_of.image()), first=files.first))
+        show(files.add("grid.png", png(grid_of.image()), first=files.first))
 
 
 def read_prompts(text: Verbatim) -> list[str]:

@@ -51,6 +51,7 @@ from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.errors import UserError
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
+from mmdit.printable import show
 
 log = logging.getLogger("mmdit.train")
 
@@ -211,7 +212,7 @@ def closing(processes: Processes, logger: Logger, again: str) -> Iterator[None]:
         yield
     except (Interrupted, Unfinished) as stop:
         if processes.main:
-            print(f"\nstopped by {stop}\nto go on: {again}", file=sys.stderr)
+            show("", f"stopped by {stop}", f"to go on: {again}", file=sys.stderr)
         sys.exit(128 + stop.number)
     finally:
         logger.close()

@@ -126,6 +126,8 @@ def _takes(target: Any, argument: str) -> bool:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The name in `known` most like `word`, as a whole or in its last part; None if none is."""
+    if len(word) > 200:  # no slip of a name, and comparing takes the square of its length
+        return None
 
     def likeness(name: str) -> tuple[float, float]:
         last, last_known = re.split(r"[./]", word)[-1], re.split(r"[./]", name)[-1]

@@ -32,6 +32,7 @@ from configs.messages import explain
 from configs.targets import check_targets
 from mmdit.engine.processes import give_way, tell_torchrun
 from mmdit.errors import UserError, first_line
+from mmdit.printable import printable_lines, show
 from mmdit.streams import guarded
 
 Verbatim = dict[str, str]
@@ -136,7 +137,8 @@ def _launch(
         if not full_error:
             os.environ.pop("HYDRA_FULL_ERROR", None)
     if len(failed) > 1:  # the last one stands far above by now, the first is told below
-        print(f"{len(failed)} jobs of this multirun failed:", *failed, sep="\n  ", file=sys.stderr)
+        told = f"{len(failed)} jobs of this multirun failed:"
+        show(told, *(f"  {line}" for line in failed), file=sys.stderr)
     message = explain(error, in_job=started, verbatim=verbatim, config_dir=config_dir)
     give_way(error, mistake=message is not None)
     tell_torchrun(message or f"{type(error).__name__}: {first_line(error)}")
@@ -144,7 +146,7 @@ def _launch(
         raise error  # outside the handlers above, so that its traceback has no "during handling of"
     if full_error:
         traceback.print_exception(error)
-    print(message, file=sys.stderr)
+    print(printable_lines(message), file=sys.stderr)
     sys.exit(2)
 
 
@@ -250,7 +252,7 @@ def _report_failed_job(failure: Exception) -> str:
     job = HydraConfig.get()
     which = f"job {job.job.num} ({' '.join(job.overrides.task)})"
     line = f"{which} failed: {type(failure).__name__}: {first_line(failure)}"
-    print(line, file=sys.stderr)
+    show(line, file=sys.stderr)
     return line
 
 

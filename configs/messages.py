@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from configs.keys import did_you_mean, nearest, unknown_key
 from mmdit.engine.out_of_memory import is_out_of_memory
 from mmdit.errors import UserError, first_line, path_trouble
+from mmdit.printable import printable
 
 
 def explain(
@@ -65,7 +66,7 @@ def _explain_value(error: ValueError, config_dir: Path) -> str:
         group, _, value = word.partition("=")
         if value.strip().lower() == "null" and (config_dir / group.partition("@")[0]).is_dir():
             return f"{word}: a group is left out by ~{group}"
-    return f"{error}\n(command line: {' '.join(sys.argv[1:])})"
+    return f"{error}\n(command line: {printable(' '.join(sys.argv[1:]))})"
 
 
 def _explain_missing_config(error: hydra_errors.MissingConfigException, config_dir: Path) -> str:
@@ -95,7 +96,7 @@ def _explain_composition(
     if unknown and root is not None and OmegaConf.select(root, unknown[1]) is None:
         return unknown_key(unknown[1], root, verbatim, config_dir)
     if isinstance(error, hydra_errors.OverrideParseException):
-        quoted = f"""'{error.override.partition("=")[0]}="..."'"""
+        quoted = f"""'{printable(error.override.partition("=")[0])}="..."'"""
         advice = f"special characters need quotes inside the shell's quotes, {quoted}"
         message = f"cannot read {error.override!r}: {message.splitlines()[-1]}; {advice}"
     elif isinstance(cause, omegaconf_errors.OmegaConfBaseException):
@@ -140,7 +141,7 @@ def _explain_call(cause: BaseException, key: str, target: str) -> str | None:
     if isinstance(cause, OSError) and (trouble := path_trouble(cause)):
         return f"{key}: {trouble}"
     if isinstance(cause, ValueError):
-        return f"{key}: {cause}\n(HYDRA_FULL_ERROR=1 shows where this was raised)"
+        return f"{key}: {printable(cause)}\n(HYDRA_FULL_ERROR=1 shows where this was raised)"
     frames = traceback.extract_tb(cause.__traceback__)
     by_hydra = frames and Path(hydra.__file__).parent in Path(frames[-1].filename).parents
     if not isinstance(cause, TypeError) or not by_hydra:  # raised inside `target`: a bug

@@ -48,6 +48,7 @@ from mmdit.keys import generator_for
 from mmdit.metrics.attention import BlockAttention, attention_at, last_blocks, watched
 from mmdit.models.backbone import Backbone
 from mmdit.pipeline import to_latents
+from mmdit.printable import show
 
 PROTOCOL = "attention-1"
 VERBATIM = ("checkpoint", "out", *PARTS)
@@ -95,7 +96,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     draw(report, thing.out)
     write_results(thing.out, "attention", report, as_markdown(report))
     for figure in FIGURES:
-        print(thing.out / f"attention-{figure}.png")
+        show(thing.out / f"attention-{figure}.png")
 
 
 def trained(config: DictConfig, text: Verbatim) -> Watched:

@@ -49,6 +49,7 @@ from mmdit.metrics.reconstruction import psnr, ssim
 from mmdit.metrics.scores import Features
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import to_latents, to_pixels
+from mmdit.printable import show
 
 PROTOCOL = "autoencoder-1"
 VERBATIM = ("checkpoint", "out", "images", "clip")
@@ -105,7 +106,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     captions = ["picture"] * len(measured.shown[0]) + ["reconstruction"] * len(measured.shown[1])
     grid_image(torch.cat(measured.shown), captions, columns=SHOWN).save(out / "autoencoder.png")
     write_results(out, "autoencoder", report, as_markdown(report))
-    print(out / "autoencoder.png")
+    show(out / "autoencoder.png")
 
 
 def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:

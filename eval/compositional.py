@@ -39,6 +39,7 @@ from mmdit.data.shapes import Shapes
 from mmdit.engine.pictures import grid_image
 from mmdit.metrics.compositional import judge
 from mmdit.pipeline import Pipeline
+from mmdit.printable import show
 
 PROTOCOL = "compositional-1"
 VERBATIM = ("checkpoint", "out", *PARTS)
@@ -72,7 +73,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     out = results_folder(text, subject.source, "compositional")
     draw_examples(shown, out / "compositional.png")
     write_results(out, "compositional", report, as_markdown(report))
-    print(out / "compositional.png")
+    show(out / "compositional.png")
 
 
 def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:

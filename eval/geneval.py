@@ -26,6 +26,7 @@ from mmdit.atomic import write_atomically
 from mmdit.checkpoints.native import file_hash
 from mmdit.metrics.geneval import GenEvalFolder, Metadata, read_metadata, scene_metadata
 from mmdit.metrics.scores import scenes_of
+from mmdit.printable import show
 
 PROTOCOL = "geneval-1"
 VERBATIM = ("checkpoint", "out", "metadata", *PARTS)
@@ -67,10 +68,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
     }
     write_atomically(folder.path / "report.json", json.dumps(done, indent=1).encode())
     there = done["samples"] - len(wanted)
-    print(f"{len(wanted)} pictures painted, {there} were there, in {folder.path}")
-    print(
-        "to score them: python evaluation/evaluate_images.py <folder>, of the official repository"
-    )
+    show(f"{len(wanted)} pictures painted, {there} were there, in {folder.path}")
+    show("to score them: python evaluation/evaluate_images.py <folder>, of the official repository")
 
 
 def toy_metadata(subject: Subject, config: DictConfig) -> list[Metadata]:

@@ -40,6 +40,7 @@ from mmdit.checkpoints.public import find
 from mmdit.checkpoints.sources import layout_of, load_model, local, weights_of
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
+from mmdit.printable import show
 
 log = logging.getLogger("mmdit.parity")
 VERBATIM = ("checkpoint", "out", "keep")
@@ -90,8 +91,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
     (out / "parity.json").write_text(json.dumps(report, indent=1))
     markdown = as_markdown(report, rows)
     (out / "parity.md").write_text(markdown)
-    print(markdown, *(out / f"parity.{suffix}" for suffix in ("json", "md")), sep="\n")
-    print(report["verdict"])
+    show(*markdown.split("\n"), *(out / f"parity.{suffix}" for suffix in ("json", "md")))
+    show(report["verdict"])
     if not all(row.ok for row in rows):
         sys.exit(1)
 

@@ -35,6 +35,7 @@ from eval.rank_input import (
     read_table,
 )
 from eval.report import DASH, NO_PLOTS, rank_cell, write_report
+from eval.subject import cell
 from mmdit.errors import UserError
 from mmdit.metrics.ranking import (
     Control,
@@ -44,6 +45,7 @@ from mmdit.metrics.ranking import (
     power_law,
     rank_table,
 )
+from mmdit.printable import show
 
 PROTOCOL = "rank-1"
 
@@ -111,11 +113,11 @@ def job(config: DictConfig, text: Verbatim) -> None:
     markdown = as_markdown(result)
     (out / "rank.json").write_text(json.dumps(result, indent=1))
     (out / "rank.md").write_text(markdown)
-    print(markdown)
+    show(*markdown.split("\n"))
     if config.report:
         write_report(out, result, records)
     for name in ("rank.json", "rank.md", *(["report.html"] if config.report else [])):
-        print(out / name)
+        show(out / name)
 
 
 KEPT = ("run", "variant", "seed", "dataset", "samples", "weights_sha256", "training")
@@ -226,7 +228,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         paper = row["paper"] or {}
         cells = [rank_cell(row["ranks"][name]) for name in COLUMNS]
         cells += [f"{paper[name]:.2f}" if paper else DASH for name in COLUMNS]
-        lines.append(f"| {place} | {row['variant']} | {' | '.join(cells)} |")
+        lines.append(f"| {place} | {cell(row['variant'])} | {' | '.join(cells)} |")
     lines.append("")
     if result["runs"]:
         lines.append(
@@ -241,7 +243,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines.append(
         f"Paper: arXiv 2403.03206, Table 1, two members of each family; {DASH} is not shown there."
     )
-    return "\n".join([*lines, *result["notes"], ""])
+    return "\n".join([*lines, *map(cell, result["notes"]), ""])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mmdit.metrics.ranking import Average, PowerLaw
+from mmdit.printable import printable
 
 Record = Mapping[str, Any]
 
@@ -69,6 +70,11 @@ def write_report(out: Path, result: Record, records: Sequence[Record]) -> Path:
     return out / "report.html"
 
 
+def _escaped(text: str) -> str:
+    """Text from outside as HTML."""
+    return html.escape(printable(text))
+
+
 # Tables
 
 DASH = "\N{EN DASH}"
@@ -79,7 +85,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, css: str = "")
 
     def row(tag: str, cells: Sequence[str]) -> str:
         inside = (
-            f"<{tag}{' class=name' if i == 1 else ''}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{' class=name' if i == 1 else ''}>{_escaped(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         )
         return f"<tr>{''.join(inside)}</tr>"
@@ -107,7 +113,7 @@ def _summary(result: Record) -> str:
             f"seeds ({result['resamples']} resamples, seed {result['seed']}); of few seeds it "
             "is no more than their range."
         )
-    return "\n".join(f"<p>{html.escape(fact)}</p>" for fact in [*facts, *result["notes"]])
+    return "\n".join(f"<p>{_escaped(fact)}</p>" for fact in [*facts, *result["notes"]])
 
 
 def rank_cell(rank: Record | None) -> str:
@@ -149,7 +155,7 @@ def _fronts(result: Record) -> str:
             shown = f"{mean:.1f}" if len(numbers) > 1 else f"{mean:.0f}"
             style = f"background: rgb({red}, {green}, {blue}); color: {ink}"
             cells.append(f'<td style="{style}">{shown}</td>')
-        name = f"<td>{place}</td><td class=name>{html.escape(row['variant'])}</td>"
+        name = f"<td>{place}</td><td class=name>{_escaped(row['variant'])}</td>"
         lines.append(f"<tr>{name}{''.join(cells)}</tr>")
     heads = "".join(f"<th>{_setting_head(control)}</th>" for control in result["controls"])
     over_seeds = " (mean over the seeds)" if len(result["seeds"]) > 1 else ""
@@ -169,9 +175,9 @@ DARK, PALE = (8, 69, 148), (247, 251, 255)
 
 def _setting_head(control: Record) -> str:
     if not control["dataset"]:
-        return html.escape(control["name"])
+        return _escaped(control["name"])
     parts = (control["dataset"], control["weights"], f"{control['steps']} steps")
-    return "<br>".join(html.escape(part) for part in (*parts, f"g {control['guidance']:g}"))
+    return "<br>".join(_escaped(part) for part in (*parts, f"g {control['guidance']:g}"))
 
 
 def _figures_table(result: Record) -> str:
@@ -191,7 +197,7 @@ def _figures_table(result: Record) -> str:
             cells = [mean_cell([f[key] for f in mine], digits[key]) for key in names]
             rows.append([str(place), row["variant"], *cells])
         sections += [
-            f"<p>{html.escape(dataset)}</p>",
+            f"<p>{_escaped(dataset)}</p>",
             table(["", "variant", *names.values()], rows),
         ]
     spread = ", mean ± standard deviation over the seeds" if len(result["seeds"]) > 1 else ""
@@ -298,7 +304,7 @@ def correlation_text(correlations: Mapping[str, Record]) -> str:
 def _figure(content: bytes, caption: str) -> str:
     """A PNG within the page, and what it shows."""
     data = base64.b64encode(content).decode()
-    text = html.escape(caption)
+    text = _escaped(caption)
     return (
         f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>"
@@ -322,6 +328,6 @@ def _samples(result: Record, records: Sequence[Record], width: int = 1000) -> li
             figure = _figure(buffer.getvalue(), f"{record['run']}, {grids[-1].name}")
             opened = "" if sections else " open"
             sections.append(
-                f"<details{opened}><summary>{html.escape(name)}</summary>{figure}</details>"
+                f"<details{opened}><summary>{_escaped(name)}</summary>{figure}</details>"
             )
     return ["<h2>Samples</h2>", *sections] if sections else []

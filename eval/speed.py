@@ -51,6 +51,7 @@ from mmdit.checkpoints.folders import write_model
 from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
+from mmdit.printable import show
 
 log = logging.getLogger("mmdit.speed")
 PROTOCOL = "speed-1"
@@ -100,7 +101,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     (out / "speed.json").write_text(json.dumps(report, indent=1))
     markdown = as_markdown(report, rows)
     (out / "speed.md").write_text(markdown)
-    print(markdown, *(out / f"speed.{suffix}" for suffix in ("json", "md")), sep="\n")
+    show(*markdown.split("\n"), *(out / f"speed.{suffix}" for suffix in ("json", "md")))
 
 
 def check(config: DictConfig) -> None:

@@ -30,6 +30,7 @@ from mmdit.metrics.distances import clip_score
 from mmdit.metrics.features import in_batches, load_clip_features
 from mmdit.metrics.scores import Features, scenes_of
 from mmdit.pipeline import Pipeline
+from mmdit.printable import printable, show
 from mmdit.text.conditioning import ENCODERS
 
 PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # free text: where parts of it are
@@ -263,14 +264,19 @@ def write_results(out: Path, name: str, report: Mapping[str, Any], markdown: str
         text = json.dumps(report, indent=1, allow_nan=False)
     except ValueError:
         told = f"{report['weights']} gives figures that are not finite: it may have diverged"
-        raise UserError(f"{told}\n\n{markdown}") from None
+        raise UserError(told, "", *markdown.split("\n")) from None
     (out / f"{name}.json").write_text(text)
     (out / f"{name}.md").write_text(markdown)
-    print(markdown, *(out / f"{name}.{suffix}" for suffix in ("json", "md")), sep="\n")
+    show(*markdown.split("\n"), *(out / f"{name}.{suffix}" for suffix in ("json", "md")))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; floats with four digits."""
-    cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    cells = [[f"{c:.4g}" if isinstance(c, float) else cell(c) for c in row] for row in rows]
     lines = [list(header), ["---"] * len(header), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cell(content: object) -> str:
+    """Text from outside as a cell of a Markdown table: neither a border, nor a tag, nor a line."""
+    return printable(content).replace("|", "\\|").replace("<", "&lt;")

@@ -6,9 +6,22 @@ import os
 import traceback
 from pathlib import Path
 
+from mmdit.printable import printable
+
 
 class UserError(ValueError):
-    """A user's mistake: its message is printed as is, with no traceback, and the exit code is 2."""
+    """A user's mistake: its message is printed with no traceback, and the exit code is 2.
+
+    Args:
+        lines: of the message, usually one. Line breaks and other control characters in them come
+            from outside, as parts of names and values, and are escaped.
+    """
+
+    def __init__(self, *lines: object) -> None:
+        super().__init__(*map(printable, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class NotFinite(UserError):
@@ -44,12 +57,12 @@ def path_trouble(error: OSError) -> str | None:
     why = (error.strerror or type(error).__name__).lower()
     if error.filename is not None:
         paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if p is not None]
-        return f"{' -> '.join(paths)}: {why}"
+        return printable(f"{' -> '.join(paths)}: {why}")
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):
         for value in frame.f_locals.values():
             if isinstance(value, Path):
-                return f"{value}: {why}"
+                return printable(f"{value}: {why}")
             if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", 0), str):
-                return f"{name}: {why}"
+                return printable(f"{name}: {why}")
     return None

@@ -5,7 +5,6 @@ The file holds its own description, and goes wherever a run folder goes (`sample
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from mmdit.checkpoints.native import save_tensors
 from mmdit.checkpoints.runs import WEIGHTS, description_of, find_weights, load_model, load_weights
 from mmdit.errors import UserError, path_trouble
+from mmdit.printable import log_to_stderr, show
 from mmdit.published import save_diffusers, save_single_file
 from mmdit.streams import guarded
 
@@ -55,7 +55,7 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
 
 def main(words: Sequence[str] | None = None) -> None:
     """The command line; exit code 2 and one line on a user's mistake."""
-    logging.basicConfig(format="%(message)s")
+    log_to_stderr()
     parser = argparse.ArgumentParser(prog="python -m mmdit.export", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("out", type=Path, help="a .safetensors file; a folder for diffusers")
@@ -64,12 +64,12 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     try:
         with guarded():
-            print(export(given.source, given.out, weights=given.weights, form=given.form))
+            show(export(given.source, given.out, weights=given.weights, form=given.form))
     except (UserError, OSError) as error:
         trouble = path_trouble(error) if isinstance(error, OSError) else str(error)
         if trouble is None:
             raise
-        print(trouble, file=sys.stderr)
+        show(trouble, file=sys.stderr)
         sys.exit(2)
 
 

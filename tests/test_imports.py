@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Ground first. Rooms of one floor do not know each other.
 FLOORS = [
+    {"printable"},
     {"errors"},
     {"atomic", "bounds", "checks", "devices", "dtypes", "keys", "registry", "streams"},
     {"flow", "nn", "data"},

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,9 +52,11 @@ FILES = {
                     raise ValueError(f"lr {lr} must not be negative")
         """,
     "app.py": """
+        import logging
         import sys
         from pathlib import Path
         from configs.launch import launch
+        log = logging.getLogger("mmdit.app")
         from mmdit.errors import UserError
         def job(config, text):
             if config.action == "mistake":
@@ -62,6 +65,11 @@ FILES = {
                 raise ZeroDivisionError("the sky fell")
             if config.action == "interrupt":
                 raise KeyboardInterrupt
+            if config.action == "log":
+                name = Path("name\\x1b[2J\\nERROR: all is lost\\u202e\\udcff")
+                log.warning("two\\nlines of %s and %s, %.2f", name, str(name), 1.5)
+                log.warning("%(key)s", {"key": name})
+                return
             sys.stdout.buffer.write(text.get("prompt", "none").encode())
         launch(job, config_name="app", verbatim=("prompt", "out"), config_dir=Path(__file__).parent)
         """,
@@ -480,6 +488,34 @@ def test_user_error_of_the_job_is_printed_as_is(folder: Path) -> None:
     assert (result.code, result.err) == (2, "the shapes ran out: draw fewer\n")
 
 
+FORGED = "name\x1b[2J\nERROR: all is lost\u202e\udcff"
+SHOWN = r"name\x1b[2J\nERROR: all is lost\u202e\udcff"
+
+
+@pytest.mark.parametrize("words", [(), ("-m", "training.steps=1,2")])
+def test_text_from_outside_forges_no_line(
+    run: Callable[..., SimpleNamespace], words: tuple[str, ...]
+) -> None:
+    def fail(config: DictConfig, text: Verbatim) -> None:
+        raise UserError(f"{FORGED} is not there")
+
+    result = run(*words, job=fail)
+    assert result.code == 2 and result.err.endswith(f"{SHOWN} is not there\n")
+    assert "\nERROR" not in result.err and "\x1b" not in result.err
+
+
+def test_values_on_the_command_line_forge_no_line(run: Callable[..., SimpleNamespace]) -> None:
+    for words in (["training.steps=\x1b[2J\nERROR"], ["model=\x1b\nERROR"], ["\x1b\nERROR=1"]):
+        result = run(*words)
+        assert result.code == 2 and "\x1b" not in result.err and "\nERROR" not in result.err
+
+
+def test_log_records_of_a_script_forge_no_line(folder: Path) -> None:
+    result = run_script(folder, "action=log")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == f"two\nlines of {SHOWN} and {SHOWN}, 1.50\n{SHOWN}\n"
+
+
 def test_full_traceback_on_request(folder: Path) -> None:
     result = run_script(folder, "action=mistake", HYDRA_FULL_ERROR="1")
     assert result.code == 2 and "Traceback" in result.err and 'raise UserError("the' in result.err
@@ -598,6 +634,12 @@ def test_output_that_nobody_reads_ends_quietly(folder: Path) -> None:
         )
         assert (ended.returncode, ended.stderr) == (141, b"")
     os.close(writer)
+
+
+def test_a_word_far_too_long_for_a_name_is_compared_with_none() -> None:
+    began = time.process_time()
+    assert nearest("training.step" * 10_000, ["training.steps"] * 100) is None
+    assert time.process_time() - began < 1
 
 
 def test_nearest() -> None:

@@ -288,6 +288,18 @@ def test_names_are_escaped_in_the_report(tmp_path):
     assert "&lt;b&gt;" in page and "a&amp;b" in page and "&lt;x&gt;" in page and "<b>" not in page
 
 
+def test_names_forge_neither_cells_nor_lines_nor_escapes(tmp_path, capsys):
+    rows = [
+        {"variant": v, "setting": "x", "clip": 1, "fd": 1} for v in ("a|b\n<i>", "c\x1b[2J\u202e")
+    ]
+    (tmp_path / "table.json").write_text(json.dumps(rows))
+    job({"table": tmp_path / "table.json", "out": tmp_path})
+    shown = capsys.readouterr().out + (tmp_path / "rank.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert r"a\|b\n&lt;i>" in shown and r"c\x1b[2J\u202e" in shown and r"c\x1b[2J\u202e" in page
+    assert not {"\x1b", "\u202e"} & {*shown, *page}
+
+
 def changed(change) -> list[dict[str, Any]]:
     records = [scores(v) for v in VARIANTS[:2]]
     change(records[1])

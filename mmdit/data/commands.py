@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mmdit.data.images import MAX_PIXELS, BadImage
 from mmdit.errors import UserError, path_trouble
+from mmdit.printable import log_to_stderr, show
 from mmdit.streams import guarded
 
 
@@ -21,13 +22,14 @@ def command(body: Callable[[], None]) -> int:
     """Run a command; a user's mistake or a failing disk is told in a line, with exit code 2."""
     try:
         with guarded():
+            log_to_stderr()
             body()
     except (ValueError, OSError) as error:
         # UserError, or the plain ValueError of an argument; its other kinds are faults of the code.
         if isinstance(error, ValueError) and type(error) not in (UserError, BadImage, ValueError):
             raise
         trouble = path_trouble(error) if isinstance(error, OSError) else None
-        print(f"error: {trouble or error}", file=sys.stderr)
+        show(f"error: {trouble or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)

@@ -21,6 +21,7 @@ from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
 from mmdit.data.known import Known, Seen, status_of
 from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
+from mmdit.printable import printable
 from mmdit.registry import describe
 
 # What looks like an image: formats without a reader here are listed as bad, not overlooked.
@@ -250,7 +251,7 @@ def scan(
 
     good: dict[str, Seen] = {}
     bad, kinds = dict(files.bad), set[str]()
-    total, told = len(files.names), f"looking through {files.root.name}"
+    total, told = len(files.names), f"looking through {printable(files.root.name)}"
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=total, desc=told, unit="image", disable=None) as bar,

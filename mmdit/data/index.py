@@ -27,6 +27,7 @@ from mmdit.data.patterns import find, find_shards
 from mmdit.data.samples import Measure, Sample, group, look
 from mmdit.data.tar import read_members, state_of
 from mmdit.errors import UserError, first_line
+from mmdit.printable import printable, show
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,11 @@ def index_shards(
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(
-            total=total, desc=f"indexing {root.name}", unit="B", unit_scale=True, disable=None
+            total=total,
+            desc=f"indexing {printable(root.name)}",
+            unit="B",
+            unit_scale=True,
+            disable=None,
         ) as bar,
     ):
         for path in paths:
@@ -231,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report=given.report,
             limit=given.max_bad_fraction,
         )
-        print(f"{usable} images: train with data=shards data.root={given.root}")
+        show(f"{usable} images: train with data=shards data.root={given.root}")
 
     return command(body)
 

@@ -43,6 +43,7 @@ from mmdit.data.samples import ORIGIN
 from mmdit.data.shards import PACKED
 from mmdit.data.tar import state_of
 from mmdit.errors import UserError
+from mmdit.printable import printable, show
 
 LOCK = ".lock"  # held by the process that writes into a folder
 
@@ -122,7 +123,9 @@ def pack(
     with (
         _alone(out),
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(names), desc=f"packing {out.name}", unit="image", disable=None) as bar,
+        tqdm(
+            total=len(names), desc=f"packing {printable(out.name)}", unit="image", disable=None
+        ) as bar,
     ):
         record = Record(out, settings)
         for start in range(0, len(names), per_shard):
@@ -354,7 +357,7 @@ def pack_as_asked(source: Candidates, kinds: Sequence[str], given: argparse.Name
         max_bad_fraction=given.max_bad_fraction,
         threads=given.threads,
     )
-    print(f"{given.out} is complete: train with data=shards data.root={given.out}")
+    show(f"{given.out} is complete: train with data=shards data.root={given.out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,6 +38,7 @@ from mmdit.engine.signals import Interrupted, Signals, time_limit
 from mmdit.engine.step import Stepper
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
+from mmdit.printable import printable
 from mmdit.registry import describe
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def train(
         total=settings.steps,
         initial=start,
         unit="step",
-        desc=run.path.name,
+        desc=printable(run.path.name),
         disable=None if processes.main else True,
     )
     with Signals() as signals, run.marked(start) as facts, saver, bar:

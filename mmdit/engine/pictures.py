@@ -3,7 +3,7 @@
 import io
 import math
 import unicodedata
-from bisect import bisect_right
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -108,8 +108,7 @@ def _fitting(text: str, width: int, font: Font, suffix: str = "") -> int:
     Never more than there are pixels, so that no text takes long, not even marks without width.
     """
     lengths = range(1, min(len(text), width) + 1)
-    too_many = bisect_right(lengths, width, key=lambda n: font.getlength(text[:n] + suffix))
-    return max(1, too_many)
+    return max(1, bisect(lengths, False, key=lambda n: font.getlength(text[:n] + suffix) > width))
 
 
 def _before_mark(text: str, end: int) -> int:

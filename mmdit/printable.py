@@ -1,0 +1,60 @@
+"""Text from outside as it is shown: it cannot forge lines, nor steer a terminal.
+
+Names of files and keys, captions, prompts and values may hold anything. What is shown of them goes
+through `printable`: in the message of a `UserError`, in a log record through `Formatter`, on
+standard output through `show`.
+"""
+
+import copy
+import logging
+import re
+from typing import TextIO
+
+# Controls (C0 with line breaks, DEL, C1), Unicode's line breaks, overrides of the direction of
+# writing, and halves of surrogate pairs, which stand for bytes that are not UTF-8.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    r"""One line of text, in which escapes such as \x1b and \u202e stand for what is not printable.
+
+    Applied again it changes nothing.
+    """
+    return UNSAFE.sub(_escape, str(text))
+
+
+def printable_lines(text: str) -> str:
+    """Text whose line breaks are meant, each line `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def show(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines, each `printable`."""
+    print(*map(printable, lines), sep="\n", file=file)
+
+
+class Formatter(logging.Formatter):
+    """Log records whose arguments are `printable`: only the message itself can break lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        shown = copy.copy(record)
+        if isinstance(record.args, tuple):
+            shown.args = tuple(map(_argument, record.args))
+        elif record.args:
+            shown.args = {name: _argument(value) for name, value in record.args.items()}
+        return printable_lines(super().format(shown))
+
+
+def log_to_stderr() -> None:
+    """Have warnings written to standard error, unless the program has set up logging already."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+
+
+def _argument(value: object) -> object:
+    return value if isinstance(value, int | float) else printable(value)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]

@@ -1,0 +1,57 @@
+"""What is shown of text from outside keeps to its line, and steers no terminal."""
+
+import logging
+import pickle
+import unicodedata
+
+import pytest
+
+from eval.subject import cell, table
+from mmdit.data.images import BadImage
+from mmdit.errors import UserError
+from mmdit.printable import Formatter, printable, printable_lines, show
+
+FORGED = "a\x1b[2J\nERROR: b\r\x9b\x7f\u2028\u202e\u2066\udcff"
+SHOWN = r"a\x1b[2J\nERROR: b\r\x9b\x7f\u2028\u202e\u2066\udcff"
+
+
+def test_only_what_is_not_printable_is_escaped() -> None:
+    assert printable(FORGED) == printable(SHOWN) == SHOWN
+    plain = "C:\\new 'it' \u00e9 \u6c49\u3000 \u05e9 \U0001f469\u200d\U0001f467 \u0e48"
+    assert printable(plain) == plain
+    assert printable_lines(f"{plain}\n\x1b") == plain + "\n\\x1b"
+    every = "".join(map(chr, range(0x3000))) + "\ud800\udfff"
+    left = {unicodedata.category(each) for each in printable(every)}
+    assert not left & {"Cc", "Zl", "Zp", "Cs"}
+
+
+@pytest.mark.parametrize("kind", [UserError, BadImage])
+def test_the_message_of_a_mistake_is_one_line_for_each_argument(kind: type[UserError]) -> None:
+    assert str(kind(FORGED)) == SHOWN
+    error = kind("first", FORGED, 3)
+    assert str(error) == f"first\n{SHOWN}\n3"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(kind(f"{kind(FORGED)}: again")) == f"{SHOWN}: again"
+
+
+def test_arguments_of_a_log_record_are_printable_and_its_message_may_have_lines() -> None:
+    def told(message: str, *arguments: object) -> str:
+        record = logging.LogRecord("mmdit", logging.INFO, "", 0, message, arguments, None)
+        before = dict(vars(record))
+        text = Formatter("%(message)s").format(record)
+        assert {key: vars(record)[key] for key in before} == before  # other handlers see it whole
+        return text
+
+    assert told("two\nlines: %s", FORGED) == f"two\nlines: {SHOWN}"
+    assert told("%s %d %.1f", OSError(FORGED), 3, 0.5) == f"{SHOWN} 3 0.5"
+    assert told("100 %\x1b") == "100 %\\x1b"
+
+
+def test_what_is_printed_has_one_line_for_each_argument(capsys: pytest.CaptureFixture) -> None:
+    show("a", FORGED)
+    assert capsys.readouterr().out == f"a\n{SHOWN}\n"
+
+
+def test_a_cell_of_a_table_is_neither_a_border_nor_a_tag() -> None:
+    assert cell("a|b <script>\nx") == r"a\|b &lt;script>\nx"
+    assert table(["word"], [["|<b>\n"]]).splitlines()[2] == r"| \|&lt;b>\n |"
