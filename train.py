@@ -44,7 +44,7 @@ from mmdit.engine.loggers import Logger, NoLogger
 from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, take_frozen, train
 from mmdit.engine.precision import autocast, chosen_dtype, reason
 from mmdit.engine.precompute import Unfinished
-from mmdit.engine.processes import Processes, join, leave, own_device
+from mmdit.engine.processes import Processes, join, leave, own_device, restart_remarks
 from mmdit.engine.runs import check_name, open_together
 from mmdit.engine.schedules import Schedule, check_length
 from mmdit.engine.tasks import FlowTask, Validation
@@ -89,6 +89,8 @@ def job(config: DictConfig, _: Verbatim) -> None:
         )
     if not processes.main:
         logging.getLogger("mmdit").setLevel(logging.WARNING)
+    for remark in restart_remarks(sys.argv[1:]) if processes.main else ():
+        log.warning("note: %s", remark)
     with processes.main_first():  # what one writes while it looks through the data, others find
         data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
     if config.get("metrics") is not None and not isinstance(data["train"], Shapes):

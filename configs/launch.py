@@ -30,7 +30,7 @@ from omegaconf import DictConfig, ListConfig
 from configs.keys import check_keys, known_keys
 from configs.messages import explain
 from configs.targets import check_targets
-from mmdit.engine.processes import give_way, tell_torchrun
+from mmdit.engine.processes import give_way, restart_remarks, tell_torchrun
 from mmdit.errors import UserError, first_line
 from mmdit.printable import printable_lines, show
 from mmdit.streams import guarded
@@ -80,6 +80,7 @@ def _launch(
     describe: Callable[[DictConfig], Iterable[str]] | None,
     config_dir: Path,
 ) -> None:
+    arguments = sys.argv[1:]
     command_line, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR") == "1"
     started = False
     failed: list[str] = []
@@ -141,7 +142,11 @@ def _launch(
         show(told, *(f"  {line}" for line in failed), file=sys.stderr)
     message = explain(error, in_job=started, verbatim=verbatim, config_dir=config_dir)
     give_way(error, mistake=message is not None)
-    tell_torchrun(message or f"{type(error).__name__}: {first_line(error)}")
+    remarks = restart_remarks(arguments)
+    told = message or f"{type(error).__name__}: {first_line(error)}"
+    tell_torchrun("\n".join([told, *remarks]))
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
     if message is None:
         raise error  # outside the handlers above, so that its traceback has no "during handling of"
     if full_error:

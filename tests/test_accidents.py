@@ -18,6 +18,7 @@ import torch
 
 from mmdit.checkpoints.runs import checkpoints_in
 from mmdit.engine.loggers import read_metrics
+from mmdit.engine.processes import restart_remarks
 from mmdit.engine.runs import RunFolder
 from tests.training_for_tests import (
     ALONE,
@@ -145,12 +146,19 @@ def test_what_cannot_be_is_refused_in_one_message(
         assert told.count("\n") == 1
 
 
-def small(path: Path, settings: Mapping[str, object], *words: str, processes: int = 0) -> list[str]:
+def small(
+    path: Path,
+    settings: Mapping[str, object],
+    *words: str,
+    processes: int = 0,
+    restarts: int = 0,
+) -> list[str]:
     """The command of a training that takes a hundredth of a second a step."""
     launcher = []
     if processes:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        launcher += [f"--max-restarts={restarts}"] if restarts else []
     return [sys.executable, *launcher, str(SCRIPT), str(path), json.dumps(settings), *words]
 
 
@@ -168,6 +176,56 @@ def test_a_hung_process_ends_the_run_and_shows_where_it_hangs(tmp_path: Path) ->
     assert "Timeout (0:00:04)!" in ended.stderr
     assert re.search(r'accident_process\.py", line \d+ in wait_for_nothing', ended.stderr)
     assert [checkpoint.step for checkpoint in checkpoints_in(tmp_path / "run")] == [3]
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "killed"
+    process = subprocess.Popen(
+        small(path, {"steps": 60, "parallel": "ddp", "pause": 0.05}, processes=2, restarts=1),
+        cwd=ROOT,
+        env={**ALONE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(process, path, 8)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    told, complained = process.communicate(timeout=200)
+    assert process.returncode == 0, complained
+    assert re.search(r"going on with .* at step \d+", told)
+    train_small(tmp_path / "whole", steps=60)
+    assert losses(path) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "expected"),
+    [
+        ({}, [], []),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, [], []),
+        ({"TORCHELASTIC_MAX_RESTARTS": "1"}, [], ["_STORE=1", "add resume=auto"]),
+        ({"TORCHELASTIC_MAX_RESTARTS": "1"}, ["resume=auto"], ["_STORE=1"]),
+        (
+            {"TORCHELASTIC_MAX_RESTARTS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            ["model=toy", "resume=auto"],
+            [],
+        ),
+    ],
+)
+def test_what_a_restart_needs_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    words: list[str],
+    expected: list[str],
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    for name in ("TORCHELASTIC_MAX_RESTARTS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    remarks = restart_remarks(words)
+    assert len(remarks) == len(expected)
+    assert all(part in remark for part, remark in zip(expected, remarks, strict=True))
 
 
 # --- disk and loader ---

@@ -7,7 +7,7 @@ the backend of their device. What is said here travels by gloo, on the CPU.
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from mmdit.errors import UserError
 
 T = TypeVar("T")
 A_DAY = timedelta(days=1)
+STORE_SWITCH = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 class Processes:
@@ -129,6 +130,29 @@ def tell_torchrun(message: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+
+
+def restart_remarks(words: Sequence[str]) -> list[str]:
+    """What keeps a run from going on when `torchrun --max-restarts` starts its processes again.
+
+    Args:
+        words: of the command line.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return []
+    remarks = []
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version >= (2, 13) and os.environ.get(STORE_SWITCH, "0") != "1":
+        remarks.append(
+            f"torchrun --max-restarts never recovers under torch {torch.__version__}, whose "
+            f"restarted processes meet at a store that is gone: start it with {STORE_SWITCH}=1"
+        )
+    if not any(word.partition("=")[0] == "resume" for word in words):
+        remarks.append(
+            "torchrun --max-restarts gives the same command again, which begins a new run: add "
+            "resume=auto, and a restart goes on from the last checkpoint"
+        )
+    return remarks
 
 
 def own_device(device: torch.device) -> torch.device:
