@@ -658,7 +658,7 @@ def test_modules_of_the_user_are_imported_before_the_job(folder, monkeypatch):
     found = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert found.returncode == 0 and "here am I" in found.stdout
     lost = subprocess.run(
-        [*words[:3], "imports=[lost]"], cwd=folder, capture_output=True, text=True
+        [*words[:3], "imports=[lost,targets]"], cwd=folder, capture_output=True, text=True
     )
     assert lost.returncode == 2
     assert "imports: No module named 'lost'" in lost.stderr and "Traceback" not in lost.stderr
