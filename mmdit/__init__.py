@@ -15,6 +15,7 @@ import torch
 
 from mmdit.checkpoints import runs
 from mmdit.checkpoints.archive import open_file, split_part
+from mmdit.checkpoints.native import Change
 from mmdit.checkpoints.public import find, own_description
 from mmdit.checkpoints.runs import is_native
 from mmdit.checkpoints.sources import load_model, local
@@ -29,7 +30,13 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.models.preview import latent_preview
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
-from mmdit.published import load_published, save_diffusers, save_single_file, without
+from mmdit.published import (
+    load_published,
+    save_diffusers,
+    save_single_file,
+    with_tokenizers,
+    without,
+)
 from mmdit.text.conditioning import TextEncoder
 
 __version__ = "0.1.0"
@@ -81,7 +88,8 @@ def load_pipeline(
         device: where it goes, as 'cuda' or 'auto'; None is the CPU.
         use_clip_l, use_clip_g, use_t5: an encoder that is left out contributes zeros.
         preset, t5_length, autoencoder, encoders, tokenizers, allow_pickle, verify: of public
-            weights: see `mmdit.published.load_published`. A run's are always verified.
+            weights: see `mmdit.published.load_published`. A run's are always verified. `tokenizers`
+            can be given for a run, too, where an older version noted no more than their paths.
 
     Raises:
         UserError: nothing of the kind is there, it is damaged, or it is another kind of model; an
@@ -93,19 +101,28 @@ def load_pipeline(
         if not isinstance(use, bool):
             raise UserError(f"{name}={use!r} must be True or False")
     public: dict[str, Any] = {"preset": preset, "t5_length": t5_length, "autoencoder": autoencoder}
-    public |= {"encoders": encoders, "tokenizers": tokenizers, "allow_pickle": allow_pickle}
+    public |= {"encoders": encoders, "allow_pickle": allow_pickle}
     if is_native(source):
         _not_for_runs(source, **public)
         path = runs.find_weights(Path(source).expanduser(), weights)
-        module = runs.load_model(path)
+        module = runs.load_model(path, _tokenizers_from(Path(source).expanduser(), tokenizers))
         if not isinstance(module, Pipeline):
             raise UserError(f"{path} holds a {type(module).__name__}, not a text-to-image pipeline")
         without(module, [name.removeprefix("use_") for name, use in used.items() if not use])
         module.to(dtype=dtype)
     else:
         _not_for_public(source, weights)
-        module = load_published(source, dtype=dtype, verify=verify, **used, **public)
+        module = load_published(
+            source, dtype=dtype, tokenizers=tokenizers, verify=verify, **used, **public
+        )
     return module.to(device=place)
+
+
+def _tokenizers_from(source: Path, named: str | Path | None) -> Change:
+    """What to do for a run that lacks its tokenizers: take them from beside it, or as named."""
+    own = source if source.is_dir() else source.parent
+    folder = own if named is None else Path(named).expanduser()
+    return lambda description: with_tokenizers(description, folder, asked=named is not None)
 
 
 def _not_for_runs(source: str | Path, **given: Any) -> None:
@@ -163,7 +180,7 @@ def load_autoencoder(
     if is_native(source):
         _not_for_runs(source, allow_pickle=allow_pickle)
         path = runs.find_weights(Path(source).expanduser(), weights)
-        module = runs.load_model(path)
+        module = runs.load_model(path, _tokenizers_from(Path(source).expanduser(), None))
         if isinstance(module, Pipeline):
             module = module.autoencoder
         if not isinstance(module, Autoencoder):

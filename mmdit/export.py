@@ -13,7 +13,7 @@ from mmdit.checkpoints.native import save_tensors
 from mmdit.checkpoints.runs import WEIGHTS, description_of, find_weights, load_model, load_weights
 from mmdit.errors import UserError, path_trouble
 from mmdit.printable import log_to_stderr, show
-from mmdit.published import save_diffusers, save_single_file
+from mmdit.published import save_diffusers, save_single_file, with_tokenizers
 from mmdit.streams import guarded
 
 FORMATS = ("native", "single_file", "diffusers")
@@ -43,7 +43,8 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
     model = None if native else load_model(path)
     try:
         if model is None:
-            save_tensors(out, tensors, {"description": description_of(path)})
+            description = with_tokenizers(description_of(path), source, asked=False)
+            save_tensors(out, tensors, {"description": description})
         elif form == "single_file":
             save_single_file(model, out)
         else:

@@ -212,8 +212,7 @@ def frozen_text(
         used,
         t5_length=t5_length,
         encoders=path,
-        # Where a checkpoint finds them again, from whatever folder it is opened.
-        tokenizers=(local(tokenizers, folders) if tokenizers else beside).absolute(),
+        tokenizers=local(tokenizers, folders) if tokenizers else beside,
         load={"allow_pickle": allow_pickle, "verify": verify},
     )
     three: dict[str, Any] = {
@@ -267,6 +266,43 @@ def load_encoders(
             )
         parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
     return parts
+
+
+def with_tokenizers(description: Any, folder: Path, *, asked: bool) -> Any:
+    """A run's description, with the tokenizers of a folder where it notes no more than their paths.
+
+    Older versions noted paths, which are not followed: a file of others may name any.
+
+    Args:
+        folder: of `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`.
+        asked: whether the user named it; otherwise what is not there is left as it is.
+
+    Raises:
+        UserError: a tokenizer is not there, or none is wanting although a folder was named.
+    """
+    text = _table(_table(description).get("text"))
+    parts: dict[str, Any] = {}
+    for kind, subfolder in TOKENIZERS.items():
+        part = _table(text.get(kind))
+        old = _table(part.get("tokenizer"))
+        noted = old.get("vocabulary", old.get("model"))
+        if isinstance(noted, str) and (asked or (folder / subfolder).is_dir()):
+            length = old.get("length", 77)
+            tokenizer: CLIPTokenizer | T5Tokenizer
+            if kind == "t5":
+                tokenizer = t5_tokenizer_in(folder / subfolder, length=length)
+            else:
+                tokenizer = clip_tokenizer_in(
+                    folder / subfolder, pad_with_end=kind == "clip_l", length=length
+                )
+            parts[kind] = {**part, "tokenizer": describe(tokenizer)}
+    if asked and not parts:
+        raise UserError("the model holds its tokenizers, as those of this project do")
+    return {**description, "text": {**text, **parts}} if parts else description
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def zeros_for(

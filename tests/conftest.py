@@ -23,7 +23,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.published import published_objective
-from mmdit.text.clip_tokenizer import CLIPTokenizer
+from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.t5_tokenizer import t5_tokenizer_in
 
@@ -167,16 +167,8 @@ def t5_files(tmp_path_factory) -> Path:
 def tiny_published(tmp_path_factory, clip_files, t5_files) -> Path:
     """A whole MMDiT-X pipeline of tiny random models, as a folder in diffusers' layout."""
     torch.manual_seed(0)
-    clip_l = CLIPTokenizer(
-        vocabulary=str(clip_files / "vocab.json"),
-        merges=str(clip_files / "merges.txt"),
-        pad_with_end=True,
-    )
-    clip_g = CLIPTokenizer(
-        vocabulary=str(clip_files / "vocab.json"),
-        merges=str(clip_files / "merges.txt"),
-        pad_with_end=False,
-    )
+    clip_l = clip_tokenizer_in(clip_files, pad_with_end=True)
+    clip_g = clip_tokenizer_in(clip_files, pad_with_end=False)
     t5 = t5_tokenizer_in(t5_files, length=20)
     towers = {"vocabulary_size": 520, "depth": 3}
     pipe = Pipeline(

@@ -6,7 +6,7 @@ says by itself what it is. Files appear whole or not at all.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +21,19 @@ from mmdit.checkpoints.hashes import HASH, SEAL, verify_hashes
 from mmdit.errors import UserError
 from mmdit.registry import describe
 
+Change = Callable[[dict[str, Any]], dict[str, Any]]  # of a description
+
 
 def save_module(path: Path, module: nn.Module) -> None:
     """Write a registered module: its tensors and its description."""
     save_tensors(path, module.state_dict(), {"description": describe(module)})
 
 
-def load_module(path: Path) -> nn.Module:
+def load_module(path: Path, change: Change | None = None) -> nn.Module:
     """The module a file describes, with its tensors; in eval mode, on the CPU.
+
+    Args:
+        change: what else the description is to say.
 
     Raises:
         UserError: the file is not there, is damaged, or does not fit its own description.
@@ -38,10 +43,13 @@ def load_module(path: Path) -> nn.Module:
         raise UserError(
             f"{path} was not written by this project: its header has no description of a model"
         )
-    check_description(metadata["description"], archive.infos, path)
+    description = metadata["description"]
+    if change is not None:
+        description = change(description)
+    check_description(description, archive.infos, path)
     # Copied, since a mapped tensor changes with its file, and lies as it lies there.
     tensors = {key: archive[key].clone() for key in archive.infos}
-    return filled(metadata["description"], tensors, path)
+    return filled(description, tensors, path)
 
 
 def check_description(

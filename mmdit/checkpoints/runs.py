@@ -262,15 +262,20 @@ def _while_it_is_there(path: Path) -> Iterator[None]:
         ) from error
 
 
-def load_model(path: Path) -> nn.Module:
+def load_model(path: Path, change: native.Change | None = None) -> nn.Module:
     """The module that `find_weights` gave the place of; in eval mode, on the CPU.
+
+    Args:
+        change: what else its description is to say.
 
     Raises:
         UserError: it cannot be read, or does not fit its own description.
     """
     if path.is_file():
-        return native.load_module(path)
+        return native.load_module(path, change)
     description = description_of(path)
+    if change is not None:
+        description = change(description)
     with _while_it_is_there(path):
         found = {key: fact for f in _folders(path) for key, fact in shards.facts(f).items()}
     native.check_description(description, found, path)

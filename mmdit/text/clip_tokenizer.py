@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from mmdit.errors import UserError
 from mmdit.registry import register
 from mmdit.text.tokenizers import PromptTokenizer
-from mmdit.text.vocabularies import read_json, read_text, unfit, write_json
+from mmdit.text.vocabularies import VocabularyFile, expect_file, write_json
 
 START, END, ZERO = "<|startoftext|>", "<|endoftext|>", "!"
 # Contractions, runs of letters, single digits, runs of anything else but space.
@@ -35,22 +35,29 @@ class CLIPTokenizer(PromptTokenizer):
     prompt is the end token in all three.
 
     Args:
-        vocabulary: path of vocab.json, or of a tokenizer.json, which holds the merges as well.
-        merges: path of merges.txt; None with a tokenizer.json.
+        vocabulary: vocab.json, or a tokenizer.json, which holds the merges as well.
+        merges: merges.txt; None with a tokenizer.json.
         length: of every row of ids.
         pad_with_end: pad with the end token (CLIP-L) or with id 0 (CLIP-G).
 
     Raises:
-        UserError: a file is missing, damaged, or of another tokenizer.
+        UserError: a file is damaged, or of another tokenizer.
     """
 
     def __init__(
-        self, *, vocabulary: str, merges: str | None, length: int = 77, pad_with_end: bool
+        self,
+        *,
+        vocabulary: VocabularyFile,
+        merges: VocabularyFile | None,
+        length: int = 77,
+        pad_with_end: bool,
     ) -> None:
+        expect_file(vocabulary)
         if merges is None:
             self._vocabulary, self._merges = _read_tokenizer_json(vocabulary)
         else:
-            self._vocabulary = read_json(vocabulary, ORIGIN)
+            expect_file(merges)
+            self._vocabulary = vocabulary.json(ORIGIN)
             self._merges = _read_merges(merges)
         _check_vocabulary(self._vocabulary, vocabulary)
         # Its symbols: each byte, alone or at the end of a word; one for each merge; start and end.
@@ -58,13 +65,13 @@ class CLIPTokenizer(PromptTokenizer):
         if len(self._merges) != needed:
             fault = (
                 f"it holds {len(self._merges)} merges, but the {len(self._vocabulary)} tokens of "
-                f"{vocabulary} need {needed}"
+                f"{vocabulary.place} need {needed}"
             )
-            raise unfit(merges or vocabulary, fault, ORIGIN)
+            raise (merges or vocabulary).unfit(fault, ORIGIN)
         try:
             model = models.BPE(self._vocabulary, self._merges, end_of_word_suffix="</w>")
         except Exception as error:  # the library raises nothing narrower
-            raise unfit(merges or vocabulary, str(error), ORIGIN) from error
+            raise (merges or vocabulary).unfit(str(error), ORIGIN) from error
 
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Sequence(
@@ -113,14 +120,17 @@ def clip_tokenizer_in(folder: str | Path, *, pad_with_end: bool, length: int = 7
     missing = [file.name for file in (vocabulary, merges) if not file.is_file()]
     if not missing:
         return CLIPTokenizer(
-            vocabulary=str(vocabulary),
-            merges=str(merges),
+            vocabulary=VocabularyFile.read(vocabulary, ORIGIN),
+            merges=VocabularyFile.read(merges, ORIGIN),
             length=length,
             pad_with_end=pad_with_end,
         )
     if both.is_file():
         return CLIPTokenizer(
-            vocabulary=str(both), merges=None, length=length, pad_with_end=pad_with_end
+            vocabulary=VocabularyFile.read(both, ORIGIN),
+            merges=None,
+            length=length,
+            pad_with_end=pad_with_end,
         )
     raise UserError(
         f"{folder} holds no CLIP tokenizer: {' and '.join(missing)} missing, and no tokenizer.json "
@@ -128,38 +138,38 @@ def clip_tokenizer_in(folder: str | Path, *, pad_with_end: bool, length: int = 7
     )
 
 
-def _read_merges(path: str) -> Merges:
-    lines = [line for line in read_text(path, ORIGIN).split("\n") if line.strip()]
-    return _pairs([line for line in lines if not line.startswith("#version")], path)
+def _read_merges(file: VocabularyFile) -> Merges:
+    lines = [line for line in file.text(ORIGIN).split("\n") if line.strip()]
+    return _pairs([line for line in lines if not line.startswith("#version")], file)
 
 
-def _read_tokenizer_json(path: str) -> tuple[dict[str, int], Merges]:
-    model = read_json(path, ORIGIN).get("model")
+def _read_tokenizer_json(file: VocabularyFile) -> tuple[dict[str, int], Merges]:
+    model = file.json(ORIGIN).get("model")
     match model:
         case {"vocab": dict(vocabulary), "merges": list(merges)}:
-            return vocabulary, _pairs(merges, path)
-    raise unfit(path, "it is no tokenizer.json of CLIP: it has no BPE merges", ORIGIN)
+            return vocabulary, _pairs(merges, file)
+    raise file.unfit("it is no tokenizer.json of CLIP: it has no BPE merges", ORIGIN)
 
 
-def _pairs(merges: Sequence[str | Sequence[str]], path: str) -> Merges:
+def _pairs(merges: Sequence[str | Sequence[str]], file: VocabularyFile) -> Merges:
     pairs: Merges = []
     for merge in merges:
         match merge.split() if isinstance(merge, str) else merge:
             case [str(left), str(right)]:
                 pairs.append((left, right))
             case _:
-                raise unfit(path, f"the merge {merge!r} is no pair of symbols", ORIGIN)
+                raise file.unfit(f"the merge {merge!r} is no pair of symbols", ORIGIN)
     return pairs
 
 
-def _check_vocabulary(ids: dict[str, int], path: str) -> None:
+def _check_vocabulary(ids: dict[str, int], file: VocabularyFile) -> None:
     absent = [token for token in (START, END, ZERO) if token not in ids]
     if absent:
-        raise unfit(path, f"it is no vocabulary of CLIP: it lacks {', '.join(absent)}", ORIGIN)
+        raise file.unfit(f"it is no vocabulary of CLIP: it lacks {', '.join(absent)}", ORIGIN)
     symbols = pre_tokenizers.ByteLevel.alphabet()
     if any(symbol not in ids or f"{symbol}</w>" not in ids for symbol in symbols):
-        raise unfit(path, "it is no vocabulary of CLIP: it lacks some bytes", ORIGIN)
+        raise file.unfit("it is no vocabulary of CLIP: it lacks some bytes", ORIGIN)
     last = len(ids) - 1
     numbers = [number for number in ids.values() if isinstance(number, int)]
     if sorted(numbers) != list(range(len(ids))) or ids[ZERO] != 0 or ids[END] != last:
-        raise unfit(path, f"its ids must run from 0 ({ZERO}) to {last} ({END}), each once", ORIGIN)
+        raise file.unfit(f"its ids must run from 0 ({ZERO}) to {last} ({END}), each once", ORIGIN)

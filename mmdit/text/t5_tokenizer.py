@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from mmdit.errors import UserError
 from mmdit.registry import register
 from mmdit.text.tokenizers import PromptTokenizer
-from mmdit.text.vocabularies import read_file, read_json, unfit, write_json
+from mmdit.text.vocabularies import VocabularyFile, expect_file, write_json
 
 PAD, END, UNKNOWN = SPECIAL = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
 SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]  # the ids after all others
@@ -35,24 +35,26 @@ class T5Tokenizer(PromptTokenizer):
     and cuts after 226 characters instead.
 
     Args:
-        model: path of spiece.model, or of a tokenizer.json.
+        model: spiece.model, or a tokenizer.json.
         length: of every row of ids. The weights do not tell it: SD3's paper and the reference have
             77, diffusers has 256.
 
     Raises:
-        UserError: the file is missing, damaged, or of another tokenizer.
+        UserError: the file is damaged, or of another tokenizer.
     """
 
-    def __init__(self, *, model: str, length: int) -> None:
-        read = _read_tokenizer_json if model.endswith(".json") else _read_sentencepiece
+    def __init__(self, *, model: VocabularyFile, length: int) -> None:
+        expect_file(model)
+        in_json = model.name.endswith(".json")
+        read = _read_tokenizer_json if in_json else _read_sentencepiece
         pieces, character_map = read(model)
         if [piece for piece, _ in pieces[:3]] != SPECIAL:
-            raise unfit(model, f"its first three pieces are not {', '.join(SPECIAL)}", ORIGIN)
+            raise model.unfit(f"its first three pieces are not {', '.join(SPECIAL)}", ORIGIN)
         try:
             tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
             tokenizer.normalizer = normalizers.Precompiled(character_map)
         except Exception as error:  # the library raises nothing narrower
-            raise unfit(model, str(error), ORIGIN) from error
+            raise model.unfit(str(error), ORIGIN) from error
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.WhitespaceSplit(),
@@ -63,7 +65,7 @@ class T5Tokenizer(PromptTokenizer):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {END}", special_tokens=[(END, 1)]
         )
-        self._sentencepiece = None if model.endswith(".json") else read_file(model, ORIGIN)
+        self._sentencepiece = None if in_json else model.data
         super().__init__(tokenizer, pad=PAD, length=length)
 
     def unknown_words(self, text: str) -> list[str]:
@@ -102,27 +104,27 @@ def t5_tokenizer_in(folder: str | Path, *, length: int) -> T5Tokenizer:
     Raises:
         UserError: both are missing, or the one that is there is damaged.
     """
-    for name in ("spiece.model", "tokenizer.json"):
-        if (Path(folder) / name).is_file():
-            return T5Tokenizer(model=str(Path(folder) / name), length=length)
+    for path in (Path(folder) / name for name in ("spiece.model", "tokenizer.json")):
+        if path.is_file():
+            return T5Tokenizer(model=VocabularyFile.read(path, ORIGIN), length=length)
     raise UserError(
         f"{folder} holds no T5 tokenizer: spiece.model and tokenizer.json are both missing. "
         f"Such files are in {ORIGIN}"
     )
 
 
-def _read_sentencepiece(path: str) -> Unigrams:
-    data = read_file(path, ORIGIN)
+def _read_sentencepiece(file: VocabularyFile) -> Unigrams:
+    data = file.bytes(ORIGIN)
     try:
         model = SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-        raise unfit(path, "it is no sentencepiece model", ORIGIN) from error
+        raise file.unfit("it is no sentencepiece model", ORIGIN) from error
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     # The library does not hand out the map: field 2 of the normalizer, field 3 of the model.
     normalizer = dict(_fields(data)).get(3, b"")
     character_map = dict(_fields(normalizer)).get(2)
     if not character_map:
-        raise unfit(path, "it ends before the map of characters", ORIGIN)
+        raise file.unfit("it ends before the map of characters", ORIGIN)
     return Unigrams(pieces, character_map)
 
 
@@ -152,8 +154,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         position += size
 
 
-def _read_tokenizer_json(path: str) -> Unigrams:
-    content = read_json(path, ORIGIN)
+def _read_tokenizer_json(file: VocabularyFile) -> Unigrams:
+    content = file.json(ORIGIN)
     try:
         pieces = [(str(piece), float(score)) for piece, score in content["model"]["vocab"]]
         normalizer = content["normalizer"]
@@ -161,4 +163,4 @@ def _read_tokenizer_json(path: str) -> Unigrams:
         (precompiled,) = [step for step in steps if step["type"] == "Precompiled"]
         return Unigrams(pieces, base64.b64decode(precompiled["precompiled_charsmap"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise unfit(path, "it is no tokenizer.json of T5", ORIGIN) from error
+        raise file.unfit("it is no tokenizer.json of T5", ORIGIN) from error

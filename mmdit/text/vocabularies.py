@@ -1,67 +1,119 @@
 """Files of published tokenizers: read them, or say what is wrong with them."""
 
+import base64
 import json
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from mmdit.bounds import LARGEST_VOCABULARY, parse_json, read_bounded
 from mmdit.errors import UserError
+from mmdit.registry import register
 
 
-def read_file(path: str, origin: str) -> bytes:
-    """Content of a tokenizer's file; `origin` says where such files come from.
+@register
+class VocabularyFile:
+    """A file of a tokenizer, which travels with the model: its description holds its content.
+
+    So nothing outside of a checkpoint is needed to open it, and nothing outside of it is read.
+
+    Args:
+        name: of the file.
+        content: its bytes, compressed by zlib, in base 64.
 
     Raises:
-        UserError: it cannot be read, or is empty.
+        UserError: the content is damaged, or larger than any vocabulary.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
+
+    def __init__(self, *, name: str, content: str) -> None:
+        self.name = self.place = name
+        try:
+            unpacker = zlib.decompressobj()
+            self.data = unpacker.decompress(base64.b64decode(content), LARGEST_VOCABULARY)
+        except (ValueError, zlib.error) as error:
+            raise UserError(f"the content of {name} is damaged ({error})") from None
+        if unpacker.unconsumed_tail or not unpacker.eof:
+            raise UserError(f"the content of {name} is cut off, or larger than any vocabulary")
+
+    @classmethod
+    def read(cls, path: str | Path, origin: str) -> Self:
+        """A file on disk; `origin` says where such files come from.
+
+        Raises:
+            UserError: it cannot be read, is not a regular file, or is larger than any vocabulary.
+        """
+        try:
+            data = read_bounded(Path(path), LARGEST_VOCABULARY)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); such files are in {origin}"
+            ) from error
+        content = base64.b64encode(zlib.compress(data)).decode()
+        file = cls(name=Path(path).name, content=content)
+        file.place = str(path)
+        return file
+
+    def bytes(self, origin: str) -> bytes:
+        """The content.
+
+        Raises:
+            UserError: it is empty.
+        """
+        if not self.data:
+            raise self.unfit("it is empty", origin)
+        return self.data
+
+    def text(self, origin: str) -> str:
+        """The content as UTF-8.
+
+        Raises:
+            UserError: it is empty, or is no text.
+        """
+        try:
+            return self.bytes(origin).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.unfit("it is no UTF-8 text", origin) from error
+
+    def json(self, origin: str) -> dict[str, Any]:
+        """The JSON object in it.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        self.text(origin)
+        try:
+            content = parse_json(self.data)
+        except ValueError as error:
+            raise self.unfit(f"it is no whole JSON ({error})", origin) from error
+        if not isinstance(content, dict):
+            raise self.unfit("it is no JSON object", origin)
+        return content
+
+    def unfit(self, fault: str, origin: str) -> UserError:
+        """The error for a file of no use: the fault, its likely cause, where to get the file."""
+        head = self.data[:64].lstrip()
+        if head.startswith(b"<"):
+            cause = "a web page was saved in its place"
+        elif head.startswith(b"version https://git-lfs"):
+            cause = "it is a git-lfs pointer, and `git lfs pull` fetches its content"
+        else:
+            cause = "it was cut off on its way here, or is a file of another kind"
+        return UserError(f"{self.place}: {fault}; probably {cause}. Such files are in {origin}")
+
+
+def expect_file(value: object) -> None:
+    """Refuse the path that older versions noted in place of a file's content.
+
+    Raises:
+        UserError: it is one, or something else.
+    """
+    if not isinstance(value, VocabularyFile):
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); such files are in {origin}"
-        ) from error
-    if not data:
-        raise unfit(path, "it is empty", origin)
-    return data
-
-
-def read_text(path: str, origin: str) -> str:
-    """UTF-8 content of a tokenizer's file.
-
-    Raises:
-        UserError: it cannot be read, is empty, or is no text.
-    """
-    try:
-        return read_file(path, origin).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise unfit(path, "it is no UTF-8 text", origin) from error
-
-
-def read_json(path: str, origin: str) -> dict[str, Any]:
-    """The JSON object that a tokenizer's file holds.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(read_text(path, origin))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise unfit(path, f"it is no whole JSON ({error})", origin) from error
-    if not isinstance(content, dict):
-        raise unfit(path, "it is no JSON object", origin)
-    return content
-
-
-def unfit(path: str, fault: str, origin: str) -> UserError:
-    """The error for a file of no use: the fault, its likely cause, where to get the file."""
-    with Path(path).open("rb") as file:
-        head = file.read(64).lstrip()
-    if head.startswith(b"<"):
-        cause = "a web page was saved in its place"
-    elif head.startswith(b"version https://git-lfs"):
-        cause = "it is a git-lfs pointer, and `git lfs pull` fetches its content"
-    else:
-        cause = "it was cut off on its way here, or is a file of another kind"
-    return UserError(f"{path}: {fault}; probably {cause}. Such files are in {origin}")
+            f"the tokenizer is noted as the file {value!r}, as older versions did; what a "
+            "checkpoint names elsewhere is not read. Put the folders tokenizer/, tokenizer_2/ and "
+            "tokenizer_3/ into the run's folder or beside the file, or name the folder that holds "
+            "them as tokenizers=<folder> (of sample.py: text.tokenizers=<folder>)"
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

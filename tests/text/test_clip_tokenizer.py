@@ -7,7 +7,8 @@ import torch
 
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
-from mmdit.text.clip_tokenizer import CLIPTokenizer, clip_tokenizer_in
+from mmdit.text.clip_tokenizer import ORIGIN, CLIPTokenizer, clip_tokenizer_in
+from mmdit.text.vocabularies import VocabularyFile
 
 START, END = 518, 519
 PROMPTS = ["", "a cat", "A CAT's  red\n cat", "naïve 日本 42", "cat " * 20]
@@ -98,8 +99,8 @@ def test_missing_files_are_listed(clip_files, tmp_path):
 def refusal(vocabulary: Path, merges: Path | None) -> str:
     with pytest.raises(UserError) as error:
         CLIPTokenizer(
-            vocabulary=str(vocabulary),
-            merges=None if merges is None else str(merges),
+            vocabulary=VocabularyFile.read(vocabulary, ORIGIN),
+            merges=None if merges is None else VocabularyFile.read(merges, ORIGIN),
             pad_with_end=True,
         )
     assert "clip-vit-large-patch14" in str(error.value)

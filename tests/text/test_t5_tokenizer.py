@@ -7,7 +7,8 @@ from sentencepiece import SentencePieceProcessor
 
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
-from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
+from mmdit.text.t5_tokenizer import ORIGIN, T5Tokenizer, t5_tokenizer_in
+from mmdit.text.vocabularies import VocabularyFile
 
 PROMPTS = ["", "a red cat", "A red\n  CAT, 42", "two ﬁne cats 日本", "cat " * 20]
 
@@ -72,7 +73,7 @@ def test_missing_files_are_listed(tmp_path):
     with pytest.raises(UserError, match=r"spiece.model and tokenizer.json .* google/t5-v1_1-xxl"):
         t5_tokenizer_in(tmp_path, length=77)
     with pytest.raises(UserError, match=r"none.model cannot be read .* google/t5-v1_1-xxl"):
-        T5Tokenizer(model=str(tmp_path / "none.model"), length=77)
+        T5Tokenizer(model=VocabularyFile.read(tmp_path / "none.model", ORIGIN), length=77)
 
 
 CHARACTERS = '"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}'
@@ -104,7 +105,7 @@ def test_a_file_of_no_use_is_named(tmp_path, name, content, fault):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        T5Tokenizer(model=str(path), length=77)
+        T5Tokenizer(model=VocabularyFile.read(path, ORIGIN), length=77)
     for part in (str(path), fault, "google/t5-v1_1-xxl"):
         assert part in str(error.value)
 
@@ -115,7 +116,7 @@ def test_a_model_that_was_cut_off_is_refused_wherever_the_cut_is(t5_files, tmp_p
     for size in range(1, len(whole) * 99 // 100, len(whole) // 50):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"probably it was cut off"):
-            T5Tokenizer(model=str(path), length=77)
+            T5Tokenizer(model=VocabularyFile.read(path, ORIGIN), length=77)
 
 
 # The published files
