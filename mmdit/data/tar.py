@@ -4,12 +4,23 @@ import os
 import tarfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from mmdit.data.images import MAX_BYTES, BadImage
 from mmdit.errors import UserError, first_line
 
 TAIL = 2**16
+MAX_EXTENDED = 2**20  # bytes of a header that holds a long name, or attributes
+EXTENDED = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 
 
 class Span(NamedTuple):
@@ -65,20 +76,23 @@ def read_members(path: Path) -> list[Member]:
         UserError: it is compressed, cut off or damaged: `tarfile` alone would pass over all that
             comes after a damaged header.
     """
-    found, last = [], -1
+    found, length = [], path.stat().st_size
     try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+        with tarfile.open(path, "r:", encoding="utf-8", tarinfo=_Entry) as tar:
             for entry in tar:
-                if entry.offset <= last:  # a negative length leads back: no end would come
-                    raise tarfile.ReadError("an entry of negative length")
-                last = entry.offset
+                # Extended headers state sizes, too. A negative one would lead back for ever; that
+                # of a file with holes counts them.
+                left = length - entry.offset_data
+                if entry.size < 0 or (entry.isreg() and not entry.issparse() and entry.size > left):
+                    raise tarfile.ReadError(_wrong_size(entry, f"and {left} are left in the file"))
                 if not entry.isdir():
                     found.append(_member(entry))
             end = tar.offset
+    except RecursionError as error:
+        raise UserError(f"{path}: thousands of extended headers follow each other") from error
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} must be a whole, uncompressed tar file: {first_line(error)}"
-        ) from error
+        told = _compression(path) or first_line(error)
+        raise UserError(f"{path} must be a whole, uncompressed tar file: {told}") from error
     _check_end(path, end)
     return found
 
@@ -89,6 +103,31 @@ def state_of(path: Path) -> tuple[int, int]:
         length = os.fstat(file.fileno()).st_size
         tail = _read(file, max(0, length - TAIL), TAIL)
     return length, zlib.crc32(tail)
+
+
+class _Entry(tarfile.TarInfo):
+    """An entry whose header is refused before anything is read or sought by the size it states."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        entry = super().frombuf(buf, encoding, errors)
+        if not 0 <= entry.size < 2**62:
+            raise tarfile.ReadError(_wrong_size(entry, "which no file has"))
+        if entry.type in EXTENDED and entry.size > MAX_EXTENDED:
+            raise tarfile.ReadError(_wrong_size(entry, "too many for an extended header"))
+        return entry
+
+
+def _wrong_size(entry: tarfile.TarInfo, why: str) -> str:
+    return f"the header of {entry.name!r} states {entry.size} bytes, {why}"
+
+
+def _compression(path: Path) -> str | None:
+    """What is wrong with a file that begins as a compressed one."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    known = (name for magic, name in COMPRESSED.items() if head.startswith(magic))
+    return next((f"it is compressed ({name}), so decompress it first" for name in known), None)
 
 
 def _member(entry: tarfile.TarInfo) -> Member:

@@ -76,13 +76,66 @@ def test_random_damage_of_headers_is_noticed_or_read_but_no_other_error(tmp_path
             assert str(error)
 
 
+def sized(kind: bytes, size: int, *, pax: bool = False) -> bytes:
+    """A header, with a right sum, of an entry that states any size."""
+    entry = tarfile.TarInfo("a.png")
+    entry.type = kind
+    if pax:
+        entry.pax_headers = {"size": str(size)}
+        return entry.tobuf(tarfile.PAX_FORMAT)
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = bytes([0xFF if size < 0 else 0x80]) + (size % 2**88).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -(10**6), -(2**63), 10**6, 2**40, 2**62, 2**80])
+@pytest.mark.parametrize("pax", [False, True])
+@pytest.mark.parametrize("before", [0, 1024])
+def test_a_header_that_states_an_impossible_size_is_named_with_its_file(
+    tmp_path, size, pax, before
+):
+    path = tar_of(tmp_path / "0.tar", MEMBERS[:1])
+    path.write_bytes(path.read_bytes()[:before] + sized(b"0", size, pax=pax) + bytes(2048))
+    if before:
+        first = tarfile.TarInfo("first.txt")
+        path.write_bytes(first.tobuf() * 2 + path.read_bytes()[before:])
+    with pytest.raises(UserError, match=rf"0\.tar must be .* of 'a\.png' states {size} bytes, "):
+        read_members(path)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g", b"X"])
+@pytest.mark.parametrize("size", [-512, 2**21, 2**62])
+def test_an_extended_header_of_absurd_size_is_not_read(tmp_path, kind, size):
+    path = tmp_path / "0.tar"
+    path.write_bytes(sized(kind, size) + bytes(2048))
+    with pytest.raises(UserError, match=rf"0\.tar must be .* states {size} bytes, "):
+        read_members(path)
+
+
+def test_extended_headers_without_end_are_refused(tmp_path):
+    path = tmp_path / "0.tar"
+    path.write_bytes((sized(b"L", 2) + b"x".ljust(512, b"\0")) * 3000 + bytes(1024))
+    with pytest.raises(UserError, match=r"0\.tar: thousands of extended headers"):
+        read_members(path)
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_a_compressed_file_is_named_as_such(tmp_path, mode):
+    with tarfile.open(tmp_path / "0.tar", f"w:{mode}") as tar:
+        add(tar, "a.txt", b"a")
+    with pytest.raises(UserError, match=r"0\.tar must be .*: it is compressed \((gzip|bzip2|xz)\)"):
+        read_members(tmp_path / "0.tar")
+
+
 def test_a_negative_length_does_not_lead_in_a_circle(tmp_path):
     path = tmp_path / "0.tar"
     entries = [tarfile.TarInfo(name) for name in "abc"]
     entries[2].size = -1024  # so that b follows it
     blocks = [entry.tobuf(tarfile.GNU_FORMAT) for entry in entries]
     path.write_bytes(b"".join(blocks) + bytes(1024))
-    with pytest.raises(UserError, match="negative length"):
+    with pytest.raises(UserError, match="states -1024 bytes"):
         read_members(path)
 
 
