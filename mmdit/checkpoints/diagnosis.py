@@ -111,7 +111,7 @@ TRACES = [
     ),
 ]
 PUBLISHED = tuple(prefix for format in FORMATS for prefix in format.prefixes if prefix)
-WRAPPED = re.compile(rf"^((?:{'|'.join(WRAPPERS)})\.)+")
+WRAPPED = re.compile(rf"^((?:{'|'.join(WRAPPERS)})\.){{1,4}}")
 
 BLOCK = re.compile(r"(?:blocks?|layers|down|up)\.(\d+)\.")
 # What the text stream of every block has, but for that of the last one.
@@ -163,9 +163,9 @@ def _held(keys: Sequence[str], part: str) -> str:
 def _elsewhere(keys: Sequence[str], kind: str) -> list[str]:
     """Prefixes of a kind's keys that are neither published nor those of known wrappers."""
     marks = "|".join(format.mark for format in FORMATS if format.kind == kind)
-    pattern = re.compile(rf"((?:[^.]+\.)+?)(?:{marks})")
-    plain = [key for key in keys if not ADAPTERS.search(key)]
-    found = {match[1] for key in plain if (match := pattern.match(key))}
+    pattern = re.compile(rf"((?:[^.]+\.){{1,6}}?)(?:{marks})")
+    matches = [match for key in keys if (match := pattern.match(key))]
+    found = {match[1] for match in matches if not ADAPTERS.search(match.string)}
     return sorted(found - set(PUBLISHED))[:5]
 
 
@@ -186,7 +186,8 @@ def _besides(keys: Sequence[str]) -> str:
 
 def recognize(keys: Iterable[str], own: str = "") -> str | None:
     """What keys are probably those of, if not of the format `own`."""
-    keys = list(keys)
+    # The blocks of a model have the same names but for their numbers; none is longer than this.
+    keys = {re.sub(r"\d+", "0", key[:200]) for key in keys}
     for trace in TRACES:
         compiled = re.compile(trace.pattern)
         if own not in trace.own and any(compiled.search(key) for key in keys):

@@ -63,11 +63,13 @@ def find(archive: Archive, kind: str, *, layout: str | None = None) -> Match | N
     """
     if layout is None and any(key.startswith("vision_model.") for key in archive.infos):
         layout = "diffusers"
+    formats = [format for format in FORMATS if format.kind == kind]
+    if not any(format.places(archive.infos, archive.parts) for format in formats):
+        return None
     keys = [key for key in archive.infos if not ADAPTERS.search(key)]
     places = {format: format.places(keys, archive.parts) for format in FORMATS}
     everywhere = {place for found in places.values() for place in found}
     matches: dict[str, Match] = {}
-    formats = [format for format in FORMATS if format.kind == kind]
     for format in sorted(formats, key=lambda format: format.layout != (layout or "original")):
         bare_other = not layout and format.another(archive.infos)
         for prefix, wrapper in places[format].items():

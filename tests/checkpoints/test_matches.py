@@ -1,7 +1,9 @@
 """Models under the prefixes of training wrappers, and in the nested dicts of pickles."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmdit
-from mmdit.checkpoints.archive import open_file
-from mmdit.checkpoints.public import exported
+from mmdit.checkpoints.archive import Info, open_file
+from mmdit.checkpoints.diagnosis import explain_stranger
+from mmdit.checkpoints.public import exported, find
 from mmdit.checkpoints.sources import load_model
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
@@ -178,3 +181,13 @@ def test_a_folder_with_files_that_are_no_models_says_what_they_are(tmp_path, nam
         with pytest.raises(UserError, match=f"{name}.safetensors holds .*{what}") as refusal:
             loader(tmp_path)
         assert "ncomplete" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("repeated", ["model.", "a.", "lora"])
+def test_thousands_of_long_keys_are_refused_soon(repeated):
+    keys = {repeated * (450 // len(repeated)) + str(i): Info((1,), "F32") for i in range(10_000)}
+    archive = SimpleNamespace(infos=keys, metadata={}, name="x", parts=())
+    start = time.process_time()
+    assert find(archive, "mmdit") is None
+    assert "holds no SD3 transformer" in explain_stranger(archive, "mmdit")
+    assert time.process_time() - start < 5  # about 0.3 s; it took 16 s where each was searched

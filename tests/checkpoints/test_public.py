@@ -333,7 +333,7 @@ def test_a_large_file_is_not_read_for_its_values_alone(tiny, tmp_path, monkeypat
         with pytest.raises(UserError, match=r"NaN or infinite: final_layer\.linear\.bias"):
             mmdit.load_mmdit(path, **wish)
     monkeypatch.setattr(public, "AT_ONCE", 0)
-    assert mmdit.load_mmdit(path).output.linear.bias[3].isnan()
+    assert mmdit.load_mmdit(path, verify=False).output.linear.bias[3].isnan()
     for wish in ({"verify": True}, {"dtype": torch.bfloat16}):
         with pytest.raises(UserError, match=r"NaN or infinite: final_layer\.linear\.bias"):
             mmdit.load_mmdit(path, **wish)

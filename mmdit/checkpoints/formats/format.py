@@ -80,7 +80,7 @@ class Format:
         """
         wrappers = "|".join(re.escape(name) for name in (*WRAPPERS, *parts))
         known = "|".join(re.escape(prefix) for prefix in self.prefixes)
-        pattern = re.compile(rf"(((?:(?:{wrappers})\.)*?)(?:{known}))(?:{self.mark})")
+        pattern = re.compile(rf"(((?:(?:{wrappers})\.){{0,4}}?)(?:{known}))(?:{self.mark})")
         found = {match[1]: match[2] for key in keys if (match := pattern.match(key))}
         published = [prefix for prefix in self.prefixes if prefix in found]
         return {**{prefix: found[prefix] for prefix in published}, **found}
