@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from mmdit.checkpoints import archive
 from mmdit.checkpoints.archive import open_file, open_shards
 from mmdit.checkpoints.public import load
 from mmdit.errors import UserError
+from tests.hostile_process import measured
 
-PROCESS = Path(__file__).parents[1] / "hostile_process.py"
 NET = "model.diffusion_model."
 
 
@@ -110,13 +108,6 @@ def test_a_tensor_of_a_pickle_is_not_larger_than_what_is_stored(tmp_path: Path) 
     torch.save({"a": torch.zeros(1, 1).expand(10**6, 10**6)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="a is larger than what is stored of it"):
         open_file(tmp_path / "x.pt", allow_pickle=True)
-
-
-def measured(paths: list[Path]) -> list[dict[str, Any]]:
-    """What opening each of the files gave and cost, in a process of its own."""
-    command = [sys.executable, str(PROCESS), *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow

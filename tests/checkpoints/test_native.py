@@ -15,6 +15,7 @@ from mmdit.models.uvit import UViT
 from mmdit.registry import describe
 from mmdit.text.conditioning import AbsentEncoder, TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer
+from tests.hostile_process import measured
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -155,3 +156,16 @@ def test_older_files_without_a_hash_open(written):
     path, module = written
     save_file(module.state_dict(), path, {"description": json.dumps(describe(module))})
     assert torch.equal(load_module(path).scale, module.scale)
+
+
+@pytest.mark.slow
+def test_what_descriptions_ask_for_is_refused_within_two_seconds_and_200_mb(tmp_path):
+    paths = []
+    for name, (description, _) in DESCRIPTIONS.items():
+        paths.append(tmp_path / f"{name}.safetensors")
+        metadata = {"description": json.dumps(description)}
+        save_file({"a": torch.zeros(1)}, paths[-1], metadata=metadata)
+    for case in measured(paths):
+        assert case["raised"].startswith("UserError: "), case
+        assert case["seconds"] < 2, case
+        assert case["megabytes"] < 200, case
