@@ -69,7 +69,7 @@ def test_public_layouts(run: Path, tmp_path: Path, form: str, name: str) -> None
     again = mmdit.load_autoencoder(tmp_path / name)
     whole = mmdit.load_autoencoder(run)
     x = torch.rand(1, 3, 16, 16) * 2 - 1
-    assert torch.allclose(again.encode(x), whole.encode(x), atol=1e-6)
+    torch.testing.assert_close(again.encode(x), whole.encode(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_says_who_reads_the_file(
