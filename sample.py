@@ -117,7 +117,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
                 if grid_of is not None:
                     grid_of.add(pixels, f"{prompt[:60]} ({seed})")
     if grid_of is None:
-        print(f"no grid of {count} images: one of more than {LARGEST_GRID} could not be looked at")
+        show(f"no grid of {count} images: one of more than {LARGEST_GRID} could not be looked at")
     else:
         show(files.add("grid.png", png(grid_of.image()), first=files.first))
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,14 +42,13 @@ from eval.subject import (
 )
 from mmdit.checkpoints.native import file_hash
 from mmdit.devices import available
-from mmdit.engine.pictures import plot
+from mmdit.engine.pictures import plot_image, png
 from mmdit.engine.precision import chosen_dtype
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.metrics.attention import BlockAttention, attention_at, last_blocks, watched
 from mmdit.models.backbone import Backbone
 from mmdit.pipeline import to_latents
-from mmdit.printable import show
 
 PROTOCOL = "attention-1"
 VERBATIM = ("checkpoint", "out", *PARTS)
@@ -93,10 +93,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
             name: [block._asdict() for block in (*blocks, last_blocks(blocks))]
             for name, blocks in seen.items()
         }
-    draw(report, thing.out)
-    write_results(thing.out, "attention", report, as_markdown(report))
-    for figure in FIGURES:
-        show(thing.out / f"attention-{figure}.png")
+    pictures = {f"-{figure}.png": png(image) for figure, image in curves_of(report).items()}
+    write_results(thing.out, "attention", report, as_markdown(report), pictures)
 
 
 def trained(config: DictConfig, text: Verbatim) -> Watched:
@@ -179,8 +177,9 @@ FIGURES = {
 }
 
 
-def draw(report: dict[str, Any], out: Path) -> None:
+def curves_of(report: dict[str, Any]) -> dict[str, Image.Image]:
     """A curve over the blocks for each size and level, in one picture for each figure."""
+    drawn = {}
     for figure, label in FIGURES.items():
         curves = {}
         for size, seen in report["sizes"].items():
@@ -188,8 +187,8 @@ def draw(report: dict[str, Any], out: Path) -> None:
             for name, rows in shown.items():
                 values = [row[figure] for row in rows[:-1]]
                 curves[f"{size} px {name}"] = list(enumerate(values))
-        path = out / f"attention-{figure}.png"
-        plot(curves, path, x_label="block", y_label=label)
+        drawn[figure] = plot_image(curves, x_label="block", y_label=label)
+    return drawn
 
 
 def as_markdown(report: dict[str, Any]) -> str:

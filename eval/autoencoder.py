@@ -41,7 +41,7 @@ from mmdit.checkpoints.runs import find_weights
 from mmdit.checkpoints.sources import local
 from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.devices import available
-from mmdit.engine.pictures import grid_image
+from mmdit.engine.pictures import grid_image, png
 from mmdit.engine.precision import Autocast, autocast, chosen_dtype
 from mmdit.errors import UserError
 from mmdit.metrics.distances import frechet_distance
@@ -49,7 +49,6 @@ from mmdit.metrics.reconstruction import psnr, ssim
 from mmdit.metrics.scores import Features
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import to_latents, to_pixels
-from mmdit.printable import show
 
 PROTOCOL = "autoencoder-1"
 VERBATIM = ("checkpoint", "out", "images", "clip")
@@ -104,9 +103,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
     if measured.features is not None:
         report["fd"] = frechet_distance(*measured.features)
     captions = ["picture"] * len(measured.shown[0]) + ["reconstruction"] * len(measured.shown[1])
-    grid_image(torch.cat(measured.shown), captions, columns=SHOWN).save(out / "autoencoder.png")
-    write_results(out, "autoencoder", report, as_markdown(report))
-    show(out / "autoencoder.png")
+    grid = grid_image(torch.cat(measured.shown), captions, columns=SHOWN)
+    write_results(out, "autoencoder", report, as_markdown(report), {".png": png(grid)})
 
 
 def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:

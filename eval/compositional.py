@@ -15,12 +15,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
 
 from configs.checks import seed_of, whole
@@ -36,10 +36,9 @@ from eval.subject import (
 )
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
-from mmdit.engine.pictures import grid_image
+from mmdit.engine.pictures import grid_image, png
 from mmdit.metrics.compositional import judge
 from mmdit.pipeline import Pipeline
-from mmdit.printable import show
 
 PROTOCOL = "compositional-1"
 VERBATIM = ("checkpoint", "out", *PARTS)
@@ -71,9 +70,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
         report["splits"][split] = table
         shown += examples if split == config.splits[0] else []
     out = results_folder(text, subject.source, "compositional")
-    draw_examples(shown, out / "compositional.png")
-    write_results(out, "compositional", report, as_markdown(report))
-    show(out / "compositional.png")
+    pictures = {".png": png(examples_image(shown))}
+    write_results(out, "compositional", report, as_markdown(report), pictures)
 
 
 def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
@@ -131,7 +129,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_examples(shown: list[tuple[Tensor, str, bool]], path: Path, per_row: int = 12) -> None:
+def examples_image(shown: list[tuple[Tensor, str, bool]], per_row: int = 12) -> Image.Image:
     """Up to 24 successes, then up to 24 failures, spread over the tasks."""
 
     def spread(wanted: bool) -> list[tuple[Tensor, str, bool]]:
@@ -140,7 +138,7 @@ def draw_examples(shown: list[tuple[Tensor, str, bool]], path: Path, per_row: in
 
     chosen = spread(True) + spread(False)
     captions = [("" if right else "WRONG: ") + caption for _, caption, right in chosen]
-    grid_image(torch.stack([image for image, _, _ in chosen]), captions, columns=per_row).save(path)
+    return grid_image(torch.stack([image for image, _, _ in chosen]), captions, columns=per_row)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from configs.launch import Verbatim, launch
 from eval.loading import measure_loading
 from eval.peers import SIDES, Config, Inputs, Stages, compute_in, parts
 from eval.random_weights import FULL_SIZE, SIZES, models_of_size, size_of, write_random
+from eval.results import write_new
 from eval.subject import made
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import HABITS, SUBFOLDERS, config_of, read_config
@@ -88,10 +89,9 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "stages": [row._asdict() for row in rows],
         "verdict": verdict(rows, config.tolerance),
     }
-    (out / "parity.json").write_text(json.dumps(report, indent=1))
     markdown = as_markdown(report, rows)
-    (out / "parity.md").write_text(markdown)
-    show(*markdown.split("\n"), *(out / f"parity.{suffix}" for suffix in ("json", "md")))
+    text_of = {".json": json.dumps(report, indent=1).encode(), ".md": markdown.encode()}
+    show(*markdown.split("\n"), *write_new(out, "parity", text_of))
     show(report["verdict"])
     if not all(row.ok for row in rows):
         sys.exit(1)

@@ -35,6 +35,7 @@ from eval.rank_input import (
     read_table,
 )
 from eval.report import DASH, NO_PLOTS, rank_cell, write_report
+from eval.results import write_new
 from eval.subject import cell
 from mmdit.errors import UserError
 from mmdit.metrics.ranking import (
@@ -111,13 +112,12 @@ def job(config: DictConfig, text: Verbatim) -> None:
     out = Path(text.get("out") or (Path(text["runs"]) / "ranking" if records else "results/rank"))
     out.mkdir(parents=True, exist_ok=True)
     markdown = as_markdown(result)
-    (out / "rank.json").write_text(json.dumps(result, indent=1))
-    (out / "rank.md").write_text(markdown)
+    text_of = {".json": json.dumps(result, indent=1).encode(), ".md": markdown.encode()}
+    written = write_new(out, "rank", text_of)
     show(*markdown.split("\n"))
     if config.report:
-        write_report(out, result, records)
-    for name in ("rank.json", "rank.md", *(["report.html"] if config.report else [])):
-        show(out / name)
+        written.append(write_report(out, result, records, written[0].stem.removeprefix("rank")))
+    show(*written)
 
 
 KEPT = ("run", "variant", "seed", "dataset", "samples", "weights_sha256", "training")

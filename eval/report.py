@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmdit.atomic import write_atomically
 from mmdit.metrics.ranking import Average, PowerLaw
 from mmdit.printable import printable
 
@@ -38,8 +39,8 @@ details { margin: 0.4em 0; } summary { cursor: pointer; }
 """
 
 
-def write_report(out: Path, result: Record, records: Sequence[Record]) -> Path:
-    """Write `report.html`, and its plots as PNG files beside it.
+def write_report(out: Path, result: Record, records: Sequence[Record], suffix: str = "") -> Path:
+    """Write `report<suffix>.html`, and its plots as PNG files beside it.
 
     Args:
         out: an existing folder.
@@ -54,7 +55,7 @@ def write_report(out: Path, result: Record, records: Sequence[Record]) -> Path:
         _fronts(result),
     ]
     if records:
-        sections += [_figures_table(result), *_plots(out, result, records)]
+        sections += [_figures_table(result), *_plots(out, result, records, suffix)]
         sections += [_runs(result), *_samples(result, records)]
     page = "\n".join(
         [
@@ -66,8 +67,9 @@ def write_report(out: Path, result: Record, records: Sequence[Record]) -> Path:
             "</body>\n</html>\n",
         ]
     )
-    (out / "report.html").write_text(page, encoding="utf-8")
-    return out / "report.html"
+    path = out / f"report{suffix}.html"
+    write_atomically(path, page.encode())
+    return path
 
 
 def _escaped(text: str) -> str:
@@ -236,14 +238,15 @@ def _runs(result: Record) -> str:
 # Pictures
 
 
-def _plots(out: Path, result: Record, records: Sequence[Record]) -> list[str]:
+def _plots(out: Path, result: Record, records: Sequence[Record], suffix: str) -> list[str]:
     from eval import report_plots as plots  # matplotlib is an extra: `eval/rank.py` looks for it
 
     look = plots.styles([row["variant"] for row in result["variants"]])
     sections = ["<h2>Plots</h2>", "<p>Numbers are places in the ranking.</p>"]
 
     def add(name: str, content: bytes, caption: str) -> None:
-        (out / f"{re.sub(r'[^-.0-9A-Za-z_]', '_', name)}.png").write_bytes(content)
+        stem = re.sub(r"[^-.0-9A-Za-z_]", "_", name)
+        write_atomically(out / f"{stem}{suffix}.png", content)
         sections.append(_figure(content, caption))
 
     for trend in result["trends"]:

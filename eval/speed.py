@@ -35,6 +35,7 @@ from tqdm import tqdm
 from configs.checks import seed_of, whole
 from configs.launch import Verbatim, launch
 from eval.loading import measure_loading, timed
+from eval.results import write_new
 from eval.speed_cases import (
     CASES,
     D24,
@@ -98,10 +99,9 @@ def job(config: DictConfig, text: Verbatim) -> None:
     }
     out = Path(text.get("out") or "results/speed")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "speed.json").write_text(json.dumps(report, indent=1))
     markdown = as_markdown(report, rows)
-    (out / "speed.md").write_text(markdown)
-    show(*markdown.split("\n"), *(out / f"speed.{suffix}" for suffix in ("json", "md")))
+    text_of = {".json": json.dumps(report, indent=1).encode(), ".md": markdown.encode()}
+    show(*markdown.split("\n"), *write_new(out, "speed", text_of))
 
 
 def check(config: DictConfig) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import mmdit
 from configs.checks import seed_of, whole
 from configs.launch import Verbatim
+from eval.results import write_new
 from mmdit.checkpoints.native import file_hash
 from mmdit.checkpoints.runs import find_weights, hash_of_weights, newest_finished
 from mmdit.checkpoints.sources import local
@@ -254,8 +255,17 @@ def made(folder: Path, key: str = "out") -> Path:
     return folder
 
 
-def write_results(out: Path, name: str, report: Mapping[str, Any], markdown: str) -> None:
-    """<name>.json and <name>.md; the table is printed, too, and where the files are.
+def write_results(
+    out: Path,
+    name: str,
+    report: Mapping[str, Any],
+    markdown: str,
+    pictures: Mapping[str, bytes] | None = None,
+) -> None:
+    """<name>.json, <name>.md and pictures; the table is printed, too, and where the files are.
+
+    Args:
+        pictures: PNG files by ending, as '.png'.
 
     Raises:
         UserError: a figure is not finite; nothing is written then.
@@ -265,9 +275,8 @@ def write_results(out: Path, name: str, report: Mapping[str, Any], markdown: str
     except ValueError:
         told = f"{report['weights']} gives figures that are not finite: it may have diverged"
         raise UserError(told, "", *markdown.split("\n")) from None
-    (out / f"{name}.json").write_text(text)
-    (out / f"{name}.md").write_text(markdown)
-    show(*markdown.split("\n"), *(out / f"{name}.{suffix}" for suffix in ("json", "md")))
+    files = {".json": text.encode(), ".md": markdown.encode(), **(pictures or {})}
+    show(*markdown.split("\n"), *write_new(out, name, files))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

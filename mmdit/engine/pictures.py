@@ -197,6 +197,11 @@ def plot_losses(losses: Curves, path: Path) -> None:
 
 
 def plot(curves: Mapping[str, Sequence[Point]], path: Path, *, x_label: str, y_label: str) -> None:
+    """Write `plot_image`."""
+    write_atomically(path, png(plot_image(curves, x_label=x_label, y_label=y_label)))
+
+
+def plot_image(curves: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str) -> Image.Image:
     """Named curves of (x, y) in one frame with ticks, a grid and a legend.
 
     Points that are not finite are left out.
@@ -210,8 +215,7 @@ def plot(curves: Mapping[str, Sequence[Point]], path: Path, *, x_label: str, y_l
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     points = [point for curve in curves.values() for point in curve]
     if not points:
-        write_atomically(path, png(page))
-        return
+        return page
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
 
@@ -242,7 +246,7 @@ def plot(curves: Mapping[str, Sequence[Point]], path: Path, *, x_label: str, y_l
         pen.text((width - 148, top + 16 + 18 * i), name, fill=INK, font=font, anchor="lm")
     pen.text((width / 2, height - 16), x_label, fill=INK, font=font, anchor="mm")
     pen.text((8, 4), y_label, fill=INK, font=font)
-    write_atomically(path, png(page))
+    return page
 
 
 def ticks(low: float, high: float, about: int = 6) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mmdit.atomic import write_atomically
+from mmdit.atomic import claim, write_atomically
 from mmdit.data.captions import RELATIONS, Scene, short_caption
 from mmdit.errors import UserError
 
@@ -145,8 +145,10 @@ class GenEvalFolder:
                     f"out={path} has numbered folders, but no geneval.json that says what they are "
                     "of: choose another out="
                 )
-            write_atomically(kept, json.dumps(wanted, indent=1).encode())
-        elif old != wanted:
+            if claim(kept, json.dumps(wanted, indent=1).encode()):
+                return
+            old = json.loads(kept.read_text())  # of a process that began at the same moment
+        if old != wanted:
             if not isinstance(old, dict):
                 raise UserError(f"{kept} is damaged: choose another out=")
             key = next(key for key in (*wanted, *old) if old.get(key) != wanted.get(key))
