@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,10 +45,25 @@ def report_bad(
     if not files:
         raise UserError(f"{place} holds no image")
     if share > limit or len(bad) == files:
-        first = "; ".join(f"{name}: {bad[name]}" for name in sorted(bad)[:3])
         raise UserError(
             f"{len(bad)} of {files} images of {place} cannot be used{listed}, more than "
-            f"max_bad_fraction {limit} allows: {first}"
+            f"max_bad_fraction {limit} allows: {_causes(bad)}"
         )
     if bad:
-        log.warning("%s: %d of %d images set aside%s", place, len(bad), files, listed)
+        told = _causes(bad)
+        log.warning("%s: %d of %d images set aside%s: %s", place, len(bad), files, listed, told)
+
+
+def _causes(bad: Mapping[str, str], most: int = 3) -> str:
+    """The most frequent causes, each with the first file and how many there are."""
+    first: dict[str, str] = {}
+    for name in sorted(bad):
+        first.setdefault(bad[name], name)
+    counts = Counter(bad.values())
+    causes = sorted(first, key=lambda cause: (-counts[cause], first[cause]))
+    told = [
+        f"{first[cause]}: {cause}" + (f" ({counts[cause]} files)" if counts[cause] > 1 else "")
+        for cause in causes[:most]
+    ]
+    more = len(causes) - most
+    return "; ".join([*told, f"and {more} other causes"] if more > 0 else told)

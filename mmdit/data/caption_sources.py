@@ -14,26 +14,28 @@ import json
 import posixpath
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from mmdit.checks import expect, expect_mapping, expect_number
+from mmdit.checks import expect, expect_list, expect_mapping, expect_number
 from mmdit.data.images import MAX_BYTES, NOWHERE, BadImage, read_bytes
 from mmdit.errors import UserError, first_line
 from mmdit.registry import register
 
 T = TypeVar("T")
 Captions: TypeAlias = Mapping[str, Sequence[str]]
+# What other programs write beside an image; looked at where no caption was found.
+OTHER_SIDECARS = (".txt", ".caption", ".captions", ".cap", ".tags", ".text", ".md", ".json")
 TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 class Reader(Protocol):
     """Captions of one folder. `listed`: names of files that the source itself speaks of."""
 
-    listed: Sequence[str]
+    listed: Collection[str]
 
     def __call__(self, name: str) -> Captions:
         """Captions by kind of the file at `name`, relative to the folder, with slashes.
@@ -41,6 +43,9 @@ class Reader(Protocol):
         Raises:
             BadImage: they cannot be read. A file that merely has none gets an empty mapping.
         """
+
+    def absence(self, name: str) -> str | None:
+        """Where captions of a file were looked for that has none, and what is there instead."""
 
 
 class CaptionSource(Protocol):
@@ -52,13 +57,20 @@ class CaptionSource(Protocol):
 class _Plain:
     """A reader that speaks of no file on its own."""
 
-    listed: Sequence[str] = ()
+    listed: Collection[str] = ()
 
-    def __init__(self, read: Callable[[str], Captions]) -> None:
-        self._read = read
+    def __init__(
+        self,
+        read: Callable[[str], Captions],
+        absence: Callable[[str], str | None] = lambda name: None,
+    ) -> None:
+        self._read, self._absence = read, absence
 
     def __call__(self, name: str) -> Captions:
         return self._read(name)
+
+    def absence(self, name: str) -> str | None:
+        return self._absence(name)
 
 
 @register
@@ -67,21 +79,56 @@ class Sidecars:
 
     Those of another kind lie in `photo.<kind>.txt`, e.g. `photo.synthetic.txt`. Where there is no
     `.txt`, `.TXT` counts.
+
+    Args:
+        suffix: what comes instead of the image's, or several of which the first that is there
+            counts: ".caption"; [".jpg.txt", ".png.txt"] for `photo.jpg.txt`. None is ".txt".
     """
 
+    def __init__(self, *, suffix: str | Sequence[str] | None = None) -> None:
+        if suffix is not None and not isinstance(suffix, str):
+            expect_list("captions.suffix", suffix)
+        self._suffixes = tuple([suffix] if isinstance(suffix, str) else suffix or [".txt"])
+        for each in self._suffixes:
+            plain = isinstance(each, str) and re.fullmatch(r"(\.[^./\\\0]+)+", each)
+            expect(bool(plain), "captions.suffix", each, "must be a suffix, such as .caption")
+            expect(
+                each.lower() != ".json", "captions.suffix", each, "must be that of plain text files"
+            )
+
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
-        def read(name: str) -> Captions:
+        def places(name: str) -> Iterator[tuple[str, Path]]:
             stem = (root / name).with_suffix("")
-            found = {}
-            for kind in kinds:
-                file = stem.with_name(f"{stem.name}{sidecar_suffix(kind)}")
-                for sidecar in (file, file.with_suffix(".TXT")):
-                    if _is_file(sidecar):
-                        found[kind] = lines_of(read_bytes(sidecar), sidecar.name)
-                        break
+            for kind, suffix in itertools.product(kinds, self._suffixes):
+                for case in (suffix, suffix.upper()):
+                    marked = case if kind == "text" else f".{kind}{case}"
+                    yield kind, stem.with_name(f"{stem.name}{marked}")
+
+        def read(name: str) -> Captions:
+            found: dict[str, tuple[str, ...]] = {}
+            for kind, sidecar in places(name):
+                if kind not in found and _is_file(sidecar):
+                    found[kind] = lines_of(read_bytes(sidecar), sidecar.name)
             return found
 
-        return _Plain(read)
+        def absence(name: str) -> str | None:
+            if any(_is_file(sidecar) for _, sidecar in places(name)):
+                return "the file beside it is empty"
+            wanted = ", ".join(
+                suffix if kind == "text" else f".{kind}{suffix}"
+                for kind, suffix in itertools.product(kinds, self._suffixes)
+            )
+            told = f"there is no file with the suffix {wanted} beside it"
+            path = root / name
+            for suffix in (*OTHER_SIDECARS, *(path.suffix + other for other in OTHER_SIDECARS)):
+                if not _is_file(path.with_suffix(suffix)):
+                    continue
+                if suffix.endswith(".json"):
+                    return f"{told}, but one with {suffix}: make a metadata.jsonl of them"
+                return f"{told}, but one with {suffix}: captions.suffix={suffix} reads it"
+            return told
+
+        return _Plain(read, absence)
 
 
 @register
@@ -111,7 +158,7 @@ class Table:
             for kind in kinds:
                 entry.setdefault(kind, []).extend(_texts(row.get(kind), f"{place}: {kind}"))
         reader = _Plain(lambda name: captions.get(name, {}))
-        reader.listed = tuple(captions)
+        reader.listed = captions.keys()
         return reader
 
     def _path(self, root: Path) -> Path:

@@ -1,8 +1,10 @@
 """A folder of images with captions as a training set."""
 
+import functools
 import hashlib
 import heapq
 import json
+import logging
 import os
 import posixpath
 import zlib
@@ -17,12 +19,15 @@ from tqdm import tqdm
 from mmdit.checks import expect_whole
 from mmdit.data.aside import report_bad
 from mmdit.data.caption_sources import Captions, CaptionSource
-from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, decode, read_bytes
+from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, Missing, decode, read_bytes
 from mmdit.data.known import Known, Seen, status_of
+from mmdit.data.missing import Likely
 from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
 from mmdit.printable import printable
 from mmdit.registry import describe
+
+log = logging.getLogger(__name__)
 
 # What looks like an image: formats without a reader here are listed as bad, not overlooked.
 SUFFIXES = frozenset(
@@ -57,8 +62,9 @@ class FolderFiles:
         self.root, self._kinds = root, tuple(kinds)
         self._captions, self._source = captions.open(root, self._kinds), describe(captions)
         self.bad: dict[str, str] = {}
-        found = {*self._walk(), *self._listed()}
-        self.names: list[str] = sorted(found)
+        walked = set(self._walk())
+        self._likely = functools.cache(lambda: Likely(walked))
+        self.names: list[str] = sorted({*walked, *self._listed()})
 
     @property
     def files(self) -> int:
@@ -71,7 +77,18 @@ class FolderFiles:
         Raises:
             BadImage: one cannot be read, or there is no caption.
         """
-        return read_bytes(self.root / name), self.captions(name)
+        return self.content(name), self.captions(name)
+
+    def content(self, name: str) -> bytes:
+        """The content of an image file alone.
+
+        Raises:
+            BadImage: it cannot be read; where it is not there, with the likely cause.
+        """
+        try:
+            return read_bytes(self.root / name)
+        except Missing as error:
+            raise BadImage(self._not_there(name, "no such file")) from error
 
     def captions(self, name: str) -> Captions:
         """The captions of an image file alone.
@@ -81,7 +98,9 @@ class FolderFiles:
         """
         captions = self._captions(name)
         if not has_caption(captions, self._kinds):
-            raise BadImage(f"has no caption of the kind {' or '.join(self._kinds)}")
+            told = f"has no caption of the kind {' or '.join(self._kinds)}"
+            beside = self._captions.absence(name)
+            raise BadImage(f"{told}: {beside}" if beside else told)
         return captions
 
     def identity(self) -> dict[str, Any]:
@@ -126,9 +145,14 @@ class FolderFiles:
     def _listed(self) -> Iterator[str]:
         for name in self._captions.listed:
             if name.startswith(("../", "/")) or name == "..":
-                self.bad[name] = "lies outside of the folder"
+                self.bad[name] = self._not_there(name, "lies outside of the folder")
             elif name not in self.bad:
                 yield name
+
+    def _not_there(self, name: str, told: str) -> str:
+        """What is wrong with a name that the captions speak of, and why it may be."""
+        cause = self._likely().cause(name) if name in self._captions.listed else None
+        return f"{told}: {cause}" if cause else told
 
 
 class ImageFolder(CaptionedImages):
@@ -240,7 +264,7 @@ def scan(
             seen = known.get(name, path)
             if seen is None:
                 status = status_of(path)  # before reading: what changes meanwhile is not known
-                data = read_bytes(path)
+                data = files.content(name)
                 height, width, _ = decode(data, max_pixels=max_pixels).shape
                 changed = status[1] if status else 0
                 seen = Seen(len(data), changed, height, width, zlib.crc32(data))
@@ -250,6 +274,7 @@ def scan(
             return str(error)
 
     good: dict[str, Seen] = {}
+    several = 0
     bad, kinds = dict(files.bad), set[str]()
     total, told = len(files.names), f"looking through {printable(files.root.name)}"
     with (
@@ -264,8 +289,15 @@ def scan(
                     continue
                 good[name], captions = looked
                 kinds.update(kind for kind, texts in captions.items() if texts)
+                several += any(len(texts) > 1 for texts in captions.values())
             known.flush()
             bar.update(len(names))
+    if several:
+        log.info(
+            "%s: %d images have several captions (each line of a .txt is one): every step draws "
+            "one of them",
+            *(files.root, several),
+        )
     return good, bad, kinds
 
 

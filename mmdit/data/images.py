@@ -71,6 +71,10 @@ class BadImage(UserError):
     """An image that cannot be used; the message is the reason, without the file's name."""
 
 
+class Missing(BadImage):
+    """A file that is not there."""
+
+
 class TooLarge(BadImage):
     """An image with more pixels than the limit: under a greater one it may be usable."""
 
@@ -92,7 +96,9 @@ def read_bytes(path: Path) -> bytes:
             raise BadImage(f"{status.st_size} bytes are more than the limit of {MAX_BYTES}")
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise BadImage("a link to nothing" if path.is_symlink() else "no such file") from error
+        if path.is_symlink():
+            raise BadImage("a link to nothing") from error
+        raise Missing("no such file") from error
     except PermissionError as error:
         raise BadImage("may not be read (permission denied)") from error
     except OSError as error:

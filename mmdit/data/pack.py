@@ -369,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder of shards; the same command goes on")
     choices = ("sidecars", "table", "class_names")
     parser.add_argument("--captions", choices=choices, default="sidecars")
+    parser.add_argument("--suffix", nargs="+", help="for sidecars: others than .txt")
     parser.add_argument("--table", help="for table: another file than metadata.jsonl or .csv")
     parser.add_argument("--template", default="a photo of a {}", help="for class_names")
     parser.add_argument("--names", help="for class_names: JSON file {folder: class}")
@@ -380,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def body() -> None:
-        captions: CaptionSource = Sidecars()
+        captions: CaptionSource = Sidecars(suffix=given.suffix)
         if given.captions == "table":
             captions = Table(file=given.table)
         elif given.captions == "class_names":

@@ -1,6 +1,7 @@
 """Captioned images of many sizes as batches of one size: what all image data sets share."""
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from mmdit.data.order import BucketedOrder
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation")
 CROPS = ("centre", "random")
 T = TypeVar("T")
@@ -32,7 +35,8 @@ class CaptionedImages(ABC):
     Args:
         split: 'train' or 'validation'; an image's side is decided by its name alone, so adding
             images moves none.
-        validation_fraction: share of the images held back for validation, but one at least.
+        validation_fraction: share of the images held back for validation, but one at least; an
+            only image is in both splits.
         image_size: S; a batch has about S**2 pixels an image.
         unit: every side is a multiple of it: the autoencoder's factor times the patch.
         max_ratio: largest ratio of the sides; 1 makes all batches square.
@@ -230,6 +234,10 @@ class CaptionedImages(ABC):
         if not held_back and limit and len(names) > 1:  # of a small set, one
             held_back = {min(range(len(names)), key=lots.__getitem__)}
         kept = [i for i in range(len(names)) if (i in held_back) == (self.split != "train")]
+        if len(names) == 1:
+            kept = [0]
+            if self.split == "validation":
+                log.warning("%s holds one image: validation sees what is trained on", place)
         if self.split == "train" and self.samples is not None:
             kept = sorted(sorted(kept, key=lots.__getitem__)[: self.samples])
         if not kept:

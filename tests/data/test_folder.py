@@ -491,7 +491,6 @@ def test_an_image_that_changes_later_is_named(tmp_path, photo):
         ({"mix": {"text": 1, "synthetic": 1}}, "no image of .* has a caption of .* 'synthetic'"),
         ({"captions": Table()}, "has no metadata.jsonl and metadata.csv"),
         ({"captions": ClassNames(), "mix": {"label": 1}}, "mix label must be text"),
-        ({"split": "validation"}, "split 'validation' has none of the 1 images"),
         ({"max_bad_fraction": 1.0}, r"max_bad_fraction 1.0 must be in \[0, 1\)"),
         ({"max_pixels": 10}, "1 of 1 images .* 8 x 8 pixels are more than the limit of 10"),
         ({"threads": 0}, "threads 0"),
