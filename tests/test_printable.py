@@ -2,14 +2,20 @@
 
 import logging
 import pickle
+import tarfile
 import unicodedata
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import mmdit
 from eval.subject import cell, table
 from mmdit.data.images import BadImage
+from mmdit.data.shards import Shards
 from mmdit.errors import UserError
-from mmdit.printable import Formatter, printable, printable_lines, show
+from mmdit.printable import UNSAFE, Formatter, printable, printable_lines, show
 
 FORGED = "a\x1b[2J\nERROR: b\r\x9b\x7f\u2028\u202e\u2066\udcff"
 SHOWN = r"a\x1b[2J\nERROR: b\r\x9b\x7f\u2028\u202e\u2066\udcff"
@@ -50,6 +56,24 @@ def test_arguments_of_a_log_record_are_printable_and_its_message_may_have_lines(
 def test_what_is_printed_has_one_line_for_each_argument(capsys: pytest.CaptureFixture) -> None:
     show("a", FORGED)
     assert capsys.readouterr().out == f"a\n{SHOWN}\n"
+
+
+def test_keys_of_a_checkpoint_forge_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[2J.safetensors"
+    save_file({f"{FORGED[:-1]}{i}": torch.zeros(1) for i in range(3)}, path)
+    with pytest.raises(UserError) as refusal:
+        mmdit.load_pipeline(path)
+    assert SHOWN[:-6] in str(refusal.value)
+    assert not UNSAFE.search(str(refusal.value))
+
+
+def test_members_of_a_shard_forge_no_line(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for suffix in (".png", ".txt"):
+            tar.addfile(tarfile.TarInfo(f"a\x1b[2J\nERROR: b{suffix}"))
+    with pytest.raises(UserError, match=r"0\.tar/a\\x1b\[2J\\nERROR: b: is empty") as refusal:
+        Shards(split="train", root=str(tmp_path), image_size=16)
+    assert not UNSAFE.search(str(refusal.value))
 
 
 def test_a_cell_of_a_table_is_neither_a_border_nor_a_tag() -> None:

@@ -342,7 +342,7 @@ def test_the_command_takes_other_captions(tmp_path, photo, captions, capsys):
         (["photos", "out", "--kinds", "../x"], "must be a plain word"),
         (["photos", "out", "--per-shard", "0"], "per_shard 0 must be"),
         (["photos", "photos/0/0.png"], "must be a folder"),
-        (["photos", "photos/0/0.png/out"], "Not a directory"),
+        (["photos", "photos/0/0.png/out"], "photos/0/0.png/out: not a directory"),
     ],
 )
 def test_mistakes_end_in_a_line_and_exit_code_2(
