@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmdit.errors import NotFinite, UserError
 
@@ -100,7 +101,7 @@ def one_of(field: str, name: str, known: Iterable[str]) -> None:
 
 def expect_finite(stage: str, x: Tensor) -> None:
     """Raise NotFinite, naming the stage that x comes from, if a value of it is NaN or infinite."""
-    if x.is_meta:  # which has no values
+    if x.is_meta or isinstance(x, FakeTensor):  # which have no values
         return
     finite = x.isfinite().flatten(1).all(dim=1)  # of each sample (b, ...)
     if not finite.all():

@@ -1,10 +1,13 @@
 import re
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs.checks import seed_of, whole
+from mmdit.checks import expect_finite
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
 
@@ -53,3 +56,9 @@ def test_a_seed_may_have_64_bits_and_images_count_up_from_it():
 def test_a_value_that_must_be_given_is_asked_for():
     with pytest.raises(MissingMandatoryValue):
         whole(OmegaConf.create({"a": "???"}), "a")
+
+
+def test_tensors_without_values_are_not_looked_through():
+    expect_finite("a stage", torch.empty(2, 3, device="meta"))
+    with FakeTensorMode():
+        expect_finite("a stage", torch.empty(2, 3))
