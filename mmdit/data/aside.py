@@ -66,4 +66,4 @@ def _causes(bad: Mapping[str, str], most: int = 3) -> str:
         for cause in causes[:most]
     ]
     more = len(causes) - most
-    return "; ".join([*told, f"and {more} other causes"] if more > 0 else told)
+    return "; ".join([*told, f"other causes: {more}"] if more > 0 else told)

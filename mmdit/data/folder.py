@@ -294,7 +294,7 @@ def scan(
             bar.update(len(names))
     if several:
         log.info(
-            "%s: %d images have several captions (each line of a .txt is one): every step draws "
+            "%s: images with several captions (each line of a .txt is one): %d; every step draws "
             "one of them",
             *(files.root, several),
         )

@@ -67,7 +67,7 @@ def test_causes_are_counted_and_three_of_them_listed(tmp_path: Path, caplog) -> 
         report_bad(bad, files=7, place=tmp_path, report=None, limit=0)
     bad |= {"z.jpg": "is green"}
     report_bad(bad, files=100, place=tmp_path, report=None, limit=0.5)
-    assert caplog.messages[0].endswith("y.jpg: is odd; and 1 other causes")
+    assert caplog.messages[0].endswith("y.jpg: is odd; other causes: 1")
 
 
 def opened(root: Path, **options) -> ImageFolder:
@@ -153,7 +153,10 @@ def test_several_captions_of_an_image_are_noted(tmp_path, photo, caplog) -> None
         photo(tmp_path / f"{i}.png", text, seed=i)
     with caplog.at_level(logging.INFO):
         opened(tmp_path)
-    assert any("2 images have several captions (each line" in told for told in caplog.messages)
+    assert any(
+        "images with several captions (each line of a .txt is one): 2;" in told
+        for told in caplog.messages
+    )
 
 
 def test_names_and_captions_forge_no_line(tmp_path, photo) -> None:
