@@ -46,7 +46,7 @@ from mmdit.engine.precision import autocast, chosen_dtype, reason
 from mmdit.engine.precompute import Unfinished
 from mmdit.engine.processes import Processes, join, leave, own_device, restart_remarks
 from mmdit.engine.runs import check_name, open_together
-from mmdit.engine.schedules import Schedule, check_length
+from mmdit.engine.schedules import Schedule
 from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.errors import UserError
 from mmdit.models.matching import matched
@@ -107,7 +107,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     optimizer = instantiate(config.optimizer)(pipeline)
     posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
     schedule = instantiate(config.schedule)
-    remarks = check_length(schedule, settings.steps) if isinstance(schedule, Schedule) else []
+    remarks = schedule.check_length(settings.steps) if isinstance(schedule, Schedule) else []
     if ema.profile.every > settings.steps:
         remarks.append(
             f"ema.every={ema.profile.every} is more than training.steps={settings.steps}: the "

@@ -38,6 +38,34 @@ class Schedule(ABC):
     def warmed_up(self, step: int) -> float:
         """Factor after the warm-up; 1 at its end."""
 
+    def check_length(self, steps: int) -> list[str]:
+        """Compare the schedule with the length of training, and say what is worth a remark.
+
+        Raises:
+            UserError: the learning rate would be 0 for a part of the training.
+        """
+        end, warmup = self.end, self.warmup_steps
+        if end is not None and end < steps and self.final == 0:
+            raise UserError(
+                f"training.steps={steps} is more than schedule.steps={end}, where the learning "
+                f"rate reaches 0: the last {steps - end} steps would train nothing. Leave "
+                "schedule.steps out, which then is training.steps; or give schedule.final=0.1, "
+                "which is kept afterwards, or schedule=warmup_constant"
+            )
+        remarks = []
+        if end is not None and end < steps:
+            remarks.append(f"the last {steps - end} steps are made at {self.final:g} x lr")
+        if end is not None and end > steps:
+            remarks.append(
+                f"training ends {end - steps} steps before its schedule: schedule.steps={end}"
+            )
+        if warmup >= steps:
+            remarks.append(
+                f"training.steps={steps} end within the warm-up, schedule.warmup_steps={warmup}: "
+                "the learning rate never reaches optimizer.lr"
+            )
+        return remarks
+
 
 class WarmupConstant(Schedule):
     """Linear warm-up, then constant: the paper's (App. B.3)."""
@@ -99,35 +127,6 @@ class WarmupStableDecay(Schedule):
     def warmed_up(self, step: int) -> float:
         past = (step - (self.steps - self.decay_steps)) / self.decay_steps
         return self.final + (1 - self.final) * (1 - math.sqrt(min(1.0, max(0.0, past))))
-
-
-def check_length(schedule: Schedule, steps: int) -> list[str]:
-    """Compare a schedule with the length of training, and say what is worth a remark.
-
-    Raises:
-        UserError: the learning rate would be 0 for a part of the training.
-    """
-    end, warmup = schedule.end, schedule.warmup_steps
-    if end is not None and end < steps and schedule.final == 0:
-        raise UserError(
-            f"training.steps={steps} is more than schedule.steps={end}, where the learning rate "
-            f"reaches 0: the last {steps - end} steps would train nothing. Leave schedule.steps "
-            "out, which then is training.steps; or give schedule.final=0.1, which is kept "
-            "afterwards, or schedule=warmup_constant"
-        )
-    remarks = []
-    if end is not None and end < steps:
-        remarks.append(f"the last {steps - end} steps are made at {schedule.final:g} x lr")
-    if end is not None and end > steps:
-        remarks.append(
-            f"training ends {end - steps} steps before its schedule: schedule.steps={end}"
-        )
-    if warmup >= steps:
-        remarks.append(
-            f"training.steps={steps} end within the warm-up, schedule.warmup_steps={warmup}: the "
-            "learning rate never reaches optimizer.lr"
-        )
-    return remarks
 
 
 def _check_end(steps: int, least: int, name: str, final: float) -> None:

@@ -13,7 +13,6 @@ from mmdit.engine.schedules import (
     WarmupConstant,
     WarmupCosine,
     WarmupStableDecay,
-    check_length,
 )
 from mmdit.errors import UserError
 
@@ -124,13 +123,13 @@ def test_bad_numbers_are_refused(make, told: str) -> None:
 )
 def test_a_training_that_outlasts_its_learning_rate_is_refused(schedule) -> None:
     with pytest.raises(UserError, match=r"training\.steps=12 .* schedule\.steps=6.* last 6 steps"):
-        check_length(schedule, 12)
-    assert check_length(schedule, 6) == []
-    assert "training ends 1 steps before" in check_length(schedule, 5)[0]
+        schedule.check_length(12)
+    assert schedule.check_length(6) == []
+    assert "training ends 1 steps before" in schedule.check_length(5)[0]
 
 
 def test_what_a_schedule_leaves_unsaid_is_remarked() -> None:
-    assert check_length(WarmupConstant(warmup_steps=2), 10**6) == []
-    assert "never reaches" in check_length(WarmupConstant(warmup_steps=6), 6)[0]
-    (remark,) = check_length(WarmupCosine(warmup_steps=2, steps=6, final=0.1), 12)
+    assert WarmupConstant(warmup_steps=2).check_length(10**6) == []
+    assert "never reaches" in WarmupConstant(warmup_steps=6).check_length(6)[0]
+    (remark,) = WarmupCosine(warmup_steps=2, steps=6, final=0.1).check_length(12)
     assert remark == "the last 6 steps are made at 0.1 x lr"
