@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdit.checkpoints.building import expect_finite_weights
 from mmdit.checkpoints.native import save_tensors
 from mmdit.checkpoints.runs import WEIGHTS, description_of, find_weights, load_model, load_weights
 from mmdit.errors import UserError, path_trouble
@@ -30,8 +31,8 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
             a warning of what other programs would misread.
 
     Raises:
-        UserError: nothing is there, it is damaged, it has no such layout, or `out` cannot be
-            written.
+        UserError: nothing is there, it is damaged or has NaN, it has no such layout, or `out`
+            cannot be written.
     """
     path = find_weights(source, weights)
     if path.is_file():
@@ -40,6 +41,7 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
         raise UserError(f"{out} must end in .safetensors")
     native = form == "native"
     tensors = load_weights(path) if native else {}
+    expect_finite_weights(tensors, path)
     model = None if native else load_model(path)
     try:
         if model is None:

@@ -1,5 +1,6 @@
 """Weights of a run as one file, in one command."""
 
+import math
 import os
 import subprocess
 import sys
@@ -16,20 +17,20 @@ from mmdit.checkpoints.runs import find_weights, hash_of_weights
 from mmdit.engine.processes import Processes
 from mmdit.engine.retention import Retention
 from mmdit.engine.saving import Saver
-from mmdit.export import main
+from mmdit.errors import UserError
+from mmdit.export import export, main
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.registry import describe
 
 
-@pytest.fixture
-def run(tmp_path: Path, randomize: Callable[[nn.Module, int], nn.Module]) -> Path:
+def saved_run(folder: Path, weights: Callable[[nn.Module, int], nn.Module]) -> Path:
     """A run folder with an autoencoder, raw and averaged, saved at two steps."""
     model = Autoencoder(latent_channels=4, width=32, multipliers=[1, 2], blocks=1)
-    with Saver(tmp_path / "run", Processes(), keep=Retention(last=2), config={}) as saver:
+    with Saver(folder, Processes(), keep=Retention(last=2), config={}) as saver:
         for step in (1, 2):
             states = {}
             for i, kind in enumerate(("raw", "ema")):
-                state = randomize(model, 10 * step + i).state_dict()
+                state = weights(model, 10 * step + i).state_dict()
                 states[kind] = {key: value.clone() for key, value in state.items()}
             saver.save(
                 step=step,
@@ -38,7 +39,12 @@ def run(tmp_path: Path, randomize: Callable[[nn.Module, int], nn.Module]) -> Pat
                 descriptions=dict.fromkeys(states, describe(model)),
                 figures={},
             )
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, randomize: Callable[[nn.Module, int], nn.Module]) -> Path:
+    return saved_run(tmp_path / "run", randomize)
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
@@ -119,3 +125,15 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout == f"{out}\n"
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("form", ["native", "single_file", "diffusers"])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path, form: str) -> None:
+    def ruined(model: nn.Module, seed: int) -> nn.Module:
+        nn.init.constant_(next(model.parameters()), math.nan)
+        return model
+
+    run = saved_run(tmp_path / "run", ruined)
+    with pytest.raises(UserError, match=r"1 tensors have values that are NaN or infinite"):
+        export(run, tmp_path / "out.safetensors", form=form)
+    assert not (tmp_path / "out.safetensors").exists()

@@ -92,11 +92,20 @@ def filled(description: dict[str, Any], tensors: Mapping[str, Tensor], source: P
     Raises:
         UserError: a tensor has values that are NaN or infinite.
     """
-    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in LIMITS}
-    if bad := not_finite(floats):
-        raise UserError(explain_infinite(source, bad, None))
+    expect_finite_weights(tensors, source)
     with torch.device("cpu"), Unfilled():
         module: nn.Module = build(description)
     own = {key: tensors[key].to(like.dtype) for key, like in module.state_dict().items()}
     module.load_state_dict(own, assign=True)
     return module.eval()
+
+
+def expect_finite_weights(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse weights that no model computes with.
+
+    Raises:
+        UserError: a tensor has values that are NaN or infinite.
+    """
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in LIMITS}
+    if bad := not_finite(floats):
+        raise UserError(explain_infinite(source, bad, None))
