@@ -183,7 +183,10 @@ def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
             "or give checkpoint=<run folder, file or hub id>"
         )
     looked_for = ("*.safetensors", "adapter_config.json")  # of a LoRA, which is named as such
-    holds_none = path.is_dir() and not any(any(path.rglob(name)) for name in looked_for)
+    places = [
+        f"{folder}{name}" for name in looked_for for folder in ("", "*/")
+    ]  # not all of a disk
+    holds_none = path.is_dir() and not any(any(path.glob(place)) for place in places)
     if checkpoint and not mmdit.is_native(path) and not holds_none:
         return checkpoint
     mend(path)

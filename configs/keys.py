@@ -106,7 +106,9 @@ def unknown_key(key: str, config: DictConfig, verbatim: Sequence[str], config_di
     known = {*_dotted_keys(plain), *verbatim}
     known |= {p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()}
     known = {name for name in known if key.startswith("hydra") or not name.startswith("hydra")}
-    known = {name for name in known if name != key and not name.startswith(f"{key}.")}
+    # Neither it nor what it lies in or holds.
+    known = {name for name in known if not f"{key}.".startswith(f"{name}.")}
+    known = {name for name in known if not name.startswith(f"{key}.")}
     section, _, last = key.rpartition(".")
     target = OmegaConf.select(config, f"{section}._target_") if section else None
     if last in OPTIONAL.get(section, ()) or _takes(target, last):

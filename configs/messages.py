@@ -128,10 +128,16 @@ def _explain_partial(error: BaseException) -> str | None:
         partial = frame.f_locals.get("self")
         if isinstance(partial, functools.partial) and hasattr(partial, "_hydra_full_key"):
             from_config = any(repr(name) in str(error) for name in partial.keywords)
-            if from_config or not isinstance(error, TypeError):
+            if from_config or not isinstance(error, TypeError) or _raised_by_hydra(error):
                 name = f"{partial.func.__module__}.{partial.func.__qualname__}"
                 return _explain_call(error, partial._hydra_full_key, name)
     return None
+
+
+def _raised_by_hydra(error: BaseException) -> bool:
+    """Whether Hydra's own call failed, as where a target does not take what it is given."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(hydra.__file__).parent in Path(frames[-1].filename).parents
 
 
 def _explain_call(cause: BaseException, key: str, target: str) -> str | None:
@@ -142,9 +148,7 @@ def _explain_call(cause: BaseException, key: str, target: str) -> str | None:
         return f"{key}: {trouble}"
     if isinstance(cause, ValueError):
         return f"{key}: {printable(cause)}\n(HYDRA_FULL_ERROR=1 shows where this was raised)"
-    frames = traceback.extract_tb(cause.__traceback__)
-    by_hydra = frames and Path(hydra.__file__).parent in Path(frames[-1].filename).parents
-    if not isinstance(cause, TypeError) or not by_hydra:  # raised inside `target`: a bug
+    if not isinstance(cause, TypeError) or not _raised_by_hydra(cause):  # inside `target`: a bug
         return None
     unexpected = re.search(r"unexpected keyword argument '(.+?)'", str(cause))
     if not unexpected:

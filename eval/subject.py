@@ -81,7 +81,10 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
 def is_run(given: str | Path) -> bool:
     """Whether it is this project's; so is a folder without weights, whose lack is told as that."""
     path = Path(given).expanduser()
-    return mmdit.is_native(path) or (path.is_dir() and not any(path.rglob("*.safetensors")))
+    places = ("*.safetensors", "*/*.safetensors")  # not all of a disk
+    return mmdit.is_native(path) or (
+        path.is_dir() and not any(any(path.glob(place)) for place in places)
+    )
 
 
 def hash_of(source: Path) -> str:

@@ -20,6 +20,7 @@ from mmdit.checkpoints.public import find, own_description
 from mmdit.checkpoints.runs import is_native
 from mmdit.checkpoints.sources import load_model, local
 from mmdit.devices import available
+from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
@@ -96,6 +97,7 @@ def load_pipeline(
             argument does not apply to it; there is no such device here.
     """
     place = None if device is None else available(device)  # before gigabytes are read
+    expect_computable(dtype)
     used: dict[str, Any] = {"use_clip_l": use_clip_l, "use_clip_g": use_clip_g, "use_t5": use_t5}
     for name, use in used.items():
         if not isinstance(use, bool):
@@ -177,6 +179,7 @@ def load_autoencoder(
     verify: bool = True,
 ) -> Autoencoder:
     """The autoencoder alone, of a text-to-image model or of a run that trained one."""
+    expect_computable(dtype)
     if is_native(source):
         _not_for_runs(source, allow_pickle=allow_pickle)
         path = runs.find_weights(Path(source).expanduser(), weights)

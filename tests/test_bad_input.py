@@ -93,6 +93,7 @@ def told(
         ),
         (("name=/abs",), ("name='/abs' must be a name",)),
         (("name=../../x",), ("name='../../x' must be",)),
+        (("name=null",), ("name='' must be a name",)),
         (("metrics=study", "metrics.samples=0"), ("metrics", "samples")),
         (("+guidance_scale=9",), ("'guidance_scale'. Did you mean", "No code reads it")),
         (("autoencoder.training.workers=2",), ("write +autoencoder.training.workers=",)),

@@ -409,6 +409,7 @@ def test_all_that_this_project_ships_may_be_built() -> None:
             ["++training.step=3"],
             "unknown key 'training.step'. Did you mean training.steps? No code",
         ),
+        (["+training.quixotically=1"], "unknown key 'training.quixotically'. No code"),
         (["+x=1"], "unknown key 'x'. No code reads it, so it would change nothing.\n"),
         (["+x=1", "+y=${x}"], "unknown key 'y'"),
         (["-m", "model.width=6,12", "+x=1"], "unknown key 'x'"),

@@ -39,6 +39,7 @@ from mmdit.errors import UserError, first_line
 log = logging.getLogger("mmdit.checkpoints")
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+MOST_PARTS = 50  # dicts beside each other in a pickle
 DEEPEST_PART = 4  # dicts in dicts of a pickle, as {"ema": {"state_dict": {"key": tensor}}}
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 NAMES = {
@@ -154,13 +155,19 @@ class PickleArchive(Archive):
             raise UserError(f"{path} holds no state dict of tensors")
         if others := [key for key in values if key not in tensors]:
             log.warning("%s: left out, being no tensors: %s", path, ", ".join(others[:10]))
-        self.parts = tuple(
-            str(name)
-            for name, value in content.items()
-            if isinstance(value, Mapping) and any(key.startswith(f"{name}.") for key in tensors)
-        )
         if len(tensors) > MOST_TENSORS:
             raise UserError(f"{path} holds {_too_many()}")
+        if (longest := max(map(len, tensors))) > LONGEST_KEY:
+            raise UserError(f"{path}: a tensor's name has {longest:,} characters")
+        nested = {str(name): v for name, v in content.items() if isinstance(v, Mapping)}
+        if len(nested) > MOST_PARTS:
+            raise UserError(
+                f"{path} holds {len(nested):,} nested dicts; {MOST_PARTS} is several times what "
+                "any training writes beside its model"
+            )
+        self.parts = tuple(
+            name for name in nested if any(key.startswith(f"{name}.") for key in tensors)
+        )
         for key, value in tensors.items():
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise UserError(f"{path}: {key} is larger than what is stored of it")

@@ -111,6 +111,8 @@ TRACES = [
     ),
 ]
 PUBLISHED = tuple(prefix for format in FORMATS for prefix in format.prefixes if prefix)
+# What is left inside of keys where a wrapper was put around each block.
+WITHIN = re.compile(r"\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 WRAPPED = re.compile(rf"^((?:{'|'.join(WRAPPERS)})\.){{1,4}}")
 
 BLOCK = re.compile(r"(?:blocks?|layers|down|up)\.(\d+)\.")
@@ -148,10 +150,23 @@ def explain_stranger(archive: Archive, kind: str) -> str:
             f"{what} under a known name, but keys like its own stand under {named}: to read those, "
             f"give {archive.name}:{elsewhere[0].removesuffix('.')}"
         )
+    if wrapped := _wrapped_within(keys):
+        return f"{what} as it is. {wrapped}"
     bare = [WRAPPED.sub("", key) for key in keys]
     if found := recognize(keys) or recognize(bare):
         return f"{what}; what it holds is {found}{_other_tower(kind, found)}{_besides(keys)}"
     return f"{what}, nor anything known; its keys begin with {', '.join(sorted(keys)[:5])}"
+
+
+def _wrapped_within(keys: Iterable[str]) -> str | None:
+    """One sentence on keys that wrappers have changed; None if they have not."""
+    found = next((match for key in keys if (match := WITHIN.search(key))), None)
+    if found is None:
+        return None
+    return (
+        f"A training program has put {found[0][1:]!r} inside of the keys, as in {found.string}: "
+        "save it again without that"
+    )
 
 
 def _held(keys: Sequence[str], part: str) -> str:
@@ -187,7 +202,7 @@ def _besides(keys: Sequence[str]) -> str:
 def recognize(keys: Iterable[str], own: str = "") -> str | None:
     """What keys are probably those of, if not of the format `own`."""
     # The blocks of a model have the same names but for their numbers; none is longer than this.
-    keys = {re.sub(r"\d+", "0", key[:200]) for key in keys}
+    keys = {re.sub(r"(?<![^._])\d+(?![^._])", "0", key[:200]) for key in keys}
     for trace in TRACES:
         compiled = re.compile(trace.pattern)
         if own not in trace.own and any(compiled.search(key) for key in keys):
@@ -245,7 +260,7 @@ def explain_faults(
     if stranger := recognize(faults.unexpected, own):
         cause = f"The unexpected keys are those of {stranger}"
     else:
-        cause = likely_cause(faults, slots, infos)
+        cause = _wrapped_within(faults.unexpected) or likely_cause(faults, slots, infos)
     return f"{source} does not fit {what}: {told}. {cause}. Nothing was loaded"
 
 

@@ -21,6 +21,7 @@ from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_c
 from mmdit.checkpoints.hashes import verify_hashes
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
+from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError, first_line
 
 log = logging.getLogger("mmdit.checkpoints")
@@ -137,7 +138,10 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
     Raises:
         UserError: no weights are there, or more than one candidate.
     """
-    if split_part(path)[0].is_file():
+    file = split_part(path)[0]
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise UserError(f"{file} is not a regular file, and is not read")
+    if file.is_file():
         if path.name.endswith(".index.json"):
             return open_shards(path), path.parent
         if match := SHARD.fullmatch(path.name):
@@ -174,7 +178,8 @@ def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Ar
     if adapter := adapter_in(path):
         raise UserError(f"{path} holds no {NAMES[kind]}: {adapter}. Nothing was loaded")
     places = f"{path / SUBFOLDERS[kind]} and {path}" if kind in SUBFOLDERS else str(path)
-    pickles = [file.name for file in path.rglob("*") if file.suffix in PICKLES]
+    there = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
+    pickles = [file.name for file in there if file.suffix in PICKLES]
     told = f"; pickles like {pickles[0]} are read only as files by name" if pickles else ""
     held = [f"{a.name.name} holds {what}" for a in archives if (what := recognize(a.infos))]
     raise UserError(
@@ -224,6 +229,7 @@ def load_model(
     Raises:
         UserError: nothing of the kind is there, or it does not fit.
     """
+    expect_computable(dtype)
     path = local(source, [SUBFOLDERS[kind]] if kind in SUBFOLDERS else [])
     archive, folder = weights_of(path, kind, allow_pickle=allow_pickle)
     if verify:

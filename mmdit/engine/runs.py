@@ -178,13 +178,14 @@ def numbered_runs(root: Path, name: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def check_name(name: str) -> None:
+def check_name(name: str | None) -> None:
     """Refuse a name under which no run can lie below the folder of all runs.
 
     Raises:
         UserError: it is empty or absolute, leads out of the folder, has a part that no file system
             takes, or holds characters that cannot be seen.
     """
+    name = name or ""  # name=null is that
     parts = name.split("/")
     if any(part in ("", ".", "..") or part != part.strip() for part in parts):
         problem = "must be a name, or names with single slashes between them, below runs="

@@ -1,6 +1,7 @@
 """Models under the prefixes of training wrappers, and in the nested dicts of pickles."""
 
 import json
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +146,51 @@ def test_a_pickle_nested_without_end_is_refused(tmp_path):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="holds no state dict of tensors"):
         mmdit.load_mmdit(tmp_path / "x.pt", allow_pickle=True)
+
+
+def test_a_pickle_of_thousands_of_dicts_is_refused_soon(tmp_path):
+    content = {f"part{i}": {"w": torch.zeros(1)} for i in range(2000)}
+    torch.save(content, tmp_path / "x.pt")
+    start = time.process_time()
+    with pytest.raises(UserError, match="holds 2,000 nested dicts"):
+        mmdit.load_mmdit(tmp_path / "x.pt", allow_pickle=True)
+    torch.save({"a." * 10**5: torch.zeros(1)}, tmp_path / "y.pt")
+    with pytest.raises(UserError, match="a tensor's name has 200,000 characters"):
+        mmdit.load_mmdit(tmp_path / "y.pt", allow_pickle=True)
+    assert time.process_time() - start < 5  # it took 20 s where all were named
+
+
+@pytest.mark.parametrize("within", ["_orig_mod", "_checkpoint_wrapped_module"])
+def test_what_wrappers_left_inside_of_keys_is_named(transformer, tmp_path, within):
+    """As where each block was compiled by itself."""
+    tensors = {
+        re.sub(r"(_blocks\.\d+\.)", rf"\1{within}.", key): value
+        for key, value in exported(transformer, "original")
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"put '{within}.' inside of the keys"):
+        mmdit.load_mmdit(tmp_path / "x.safetensors")
+    tensors = {
+        key.replace("joint_blocks.", f"joint_blocks.{within}."): tensors[key] for key in tensors
+    }
+    save_file(tensors, tmp_path / "y.safetensors")
+    with pytest.raises(UserError, match="inside of the keys") as refusal:
+        mmdit.load_mmdit(tmp_path / "y.safetensors")
+    assert "what it holds is" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("transformer_blocks.0.attn.to_q.ia3_l", "another adapter"),
+        ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.x", "the T5 encoder"),
+        ("t5xxl", "textual inversion"),
+    ],
+)
+def test_digits_in_a_name_are_not_those_of_a_block(tmp_path, key, what):
+    save_file({key: torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"what it holds is .*{what}"):
+        mmdit.load_mmdit(tmp_path / "x.safetensors")
 
 
 # What is no model

@@ -1,6 +1,7 @@
 """Sources: files, folders of many kinds, and the hub with and without a network."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -280,3 +281,21 @@ def test_without_a_network_the_cache_serves(tiny, tmp_path, monkeypatch):
     assert weights_of(path, "t5")[1].name == "text_encoder_3"
     with pytest.raises(UserError, match=r"other/model.*not in the hub's cache"):
         sources.download("other/model", ["text_encoder_3"])
+
+
+@pytest.mark.parametrize("load", [mmdit.load_mmdit, mmdit.load_pipeline, mmdit.load_autoencoder])
+def test_what_is_neither_file_nor_folder_is_named_as_such(tmp_path, load):
+    pipe = tmp_path / "model.safetensors"
+    os.mkfifo(pipe)
+    (tmp_path / "device.safetensors").symlink_to("/dev/zero")
+    for path in (pipe, tmp_path / "device.safetensors"):
+        with pytest.raises(UserError, match=f"{path} is not a regular file"):
+            load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "float16"])
+@pytest.mark.parametrize("load", [mmdit.load_mmdit, mmdit.load_pipeline, mmdit.load_autoencoder])
+def test_a_dtype_that_models_cannot_compute_in_is_refused(tmp_path, load, dtype):
+    """Before anything is looked for: there is nothing there."""
+    with pytest.raises(UserError, match=r"dtype=.* must be one of torch\.float16, "):
+        load(tmp_path, dtype=dtype)
