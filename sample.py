@@ -40,6 +40,7 @@ from mmdit.text.conditioning import ENCODERS
 
 log = logging.getLogger("mmdit.sample")
 MOST_IMAGES = 1_000_000  # per prompt
+LONGEST_PROMPT_FILE = 50_000_000  # characters
 VERBATIM = (
     *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
     *("autoencoder", "text.encoders", "text.tokenizers"),
@@ -130,9 +131,15 @@ def read_prompts(text: Verbatim) -> list[str]:
         return [text["prompt"]]
     path = Path(text["prompt_file"])
     try:
-        content = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin with a mark
+            content = file.read(LONGEST_PROMPT_FILE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file={path} cannot be read as UTF-8 text: {error}") from error
+    if len(content) > LONGEST_PROMPT_FILE:
+        raise UserError(
+            f"prompt_file={path} is longer than {LONGEST_PROMPT_FILE:,} characters: give "
+            "its prompts in several files"
+        )
     if not content:
         raise UserError(f"prompt_file={path} is empty: write one prompt a line")
     # Lines alone end a prompt, not the other marks at which `splitlines` cuts.

@@ -98,6 +98,12 @@ def test_a_line_of_a_file_is_a_prompt_as_it_was_typed(tmp_path):
         sample.read_prompts({"prompt_file": str(path)})
 
 
+def test_a_prompt_file_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(sample, "LONGEST_PROMPT_FILE", 1000)
+    with pytest.raises(UserError, match="prompt_file=/dev/zero is longer than 1,000 characters"):
+        sample.read_prompts({"prompt_file": "/dev/zero"})
+
+
 # Writing
 
 

@@ -198,7 +198,7 @@ class TextConditioner(nn.Module):
         remarks = []
         for prompt in dict.fromkeys(prompts):
             if unknown := self._unknown(prompt):
-                words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+                words = _shown(unknown) + (", ..." if len(unknown) > 8 else "")
                 remarks.append(f"this model does not know {len(unknown)} of the words: {words}")
             if cuts := self._cuts(prompt):
                 read = "; ".join(
@@ -215,7 +215,7 @@ class TextConditioner(nn.Module):
         remarks = []
         if unknown:
             counts = Counter(word for words in unknown for word in words)
-            often = ", ".join(word for word, _ in counts.most_common(8))
+            often = _shown([word for word, _ in counts.most_common(8)])
             remarks.append(
                 f"{len(unknown)} of {len(captions)} captions have words that the text encoders do "
                 f"not know, and cannot tell apart: {often}. The toy's know the words of "
@@ -236,7 +236,8 @@ class TextConditioner(nn.Module):
     def _unknown(self, prompt: str) -> list[str]:
         """Words of a prompt that no encoder knows."""
         first, *others = [t.unknown_words(prompt) for t in self._tokenizers] or [[]]
-        return [word for word in first if all(word in words for words in others)]
+        in_all = set(first).intersection(*others)
+        return [word for word in first if word in in_all]
 
     def _cuts(self, prompt: str) -> list[tuple[str, int, int]]:
         """Encoders that read less than all: name, tokens that it reads, tokens that are left."""
@@ -314,3 +315,8 @@ def expect_finite_encodings(encodings: Encodings) -> None:
     for name, encoding in zip(NAMES.values(), encodings, strict=True):
         for part in encoding:
             expect_finite(f"the text encoder {name}", part)
+
+
+def _shown(words: Sequence[str]) -> str:
+    """The first eight words, of those that are long their beginnings."""
+    return ", ".join(f"{word[:40]}..." if len(word) > 43 else word for word in words[:8])

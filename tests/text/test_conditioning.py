@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -278,6 +280,17 @@ def test_the_reader_is_told_once_of_unknown_words_and_of_text_cut_off():
     )
     many = text.remarks([" ".join(f"x{i}" for i in range(8))])[0]
     assert many.endswith("x6, x7")
+
+
+def test_remarks_on_long_prompts_are_short_and_made_in_linear_time():
+    text = conditioner()
+    many = " ".join(f"x{i}" for i in range(30_000))
+    start = time.process_time()
+    assert "30000 of the words: x0, x1" in text.remarks([many])[0]
+    assert time.process_time() - start < 5  # about 0.3 s; comparing all with all took 20 s
+    assert f": {'y' * 40}...;" in text.remarks(["y" * 100_000])[0] + ";"
+    assert f": {'y' * 40}..." in text.remarks_on_captions(["y" * 100_000])[0]
+    assert len(text.remarks(["y" * 100_000])[0]) < 200
 
 
 def generators(*indices: int) -> list[torch.Generator]:
