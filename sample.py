@@ -7,7 +7,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 import json
-import logging
 import math
 import re
 from itertools import islice
@@ -34,11 +33,11 @@ from mmdit.engine.pictures import LARGEST_GRID, Thumbnails, png
 from mmdit.engine.precision import autocast, chosen_dtype
 from mmdit.engine.status import mend
 from mmdit.errors import UserError
-from mmdit.printable import printable, show
+from mmdit.printable import logger, printable, show
 from mmdit.registry import describe
 from mmdit.text.conditioning import ENCODERS
 
-log = logging.getLogger("mmdit.sample")
+log = logger("mmdit.sample")
 MOST_IMAGES = 1_000_000  # per prompt
 LONGEST_PROMPT_FILE = 50_000_000  # characters
 VERBATIM = (

@@ -51,9 +51,9 @@ from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.errors import UserError
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
-from mmdit.printable import show
+from mmdit.printable import logger, show
 
-log = logging.getLogger("mmdit.train")
+log = logger("mmdit.train")
 
 
 def job(config: DictConfig, _: Verbatim) -> None:

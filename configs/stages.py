@@ -5,7 +5,6 @@ as the flow, in `runs/<stage>-<hash of its recipe>/`.
 """
 
 import json
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -39,9 +38,10 @@ from mmdit.errors import UserError, first_line
 from mmdit.metrics.scores import PROTOCOL
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline
+from mmdit.printable import logger
 from mmdit.text.clip_pair import CLIPPair
 
-log = logging.getLogger("mmdit.stages")
+log = logger("mmdit.stages")
 
 
 UNTIL = ("autoencoder", "cache")

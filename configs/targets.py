@@ -20,12 +20,7 @@ from mmdit.errors import UserError, first_line
 
 OWN = "mmdit"
 HYDRA = ("hydra", "hydra_plugins")  # may stand below `hydra`: launchers, sweepers
-FORMATTERS = (
-    *HYDRA,
-    "logging",
-    "colorlog",
-    "mmdit.printable",
-)  # may stand in Hydra's configs of logging
+FORMATTERS = (*HYDRA, "logging", "colorlog")  # may stand in Hydra's configs of logging
 FACTORIES = ("()", "class")  # what `logging.config` builds
 
 

@@ -14,7 +14,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import importlib.util
 import json
-import logging
 import shutil
 import sys
 import tempfile
@@ -41,9 +40,9 @@ from mmdit.checkpoints.public import find
 from mmdit.checkpoints.sources import layout_of, load_model, local, weights_of
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
-from mmdit.printable import show
+from mmdit.printable import logger, show
 
-log = logging.getLogger("mmdit.parity")
+log = logger("mmdit.parity")
 VERBATIM = ("checkpoint", "out", "keep")
 KINDS = tuple(SIDES)
 UNITS = {"height": 16, "width": 16, "text_length": 1, "batch_size": 1, "load_rounds": 1}

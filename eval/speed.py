@@ -17,7 +17,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import ctypes
 import importlib.util
 import json
-import logging
 import statistics
 import tempfile
 import time
@@ -52,9 +51,9 @@ from mmdit.checkpoints.folders import write_model
 from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
-from mmdit.printable import show
+from mmdit.printable import logger, show
 
-log = logging.getLogger("mmdit.speed")
+log = logger("mmdit.speed")
 PROTOCOL = "speed-1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 0.1, "fp32": 1e-3}  # largest difference over largest value

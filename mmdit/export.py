@@ -5,6 +5,7 @@ The file holds its own description, and goes wherever a run folder goes (`sample
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmdit.checkpoints.building import expect_finite_weights
 from mmdit.checkpoints.native import save_tensors
 from mmdit.checkpoints.runs import WEIGHTS, description_of, find_weights, load_model, load_weights
 from mmdit.errors import UserError, path_trouble
-from mmdit.printable import log_to_stderr, show
+from mmdit.printable import show
 from mmdit.published import save_diffusers, save_single_file, with_tokenizers
 from mmdit.streams import guarded
 
@@ -58,7 +59,7 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
 
 def main(words: Sequence[str] | None = None) -> None:
     """The command line; exit code 2 and one line on a user's mistake."""
-    log_to_stderr()
+    logging.basicConfig(format="%(message)s")
     parser = argparse.ArgumentParser(prog="python -m mmdit.export", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("out", type=Path, help="a .safetensors file; a folder for diffusers")

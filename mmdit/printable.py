@@ -1,11 +1,10 @@
 """Text from outside as it is shown: it cannot forge lines, nor steer a terminal.
 
 Names of files and keys, captions, prompts and values may hold anything. What is shown of them goes
-through `printable`: in the message of a `UserError`, in a log record through `Formatter`, on
-standard output through `show`.
+through `printable`: in the message of a `UserError`, in a record of a `logger`, on standard output
+through `show`.
 """
 
-import copy
 import logging
 import re
 from typing import TextIO
@@ -33,23 +32,26 @@ def show(*lines: object, file: TextIO | None = None) -> None:
     print(*map(printable, lines), sep="\n", file=file)
 
 
-class Formatter(logging.Formatter):
-    """Log records whose arguments are `printable`: only the message itself can break lines."""
+class _Printable(logging.Filter):
+    """Makes the arguments of records `printable`: only the message itself can break lines."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        shown = copy.copy(record)
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = printable_lines(str(record.msg))
         if isinstance(record.args, tuple):
-            shown.args = tuple(map(_argument, record.args))
+            record.args = tuple(map(_argument, record.args))
         elif record.args:
-            shown.args = {name: _argument(value) for name, value in record.args.items()}
-        return printable_lines(super().format(shown))
+            record.args = {name: _argument(value) for name, value in record.args.items()}
+        return True
 
 
-def log_to_stderr() -> None:
-    """Have warnings written to standard error, unless the program has set up logging already."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter("%(message)s"))
-    logging.basicConfig(handlers=[handler])
+PRINTABLE = _Printable()
+
+
+def logger(name: str) -> logging.Logger:
+    """The logger of this name; what it logs is printable, whoever handles it."""
+    log = logging.getLogger(name)
+    log.addFilter(PRINTABLE)
+    return log
 
 
 def _argument(value: object) -> object:

@@ -1,6 +1,5 @@
 """Published models as pipelines: presets, the parts of a pipeline, and saving them again."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,13 @@ from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
+from mmdit.printable import logger
 from mmdit.registry import describe
 from mmdit.text.clip_tokenizer import CLIPTokenizer, clip_tokenizer_in
 from mmdit.text.conditioning import ENCODERS, AbsentEncoder, TextConditioner, TextEncoder
 from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
 
-log = logging.getLogger("mmdit")
+log = logger("mmdit")
 
 
 def load_published(

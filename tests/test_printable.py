@@ -1,6 +1,5 @@
 """What is shown of text from outside keeps to its line, and steers no terminal."""
 
-import logging
 import pickle
 import tarfile
 import unicodedata
@@ -15,10 +14,11 @@ from eval.subject import cell, table
 from mmdit.data.images import BadImage
 from mmdit.data.shards import Shards
 from mmdit.errors import UserError
-from mmdit.printable import UNSAFE, Formatter, printable, printable_lines, show
+from mmdit.printable import UNSAFE, logger, printable, printable_lines, show
 
 FORGED = "a\x1b[2J\nERROR: b\r\x9b\x7f\u2028\u202e\u2066\udcff"
 SHOWN = r"a\x1b[2J\nERROR: b\r\x9b\x7f\u2028\u202e\u2066\udcff"
+ROOMS = ("mmdit", "configs", "eval")
 
 
 def test_only_what_is_not_printable_is_escaped() -> None:
@@ -40,17 +40,24 @@ def test_the_message_of_a_mistake_is_one_line_for_each_argument(kind: type[UserE
     assert str(kind(f"{kind(FORGED)}: again")) == f"{SHOWN}: again"
 
 
-def test_arguments_of_a_log_record_are_printable_and_its_message_may_have_lines() -> None:
-    def told(message: str, *arguments: object) -> str:
-        record = logging.LogRecord("mmdit", logging.INFO, "", 0, message, arguments, None)
-        before = dict(vars(record))
-        text = Formatter("%(message)s").format(record)
-        assert {key: vars(record)[key] for key in before} == before  # other handlers see it whole
-        return text
+def test_what_is_logged_is_printable_whoever_handles_it(caplog: pytest.LogCaptureFixture) -> None:
+    log = logger("mmdit.test")
+    assert logger("mmdit.test") is log
+    log.warning("two\nlines: %s", FORGED)
+    log.warning("%s %d %.1f", OSError(FORGED), 3, 0.5)
+    log.warning("100 %\x1b")
+    log.warning("%(name)s", {"name": FORGED})
+    told = [f"two\nlines: {SHOWN}", f"{SHOWN} 3 0.5", "100 %\\x1b", SHOWN]
+    assert caplog.messages == told
 
-    assert told("two\nlines: %s", FORGED) == f"two\nlines: {SHOWN}"
-    assert told("%s %d %.1f", OSError(FORGED), 3, 0.5) == f"{SHOWN} 3 0.5"
-    assert told("100 %\x1b") == "100 %\\x1b"
+
+def test_every_logger_of_the_project_is_of_this_kind() -> None:
+    root = Path(mmdit.__file__).parent.parent
+    files = [*root.glob("*.py"), *(f for d in ROOMS for f in (root / d).rglob("*.py"))]
+    made = [f"{f}: {n}" for f in files for n in f.read_text().splitlines() if "getLogger(" in n]
+    allowed = ("log = logging.getLogger(name)", ".setLevel(")
+    assert len(files) > 100
+    assert [line for line in made if not any(part in line for part in allowed)] == []
 
 
 def test_what_is_printed_has_one_line_for_each_argument(capsys: pytest.CaptureFixture) -> None:

@@ -6,7 +6,6 @@ A tensor is a view of the memory-mapped file. Nothing is copied until somebody c
 import copy
 import hashlib
 import json
-import logging
 import os
 import pickle
 import pickletools
@@ -35,8 +34,9 @@ from mmdit.bounds import (
 )
 from mmdit.checkpoints.hashes import HASH, NO_HASH, NO_SEAL, SEAL, sealed
 from mmdit.errors import UserError, first_line
+from mmdit.printable import logger
 
-log = logging.getLogger("mmdit.checkpoints")
+log = logger("mmdit.checkpoints")
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 MOST_PARTS = 50  # dicts beside each other in a pickle

@@ -14,7 +14,6 @@ in place. Where they are not, another program did, and what it kept is of no use
 import functools
 import hashlib
 import json
-import logging
 import re
 import struct
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ from typing import Any
 
 from mmdit.bounds import LONGEST_JSON
 from mmdit.errors import UserError
+from mmdit.printable import logger
 
-log = logging.getLogger("mmdit.checkpoints")
+log = logger("mmdit.checkpoints")
 
 HASH = "modelspec.hash_sha256"  # of all bytes after the header
 SEAL = "mmdit.seal"  # length of the header, and its hash while these digits are zeros

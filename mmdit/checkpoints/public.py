@@ -5,7 +5,6 @@ mapped file unless another dtype is asked for.
 """
 
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -37,9 +36,10 @@ from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet, ParallelControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
+from mmdit.printable import logger
 from mmdit.registry import describe
 
-log = logging.getLogger("mmdit.checkpoints")
+log = logger("mmdit.checkpoints")
 
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
 AT_ONCE = 1 << 30  # bytes whose values are looked at without being asked to: a tenth of a second

@@ -14,7 +14,6 @@ runs/shapes-001/
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -30,8 +29,9 @@ from mmdit.checkpoints import native, shards
 from mmdit.checkpoints.archive import open_file
 from mmdit.checkpoints.building import filled
 from mmdit.errors import UserError
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 STEP_FOLDER = re.compile(r"step_\d{8,}")  # others are being written, or were set aside
 WEIGHTS = ("ema", "raw")
 FROZEN = "frozen"

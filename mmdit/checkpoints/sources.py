@@ -1,6 +1,5 @@
 """Where weights come from: a file, a folder, or a model on the Hugging Face hub."""
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
 from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError, first_line
+from mmdit.printable import logger
 
-log = logging.getLogger("mmdit.checkpoints")
+log = logger("mmdit.checkpoints")
 
 # `owner/name`, `owner/name@revision`, `owner/name/file.safetensors`, as the hub's own tools write.
 HUB_ID = re.compile(

@@ -1,15 +1,15 @@
 """Images that cannot be used: set aside, counted, listed in a report, and limited."""
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from mmdit.atomic import write_atomically
 from mmdit.errors import UserError
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def report_bad(

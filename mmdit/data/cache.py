@@ -12,7 +12,6 @@ the header of a shard tells which one it is, and of which cache.
 
 import hashlib
 import json
-import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,9 @@ from mmdit.atomic import clear, whole_file, write_atomically
 from mmdit.checks import expect, expect_whole
 from mmdit.data.caption_sources import Captions
 from mmdit.errors import UserError, first_line
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 PROTOCOL = "mmdit-cache-2"
 # Shards that a process holds open, the last ones used. Each is one of the 65530 mappings that Linux

@@ -1,12 +1,13 @@
 """What the commands of this room have in common: options, messages and exit codes."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 
 from mmdit.data.images import MAX_PIXELS, BadImage
 from mmdit.errors import UserError, path_trouble
-from mmdit.printable import log_to_stderr, show
+from mmdit.printable import show
 from mmdit.streams import guarded
 
 
@@ -22,7 +23,7 @@ def command(body: Callable[[], None]) -> int:
     """Run a command; a user's mistake or a failing disk is told in a line, with exit code 2."""
     try:
         with guarded():
-            log_to_stderr()
+            logging.basicConfig(format="%(message)s")
             body()
     except (ValueError, OSError) as error:
         # UserError, or the plain ValueError of an argument; its other kinds are faults of the code.

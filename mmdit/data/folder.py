@@ -4,7 +4,6 @@ import functools
 import hashlib
 import heapq
 import json
-import logging
 import os
 import posixpath
 import zlib
@@ -24,10 +23,10 @@ from mmdit.data.known import Known, Seen, status_of
 from mmdit.data.missing import Likely
 from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
-from mmdit.printable import printable
+from mmdit.printable import logger, printable
 from mmdit.registry import describe
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # What looks like an image: formats without a reader here are listed as bad, not overlooked.
 SUFFIXES = frozenset(

@@ -9,7 +9,6 @@ loses it makes it again. `python -m mmdit.data.index shards` makes it before a r
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -27,9 +26,9 @@ from mmdit.data.patterns import find, find_shards
 from mmdit.data.samples import Measure, Sample, group, look
 from mmdit.data.tar import read_members, state_of
 from mmdit.errors import UserError, first_line
-from mmdit.printable import printable, show
+from mmdit.printable import logger, printable, show
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 PROTOCOL = "mmdit-shard-index-2"
 AT_ONCE = 64  # samples in memory

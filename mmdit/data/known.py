@@ -1,11 +1,12 @@
 """What is remembered of image files that were decoded before, so that a folder opens at once."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-log = logging.getLogger(__name__)
+from mmdit.printable import logger
+
+log = logger(__name__)
 
 
 class Seen(NamedTuple):

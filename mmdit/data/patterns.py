@@ -1,13 +1,13 @@
 """Files by a pattern with braces and wildcards: `cc12m-{000000..000009}.tar`, `*.tar`."""
 
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from mmdit.errors import UserError
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")

@@ -1,7 +1,6 @@
 """Captioned images of many sizes as batches of one size: what all image data sets share."""
 
 import hashlib
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,8 +17,9 @@ from mmdit.data.images import BadImage, decode
 from mmdit.data.order import BucketedOrder
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SPLITS = ("train", "validation")
 CROPS = ("centre", "random")

@@ -1,7 +1,6 @@
 """What a formulation emphasizes, written down at the start of a run."""
 
 import json
-import logging
 from pathlib import Path
 
 import torch
@@ -9,8 +8,9 @@ import torch
 from mmdit.atomic import write_atomically
 from mmdit.engine.pictures import plot
 from mmdit.flow.objective import Objective
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def report_formulation(objective: Objective, folder: Path, points: int = 400) -> None:

@@ -6,7 +6,6 @@ the number of processes, nor that of workers, nor how a batch is accumulated, no
 what is seen, and there is no state to save.
 """
 
-import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,9 @@ from mmdit.data.order import Order
 from mmdit.engine.advice import setting
 from mmdit.engine.processes import Processes
 from mmdit.errors import UserError, first_line
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Make = Callable[[int, Sequence[int]], Any]  # (step, sample indices) -> an example on the CPU
 

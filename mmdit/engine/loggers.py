@@ -1,7 +1,6 @@
 """Where figures go: always to `metrics.jsonl` and a plot, and to W&B if asked."""
 
 import json
-import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +10,9 @@ from typing import Any, Protocol, TypeAlias
 from mmdit.atomic import write_atomically
 from mmdit.engine.files import unused, writing
 from mmdit.engine.pictures import LOSSES, Curves
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 Row: TypeAlias = dict[str, Any]  # figures by name, or None where one was not finite; and the step
 
 

@@ -5,7 +5,6 @@ A run is a pure function of its config and seed. Order, timesteps, noise and dro
 all there is to save, and a resumed run equals an unbroken one bit for bit on the CPU.
 """
 
-import logging
 import os
 import re
 import shlex
@@ -38,10 +37,10 @@ from mmdit.engine.signals import Interrupted, Signals, time_limit
 from mmdit.engine.step import Stepper
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
-from mmdit.printable import printable
+from mmdit.printable import logger, printable
 from mmdit.registry import describe
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 REAL = ("clip", "timeout")  # settings that need not be whole
 MOST_SKIPPED = 100  # steps in a row, after which nothing will be finite any more
 SHARE_SKIPPED = 0.1  # of the last `WINDOW` steps, or of all at the end: above, the run is ruined

@@ -10,7 +10,6 @@ runs/shapes-001/snapshots/
 """
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,9 @@ from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.engine.files import writing
 from mmdit.engine.parallel import whole
 from mmdit.errors import UserError, first_line
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class PostHoc:

@@ -1,7 +1,6 @@
 """Encode a data set once, into a cache: by all processes of a run, and on after an interruption."""
 
 import contextlib
-import logging
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from mmdit.engine.runs import RunFolder, config_hash
 from mmdit.engine.signals import Signals
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
+from mmdit.printable import logger
 from mmdit.registry import describe
 from mmdit.text.conditioning import (
     AbsentEncoder,
@@ -29,7 +29,7 @@ from mmdit.text.conditioning import (
     expect_finite_encodings,
 )
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 CAPTIONS = 64  # that the encoders read at once
 
 

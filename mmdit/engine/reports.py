@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from mmdit.engine.pictures import plot_losses, save_grid
 from mmdit.engine.processes import Processes
 from mmdit.engine.tasks import Task
 from mmdit.errors import NotFinite
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy")
 BINS = 4  # of the noise level, by which training losses are told apart
 

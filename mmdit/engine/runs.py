@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import signal
@@ -20,8 +19,9 @@ from mmdit.engine.processes import Processes
 from mmdit.engine.signals import Interrupted
 from mmdit.engine.status import LOCK, state_of, tidy, write_status
 from mmdit.errors import UserError, first_line
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # What may differ between a run and its continuation: where and how often, ...
 FREE = (

@@ -6,7 +6,6 @@ a full disk at any moment leaves the checkpoint before it as it was.
 """
 
 import errno
-import logging
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,10 +34,11 @@ from mmdit.engine.provenance import code_version
 from mmdit.engine.retention import Retention
 from mmdit.engine.status import remove_unfinished
 from mmdit.errors import UserError
+from mmdit.printable import logger
 
 T = TypeVar("T")
 Groups = Mapping[str, Mapping[str, Tensor]]
-log = logging.getLogger(__name__)
+log = logger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -1,6 +1,5 @@
 """Where the latents and texts of a step come from: pixels encoded at each step, or once."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,9 +19,10 @@ from mmdit.engine.processes import Processes
 from mmdit.engine.runs import config_hash
 from mmdit.errors import NotFinite
 from mmdit.models.autoencoder import Autoencoder
+from mmdit.printable import logger
 from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenIds
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Read(NamedTuple):

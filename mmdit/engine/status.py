@@ -7,7 +7,6 @@ makes it FINISHED, where the last step had been saved, or KILLED.
 
 import fcntl
 import json
-import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,9 @@ from mmdit.atomic import clear, write_atomically
 from mmdit.checkpoints.runs import checkpoints_in
 from mmdit.engine.files import remove
 from mmdit.errors import UserError
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 LOCK = ".lock"  # of a run folder, held by the process that trains
 FOLDERS = ("", "checkpoints", "evaluations", "samples", "snapshots")  # that a run writes to
 

@@ -1,6 +1,5 @@
 """Weights & Biases: the only file that imports wandb."""
 
-import logging
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 from mmdit.atomic import write_atomically
 from mmdit.engine.files import writing
 from mmdit.errors import UserError, first_line
+from mmdit.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class WandbLogger:

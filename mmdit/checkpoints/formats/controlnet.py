@@ -1,6 +1,5 @@
 """The ControlNets of SD3.5 Large, whose own file already leans towards diffusers' names."""
 
-import logging
 from collections import Counter
 from typing import Any
 
@@ -20,8 +19,9 @@ from mmdit.checkpoints.formats.format import (
 from mmdit.checkpoints.tables import Rule
 from mmdit.errors import UserError
 from mmdit.models.controlnet import CONTROL_RANGES
+from mmdit.printable import logger
 
-log = logging.getLogger("mmdit.checkpoints")
+log = logger("mmdit.checkpoints")
 
 
 def read_controlnet(infos: Infos, hints: Description) -> Description:
