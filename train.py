@@ -202,9 +202,13 @@ def job(config: DictConfig, _: Verbatim) -> None:
             write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
     if processes.main:
         prompt = next(iter(task.validation.prompts))
-        tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60, prompt)
+        tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)
+        opened = f"checkpoint={shlex.quote(str(run.path))}"
+        if config.imports:
+            opened += " " + shlex.quote(f"imports=[{','.join(config.imports)}]")
+        log.info("sample from it: python sample.py %s prompt=%s", opened, shlex.quote(prompt))
         if isinstance(data["train"], Shapes):
-            log.info("measure it:     python eval/compositional.py checkpoint=%s", run.path)
+            log.info("measure it:     python eval/compositional.py %s", opened)
 
 
 @contextmanager
@@ -282,8 +286,8 @@ def prompts_of(data: Data) -> list[str]:
     return [short_caption(data.scene_for_task(task, i)) for task in TASKS for i in range(4)]
 
 
-def tell_results(run: Path, checkpoint: Checkpoint, minutes: float, prompt: str) -> None:
-    """What came out, where it is, and what to do with it."""
+def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:
+    """What came out, and where it is."""
     figures = checkpoint.figures
     log.info("finished %s in %.1f minutes", run, minutes)
     log.info("  validation  %.4f EMA, %.4f raw", figures["ema/loss"], figures["raw/loss"])
@@ -294,7 +298,6 @@ def tell_results(run: Path, checkpoint: Checkpoint, minutes: float, prompt: str)
     log.info("  curves      %s", run / "loss.png")
     log.info("  metrics     %s", run / "metrics.jsonl")
     log.info("  checkpoint  %s", checkpoint.folder)
-    log.info("paint with it:  python sample.py prompt=%s", shlex.quote(prompt))
 
 
 if __name__ == "__main__":

@@ -43,10 +43,9 @@ def reason(device: torch.device, precision: str) -> str:
     """What is computed in, and why, for the first lines of a run."""
     name = "bf16" if chosen_dtype(device, precision) == torch.bfloat16 else "fp32"
     if precision != "auto":
-        return f"{name}, as precision={precision} asks"
-    lacks = ", ".join(CPU_UNITS.values()) if device.type == "cpu" else "bf16 tensor cores"
-    found = f"has {unit}" if (unit := bf16_unit(device)) else f"does not have {lacks}"
-    return f"{name}, as precision=auto chooses: this {device.type} {found}"
+        return f"{name}, as asked for by precision={precision}"
+    found = f"has {unit}" if (unit := bf16_unit(device)) else "has no bfloat16 matrix instructions"
+    return f"{name} (precision=auto): this {device.type} {found}"
 
 
 def autocast(device: torch.device, precision: str) -> Autocast:
