@@ -125,7 +125,8 @@ class Sidecars:
                     continue
                 if suffix.endswith(".json"):
                     return f"{told}, but one with {suffix}: make a metadata.jsonl of them"
-                return f"{told}, but one with {suffix}: captions.suffix={suffix} reads it"
+                how = f"data.captions.suffix={suffix}, or --suffix {suffix} where it is packed"
+                return f"{told}, but one with {suffix}: {how}, reads it"
             return told
 
         return _Plain(read, absence)
@@ -152,6 +153,9 @@ class Table:
         rows = _csv_rows(path, kinds) if path.suffix.lower() == ".csv" else _json_rows(path)
         for place, row in rows:
             name = row.get("file_name")
+            if "file_name" not in row:
+                keys = ", ".join(list(row)[:20]) or "none"
+                raise UserError(f"{place}: must have a 'file_name'; its keys are {keys}")
             if not isinstance(name, str):
                 raise UserError(f"{place}: file_name {name!r} must be the name of a file")
             entry = captions.setdefault(posixpath.normpath(name), {})

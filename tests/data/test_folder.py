@@ -507,7 +507,8 @@ def test_mistakes_are_named(tmp_path, photo, arguments, message):
     [
         ("{broken", "metadata.jsonl, line 2: not JSON"),
         ('["a.png"]', "line 2: must be an object"),
-        ('{"text": "x"}', "line 2: file_name None must be the name"),
+        ('{"text": "x"}', "line 2: must have a 'file_name'; its keys are text"),
+        ('{"file_name": null}', "line 2: file_name None must be the name"),
         ('{"file_name": "a.png", "text": 3}', "line 2: text 3 must be a caption"),
         ('{"file_name": "a.png", "text": "\\ud800"}', "line 2: text '.*' must be a caption"),
         ('{"file_name": "a.png", "id": ' + "9" * 5000 + "}", "line 2: not JSON: Exceeds the limit"),

@@ -93,8 +93,14 @@ def test_a_table_whose_names_are_not_there_is_told_why(tmp_path, photo, absolute
 @pytest.mark.parametrize(
     ("suffix", "told"),
     [
-        (".caption", "but one with .caption: captions.suffix=.caption reads it (3 files)"),
-        (".png.txt", "but one with .png.txt: captions.suffix=.png.txt reads it (3 files)"),
+        (
+            ".caption",
+            "but one with .caption: data.captions.suffix=.caption, or --suffix .caption where it is",
+        ),
+        (
+            ".png.txt",
+            "but one with .png.txt: data.captions.suffix=.png.txt, or --suffix .png.txt where it is",
+        ),
         (".json", "but one with .json: make a metadata.jsonl of them (3 files)"),
         (None, "there is no file with the suffix .txt beside it (3 files)"),
     ],
