@@ -8,20 +8,28 @@ from pathlib import Path
 
 from mmdit.printable import printable
 
+LONGEST_LINE = 5_000  # characters of a message; a value in it may have millions
+
 
 class UserError(ValueError):
     """A user's mistake: its message is printed with no traceback, and the exit code is 2.
 
     Args:
         lines: of the message, usually one. Line breaks and other control characters in them come
-            from outside, as parts of names and values, and are escaped.
+            from outside, as parts of names and values, and are escaped; what is longer than any
+            message is cut in its middle.
     """
 
     def __init__(self, *lines: object) -> None:
-        super().__init__(*map(printable, lines))
+        super().__init__(*(_shortened(printable(line)) for line in lines))
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+def _shortened(line: str) -> str:
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 class NotFinite(UserError):

@@ -86,3 +86,9 @@ def test_members_of_a_shard_forge_no_line(tmp_path: Path) -> None:
 def test_a_cell_of_a_table_is_neither_a_border_nor_a_tag() -> None:
     assert cell("a|b <script>\nx") == r"a\|b &lt;script>\nx"
     assert table(["word"], [["|<b>\n"]]).splitlines()[2] == r"| \|&lt;b>\n |"
+
+
+def test_a_message_with_a_value_of_any_length_keeps_its_beginning_and_end():
+    message = str(UserError("a", f"depth {'x' * 10**6!r} must be a whole number"))
+    assert message.startswith("a\ndepth 'xxx") and message.endswith("x' must be a whole number")
+    assert len(message) < 6000

@@ -95,11 +95,11 @@ def test_a_table_whose_names_are_not_there_is_told_why(tmp_path, photo, absolute
     [
         (
             ".caption",
-            "but one with .caption: data.captions.suffix=.caption, or --suffix .caption where it is",
+            "but one with .caption: data.captions.suffix=.caption, or --suffix .caption where",
         ),
         (
             ".png.txt",
-            "but one with .png.txt: data.captions.suffix=.png.txt, or --suffix .png.txt where it is",
+            "but one with .png.txt: data.captions.suffix=.png.txt, or --suffix .png.txt where",
         ),
         (".json", "but one with .json: make a metadata.jsonl of them (3 files)"),
         (None, "there is no file with the suffix .txt beside it (3 files)"),
