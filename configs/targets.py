@@ -20,7 +20,7 @@ from mmdit.errors import UserError, first_line
 
 OWN = "mmdit"
 HYDRA = ("hydra", "hydra_plugins")  # may stand below `hydra`: launchers, sweepers
-FORMATTERS = (*HYDRA, "logging", "colorlog")  # may stand in Hydra's configs of logging
+LOGGING = (*HYDRA, "logging", "colorlog", "mmdit.printable")  # may stand in its logging
 FACTORIES = ("()", "class")  # what `logging.config` builds
 
 
@@ -45,7 +45,7 @@ def _allowed(key: str, imports: Iterable[str]) -> tuple[str, ...]:
     """Packages that what stands at `key` may come from."""
     if not key.startswith("hydra."):
         return (OWN, *imports)
-    return (*(HYDRA if key.endswith("._target_") else FORMATTERS), *imports)
+    return (*(HYDRA if key.endswith("._target_") else LOGGING), *imports)
 
 
 def _targets(node: Any, place: str, above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:

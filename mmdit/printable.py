@@ -32,8 +32,12 @@ def show(*lines: object, file: TextIO | None = None) -> None:
     print(*map(printable, lines), sep="\n", file=file)
 
 
-class _Printable(logging.Filter):
-    """Makes the arguments of records `printable`: only the message itself can break lines."""
+class Printable(logging.Filter):
+    """Makes the arguments of records `printable`: only the message itself can break lines.
+
+    On the loggers of this project, whoever handles what they log, and on the handlers of its
+    scripts, whoever logs.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg = printable_lines(str(record.msg))
@@ -44,7 +48,7 @@ class _Printable(logging.Filter):
         return True
 
 
-PRINTABLE = _Printable()
+PRINTABLE = Printable()
 
 
 def logger(name: str) -> logging.Logger:
