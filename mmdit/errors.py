@@ -38,6 +38,8 @@ class NotFinite(UserError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, which is often a page; its type if it has none."""
+    if isinstance(error, KeyError):  # whose message is the key alone
+        return f"{error} is missing"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -257,7 +257,7 @@ class Pipeline(nn.Module):
         width: int | None = None,
         steps: int | None = None,
         guidance: float | Guidance | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         seeds: Sequence[int] | None = None,
         solver: Solver = euler,
         grid: Grid | None = None,
@@ -278,8 +278,9 @@ class Pipeline(nn.Module):
             steps: of the solver, at most 10,000.
             guidance: scale of classifier-free guidance (1 turns it off), or an object of
                 `mmdit.flow.guidance`.
-            seed: of the first image, 0 to 2^64 - 1; `seeds` gives one for each instead. Torch's CPU
-                generator reads the low 32 bits: seeds 2^32 apart give the same image.
+            seed: of the first image, 0 to 2^64 - 1; 0 by default. Torch's CPU generator reads the
+                low 32 bits: seeds 2^32 apart give the same image.
+            seeds: one for each image, instead of `seed`.
             solver: a function of `mmdit.flow.solvers`.
             grid: where the solver stops, of `mmdit.flow.grids`; the formulation's own by default.
             progress: called after every solver step with its number from 0, the noise level t
@@ -314,8 +315,10 @@ class Pipeline(nn.Module):
                 f"{len(prompts)} prompts x num_images={num_images} are {count:,} images, which are "
                 f"sampled at once: at most {MOST_IMAGES:,} are, so make several calls"
             )
+        if seed is not None and seeds is not None:
+            raise UserError("seed and seeds exclude each other: give one of them")
         if seeds is None:
-            first = seed_number("seed", seed, images=num_images)
+            first = seed_number("seed", 0 if seed is None else seed, images=num_images)
             seeds = [first + i % num_images for i in range(count)]
         if not isinstance(seeds, Sequence) or len(seeds) != count:
             many = len(seeds) if isinstance(seeds, Sequence) else repr(seeds)

@@ -152,9 +152,11 @@ class PickleArchive(Archive):
             if isinstance(value, Tensor) and value.layout == torch.strided
         }
         if not tensors:
-            raise UserError(f"{path} holds no state dict of tensors")
+            raise UserError(f"{path} does not hold a state dict of tensors")
         if others := [key for key in values if key not in tensors]:
-            log.warning("%s: left out, being no tensors: %s", path, ", ".join(others[:10]))
+            log.warning(
+                "%s: left out, since they are not tensors: %s", path, ", ".join(others[:10])
+            )
         if len(tensors) > MOST_TENSORS:
             raise UserError(f"{path} holds {_too_many()}")
         if (longest := max(map(len, tensors))) > LONGEST_KEY:
@@ -238,8 +240,8 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
     """The tensors of one file, or of a part of it (`file.pt:ema`).
 
     Raises:
-        UserError: there is no such file; it is no safetensors file, is cut off, or is a pickle and
-            `allow_pickle` is not set.
+        UserError: there is no such file; it is not a safetensors file, is cut off, or is a pickle
+            and `allow_pickle` is not set.
     """
     path, part = split_part(path)
     if part:
@@ -302,7 +304,7 @@ def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
             start = file.read(512)
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
             if not 2 <= length <= LONGEST_HEADER or start[8:9] != b"{":
-                raise UserError(f"{path} is no safetensors file: {_what_it_is(start, size)}")
+                raise UserError(f"{path} is not a safetensors file: {_what_it_is(start, size)}")
             if length > LONGEST_JSON:
                 raise UserError(
                     f"{path} has a header of {length:,} bytes; {LONGEST_JSON:,} is several times "

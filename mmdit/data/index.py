@@ -8,9 +8,10 @@ loses it makes it again. `python -m mmdit.data.index shards` makes it before a r
 """
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from mmdit.printable import logger, printable, show
 
 log = logger(__name__)
 
-PROTOCOL = "mmdit-shard-index-2"
+PROTOCOL = "mmdit-shard-index-3"
 AT_ONCE = 64  # samples in memory
 
 
@@ -49,31 +50,38 @@ class ShardIndex(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Write a header and one line for each sample; the file appears whole or not at all."""
+        lines = [json.dumps(sample) + "\n" for sample in self.samples]
         header = {
             "protocol": PROTOCOL,
             "state": self.state,
             "limit": self.limit,
             "bad": self.bad,
             "samples": len(self.samples),
+            "sha256": _sha256(lines),
         }
-        rows = [header, *self.samples]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_atomically(path, "".join([json.dumps(header) + "\n", *lines]).encode())
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex | None":
         """None if there is none, or none that `save` wrote whole."""
         try:
             with path.open(encoding="ascii") as file:
-                header = json.loads(file.readline())
-                samples = [Sample.of(json.loads(line)) for line in file]
-            if header["protocol"] != PROTOCOL or header["samples"] != len(samples):
-                raise ValueError("of another protocol, or not whole")
+                header, lines = json.loads(file.readline()), list(file)
+            if header["protocol"] != PROTOCOL:
+                raise ValueError("it is of another protocol")
+            if header["samples"] != len(lines) or header["sha256"] != _sha256(lines):
+                raise ValueError("it is not as it was written")
+            samples = [Sample.of(json.loads(line)) for line in lines]
             return cls((*header["state"],), header["limit"], header["bad"], samples)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s is damaged and made anew: %s", path, first_line(error))
+            log.warning("%s cannot be used, and is made again: %s", path, first_line(error))
             return None
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def index_shards(

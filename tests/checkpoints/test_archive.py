@@ -98,7 +98,7 @@ def test_pickles_are_refused_unless_asked_for(tmp_path, monkeypatch, caplog):
         opened = open_file(path, allow_pickle=True)
         assert {key: info.dtype for key, info in opened.infos.items()} == {"a": "F32", "b": "BF16"}
         assert torch.equal(opened["a"], TENSORS["a"])
-        assert "left out, being no tensors: step" in caplog.text
+        assert "left out, since they are not tensors: step" in caplog.text
     torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(path)
     assert torch.equal(open_file(path, allow_pickle=True)["b"], TENSORS["b"])

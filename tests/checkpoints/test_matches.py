@@ -144,7 +144,7 @@ def test_a_pickle_nested_without_end_is_refused(tmp_path):
     content: dict = {}
     content["again"] = content
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="holds no state dict of tensors"):
+    with pytest.raises(UserError, match="does not hold a state dict of tensors"):
         mmdit.load_mmdit(tmp_path / "x.pt", allow_pickle=True)
 
 

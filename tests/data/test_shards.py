@@ -332,17 +332,23 @@ def test_a_greater_limit_of_pixels_looks_again_and_a_smaller_one_does_not(tmp_pa
         assert reasons(report).keys() == {f"0.tar/{key}" for key in sizes if key not in kept}
 
 
-@pytest.mark.parametrize("damage", ["cut", "a line is missing", "empty", "[]", '{"state": 5}'])
-def test_a_damaged_index_is_made_anew(tmp_path, decoded, damage):
+@pytest.mark.parametrize(
+    "damage", ["cut", "a line is missing", "a digit", "empty", "[]", '{"state": 5}']
+)
+def test_a_damaged_index_is_made_again(tmp_path, decoded, damage, caplog):
     tar_of(tmp_path / "0.tar", plain(4))
     names = opened(tmp_path).names
     path = tmp_path / "0.index.jsonl"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     cut = {"cut": whole[:-20], "a line is missing": b"".join(lines[:-1]), "empty": b""}
+    cut["a digit"] = b"".join([lines[0], lines[1].replace(b" 8", b" 9", 1), *lines[2:]])
+    assert whole not in cut.values()
     path.write_bytes(cut.get(damage, damage.encode()))
     assert opened(tmp_path).names == names and len(decoded) == 8
     assert path.read_bytes() == whole
+    assert "cannot be used, and is made again" in caplog.text
+    assert "{" not in damage or "'protocol' is missing" in caplog.text
 
 
 def test_a_folder_that_is_only_read_needs_no_index(tmp_path, monkeypatch, caplog):
