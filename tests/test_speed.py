@@ -106,7 +106,8 @@ def test_a_mistake_ends_in_one_line(argument, message):
 
 def test_the_report_names_what_was_measured(tmp_path):
     pytest.importorskip("diffusers")
-    done = run("cases=[clip_l]", "modes=[eager]", "repeats=1", "threads=1", f"out={tmp_path}")
+    words = "cases=[clip_l]", "modes=[eager]", "repeats=1", "threads=1", "dtype=fp32"
+    done = run(*words, f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "speed.json").read_text())
     assert report["protocol"] == "speed-1" and report["threads"] == 1
