@@ -135,7 +135,7 @@ def assert_same_model(again: Pipeline, pipe: Pipeline, prompt: str) -> None:
     assert again.state_dict().keys() == pipe.state_dict().keys()
     for key, tensor in pipe.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
-    torch.testing.assert_close(latents(again, prompt), latents(pipe, prompt), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents(again, prompt), latents(pipe, prompt), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("negative", [None, "a blue dog"])
