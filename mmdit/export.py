@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdit.checkpoints.building import expect_finite_weights
-from mmdit.checkpoints.native import save_tensors
-from mmdit.checkpoints.runs import WEIGHTS, description_of, find_weights, load_model, load_weights
 from mmdit.errors import UserError, path_trouble
 from mmdit.printable import show
 from mmdit.published import save_diffusers, save_single_file, with_tokenizers
+from mmdit.runs.checkpoint import WEIGHTS, description_of, find_weights, load_model, load_weights
+from mmdit.runs.native import save_tensors
 from mmdit.streams import guarded
 
 FORMATS = ("native", "single_file", "diffusers")

@@ -16,11 +16,11 @@ from mmdit.checkpoints.folders import (
     write_folder,
     write_model,
 )
+from mmdit.checkpoints.locate import load_model, local
 from mmdit.checkpoints.places import replacing
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.checkpoints.readers import REMARK, remark
-from mmdit.checkpoints.sources import load_model, local
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow

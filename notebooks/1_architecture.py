@@ -28,17 +28,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from configs.launch import CONFIGS
-from eval.random_weights import models_of_size
+from mmdit.cli import CONFIGS
+from mmdit.cli.train import build_pipeline, count
 from mmdit.metrics.attention import watched
 from mmdit.metrics.flops import counted_flops
 from mmdit.models.backbone import joint_attention
 from mmdit.models.matching import matched
 from mmdit.nn.embeddings import sinusoid
 from mmdit.nn.modulation import modulate
+from mmdit.parity.random_weights import models_of_size
 from mmdit.pipeline import from_pixels
 from mmdit.registry import describe
-from train import build_pipeline, count
 
 torch.set_grad_enabled(False)
 

@@ -33,13 +33,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from configs.formulations import study
-from configs.launch import CONFIGS
-from eval.rank import PAPER_TABLE1
+from mmdit.cli import CONFIGS
+from mmdit.cli.eval.rank import PAPER_TABLE1
 from mmdit.flow.paths import EDM, Cosine, LDMLinear, MatchedEDM, RectifiedFlow
 from mmdit.flow.schedule import PublishedShift, Shift
 from mmdit.flow.timesteps import CosMap, LogitNormal, Mode, Uniform
 from mmdit.keys import generator_for
+from mmdit.study.formulations import study
 
 rows = study()
 with initialize_config_dir(str(CONFIGS), version_base=None):

@@ -31,12 +31,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from IPython.display import Image, display
 
-from configs.launch import CONFIGS
-from eval import rank
-from eval.rank import PAPER_TABLE1
-from eval.rank_input import SAMPLERS, SETTINGS, as_run, read_runs, read_table
+from mmdit.cli import CONFIGS
+from mmdit.cli.eval import rank
+from mmdit.cli.eval.rank import PAPER_TABLE1
 from mmdit.keys import generator_for
-from mmdit.metrics.ranking import average_ranks, fronts, rank_table
+from mmdit.study.ranking import average_ranks, fronts, rank_table
+from mmdit.study.records import SAMPLERS, SETTINGS, as_run, read_runs, read_table
 
 scratch = tempfile.TemporaryDirectory()
 folder = Path(scratch.name)

@@ -31,10 +31,10 @@ from diffusers import SD3Transformer2DModel
 from hydra import compose, initialize_config_dir
 
 import mmdit
-from configs.launch import CONFIGS
-from eval import parity
 from mmdit.checkpoints.archive import open_file
 from mmdit.checkpoints.public import find, slots_of
+from mmdit.cli import CONFIGS
+from mmdit.cli.eval import parity
 from mmdit.registry import describe
 
 torch.set_grad_enabled(False)

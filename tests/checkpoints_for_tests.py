@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from mmdit.engine.processes import Processes
-from mmdit.engine.retention import Retention
-from mmdit.engine.saving import Saver
+from mmdit.processes import Processes
 from mmdit.registry import describe
+from mmdit.runs.retention import Retention
+from mmdit.runs.saving import Saver
 
 
 def write_checkpoint(

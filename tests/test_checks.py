@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs.checks import seed_of, whole
 from mmdit.checks import expect_finite
+from mmdit.cli.values import seed_of, whole
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
 

@@ -13,14 +13,14 @@ from torch import nn
 
 import mmdit
 from mmdit.checkpoints.archive import open_file
-from mmdit.checkpoints.runs import find_weights, hash_of_weights
-from mmdit.engine.processes import Processes
-from mmdit.engine.retention import Retention
-from mmdit.engine.saving import Saver
 from mmdit.errors import UserError
 from mmdit.export import export, main
 from mmdit.models.autoencoder import Autoencoder
+from mmdit.processes import Processes
 from mmdit.registry import describe
+from mmdit.runs.checkpoint import find_weights, hash_of_weights
+from mmdit.runs.retention import Retention
+from mmdit.runs.saving import Saver
 
 
 def saved_run(folder: Path, weights: Callable[[nn.Module, int], nn.Module]) -> Path:

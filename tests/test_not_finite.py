@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import mmdit
-from eval.autoencoder import Opened, measure
+from mmdit.cli.eval.autoencoder import Opened, measure
 from mmdit.errors import NotFinite
 from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.solvers import euler, heun

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import mmdit
-from eval.subject import cell, table
+from mmdit.cli.eval.subject import cell, table
 from mmdit.data.images import BadImage
 from mmdit.data.shards import Shards
 from mmdit.errors import UserError

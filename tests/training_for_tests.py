@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mmdit.checkpoints.runs import checkpoints_in, load_weights
 from mmdit.engine.loggers import read_metrics
+from mmdit.runs.checkpoint import checkpoints_in, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = (

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mmdit.data.order import Order
 from mmdit.data.shapes import Shapes
-from mmdit.engine.precision import Autocast
 from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
+from mmdit.precision import Autocast
 from mmdit.text.clip_pair import CLIPPair
 
 CHOICES = 64  # captions among which each picture of the evaluation chooses

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmdit.data.order import Order
 from mmdit.engine.advice import setting
-from mmdit.engine.processes import Processes
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
+from mmdit.processes import Processes
 
 log = logger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from mmdit.atomic import write_atomically
-from mmdit.engine.files import unused, writing
-from mmdit.engine.pictures import LOSSES, Curves
+from mmdit.plots import LOSSES, Curves
 from mmdit.printable import logger
+from mmdit.runs.files import unused, writing
 
 log = logger(__name__)
 Row: TypeAlias = dict[str, Any]  # figures by name, or None where one was not finite; and the step

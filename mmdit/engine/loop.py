@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmdit.checkpoints import shards
-from mmdit.checkpoints.runs import FROZEN, Checkpoint, checkpoints_in
 from mmdit.engine.advice import where_not_finite
 from mmdit.engine.ema import EMA
 from mmdit.engine.loader import Loader
@@ -28,17 +26,19 @@ from mmdit.engine.meter import Meter
 from mmdit.engine.optimizers import load_moments, moments, rates_of, room_for, set_lr
 from mmdit.engine.parallel import Parallel, Single
 from mmdit.engine.posthoc import PostHoc, remove_snapshots
-from mmdit.engine.processes import Processes
 from mmdit.engine.reports import Reports, levels
-from mmdit.engine.retention import Retention
-from mmdit.engine.runs import RunFolder
-from mmdit.engine.saving import Saver
-from mmdit.engine.signals import Interrupted, Signals, time_limit
 from mmdit.engine.step import Stepper
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
 from mmdit.printable import logger, printable
+from mmdit.processes import Processes
 from mmdit.registry import describe
+from mmdit.runs import tensors as tensor_files
+from mmdit.runs.checkpoint import FROZEN, Checkpoint, checkpoints_in
+from mmdit.runs.folder import RunFolder
+from mmdit.runs.retention import Retention
+from mmdit.runs.saving import Saver
+from mmdit.runs.signals import Interrupted, Signals, time_limit
 
 log = logger(__name__)
 REAL = ("clip", "timeout")  # settings that need not be whole
@@ -347,7 +347,7 @@ def take_frozen(run: Path, module: nn.Module, ema: EMA[Any]) -> bool:
     for checkpoint in reversed(checkpoints_in(run, warn=False)):
         folder = checkpoint.folder / FROZEN
         if folder.is_dir() and checkpoint.fault(FROZEN) is None:
-            shards.read_into(folder, weights_of(module, ema).get(FROZEN, {}))
+            tensor_files.read_into(folder, weights_of(module, ema).get(FROZEN, {}))
             return True
     return False
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.atomic import write_atomically
-from mmdit.checkpoints.native import file_hash, load_tensors, save_tensors
-from mmdit.checkpoints.runs import checkpoints_in, find_weights, load_model
 from mmdit.checks import expect_list, expect_whole
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
-from mmdit.engine.files import writing
 from mmdit.engine.parallel import whole
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
+from mmdit.runs.checkpoint import checkpoints_in, find_weights, load_model
+from mmdit.runs.files import writing
+from mmdit.runs.native import file_hash, load_tensors, save_tensors
 
 log = logger(__name__)
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.atomic import write_atomically
-from mmdit.checkpoints.native import weights_hash
-from mmdit.engine.files import writing
 from mmdit.engine.loggers import Logger, MetricsFile, finite
-from mmdit.engine.out_of_memory import enough_memory
-from mmdit.engine.pictures import plot_losses, save_grid
-from mmdit.engine.processes import Processes
 from mmdit.engine.tasks import Task
 from mmdit.errors import NotFinite
+from mmdit.out_of_memory import enough_memory
+from mmdit.plots import plot_losses, save_grid
 from mmdit.printable import logger
+from mmdit.processes import Processes
+from mmdit.runs.files import writing
+from mmdit.runs.native import weights_hash
 
 log = logger(__name__)
 MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy")

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mmdit.engine.advice import setting, where_memory_ran_out, where_not_finite
 from mmdit.engine.loader import Part
-from mmdit.engine.out_of_memory import is_out_of_memory
 from mmdit.engine.parallel import Loss, Parallel, whole
-from mmdit.engine.processes import Processes
 from mmdit.errors import UserError
+from mmdit.out_of_memory import is_out_of_memory
+from mmdit.processes import Processes
 
 
 class Step(NamedTuple):

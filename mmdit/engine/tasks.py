@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from mmdit.checks import expect_finite, expect_number
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
-from mmdit.engine.encoding import AT_ONCE, Data, condition, memory_for
-from mmdit.engine.precision import Autocast
-from mmdit.engine.sources import Source
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
+from mmdit.latents.encoding import AT_ONCE, Data, condition, memory_for
+from mmdit.latents.sources import Source
 from mmdit.metrics.attention import attention_at, last_blocks
 from mmdit.metrics.reconstruction import psnr
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline, from_pixels, to_latents, to_pixels
+from mmdit.precision import Autocast
 from mmdit.text.conditioning import Encodings, TokenIds
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mmdit.atomic import write_atomically
-from mmdit.engine.files import writing
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
+from mmdit.runs.files import writing
 
 log = logger(__name__)
 

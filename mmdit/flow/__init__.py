@@ -1,0 +1,51 @@
+"""The mathematics: paths, densities of t, predictions, the loss, grids, guidance, solvers."""
+
+from mmdit.flow.grids import CosineGrid, KarrasGrid, LDMGrid, UniformGrid
+from mmdit.flow.guidance import (
+    ClassifierFreeGuidance,
+    GuidanceInterval,
+    GuidanceRescale,
+    SkipLayerGuidance,
+    ZeroUnconditional,
+)
+from mmdit.flow.objective import Objective
+from mmdit.flow.paths import EDM, Cosine, LDMLinear, MatchedEDM, RectifiedFlow
+from mmdit.flow.predictions import Epsilon, FPrediction, V, Velocity
+from mmdit.flow.schedule import PublishedShift, Shift
+from mmdit.flow.solvers import dpmpp_2m, dpmpp_2m_log_snr, euler, euler_ancestral, heun, midpoint
+from mmdit.flow.timesteps import CosMap, DiscreteUniform, LogitNormal, Mode, Uniform
+
+__all__ = [
+    "EDM",
+    "ClassifierFreeGuidance",
+    "CosMap",
+    "Cosine",
+    "CosineGrid",
+    "DiscreteUniform",
+    "Epsilon",
+    "FPrediction",
+    "GuidanceInterval",
+    "GuidanceRescale",
+    "KarrasGrid",
+    "LDMGrid",
+    "LDMLinear",
+    "LogitNormal",
+    "MatchedEDM",
+    "Mode",
+    "Objective",
+    "PublishedShift",
+    "RectifiedFlow",
+    "Shift",
+    "SkipLayerGuidance",
+    "Uniform",
+    "UniformGrid",
+    "V",
+    "Velocity",
+    "ZeroUnconditional",
+    "dpmpp_2m",
+    "dpmpp_2m_log_snr",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "midpoint",
+]

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.folders import read_config
 from mmdit.checkpoints.hashes import verify_hashes
+from mmdit.checkpoints.locate import local, weights_of
 from mmdit.checkpoints.public import load
-from mmdit.checkpoints.runs import find_weights, is_native, load_model
-from mmdit.checkpoints.sources import local, weights_of
 from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
+from mmdit.runs.checkpoint import find_weights, is_native, load_model
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.conditioning import TextEncoder

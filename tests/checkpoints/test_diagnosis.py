@@ -12,8 +12,8 @@ from torch import Tensor
 
 import mmdit
 from mmdit.checkpoints.archive import open_file
+from mmdit.checkpoints.locate import load_model
 from mmdit.checkpoints.public import exported, find, kind_of, load, load_into
-from mmdit.checkpoints.sources import load_model
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
 from mmdit.published import chosen_preset

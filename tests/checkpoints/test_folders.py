@@ -11,8 +11,8 @@ import torch
 
 import mmdit
 from mmdit.checkpoints.folders import CLASSES, write_model
+from mmdit.checkpoints.locate import load_model
 from mmdit.checkpoints.public import kind_of
-from mmdit.checkpoints.sources import load_model
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
 from mmdit.registry import describe

@@ -14,8 +14,8 @@ from torch import Tensor
 import mmdit
 from mmdit.checkpoints.archive import Info, open_file
 from mmdit.checkpoints.diagnosis import explain_stranger
+from mmdit.checkpoints.locate import load_model
 from mmdit.checkpoints.public import exported, find
-from mmdit.checkpoints.sources import load_model
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
 from mmdit.registry import describe

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 import mmdit
-from mmdit.checkpoints.native import save_module
-from mmdit.checkpoints.runs import find_weights
-from mmdit.engine.processes import Processes
-from mmdit.engine.retention import Retention
-from mmdit.engine.saving import Saver
 from mmdit.errors import UserError
 from mmdit.export import export
 from mmdit.models.autoencoder import Autoencoder
+from mmdit.processes import Processes
 from mmdit.registry import describe
+from mmdit.runs.checkpoint import find_weights
+from mmdit.runs.native import save_module
+from mmdit.runs.retention import Retention
+from mmdit.runs.saving import Saver
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from mmdit.checkpoints import public
 from mmdit.checkpoints.archive import Archive, Info, open_file
 from mmdit.checkpoints.folders import write_model
 from mmdit.checkpoints.formats import FORMATS
+from mmdit.checkpoints.locate import load_model
 from mmdit.checkpoints.public import exported, find, kind_of, load, slots_of
-from mmdit.checkpoints.sources import load_model
 from mmdit.checkpoints.tables import SWAPPED
 from mmdit.checkpoints.values import bits, is_finite, same
 from mmdit.errors import UserError

@@ -21,14 +21,14 @@ from mmdit.engine.loop import Settings, train
 from mmdit.engine.optimizers import adamw, muon
 from mmdit.engine.parallel import DDP, FSDP, Single
 from mmdit.engine.posthoc import PostHoc
-from mmdit.engine.processes import Processes, join, leave
-from mmdit.engine.runs import RunFolder
 from mmdit.engine.schedules import WarmupConstant
 from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.models.mmdit import MMDiT
+from mmdit.processes import Processes, join, leave
 from mmdit.registry import register
+from mmdit.runs.folder import RunFolder
 
 PARALLEL = {
     "single": Single,

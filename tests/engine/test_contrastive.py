@@ -19,12 +19,12 @@ from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger
 from mmdit.engine.loop import Settings, train
 from mmdit.engine.optimizers import adamw
-from mmdit.engine.precision import autocast
-from mmdit.engine.runs import RunFolder
 from mmdit.engine.schedules import WarmupConstant
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
+from mmdit.precision import autocast
+from mmdit.runs.folder import RunFolder
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.conditioning import TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer

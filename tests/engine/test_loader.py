@@ -10,8 +10,8 @@ import torch
 
 from mmdit.data.order import ShuffledOrder
 from mmdit.engine.loader import Loader, Part
-from mmdit.engine.processes import Processes
 from mmdit.errors import UserError
+from mmdit.processes import Processes
 
 
 def example(step: int, indices: Sequence[int]) -> torch.Tensor:

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.runs import checkpoints_in
 from mmdit.data.order import Order, ShuffledOrder
 from mmdit.engine import loop, meter
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger, read_metrics
 from mmdit.engine.loop import Settings, train
 from mmdit.engine.optimizers import adamw
-from mmdit.engine.runs import RunFolder
 from mmdit.engine.schedules import WarmupConstant
 from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.registry import register
+from mmdit.runs.checkpoint import checkpoints_in
+from mmdit.runs.folder import RunFolder
 
 
 @register

@@ -12,15 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.native import load_tensors
-from mmdit.checkpoints.runs import checkpoints_in, load_weights
 from mmdit.data.order import Order, ShuffledOrder
 from mmdit.engine.ema import EMA, ConstantDecay, HalfLife, PowerFunction, Profile
 from mmdit.engine.loggers import NoLogger, read_metrics
 from mmdit.engine.loop import Settings, train
 from mmdit.engine.optimizers import adamw, adamw_8bit, by_kind, load_moments, moments, muon, set_lr
 from mmdit.engine.posthoc import PostHoc, snapshots_in
-from mmdit.engine.runs import RunFolder
 from mmdit.engine.schedules import Schedule, WarmupConstant, WarmupCosine, WarmupStableDecay
 from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
@@ -28,6 +25,9 @@ from mmdit.keys import generator_for
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
 from mmdit.registry import register
+from mmdit.runs.checkpoint import checkpoints_in, load_weights
+from mmdit.runs.folder import RunFolder
+from mmdit.runs.native import load_tensors
 
 Make = Callable[..., torch.optim.Optimizer]
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageFont
 
 from mmdit.devices import available
-from mmdit.engine.pictures import LOSSES, Curves, _wrapped, grid_image, plot, plot_losses, ticks
-from mmdit.engine.precision import autocast
 from mmdit.errors import UserError
+from mmdit.plots import LOSSES, Curves, _wrapped, grid_image, plot, plot_losses, ticks
+from mmdit.precision import autocast
 
 
 def test_precision_is_what_was_asked_for() -> None:

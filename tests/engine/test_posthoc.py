@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.runs import checkpoints_in
 from mmdit.engine.ema import EMA, PowerFunction, gamma_of
 from mmdit.engine.posthoc import (
     Point,
@@ -17,9 +16,10 @@ from mmdit.engine.posthoc import (
     remove_snapshots,
     snapshots_in,
 )
-from mmdit.engine.runs import RunFolder
 from mmdit.errors import UserError
 from mmdit.registry import register
+from mmdit.runs.checkpoint import checkpoints_in
+from mmdit.runs.folder import RunFolder
 from tests.checkpoints_for_tests import write_checkpoint
 
 STEPS = 640

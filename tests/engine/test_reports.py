@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mmdit.engine.loggers import MetricsFile, NoLogger
 from mmdit.engine.posthoc import PostHoc
-from mmdit.engine.processes import Processes
 from mmdit.engine.reports import Reports
 from mmdit.errors import NotFinite, UserError
+from mmdit.processes import Processes
 
 
 class Measured:

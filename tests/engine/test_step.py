@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from mmdit.engine.loader import Part
 from mmdit.engine.parallel import Single
-from mmdit.engine.processes import Processes
 from mmdit.engine.step import Stepper
 from mmdit.errors import UserError
+from mmdit.processes import Processes
 
 
 def parts(count: int, size: int = 8) -> list[Part]:

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmdit.checkpoints.native import save_module
 from mmdit.data.captions import vocabulary
 from mmdit.errors import UserError
 from mmdit.metrics.features import in_batches, load_clip_features
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel, clip_pixels
+from mmdit.runs.native import save_module
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.conditioning import TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer

@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 FILES = [
     file
     for file in sorted(CONFIGS.glob("*.yaml"))
-    if yaml.safe_load(file.read_text())["_target_"] == "mmdit.models.mmdit.MMDiT"
+    if yaml.safe_load(file.read_text())["_target_"] == "mmdit.models.MMDiT"
 ]
 PAPER = sorted(CONFIGS.glob("d[0-9][0-9].yaml"))
 

@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from mmdit.checkpoints.native import load_module, save_module
 from mmdit.data.captions import vocabulary
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel, clip_pixels
 from mmdit.models.t5 import T5Encoder
+from mmdit.runs.native import load_module, save_module
 from mmdit.text.clip_pair import CLIPPair, PlacedImageModel
 from mmdit.text.conditioning import TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer

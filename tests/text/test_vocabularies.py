@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mmdit
-from mmdit.checkpoints.native import save_module
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
+from mmdit.runs.native import save_module
 from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.t5_tokenizer import t5_tokenizer_in
 from mmdit.text.vocabularies import VocabularyFile

@@ -1,0 +1,216 @@
+"""How faithfully does an autoencoder give pictures back? (Table 3)
+
+Protocol `autoencoder-1`: pictures are encoded to the mean of their posterior and decoded. PSNR and
+SSIM of each picture with its reconstruction, averaged; with clip=, the Frechet distance of CLIP's
+image features of all pictures and of all reconstructions. Pictures are those of shapes from the
+validation split, or the files of a folder in the order of their names, their middle square scaled
+to image_size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+import mmdit
+from mmdit.checkpoints.locate import local
+from mmdit.cli.eval.subject import (
+    hash_of,
+    is_run,
+    open_features,
+    results_folder,
+    shapes_for,
+    table,
+    write_results,
+)
+from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.values import whole
+from mmdit.data.images import BadImage, decode, read_bytes
+from mmdit.devices import available
+from mmdit.errors import UserError
+from mmdit.metrics.distances import frechet_distance
+from mmdit.metrics.reconstruction import psnr, ssim
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.pipeline import to_latents, to_pixels
+from mmdit.plots import grid_image, png
+from mmdit.precision import Autocast, autocast, chosen_dtype
+from mmdit.runs.checkpoint import find_weights
+from mmdit.study.protocol import Features
+
+PROTOCOL = "autoencoder-1"
+VERBATIM = ("checkpoint", "out", "images", "clip")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SHOWN = 8  # pictures in the grid, each above its reconstruction
+
+Pictures = Callable[[Sequence[int]], Tensor]  # indices -> uint8 (b, h, w, 3)
+
+
+class Opened(NamedTuple):
+    """An autoencoder, where its weights are, and how it computes."""
+
+    module: Autoencoder
+    source: Path
+    native: bool
+    autocast: Autocast
+    facts: dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """Figures of single pictures, and the first of them to look at."""
+
+    psnr: list[float]
+    ssim: list[float]
+    features: tuple[Tensor, Tensor] | None  # of the pictures and of their reconstructions
+    shown: tuple[Tensor, Tensor]
+
+
+def job(config: DictConfig, text: Verbatim) -> None:
+    """Compose, build, reconstruct, write."""
+    for key, least in (("samples", 2), ("batch_size", 1)):
+        whole(config, key, least)
+    size = None if config.image_size is None else whole(config, "image_size")
+    opened = open_autoencoder(config, text)
+    pictures, count, data_facts = find_pictures(opened, config, text, size)
+    features, clip_facts = open_features(text, available(config.device))
+    out = results_folder(text, opened.source, "autoencoder")
+    measured = measure(opened, pictures, features, range(count), config.batch_size)
+    mean_psnr = sum(measured.psnr) / count
+    report: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        **opened.facts,
+        **clip_facts,
+        **data_facts,
+        "samples": count,
+        "seed": None,  # nothing is drawn: the latents are the means of the posterior
+        "latent_channels": opened.module.latent_channels,
+        "factor": opened.module.factor,
+        "psnr": mean_psnr if math.isfinite(mean_psnr) else None,  # infinite where all are equal
+        "ssim": sum(measured.ssim) / count,
+    }
+    if measured.features is not None:
+        report["fd"] = frechet_distance(*measured.features)
+    captions = ["picture"] * len(measured.shown[0]) + ["reconstruction"] * len(measured.shown[1])
+    grid = grid_image(torch.cat(measured.shown), captions, columns=SHOWN)
+    write_results(out, "autoencoder", report, as_markdown(report), {".png": png(grid)})
+
+
+def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
+    """That of a run or of public weights.
+
+    Raises:
+        UserError: none is named, or it cannot be read.
+    """
+    if not text.get("checkpoint"):
+        raise UserError("give checkpoint=<run, file, folder or hub id> of an autoencoder")
+    given, device = text["checkpoint"], available(config.device)
+    native = is_run(given)
+    if native:
+        source = find_weights(Path(given).expanduser(), config.weights)
+        module = mmdit.load_autoencoder(source)
+        compute = autocast(device, config.precision)
+    else:
+        module = mmdit.load_autoencoder(given, dtype=chosen_dtype(device, config.precision))
+        source, compute = local(given, ["vae"]), autocast(device, "fp32")
+    facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
+    return Opened(module.to(device), source, native, compute, facts)
+
+
+def find_pictures(
+    opened: Opened, config: DictConfig, text: Verbatim, size: int | None
+) -> tuple[Pictures, int, dict[str, Any]]:
+    """What to reconstruct, how many, and how a report names them.
+
+    Raises:
+        UserError: there are no pictures, or fewer than asked for, or they do not fit the model.
+    """
+    factor = opened.module.factor
+    if "images" not in text:
+        source = opened.source if opened.native else None
+        data = shapes_for(source, config, "validation", image_size=size)
+        facts = {"images": "shapes, validation", "image_size": data.image_size}
+        return lambda indices: data.batch(indices)[0], config.samples, facts
+    folder, side = Path(text["images"]), 256 if size is None else size
+    if side % factor:
+        raise UserError(f"image_size={side} must be a multiple of {factor}, the model's factor")
+    if not folder.is_dir():
+        raise UserError(f"images={folder}: there is no such folder")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(files) < config.samples:
+        raise UserError(
+            f"images={folder} holds {len(files)} pictures ({', '.join(SUFFIXES)}), but "
+            f"samples={config.samples} are asked for"
+        )
+
+    def read(indices: Sequence[int]) -> Tensor:
+        return torch.stack([open_picture(files[i], side) for i in indices])
+
+    return read, config.samples, {"images": str(folder), "image_size": side}
+
+
+def open_picture(path: Path, side: int) -> Tensor:
+    """The middle square of a picture by the policies of `mmdit.data.images`: uint8 (s, s, 3).
+
+    Raises:
+        UserError: it is none, or cannot be read.
+    """
+    try:
+        picture = Image.fromarray(decode(read_bytes(path)))
+    except (BadImage, OSError) as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+    square = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square))
+
+
+@torch.no_grad()
+def measure(
+    opened: Opened,
+    pictures: Pictures,
+    features: Features | None,
+    indices: Sequence[int],
+    batch_size: int,
+) -> Measured:
+    """Encode, decode and compare, some pictures at a time."""
+    levels: list[float] = []
+    similarities: list[float] = []
+    seen: list[tuple[Tensor, Tensor]] = []
+    shown: list[tuple[Tensor, Tensor]] = []
+    starts = range(0, len(indices), batch_size)
+    for start in tqdm(starts, desc="reconstructing", unit="batch", disable=None):
+        truth = pictures(indices[start : start + batch_size])
+        with opened.autocast():
+            again = to_pixels(opened.module.decode(to_latents(opened.module, truth))).cpu()
+        pairs = list(zip(again.split(1), truth.split(1), strict=True))
+        levels += [psnr(*pair) for pair in pairs]
+        similarities += [ssim(*pair) for pair in pairs]
+        if features is not None:
+            two = (features.image_embeddings(truth), features.image_embeddings(again))
+            seen.append((two[0].cpu(), two[1].cpu()))
+        shown.append((truth[:SHOWN], again[:SHOWN]))
+    first = tuple(torch.cat(side)[:SHOWN] for side in zip(*shown, strict=True))
+    both = tuple(torch.cat(side) for side in zip(*seen, strict=True)) if seen else None
+    return Measured(levels, similarities, both, first)  # type: ignore[arg-type]
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """A row as in Table 3."""
+    figures = {"psnr": "PSNR, dB", "ssim": "SSIM", "fd": "Frechet distance"}
+    shown = {key: name for key, name in figures.items() if key in report}
+    head = (
+        f"{report['protocol']}: {report['weights']}, sha256 {report['weights_sha256'][:16]}, "
+        f"{report['samples']} pictures of {report['images']}, {report['image_size']} px\n"
+    )
+    row = [report["latent_channels"], report["factor"]]
+    row += ["∞" if report[key] is None else report[key] for key in shown]
+    return f"{head}\n{table(('channels', 'factor', *shown.values()), [row])}"
+
+
+def main() -> None:
+    """Evaluate as the command line asks."""
+    launch(job, config_name="evaluate_autoencoder", verbatim=VERBATIM)

@@ -1,0 +1,116 @@
+"""What do few steps cost, and how long are the paths? (Table 6)
+
+Protocol `efficiency-1`: the same prompts and noise at each number of steps. The score is the CLIP
+score where clip= is given, else compositional accuracy; the relative loss of s steps is
+(score of the most steps - score of s) / score of the most, in percent. The path length of a picture
+is the sum of ||v dt|| over its steps, the norm that of all values of its latent.
+"""
+
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from mmdit.cli.eval.subject import (
+    PARTS,
+    numbers,
+    open_features,
+    open_subject,
+    paint,
+    read_prompts,
+    results_folder,
+    sampling,
+    scores,
+    table,
+    write_results,
+)
+from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.values import seed_of, whole
+from mmdit.errors import UserError
+from mmdit.metrics.path_length import MeasuredGuidance
+
+PROTOCOL = "efficiency-1"
+VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)
+SCORES = {"clip": "CLIP score", "accuracy": "accuracy"}  # the first there is counts
+
+
+def job(config: DictConfig, text: Verbatim) -> None:
+    """Compose, build, paint at every number of steps, write."""
+    for key, least in (("batch_size", 1), ("samples", 2)):
+        whole(config, key, least)
+    seed_of(config)
+    counts = numbers(config, "steps", "at least two whole numbers", low=0, high=float("inf"))
+    if len(counts) < 2 or not all(isinstance(count, int) for count in counts):
+        raise UserError(f"steps={config.steps} must be a list of at least two whole numbers")
+    subject = open_subject(config, text)
+    prompts = read_prompts(subject, config, text)
+    features, clip_facts = open_features(text, subject.pipe.device)
+    if features is None and prompts.data is None:
+        raise UserError("prompts=<file> needs clip=<CLIP>: other pictures than shapes are not read")
+    report: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        **subject.facts,
+        **clip_facts,
+        "seed": config.seed,
+        "samples": len(prompts.texts),
+        **sampling(subject.pipe, config),
+        "rows": [],
+    }
+    for steps in sorted(counts):
+        guidance = MeasuredGuidance(inner=instantiate(config.guide))
+        label, options = f"{steps} steps", {"steps": steps, "guidance": guidance}
+        images = paint(subject.pipe, prompts.texts, config, label=label, **options)
+        lengths = guidance.lengths().double()
+        report["rows"].append(
+            {
+                "steps": steps,
+                "function_evaluations": subject.pipe.function_evaluations,
+                "path_length": lengths.mean().item(),
+                "path_length_standard_error": lengths.std().item() / len(lengths) ** 0.5,
+                **scores(prompts, images, features),
+            }
+        )
+    add_losses(report)
+    out = results_folder(text, subject.source, "efficiency")
+    write_results(out, "efficiency", report, as_markdown(report))
+
+
+def add_losses(report: dict[str, Any]) -> None:
+    """Each row's loss of the last one's score, in percent; None where that is not positive.
+
+    The last row has the most steps.
+    """
+    rows = report["rows"]
+    score = next(name for name in SCORES if name in rows[-1])
+    whole_score = rows[-1][score]
+    report["score"] = score
+    for row in rows:
+        lost = whole_score - row[score]
+        row["relative_loss_percent"] = 100 * lost / whole_score if whole_score > 0 else None
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """Table 6, one row for each number of steps."""
+    score, most = report["score"], report["rows"][-1]["steps"]
+    header = ("steps", SCORES[score], f"loss of {most} steps' score", "path length")
+    rows = []
+    for row in report["rows"]:
+        loss = row["relative_loss_percent"]
+        rows.append(
+            (
+                row["steps"],
+                row[score],
+                "none" if loss is None else f"{loss:.2f} %",
+                f"{row['path_length']:.2f} ± {row['path_length_standard_error']:.2f}",
+            )
+        )
+    head = (
+        f"{report['protocol']}: {report['weights']}, sha256 {report['weights_sha256'][:16]}, "
+        f"{report['samples']} samples, guidance {report['guidance']:g}, seed {report['seed']}\n"
+    )
+    return f"{head}\n{table(header, rows)}"
+
+
+def main() -> None:
+    """Evaluate as the command line asks."""
+    launch(job, config_name="efficiency", verbatim=VERBATIM)

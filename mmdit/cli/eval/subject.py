@@ -1,0 +1,294 @@
+"""What measurements of a trained model share: opening it, its name, prompts, scores, results."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+import mmdit
+from mmdit.checkpoints.locate import local
+from mmdit.cli.eval.results import write_new
+from mmdit.cli.launch import Verbatim
+from mmdit.cli.values import seed_of, whole
+from mmdit.data.captions import Scene, short_caption
+from mmdit.data.shapes import Shapes
+from mmdit.devices import available
+from mmdit.errors import UserError
+from mmdit.metrics.compositional import judge
+from mmdit.metrics.distances import clip_score
+from mmdit.metrics.features import in_batches, load_clip_features
+from mmdit.pipeline import Pipeline
+from mmdit.precision import autocast, chosen_dtype
+from mmdit.printable import printable, show
+from mmdit.runs.checkpoint import find_weights, hash_of_weights, newest_finished
+from mmdit.runs.native import file_hash
+from mmdit.runs.status import mend
+from mmdit.study.protocol import Features, scenes_of
+from mmdit.text.conditioning import ENCODERS
+
+PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # free text: where parts of it are
+
+
+class Subject(NamedTuple):
+    """A model that is measured."""
+
+    pipe: Pipeline
+    source: Path  # file or folder of its weights
+    native: bool  # whether it is a run's, rather than public
+    facts: dict[str, Any]  # how a report names it: weights, weights_sha256, encoders used
+
+
+def open_subject(config: DictConfig, text: Verbatim) -> Subject:
+    """The newest finished run, or what checkpoint= names, on its device.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    given: str | Path | None = text.get("checkpoint") or newest_finished(Path(config.runs))
+    if given is None:
+        raise UserError(
+            f"there is no finished run in {config.runs}/: give checkpoint=<run, file or hub id>"
+        )
+    used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
+    for key, value in used.items():
+        if not isinstance(value, bool):
+            raise UserError(f"text.{key}={value} must be true or false")
+    device = available(config.device)
+    native = is_run(given)
+    if native:
+        mend(Path(given).expanduser())
+        source = find_weights(Path(given).expanduser(), config.weights)
+        pipe = mmdit.load_pipeline(source, device=device, **used)
+        pipe.autocast = autocast(device, config.precision)
+    else:
+        options: dict[str, Any] = {key.removeprefix("text."): text.get(key) for key in PARTS}
+        options |= {"preset": config.preset, "dtype": chosen_dtype(device, config.precision)}
+        pipe = mmdit.load_pipeline(given, device=device, **used, **options)
+        source = local(given, [])
+    facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
+    facts |= {f"{key}_sha256": hash_of(local(text[key], [])) for key in PARTS[:2] if key in text}
+    return Subject(pipe, source, native, {**facts, "text": used})
+
+
+def is_run(given: str | Path) -> bool:
+    """Whether it is this project's; so is a folder without weights, whose lack is told as that."""
+    path = Path(given).expanduser()
+    places = ("*.safetensors", "*/*.safetensors")  # not all of a disk
+    return mmdit.is_native(path) or (
+        path.is_dir() and not any(any(path.glob(place)) for place in places)
+    )
+
+
+def hash_of(source: Path) -> str:
+    """SHA-256 of a run's weights; of a public file; of a folder, of its files' names and hashes."""
+    if mmdit.is_native(source):
+        return hash_of_weights(source)
+    if source.is_file():
+        return file_hash(source)
+    files = sorted(source.rglob("*.safetensors"))
+    lines = [f"{file_hash(file)}  {file.relative_to(source).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def open_features(text: Verbatim, device: torch.device) -> tuple[Features | None, dict[str, Any]]:
+    """CLIP as clip= names it, a run's or public, and how a report names it; None where it is not.
+
+    Raises:
+        UserError: it cannot be read, or is another kind of model.
+    """
+    if not text.get("clip"):
+        return None, {"clip": None, "clip_sha256": None}
+    given = text["clip"]
+    features = load_clip_features(given, device=device)
+    path = find_weights(Path(given).expanduser()) if mmdit.is_native(given) else local(given, [])
+    return features, {"clip": given, "clip_sha256": hash_of(path)}
+
+
+def shapes_for(
+    source: Path | None, config: DictConfig, split: str, *, image_size: int | None = None
+) -> Shapes:
+    """The shapes that a run was trained on, as its folder says; else those of the config.
+
+    Args:
+        source: weights of a run; None for other weights.
+        image_size: of the pictures; None is that of the training, or of the config.
+
+    Raises:
+        UserError: the run was trained on something else, or shapes cannot be drawn at that size.
+    """
+    folders = source.parents[:3] if source is not None else ()
+    described = [f / "config.json" for f in folders if (f / "config.json").is_file()]
+    if described:
+        arguments = json.loads(described[0].read_text())["data"]
+    else:
+        arguments = OmegaConf.to_container(config.data, resolve=True)
+    if arguments.pop("_target_").rpartition(".")[2] != "Shapes":
+        raise UserError(f"{source} was not trained on shapes: this measure knows no other data")
+    if image_size is not None:
+        arguments["image_size"] = image_size
+    try:
+        return Shapes(split=split, **arguments)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from error
+
+
+class Prompts(NamedTuple):
+    """What is painted; the scenes and data behind it where a picture can be judged."""
+
+    texts: list[str]
+    scenes: list[Scene]
+    data: Shapes | None
+
+
+def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompts:
+    """The lines of prompts=<file>, or short captions of validation scenes, the tasks in turn.
+
+    Raises:
+        UserError: the file cannot be read, or holds none.
+    """
+    n = whole(config, "samples")
+    if "prompts" not in text:
+        data = shapes_for(subject.source if subject.native else None, config, "validation")
+        scenes = scenes_of(data, n)
+        return Prompts([short_caption(scene) for scene in scenes], scenes, data)
+    path = Path(text["prompts"])
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={path} cannot be read as UTF-8 text: {error}") from error
+    if len(lines) < n:
+        raise UserError(f"prompts={path} has {len(lines)} lines, but samples={n} are asked for")
+    return Prompts(lines[:n], [], None)
+
+
+def paint(
+    pipe: Pipeline, prompts: Sequence[str], config: DictConfig, *, label: str, **options: Any
+) -> Tensor:
+    """One picture a prompt, (n, h, w, 3) uint8; picture i starts from the noise of seed + i."""
+    batches, first = [], seed_of(config, images=len(prompts))
+    starts = range(0, len(prompts), config.batch_size)
+    for start in tqdm(starts, desc=label, unit="batch", disable=None):
+        batch = prompts[start : start + config.batch_size]
+        seeds = [first + start + i for i in range(len(batch))]
+        batches.append(pipe(batch, seeds=seeds, solver=instantiate(config.solver), **options).cpu())
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def scores(prompts: Prompts, images: Tensor, features: Features | None) -> dict[str, float]:
+    """`clip`, the CLIP score, where there are features; `accuracy` where there are scenes."""
+    found = {}
+    if features is not None:
+        seen = in_batches(features.image_features, images)
+        found["clip"] = clip_score(seen, in_batches(features.text_features, prompts.texts))
+    if prompts.data is not None:
+        right = judge(prompts.data, prompts.scenes, images)
+        found["accuracy"] = sum(right) / len(right)
+    return found
+
+
+def sampling(pipe: Pipeline, config: DictConfig) -> dict[str, Any]:
+    """How pictures are painted, for a report; null in the config is the model's default.
+
+    Sets `config.guidance`, from which the guide's own arguments follow.
+
+    Raises:
+        UserError: the guidance is no finite number.
+    """
+    if config.guidance is None:
+        config.guidance = pipe.guidance
+    scale = config.guidance
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise UserError(f"guidance={scale} must be a finite number")
+    instantiate(config.guide)  # whose own mistakes show before anything is painted
+    return {
+        "guidance": config.guidance,
+        "guide": OmegaConf.to_container(config.guide, resolve=True),
+        "solver": instantiate(config.solver).func.__name__,
+    }
+
+
+def numbers(config: DictConfig, key: str, expected: str, *, low: float, high: float) -> list[float]:
+    """A list of numbers of the config, low < x <= high, none twice.
+
+    Raises:
+        UserError: it is none, empty, or holds something else.
+    """
+    value = config[key]
+    given = list(value) if OmegaConf.is_list(value) else []
+    fits = all(
+        isinstance(x, int | float) and not isinstance(x, bool) and low < x <= high for x in given
+    )
+    if not given or not fits or len(set(given)) < len(given):
+        raise UserError(f"{key}={value} must be a list of {expected}, none of them twice")
+    return given
+
+
+def results_folder(text: Verbatim, source: Path, name: str) -> Path:
+    """out=, or a place beside the checkpoint of a run, or one in results/.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if text.get("out"):
+        return made(Path(text["out"]))
+    if (source.parent / "manifest.json").is_file():
+        return made(source.parents[2] / name / source.parent.name)
+    return made(Path("results") / f"{name}-{source.stem}")
+
+
+def made(folder: Path, key: str = "out") -> Path:
+    """A folder for results, asked for as `key`.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}={folder} cannot be made a folder: {error}") from error
+    return folder
+
+
+def write_results(
+    out: Path,
+    name: str,
+    report: Mapping[str, Any],
+    markdown: str,
+    pictures: Mapping[str, bytes] | None = None,
+) -> None:
+    """<name>.json, <name>.md and pictures; the table is printed, too, and where the files are.
+
+    Args:
+        pictures: PNG files by ending, as '.png'.
+
+    Raises:
+        UserError: a figure is not finite; nothing is written then.
+    """
+    try:
+        text = json.dumps(report, indent=1, allow_nan=False)
+    except ValueError:
+        told = f"{report['weights']} gives figures that are not finite: it may have diverged"
+        raise UserError(told, "", *markdown.split("\n")) from None
+    files = {".json": text.encode(), ".md": markdown.encode(), **(pictures or {})}
+    show(*markdown.split("\n"), *write_new(out, name, files))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; floats with four digits."""
+    cells = [[f"{c:.4g}" if isinstance(c, float) else cell(c) for c in row] for row in rows]
+    lines = [list(header), ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cell(content: object) -> str:
+    """Text from outside as a cell of a Markdown table: neither a border, nor a tag, nor a line."""
+    return printable(content).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,162 @@
+"""What real steps take, by the allocator of CUDA, or of the CPU as the profiler saw it."""
+
+import gc
+from typing import Any, Protocol, Self
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mmdit.cli.memory.plan import Plan, example_of, task_of
+from mmdit.cli.memory.prediction import MOMENTS, classes_of, moments_in, trained
+from mmdit.cli.train import build_pipeline
+from mmdit.engine.activations import recompute
+from mmdit.engine.ema import EMA, local
+from mmdit.engine.footprint import (
+    GRADIENTS,
+    KEPT,
+    bytes_of,
+)
+from mmdit.engine.loader import Part
+from mmdit.engine.step import Stepper
+from mmdit.engine.tasks import Captioned
+from mmdit.precision import autocast
+from mmdit.processes import Processes
+
+
+class Gauge(Protocol):
+    """What an allocator has given out."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def mark(self, name: str) -> None:
+        """Note the moment: a new `step`, the `start` of a forward pass, its end (`forward`)."""
+
+    def levels(self, moments: int) -> tuple[int, int]:
+        """Of the last step, bytes kept by its forward pass and all bytes at its peak.
+
+        Args:
+            moments: bytes that the optimizer took in the first step, and kept.
+        """
+
+
+class CUDAGauge:
+    """The allocator of CUDA, which keeps account."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def mark(self, name: str) -> None:
+        self.found[name] = torch.cuda.memory_allocated(self.device)
+        if name == "step":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def levels(self, moments: int) -> tuple[int, int]:
+        peak = torch.cuda.max_memory_allocated(self.device)
+        return self.found["forward"] - self.found["start"], peak
+
+
+class CPUGauge:
+    """The allocator of the CPU, which tells the profiler what it gives and takes.
+
+    What threads of gloo give back it does not tell. So the last step is measured from its start,
+    and what is there from step to step before anything has been exchanged.
+    """
+
+    def __init__(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> Self:
+        gc.collect()  # what is given back later would count as less than nothing
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._profile.__exit__(*error)
+
+    def mark(self, name: str) -> None:
+        with record_function(f"memory: {name}"):
+            pass
+
+    def levels(self, moments: int) -> tuple[int, int]:
+        profiler = self._profile.profiler
+        assert profiler is not None and profiler.kineto_results is not None
+        resting: list[int] = []  # at the start of each step
+        level = peak = start = kept = 0
+        events: list[Any] = sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        for event in events:
+            if event.name() == "[memory]":
+                level += event.nbytes()
+                peak = max(peak, level)
+            elif event.name() == "memory: step":
+                resting.append(level)
+                peak = level
+            elif event.name() == "memory: start":
+                start = level
+            elif event.name() == "memory: forward":
+                kept = level - start
+        return kept, resting[0] + moments + peak - resting[-1]
+
+
+def measure(plan: Plan, processes: Processes) -> dict[str, int]:
+    """Bytes of this process in real steps: classes, what the forward pass keeps, and the peak."""
+    config, device = plan.config, plan.device
+    precision = autocast(device, config.precision)
+    gauge: Gauge = CUDAGauge(device) if device.type == "cuda" else CPUGauge()
+    with gauge:
+        pipeline = build_pipeline(config).to(device)
+        ema = EMA(pipeline, profile=instantiate(config.ema))
+        parallel = instantiate(config.parallel)
+        recompute(pipeline, config.activation_checkpointing)
+        parallel.place(pipeline, ema.module, device=device, dtype=plan.dtype)
+        optimizer = instantiate(config.optimizer)(pipeline)
+        posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
+        task, example = task_of(plan, pipeline, precision), example_of(plan, pipeline)
+        gradients, begun = 0, False
+
+        def loss(example: Captioned) -> Tensor:
+            nonlocal begun
+            if not begun:  # gradients of the step before are gone by now
+                gauge.mark("step")
+                begun = True
+            gauge.mark("start")
+            losses = task.loss(example)
+            gauge.mark("forward")
+            return losses
+
+        def before_update(*_: object) -> None:
+            nonlocal gradients
+            own = [local(w.grad) for w in trained(pipeline) if w.grad is not None]
+            gradients = bytes_of(own)
+
+        optimizer.register_step_pre_hook(before_update)
+        step = Stepper(
+            pipeline,
+            parallel.losses(pipeline, loss),
+            parallel=parallel,
+            processes=processes,
+            optimizer=optimizer,
+            clip=config.training.clip,
+            skips=True,
+        )
+        pipeline.train()
+        part = Part(0, list(range(plan.batch)), example)
+        for done in (1, 2, 3):
+            gc.collect()
+            begun = False
+            step([part] * config.training.accumulation)
+            ema.update(done)
+        found = classes_of(pipeline, ema, posthoc)
+        found[MOMENTS] = bytes_of(moments_in(optimizer))
+        found[GRADIENTS] = gradients
+    kept, total = gauge.levels(found[MOMENTS])
+    return {**found, KEPT: kept, "total": total}

@@ -1,0 +1,198 @@
+"""What `eval/memory.py` is asked for, and the task that it rehearses and measures."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from mmdit.cli import CONFIGS
+from mmdit.cli.values import whole
+from mmdit.devices import available
+from mmdit.engine.activations import ACTIVATIONS
+from mmdit.engine.footprint import (
+    Share,
+)
+from mmdit.engine.optimizers import adamw_8bit
+from mmdit.engine.parallel import FSDP, Single
+from mmdit.engine.tasks import Captioned, FlowTask, Validation
+from mmdit.errors import UserError
+from mmdit.flow.objective import Draw
+from mmdit.latents.sources import FromPixels
+from mmdit.parity.random_weights import ENCODERS
+from mmdit.pipeline import Pipeline
+from mmdit.precision import Autocast, chosen_dtype
+from mmdit.processes import own_device
+from mmdit.text.conditioning import TokenIds
+
+SMALL = 16  # patches a side of the largest pictures that a toy is made for
+
+
+class Plan(NamedTuple):
+    """What is asked for."""
+
+    config: DictConfig  # with all that it left open
+    device: torch.device
+    dtype: torch.dtype  # of the forward pass
+    world_size: int
+    batch: int  # samples of a process at once
+
+    @property
+    def share(self) -> Share | None:
+        """Of each process in every weight; None where it holds them whole."""
+        parallel = instantiate(self.config.parallel)
+        if not isinstance(parallel, FSDP):
+            return None
+        return Share(self.world_size // parallel.replicas)
+
+
+def planned(config: DictConfig) -> Plan:
+    """Fill in what the config leaves open, and refuse what makes no sense.
+
+    Raises:
+        UserError: a value is none, or does not fit the others.
+    """
+    config = filled(config)
+    if not isinstance(config.measure, bool):
+        raise UserError(f"measure={config.measure} must be true or false")
+    if config.compile:
+        raise UserError("compile=true: what compiled blocks keep is not predicted; leave it out")
+    if config.activation_checkpointing not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(
+            f"activation_checkpointing={config.activation_checkpointing} must be one of {known}"
+        )
+    unknown = sorted(set(map(str, config.encoders or [])) - ENCODERS.keys())
+    if isinstance(config.encoders, str) or unknown:
+        raise UserError(
+            f"encoders={config.encoders} must be a list of some of {', '.join(ENCODERS)}"
+        )
+    if config.measure:
+        if config.encoders:
+            raise UserError(
+                f"encoders={config.encoders} are only predicted: leave out measure=true"
+            )
+        device = own_device(available(config.device))
+    elif config.device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"device={config.device} must be auto, cuda or cpu")
+    else:
+        device = torch.device("cpu" if config.device == "cpu" else "cuda")
+    if config.measure or device.type == "cpu" or config.precision not in ("auto", "bf16"):
+        dtype = chosen_dtype(device, config.precision)
+    else:
+        dtype = torch.bfloat16
+    world_size = counted_processes(config)
+    return Plan(config, device, dtype, world_size, batch_of(config, world_size))
+
+
+def filled(config: DictConfig) -> DictConfig:
+    """The toy's autoencoder and texts for a model that is made for small pictures, else SD3's."""
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    small = config.model.position_grid <= SMALL
+    if config.get("autoencoder") is None:
+        name = "toy" if small else "sd3"
+        config.autoencoder = OmegaConf.load(CONFIGS / "autoencoder" / f"{name}.yaml")
+    if config.get("text") is None:
+        toy = CONFIGS / "text" / "toy.yaml"
+        config.text = OmegaConf.load(toy) if small else config.published
+    if config.image_size is None:
+        with torch.device("meta"):
+            factor = instantiate(config.autoencoder.model).factor
+        config.image_size = config.model.position_grid * config.model.patch_size * factor
+    whole(config, "image_size")
+    return config
+
+
+def counted_processes(config: DictConfig) -> int:
+    """How many processes train together."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    count = started if config.world_size is None else whole(config, "world_size")
+    parallel = instantiate(config.parallel)
+    if config.measure and count != started:
+        raise UserError(
+            f"world_size={count}, but measure=true takes the {started} that there are: leave it "
+            f"out, and start them with torchrun --nproc_per_node={count}"
+        )
+    if isinstance(parallel, Single) and count > 1:
+        raise UserError(f"parallel=single is for one process: world_size={count} needs ddp or fsdp")
+    if isinstance(parallel, FSDP):
+        if count % parallel.replicas:
+            raise UserError(
+                f"parallel.replicas {parallel.replicas} must divide the number of processes, "
+                f"world_size={count}"
+            )
+        if is_8bit(config):
+            raise UserError("optimizer=adamw_8bit cannot be spread by parallel=fsdp: choose ddp")
+    return count
+
+
+def batch_of(config: DictConfig, world_size: int) -> int:
+    """Samples that a process computes at once."""
+    whole(config, "training.accumulation")
+    if config.batch is not None:
+        return whole(config, "batch")
+    size = whole(config, "training.batch_size")
+    parts = world_size * config.training.accumulation
+    if size % parts:
+        raise UserError(
+            f"training.batch_size={size} must be divisible by world_size x training.accumulation, "
+            f"{parts}; or give batch=<samples of a process at once>"
+        )
+    return size // parts
+
+
+def is_8bit(config: DictConfig) -> bool:
+    """Whether moments are kept in 8 bits."""
+    return get_object(config.optimizer._target_) is adamw_8bit
+
+
+# The step that is rehearsed and made
+
+
+class _Given:
+    """A source of latents that are there already."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def latents(self, x: Tensor) -> Tensor:
+        return x.to(self.device).float()
+
+
+def task_of(plan: Plan, pipeline: Pipeline, precision: Autocast) -> FlowTask:
+    """What is trained, as `train.py` does, with a validation of one picture."""
+    device, side = pipeline.device, plan.config.image_size
+    source: Any = _Given(device)
+    if get_object(plan.config.latents._target_) is FromPixels:
+        source = FromPixels(
+            data=None,  # type: ignore[arg-type]
+            autoencoder=pipeline.autoencoder,
+            text=pipeline.text,
+            autocast=precision,
+        )
+    picture = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
+    return FlowTask(
+        module=pipeline,
+        source=source,
+        validation=Validation(picture, [""], [""]),
+        seed=0,
+        autocast=precision,
+    )
+
+
+def example_of(plan: Plan, pipeline: Pipeline) -> Captioned:
+    """A batch of one process; no part of it decides how much memory is used."""
+    b, device, side = plan.batch, pipeline.device, plan.config.image_size
+    shape = (b, pipeline.mmdit.latent_channels, *pipeline.latent_size(side, side))
+    with torch.device(device):
+        x = torch.zeros(shape, dtype=torch.bfloat16)
+        if get_object(plan.config.latents._target_) is FromPixels:
+            x = torch.zeros(b, side, side, 3, dtype=torch.uint8)
+        ids = (
+            torch.zeros(b, encoder.length, dtype=torch.int64) for encoder in pipeline.text.encoders
+        )
+        draw = Draw(torch.full((b,), 0.5), torch.zeros(shape))
+        return Captioned(x, TokenIds(*ids), torch.ones(b, 3, dtype=torch.bool), draw)

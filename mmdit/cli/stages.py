@@ -1,0 +1,327 @@
+"""What a run stands on, and what follows it: stages trained once and then found, and scores.
+
+An autoencoder, and the small CLIP by which toy pictures are measured, are trained by the same loop
+as the flow, in `runs/<stage>-<hash of its recipe>/`.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+from tqdm import tqdm
+
+from mmdit.atomic import write_atomically
+from mmdit.checks import expect, expect_number
+from mmdit.cli.values import seed_of, whole
+from mmdit.data.shapes import Shapes
+from mmdit.engine.contrastive import ContrastiveTask
+from mmdit.engine.ema import EMA, ConstantDecay
+from mmdit.engine.loggers import NoLogger
+from mmdit.engine.loop import Settings, train
+from mmdit.engine.optimizers import adamw
+from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.tasks import AutoencoderTask, Task
+from mmdit.errors import UserError, first_line
+from mmdit.latents.encoding import Data
+from mmdit.latents.sources import FromCache, Source
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.pipeline import Pipeline
+from mmdit.precision import Autocast
+from mmdit.printable import logger
+from mmdit.runs.checkpoint import Checkpoint, checkpoints_in, hash_of_weights, load_weights
+from mmdit.runs.folder import RunFolder, config_hash
+from mmdit.runs.native import load_strictly
+from mmdit.runs.status import mend
+from mmdit.study.protocol import PROTOCOL
+from mmdit.text.clip_pair import CLIPPair
+
+log = logger("mmdit.stages")
+
+
+UNTIL = ("autoencoder", "cache")
+
+
+def check_until(until: str, source: Source) -> None:
+    """Raises UserError if there is no such stage to stop at."""
+    if until not in UNTIL:
+        raise UserError(f"until={until} must be null or one of {', '.join(UNTIL)}")
+    if until == "cache" and not isinstance(source, FromCache):
+        raise UserError("until=cache makes a cache for latents=from_cache: give both")
+
+
+def check_recipe(config: DictConfig, stage: str) -> None:
+    """Look at what is said of a stage before anything is trained.
+
+    Raises:
+        UserError: a setting makes no sense; its key is named.
+    """
+    recipe = config[stage]
+    Settings.of(recipe.training, f"{stage}.training")
+    expect_number(f"{stage}.lr", recipe.lr, 0)
+    whole(config, f"{stage}.warmup_steps", 0)
+    decay = recipe.ema.decay
+    expect_number(f"{stage}.ema.decay", decay)
+    expect(0 <= decay < 1, f"{stage}.ema.decay", decay, "must be in [0, 1)")
+    every, steps = whole(config, f"{stage}.ema.every"), recipe.training.steps
+    if every > steps:
+        log.warning(
+            "note: %s.ema.every=%d is more than %s.training.steps=%d: the average, which is used, "
+            "stays at the random start",
+            *(stage, every, stage, steps),
+        )
+    if stage == "autoencoder":
+        seed_of(config, "autoencoder.seed")
+        expect_number("autoencoder.kl_weight", recipe.kl_weight, 0)
+    else:
+        whole(config, "clip.samples")
+        seed_of(config, "metrics.seed")
+
+
+def find_or_train(
+    config: DictConfig,
+    stage: str,
+    recipe: dict[str, Any],
+    build_task: Callable[[nn.Module], Task],
+    device: torch.device,
+    *,
+    seed: int,
+) -> Path:
+    """The averaged weights of a stage, trained now unless a finished run of `recipe` is there.
+
+    Args:
+        config: of the whole job.
+        stage: 'autoencoder' or 'clip', a section of `config` with model, training, lr and ema.
+        recipe: all that its weights follow from.
+        build_task: what to learn, of a fresh module.
+        seed: of the stage's weights and order.
+    """
+    path = Path(str(config.runs)) / f"{stage}-{config_hash(recipe)}"
+    trained = trained_in(path, stage)
+    if trained is not None:
+        log.info("reusing the %s of %s", stage, path)
+        mend(path)
+    else:
+        run = RunFolder(path, wait=True)
+        trained = trained_in(path, stage)  # by the process that was waited for
+        if trained is None:
+            log.info("training the %s in %s", stage, path)
+            write_atomically(path / "recipe.json", json.dumps(recipe, indent=1).encode())
+            train_stage(config[stage], stage, run, build_task, device, seed)
+            trained = trained_in(path, stage)
+        run.close()
+    assert trained is not None
+    checkpoint, weights = trained
+    told = {k: v for k, v in checkpoint.figures.items() if k.startswith("ema/")}
+    log.info("%s: %s", stage, ", ".join(f"{k[4:]} {v:.4g}" for k, v in told.items()))
+    return weights
+
+
+def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Path] | None:
+    """The last checkpoint of a stage that has been trained to its end, and its averaged weights.
+
+    The folder is only read: it may belong to somebody else.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    try:
+        found = checkpoints_in(path)
+        if not found or not found[-1].finished:
+            return None
+        return found[-1], found[-1].verified("ema")
+    except UserError as error:
+        raise UserError(
+            f"{error}. Move {path} elsewhere: the {stage} is then trained again"
+        ) from error
+
+
+def train_stage(
+    recipe: DictConfig,
+    stage: str,
+    run: RunFolder,
+    build_task: Callable[[nn.Module], Task],
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Train a stage in its folder, with the same loop as the flow."""
+    torch.manual_seed(seed)
+    module = instantiate(recipe.model).to(device)
+    train(
+        build_task(module),
+        run=run,
+        settings=Settings.of(recipe.training, f"{stage}.training"),
+        seed=seed,
+        schedule=WarmupConstant(warmup_steps=recipe.warmup_steps),
+        optimizer=adamw(module, lr=recipe.lr, betas=(0.9, 0.99)),
+        ema=EMA(module, profile=ConstantDecay(**recipe.ema)),
+        logger=NoLogger(),
+    )
+
+
+def give_autoencoder(
+    autoencoder: Autoencoder,
+    config: DictConfig,
+    plain: dict[str, Any],
+    data: dict[str, Data],
+    device: torch.device,
+    precision: Autocast,
+) -> None:
+    """Load the trained autoencoder of this config; a public one has been loaded already."""
+    if not config.autoencoder.trained:
+        return
+    seed = config.autoencoder.seed
+
+    def task(module: nn.Module) -> Task:
+        return AutoencoderTask(
+            module=module,  # type: ignore[arg-type]
+            data=data["train"],
+            truth=data["validation"].square(range(min(64, len(data["validation"]))))[0],
+            kl_weight=config.autoencoder.kl_weight,
+            seed=seed,
+            autocast=precision,
+        )
+
+    pictures = plain["data"]
+    if "found" in pictures:  # neither where they lie nor what is said of them matters
+        kept = ("found", "image_size", "unit", "max_ratio", "crop", "seed")
+        pictures = {key: pictures[key] for key in kept}
+    recipe = {
+        "autoencoder": plain["autoencoder"],
+        "data": pictures,
+        "precision": plain["precision"],
+    }
+    path = find_or_train(config, "autoencoder", recipe, task, device, seed=seed)
+    load_strictly(autoencoder, load_weights(path), path)
+
+
+def clip_for_metrics(
+    config: DictConfig, plain: dict[str, Any], device: torch.device, precision: Autocast
+) -> tuple[CLIPPair, Shapes]:
+    """The CLIP that measures, and the pictures it compares with: the same at every seed."""
+    seed = config.metrics.seed
+    samples = config.clip.samples
+    splits = {
+        split: instantiate(config.data, split=split, seed=seed, samples=samples)
+        for split in ("train", "validation")
+    }
+
+    def task(module: nn.Module) -> Task:
+        assert isinstance(module, CLIPPair)
+        return ContrastiveTask(
+            module=module,
+            data=splits["train"],
+            validation=splits["validation"],
+            autocast=precision,
+        )
+
+    data = {**plain["data"], "seed": seed, "samples": samples}
+    recipe = {"clip": plain["clip"], "data": data, "precision": plain["precision"]}
+    path = find_or_train(config, "clip", recipe, task, device, seed=seed)
+    clip = instantiate(config.clip.model).to(device).eval()
+    load_strictly(clip, load_weights(path), path)
+    return clip, splits["validation"]
+
+
+def sweep_folder(config: DictConfig, label: str) -> Path:
+    """The run folder of a job of a multirun, named by what is varied, so that it is found again."""
+    name = re.sub(r"[^\w.,=+-]", "_", f"{label},seed={config.seed}")
+    if len(name) > 150:  # file systems allow 255 bytes
+        name = f"{name[:130]}-{config_hash(name)}"
+    return Path(config.runs) / config.name / name
+
+
+def is_finished(config: DictConfig, run: RunFolder) -> bool:
+    """Whether a run has made all its steps and been measured as `config` asks."""
+    checkpoint = run.latest()
+    if checkpoint is None or checkpoint.step < config.training.steps:
+        return False
+    if config.get("metrics") is None:  # a group that is left out has no key
+        return True
+    try:
+        record = json.loads((run.path / "scores.json").read_text())
+        measured = {key: record[key] for key in ("protocol", *protocol_of(config.metrics))}
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning(
+            "%s cannot be used, so the run is measured again: %s",
+            *(run.path / "scores.json", first_line(error)),
+        )
+        return False
+    return measured == {"protocol": PROTOCOL, **protocol_of(config.metrics)}
+
+
+def protocol_of(metrics: DictConfig) -> dict[str, int]:
+    """What figures depend on, by the names that `scores.json` gives it."""
+    return {
+        "samples": metrics.samples,
+        "references": metrics.references,
+        "noise_seed": metrics.seed,
+    }
+
+
+def write_scores(
+    config: DictConfig,
+    run: Path,
+    checkpoint: Checkpoint,
+    pipelines: dict[str, Pipeline],
+    clip: CLIPPair,
+    data: Shapes,
+    variant: str,
+) -> None:
+    """Measure the averaged and the raw weights by the paper's protocol: `<run>/scores.json`.
+
+    Args:
+        pipelines: 'ema' and 'raw'.
+        variant: what the run is called in a ranking.
+    """
+    protocol = instantiate(config.metrics)
+    rows: list[dict[str, Any]] = []
+    bar = tqdm(total=2 * protocol.evaluations, desc="scoring", unit="step", disable=None)
+    for kind, pipe in pipelines.items():
+        scored = protocol(pipe, clip, data, lambda *_: bar.update())
+        rows += [{"weights": kind, **row} for row in scored]
+    bar.close()
+    network = pipelines["ema"].mmdit
+    side = config.image_size // pipelines["ema"].autoencoder.factor
+    length = pipelines["ema"].text.context_length
+    flops = network.flops(height=side, width=side, text_length=length)
+    steps, batch_size = checkpoint.step, config.training.batch_size
+    record = {
+        "protocol": PROTOCOL,
+        "variant": variant,
+        "seed": config.seed,
+        "dataset": config.data._target_.rpartition(".")[2].lower(),
+        **protocol_of(config.metrics),
+        "weights_sha256": {kind: hash_of_weights(checkpoint.verified(kind)) for kind in pipelines},
+        "training": {
+            "steps": steps,
+            "skipped_steps": int(checkpoint.figures.get("skipped_steps", 0)),
+            "batch_size": batch_size,
+            "parameters": sum(weight.numel() for weight in network.parameters()),
+            # A backward pass costs two forward passes.
+            "flops": 3.0 * flops * steps * batch_size,
+        },
+        "validation": {kind: levels(checkpoint.figures, kind) for kind in pipelines},
+        "scores": rows,
+    }
+    write_atomically(run / "scores.json", json.dumps(record, indent=1).encode())
+    best = max((row for row in rows if row["weights"] == "ema"), key=lambda row: row["clip"])
+    log.info(
+        "  scores      %s (EMA, %d steps at guidance %g: CLIP %.4f, FD %.4f, accuracy %.3f)",
+        *(run / "scores.json", best["steps"], best["guidance"]),
+        *(best["clip"], best["fd"], best["accuracy"]),
+    )
+
+
+def levels(figures: dict[str, float], kind: str) -> dict[str, Any]:
+    """The validation loss of the raw or averaged weights, and its parts by level of t."""
+    prefix = f"{kind}/loss_t"
+    by_level = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
+    return {"loss": figures[f"{kind}/loss"], "levels": by_level}

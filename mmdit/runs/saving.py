@@ -1,0 +1,336 @@
+"""Checkpoints being written: whole or absent, while training goes on, by any number of processes.
+
+A save copies the tensors to the CPU and returns. A thread then writes them beside their place
+(`step_00001000.tmp`), flushes them, adds the manifest, and moves the folder to its name. A kill or
+a full disk at any moment leaves the checkpoint before it as it was.
+"""
+
+import errno
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmdit.atomic import flush, write_atomically
+from mmdit.errors import UserError
+from mmdit.printable import logger
+from mmdit.processes import A_DAY, Processes
+from mmdit.runs import tensors as tensor_files
+from mmdit.runs.checkpoint import (
+    Checkpoint,
+    checkpoints_in,
+    open_checkpoint,
+    sealed,
+    step_folders,
+)
+from mmdit.runs.files import await_file, gigabytes, go_on, make_empty, remove, sizes, unused
+from mmdit.runs.native import file_hash
+from mmdit.runs.provenance import code_version
+from mmdit.runs.retention import Retention
+from mmdit.runs.status import remove_unfinished
+
+T = TypeVar("T")
+Groups = Mapping[str, Mapping[str, Tensor]]
+log = logger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Saver:
+    """Writes the checkpoints of one run, and finds and loads the newest.
+
+    All processes of the run make one and call its methods at the same points, except `facts`. What
+    goes wrong in one process is raised in all.
+
+    Args:
+        run: run folder, held by this run alone, on a file system that all machines share.
+        processes: of the run.
+        keep: which checkpoints stay.
+        config: plain config of the run, for the manifests.
+        asynchronous: write while training goes on; False waits for each checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        processes: Processes,
+        *,
+        keep: Retention,
+        config: Mapping[str, Any],
+        asynchronous: bool = True,
+    ) -> None:
+        self.run, self.keep, self.config, self.asynchronous = run, keep, config, asynchronous
+        alone = processes.group is None
+        # What the thread says to the others must not mix with what training says meanwhile.
+        group = None if alone else dist.new_group(backend="gloo", timeout=A_DAY)
+        self.processes = Processes(processes.rank, processes.world_size, group)
+        self.code = code_version() if processes.main else {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Checkpoint] | None = None
+        self._newest: Checkpoint | None = None
+        self._by_main(self._sweep)
+
+    def save(
+        self,
+        *,
+        step: int,
+        finished: bool,
+        tensors: Groups,
+        descriptions: Mapping[str, Any],
+        figures: Mapping[str, float],
+    ) -> None:
+        """Write a checkpoint; returns when all tensors have been copied, and may change again.
+
+        Waits for the save before it.
+
+        Args:
+            step: number of steps made.
+            finished: whether the run has reached its last step.
+            tensors: group ('raw', 'ema', 'frozen', 'optimizer') -> key -> tensor, on any device;
+                the same keys in all processes. Of a DTensor each writes its part.
+            descriptions: group -> description of its module, of those that hold a module.
+            figures: of the last evaluation.
+
+        Raises:
+            UserError: the save before it failed: the disk is full, or cannot be written.
+        """
+        self._settle()
+        staged: dict[str, dict[str, Tensor]] = {}
+        self._together(lambda: staged.update(copies(tensors)))
+        manifest = {
+            "step": step,
+            "finished": finished,
+            "finished_at": datetime.now(UTC).isoformat() if finished else None,
+            "figures": dict(figures),
+            "world_size": self.processes.world_size,
+            "code": self.code,
+            "descriptions": dict(descriptions),
+            "config": self.config,
+        }
+        self._pending = self._thread.submit(self._write, staged, manifest)
+        if not self.asynchronous:
+            self._settle()
+
+    def wait(self) -> Checkpoint:
+        """The newest checkpoint, when it has been written.
+
+        Raises:
+            UserError: the disk is full, or cannot be written.
+        """
+        self._settle()
+        assert self._newest is not None, "nothing has been saved or found yet"
+        return self._newest
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every byte is as it was written; None in a new run.
+
+        Newer ones that are damaged are named in a warning and set aside, as `<name>.damaged`.
+
+        Raises:
+            UserError: there are checkpoints, and all of them are damaged.
+        """
+        self._settle()
+        self._newest = self._by_main(self._find)
+        return self._newest
+
+    def facts(self, checkpoint: Checkpoint, group: str) -> dict[str, tensor_files.Fact]:
+        """Shape and dtype of each tensor of a group: what to make room for before `load`."""
+        folder = checkpoint.folder / group
+        return tensor_files.facts(folder) if folder.is_dir() else {}
+
+    def load(self, checkpoint: Checkpoint, tensors: Groups) -> None:
+        """Fill tensors in place from what `latest` found, whatever number of processes wrote it.
+
+        Args:
+            tensors: group -> key -> tensor, on any device; of a DTensor, this process's part.
+
+        Raises:
+            UserError: keys, shapes or dtypes differ from what was saved.
+        """
+        self._settle()
+
+        def fill() -> None:
+            for name, group in tensors.items():
+                tensor_files.read_into(checkpoint.folder / name, group)
+
+        self._together(fill)
+
+    def close(self) -> None:
+        """Wait for what is being written; a failure not raised yet is raised."""
+        try:
+            self._settle()
+        finally:
+            self._thread.shutdown()
+            if self.processes.group is not None and dist.is_initialized():
+                dist.destroy_process_group(self.processes.group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            log.error("%s", failure)  # another error is on its way already
+
+    # The rest runs in all processes at once, between two points where the thread is idle.
+
+    def _settle(self) -> None:
+        """Wait for the thread."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._newest = pending.result()
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """`work` in each process, and what each gave; what one raises is raised in all."""
+        result: T | None = None
+        problem: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            problem = error
+        told = problem
+        if problem is not None and not isinstance(problem, OSError | UserError):
+            told = RuntimeError(f"{type(problem).__name__}: {problem}")  # others may not travel
+        outcomes = self.processes.gather((result, told))
+        failures = [error for _, error in outcomes if error is not None]
+        if failures:
+            raise problem or failures[0]
+        return [value for value, _ in outcomes]  # type: ignore[misc]
+
+    def _by_main(self, work: Callable[[], T]) -> T:
+        """What the main process makes of `work`, in all."""
+        given = self._together(lambda: work() if self.processes.main else None)
+        return given[0]  # type: ignore[return-value]
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left unfinished."""
+        remove_unfinished(self.run)
+
+    def _find(self) -> Checkpoint | None:
+        faults: dict[Path, str] = {}
+        for folder in reversed(step_folders(self.run)):
+            try:
+                checkpoint = open_checkpoint(folder)
+                fault = checkpoint.fault()
+            except UserError as error:
+                fault = str(error)
+            if fault is None:
+                for damaged, told in faults.items():
+                    aside = unused(damaged.with_name(f"{damaged.name}.damaged"))
+                    damaged.rename(aside)
+                    log.warning(
+                        "checkpoint %s is damaged: %s. It is now %s; going on from step %d",
+                        *(damaged, told, aside.name, checkpoint.step),
+                    )
+                return checkpoint
+            faults[folder] = fault
+        if faults:
+            told = "; ".join(f"{folder}: {fault}" for folder, fault in faults.items())
+            raise UserError(
+                f"all checkpoints of {self.run} are damaged ({told}): put back a copy of one, or "
+                "move them elsewhere to begin again"
+            )
+        return None
+
+    def _write(self, staged: Groups, manifest: Mapping[str, Any]) -> Checkpoint:
+        """The thread's work: all of a checkpoint, or nothing."""
+        folder = self.run / "checkpoints" / f"step_{manifest['step']:08d}"
+        building = folder.with_name(folder.name + ".tmp")
+        try:
+            names = sorted(staged)
+            self._by_main(lambda: make_empty(building, names))
+            for name in names:
+                self._together(partial(self._write_group, building / name, staged[name]))
+            mine = f"*/shard-{self.processes.rank + 1:05d}-*"
+            written = self._together(lambda: sizes(building.glob(mine), building))
+            merged = {name: size for part in written for name, size in part.items()}
+            return self._by_main(lambda: self._commit(building, folder, merged, manifest))
+        except Exception as error:
+            if self.processes.main:
+                shutil.rmtree(building, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise self._explained(error, folder, staged) from error
+            raise
+
+    def _write_group(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        tensor_files.write(folder, tensors, self.processes.group)
+
+    def _commit(
+        self, building: Path, folder: Path, written: Mapping[str, int], manifest: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Add the manifest, and move the folder to its name."""
+        for name, size in written.items():
+            await_file(building / name, size)
+        with ThreadPoolExecutor(4) as threads:
+            hashes = list(threads.map(lambda name: file_hash(building / name), sorted(written)))
+        files = {
+            name: {"bytes": written[name], "sha256": digest}
+            for name, digest in zip(sorted(written), hashes, strict=True)
+        }
+        for group in building.iterdir():
+            flush(group)
+        write_atomically(building / "manifest.json", sealed({**manifest, "files": files}))
+        flush(building)
+        former = None
+        if folder.exists():  # of a run that went on from an earlier one
+            former = folder.rename(unused(folder.with_name(f"{folder.name}.old.tmp")))
+        building.rename(folder)
+        flush(folder.parent)
+        flush(self.run)
+        if former is not None:
+            shutil.rmtree(former, ignore_errors=True)
+        self._retire(manifest["step"])
+        return open_checkpoint(folder)
+
+    def _retire(self, step: int) -> None:
+        """Delete what need not stay. A failure here is none of the checkpoint's."""
+        everything = checkpoints_in(self.run, warn=False)
+        found = [checkpoint for checkpoint in everything if checkpoint.step <= step]
+        kept = self.keep.kept(found)
+        try:
+            for checkpoint in found:
+                if checkpoint.step not in kept:
+                    going = checkpoint.folder.with_name(checkpoint.folder.name + ".tmp")
+                    checkpoint.folder.rename(going)
+                    remove(going)
+        except OSError as error:
+            log.warning("an old checkpoint could not be deleted: %s", error)
+
+    def _explained(self, error: OSError, folder: Path, staged: Groups) -> UserError:
+        found = step_folders(self.run)
+        before = f"{found[-1].name} before it is complete" if found else "there is none before it"
+        if error.errno not in FULL:
+            return UserError(
+                f"checkpoint {folder} could not be written ({error}); {before}. When the "
+                f"folder can be written to, {go_on(self.run)}"
+            )
+        needed = sum(
+            t.numel() * t.element_size() for group in staged.values() for t in group.values()
+        )
+        free = shutil.disk_usage(self.run).free
+        return UserError(
+            f"checkpoint {folder} could not be written, the disk is full or its quota used up: it "
+            f"needs {gigabytes(needed)}, and {gigabytes(free)} are free there; {before}. Free some "
+            f"space (old runs; of this one, keep={self.keep.last} checkpoints stay) and "
+            f"{go_on(self.run)}; or move {self.run} to another disk first, and leave a link to it"
+        )
+
+
+def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
+    """Contiguous copies on the CPU; of a DTensor, of this process's part."""
+    return {
+        name: {
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in group.items()
+        }
+        for name, group in tensors.items()
+    }

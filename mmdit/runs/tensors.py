@@ -1,0 +1,150 @@
+"""Tensors in a folder of safetensors files, each of which holds some tensors or parts of them.
+
+Written by all processes of a run at once, by `torch.distributed.checkpoint`; read by any number of
+processes, each of which takes the parts it needs. Nothing in such a folder is a pickle.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from mmdit.checkpoints.archive import read_header
+from mmdit.errors import UserError
+from mmdit.runs.native import differences
+
+FILE_SIZE = 256 * 1024**2  # bytes; while a file is put together, Python does nothing else
+
+
+class Fact(NamedTuple):
+    """What a folder holds under a key."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    dtype: torch.dtype
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Keeps an error until all processes have come to the end, so that none waits for another."""
+
+    problem: Exception | None = None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            self.problem = error
+            nothing: Future[list[WriteResult]] = Future()
+            nothing.set_result([])
+            return nothing
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Write tensors, flushed to the disk; together with the other processes of `group`.
+
+    Args:
+        tensors: contiguous, on the CPU. Of a DTensor each process writes its own part, of a plain
+            tensor, which all have, one of them does.
+        group: of gloo; None for a single process.
+
+    Raises:
+        Exception: what went wrong in this process; the others must be told.
+    """
+    _hush()
+    writer = _Writer(str(folder), fqn_to_index_mapping=files_for(tensors), save_distributed=True)
+    writer.per_thread_copy_ahead = 0  # that is for tensors on GPUs, and would wait for their work
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+    except CheckpointException as error:  # which is no Exception
+        raise RuntimeError(f"{folder} could not be written: {error}") from error
+    if writer.problem is not None:
+        raise writer.problem
+
+
+def files_for(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file for each key, from 1: as few files as hold `FILE_SIZE` each."""
+    number, filled, chosen = 1, 0, {}
+    for key, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if filled and filled + local.nbytes > FILE_SIZE:
+            number, filled = number + 1, 0
+        filled += local.nbytes
+        chosen[key] = number
+    return chosen
+
+
+def facts(folder: Path) -> dict[str, Fact]:
+    """Shape and dtype of all that a folder holds.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder of tensors")
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)  # which has bounds, and the library none
+    try:
+        entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    return {
+        key: Fact(tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
+        for key, entry in entries.items()
+    }
+
+
+def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors in place with what `folder` holds; of a DTensor, the part of this process.
+
+    Raises:
+        UserError: keys, shapes or dtypes differ, and nothing is filled then; or a file cannot be
+            read.
+    """
+    found = facts(folder)
+    told = differences(tensors, found)
+    if not told and (cast := [k for k, fact in found.items() if fact.dtype != tensors[k].dtype]):
+        key = cast[0]
+        told = f"{len(cast)} of another dtype: {key} {tensors[key].dtype}, not {found[key].dtype}"
+    if told:
+        raise UserError(f"{folder} does not fit: {told}")
+    _hush()
+    try:
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except CheckpointException as error:
+        raise _unreadable(folder, error) from error
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, whole, on the CPU.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    found = facts(folder)
+    needed = sum(math.prod(fact.shape) * fact.dtype.itemsize for fact in found.values())
+    if needed > (there := sum(path.stat().st_size for path in folder.glob("*.safetensors"))):
+        raise _unreadable(folder, ValueError(f"{needed:,} bytes of tensors in {there:,} bytes"))
+    tensors = {key: torch.empty(fact.shape, dtype=fact.dtype) for key, fact in found.items()}
+    read_into(folder, tensors)
+    return tensors
+
+
+def _unreadable(folder: Path, error: BaseException) -> UserError:
+    return UserError(f"{folder} cannot be read, a file is damaged or missing: {error}")
+
+
+def _hush() -> None:
+    """Keep DCP from warning that a single process is a single process."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unini")

@@ -1,0 +1,7 @@
+"""The paper's study: its 61 formulations, how they are measured, ranked and reported."""
+
+from mmdit.study.protocol import StudyProtocol
+
+__all__ = [
+    "StudyProtocol",
+]

@@ -1,0 +1,191 @@
+"""What the ranking reads: the `scores.json` of run folders, or a plain table of scores."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmdit.errors import UserError, first_line
+from mmdit.runs.checkpoint import runs_in
+from mmdit.study.protocol import PROTOCOL as SCORES_PROTOCOL
+from mmdit.study.protocol import SETTINGS as SAMPLERS
+from mmdit.study.protocol import SOLVER
+from mmdit.study.ranking import Point, Run
+
+
+class Setting(NamedTuple):
+    """A sampler setting and the weights that it runs with, or the name that a table gives to it."""
+
+    weights: str
+    steps: int | None
+    guidance: float | None
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or f"{self.weights}, {self.steps} steps, guidance {self.guidance:g}"
+
+
+SETTINGS = [Setting(weights, *sampler) for weights in ("ema", "raw") for sampler in SAMPLERS]
+
+
+def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What each run folder's `scores.json` says, and remarks on what is left out or differs."""
+    if not folder.is_dir():
+        raise UserError(f"runs={folder}: there is no such folder")
+    runs = runs_in(folder)
+    files = [run / "scores.json" for run in runs if (run / "scores.json").is_file()]
+    if not files:
+        raise UserError(f"runs={folder}: no folder in it holds a scores.json")
+    records = [
+        {
+            **read_scores(file),
+            "run": file.parent.relative_to(folder).as_posix(),
+            "folder": file.parent,
+        }
+        for file in files
+    ]
+    notes = []
+    scored = {file.parent for file in files}
+    unscored = [run.relative_to(folder).as_posix() for run in runs if run not in scored]
+    if unscored:
+        notes.append(f"Left out, having no scores.json: {', '.join(unscored)}.")
+    others = sum(setting_of(row) not in SETTINGS for r in records for row in r["scores"])
+    if others:
+        notes.append(f"Left out, being no setting of the protocol: {others} scores.")
+    for record in records:
+        losses = [record["validation"][weights]["loss"] for weights in ("ema", "raw")]
+        if None in map(finite, losses):
+            notes.append(f"RUINED, its validation loss is not finite: {as_run(record)}.")
+        if skipped := record["training"].get("skipped_steps"):
+            steps = record["training"]["steps"]
+            notes.append(f"{skipped} of {steps} steps left out, not finite: {as_run(record)}.")
+    for key in ("steps", "batch_size"):
+        values = sorted({record["training"][key] for record in records})
+        if len(values) > 1:
+            notes.append(f"Training differs between the runs: {key} {', '.join(map(str, values))}.")
+    return records, notes
+
+
+FIELDS: dict[str, type] = {
+    "protocol": str,
+    "variant": str,
+    "seed": int,
+    "dataset": str,
+    "samples": int,
+    "weights_sha256": dict,
+    "training": dict,
+    "validation": dict,
+    "scores": list,
+}
+TRAINING_FIELDS = ("steps", "batch_size", "parameters", "flops")
+SCORE_FIELDS = ("weights", "steps", "guidance", "solver", "clip", "fd")
+
+
+def read_scores(file: Path) -> dict[str, Any]:
+    """One `scores.json`, its fields looked at.
+
+    Raises:
+        UserError: it is no JSON, lacks a field, is of another protocol, or has a setting twice.
+    """
+    record = read_json(file)
+    if not isinstance(record, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    if record.get("protocol") != SCORES_PROTOCOL:
+        found = record.get("protocol")
+        raise UserError(f"{file}: protocol {found!r} must be {SCORES_PROTOCOL!r}")
+    for name, kind in FIELDS.items():
+        if not isinstance(record.get(name), kind) or isinstance(record.get(name), bool):
+            raise UserError(f"{file}: {name} is {record.get(name)!r}, which is no {kind.__name__}")
+    need(file, "training", record["training"], TRAINING_FIELDS)
+    for name in TRAINING_FIELDS:
+        value = record["training"][name]
+        if not is_number(value) or not 0 < value < math.inf:
+            raise UserError(f"{file}: training.{name} is {value!r}, which is no positive number")
+    for weights in ("ema", "raw"):
+        need(file, f"validation.{weights}", record["validation"].get(weights), ("loss", "levels"))
+    seen = set()
+    for i, row in enumerate(record["scores"]):
+        need(file, f"scores[{i}]", row, SCORE_FIELDS)
+        if not is_number(row["guidance"]) or not isinstance(row["steps"], int):
+            raise UserError(f"{file}: scores[{i}] needs numbers for steps and guidance")
+        if not isinstance(row["weights"], str) or not isinstance(row["solver"], str):
+            raise UserError(f"{file}: scores[{i}] needs names for weights and solver")
+        key = tuple(row[name] for name in SCORE_FIELDS[:4])
+        if key in seen:
+            raise UserError(f"{file}: scores[{i}] has a setting that is there already: {key}")
+        seen.add(key)
+    return record
+
+
+def need(file: Path, where: str, value: Any, names: Sequence[str]) -> None:
+    """Refuse anything but an object with these fields."""
+    missing = [n for n in names if n not in value] if isinstance(value, dict) else list(names)
+    if missing:
+        raise UserError(f"{file}: {where} has no {', '.join(missing)}")
+
+
+def as_run(record: Mapping[str, Any]) -> Run:
+    """The scores of the protocol's settings."""
+    points = {
+        setting: point(row) for row in record["scores"] if (setting := setting_of(row)) in SETTINGS
+    }
+    facts = {name: record[name] for name in ("variant", "seed", "dataset", "samples")}
+    # Distances to other real pictures, or of other noise, are other scores.
+    beside = [f"{name} {record[name]}" for name in ("references", "noise_seed") if name in record]
+    protocol = ", ".join([record["protocol"], *beside])
+    return Run(**facts, protocol=protocol, points=points)
+
+
+def setting_of(row: Mapping[str, Any]) -> Setting | None:
+    """The setting of a row of scores; None if another solver than the protocol's made them."""
+    setting = Setting(row["weights"], row["steps"], float(row["guidance"]))
+    return setting if row["solver"] == SOLVER else None
+
+
+def read_table(file: Path) -> tuple[list[Run], list[Setting]]:
+    """Rows {variant, setting, clip, fd}, with steps and guidance where known; and their settings.
+
+    Raises:
+        UserError: it is no list of such rows, or a variant has a setting twice.
+    """
+    rows = read_json(file)
+    if not isinstance(rows, list):
+        raise UserError(f"{file} must hold a JSON list of rows")
+    by_variant: dict[str, dict[Setting, Point]] = {}
+    for i, row in enumerate(rows):
+        need(file, f"row {i}", row, ("variant", "setting", "clip", "fd"))
+        sampler = (row.get("steps"), row.get("guidance"))
+        if not all(value is None or is_number(value) for value in sampler):
+            raise UserError(f"{file}: row {i} needs numbers, or none, for steps and guidance")
+        points = by_variant.setdefault(str(row["variant"]), {})
+        setting = Setting("", *sampler, str(row["setting"]))
+        if setting in points:
+            raise UserError(f"{file}: row {i} has {row['variant']}, {setting} a second time")
+        points[setting] = point(row)
+    settings = list(dict.fromkeys(s for points in by_variant.values() for s in points))
+    runs = [Run(v, 0, "", "table", None, points) for v, points in by_variant.items()]
+    return runs, settings
+
+
+def point(row: Mapping[str, Any]) -> Point:
+    """The two scores that count; what is no number becomes NaN, which the ranking refuses."""
+    return Point(*(float(row[n]) if is_number(row[n]) else math.nan for n in ("clip", "fd")))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number; `true` is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def finite(value: Any) -> float | None:
+    """A figure; None for one that is absent or that a diverged run left."""
+    return float(value) if is_number(value) and math.isfinite(value) else None
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no readable JSON file: {first_line(error)}") from error

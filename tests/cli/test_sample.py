@@ -1,0 +1,190 @@
+import errno
+import os
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+import mmdit.cli.eval.autoencoder
+import mmdit.cli.eval.subject
+from mmdit.cli import CONFIGS, sample
+from mmdit.errors import UserError
+from mmdit.models.autoencoder import Autoencoder
+from mmdit.published import published_objective
+from tests.checkpoints_for_tests import write_checkpoint
+from tests.kills_for_tests import forked
+
+CONFIG = OmegaConf.create({"weights": "ema", "runs": "runs"})
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's home, with a run in it and a folder of nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    model = Autoencoder(latent_channels=4, width=32, multipliers=[1], blocks=0)
+    write_checkpoint(tmp_path / "run", 1, {"ema": model, "raw": model})
+    return tmp_path
+
+
+def test_a_run_in_the_users_home_is_found(home):
+    found = sample.find_source("~/run", CONFIG)
+    assert found == home / "run" / "checkpoints" / "step_00000001" / "ema"
+    assert mmdit.cli.eval.subject.is_run("~/run")
+
+
+def test_a_folder_without_weights_is_told_what_it_lacks(home):
+    with pytest.raises(UserError, match=r"empty: that folder has no complete checkpoint"):
+        sample.find_source("~/empty", CONFIG)
+    assert mmdit.cli.eval.subject.is_run("~/empty")
+
+
+def test_public_weights_keep_their_name(home):
+    (home / "empty" / "x.safetensors").touch()
+    for name in ("sd3.5-medium", "owner/name", "~/empty", "~/empty/x.txt"):
+        assert sample.find_source(name, CONFIG) == name
+        assert not mmdit.cli.eval.subject.is_run(name)
+
+
+def test_no_run_at_all_is_told(home, monkeypatch):
+    monkeypatch.chdir(home)
+    with pytest.raises(UserError, match="there is no finished run in runs/"):
+        sample.find_source(None, CONFIG)
+
+
+READERS = {
+    "sample": lambda path: torch.from_numpy(np.array(sample.open_picture(path))),
+    "eval/autoencoder": lambda path: mmdit.cli.eval.autoencoder.open_picture(path, 4),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_sixteen_bits_a_channel_are_scaled_to_eight(read, tmp_path):
+    grey = np.full((4, 4), 128 * 257, dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert torch.equal(read(tmp_path / "grey.png"), torch.full((4, 4, 3), 128, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_what_is_no_picture_is_refused_by_name(read, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
+    with pytest.raises(UserError, match=r"page\.eps cannot be read as a picture: is not an image"):
+        read(tmp_path / "page.eps")
+    with pytest.raises(UserError, match=r"absent\.png cannot be read as a picture: no such file"):
+        read(tmp_path / "absent.png")
+
+
+def test_a_line_of_a_file_is_a_prompt_as_it_was_typed(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n two\u2028lines\x0c\n\nlast".encode())
+    assert sample.read_prompts({"prompt_file": str(path)}) == [
+        "a cat",
+        " two\u2028lines\x0c",
+        "",
+        "last",
+    ]
+    path.write_text("one\n")
+    assert sample.read_prompts({"prompt_file": str(path)}) == ["one"]
+    path.write_bytes("\ufeff".encode())
+    with pytest.raises(UserError, match="is empty: write one prompt a line"):
+        sample.read_prompts({"prompt_file": str(path)})
+
+
+def test_a_prompt_file_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(sample, "LONGEST_PROMPT_FILE", 1000)
+    with pytest.raises(UserError, match="prompt_file=/dev/zero is longer than 1,000 characters"):
+        sample.read_prompts({"prompt_file": "/dev/zero"})
+
+
+# Writing
+
+
+class Stub:
+    """A pipeline whose images cost nothing to generate, but the memory that they take."""
+
+    image_size, steps, guidance, function_evaluations = 256, 2, 1.0, 2
+    mmdit = SimpleNamespace(dtype=torch.float32)
+    text = SimpleNamespace(remarks=lambda prompts: [], t5=SimpleNamespace(length=1))
+    objective = published_objective(3.0)
+
+    def latent_size(self, height, width):
+        return height // 8, width // 8
+
+    def __call__(self, prompts, *, height, width, **_):
+        return torch.from_numpy(np.full((len(prompts), height, width, 3), 7, np.uint8))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """`run(*overrides, prompt=...)`: the lines printed by sampling with a `Stub` into `out`."""
+    monkeypatch.setattr(sample, "find_source", lambda *_: "stub")
+    monkeypatch.setattr(sample, "load", lambda *_: Stub())
+
+    def job(*overrides, **text):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("sample", list(overrides))
+        sample.job(config, {"prompt": "a cat", "out": str(tmp_path / "out"), **text})
+        return capsys.readouterr().out.splitlines()
+
+    return job
+
+
+def test_every_image_is_written_as_it_is_generated_and_none_is_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    run("num_images=1")  # what is imported and cached at the first
+    peaks = []
+    for count in (70, 140):
+        tracemalloc.start()
+        run(f"num_images={count}", "batch_size=4", "height=128", "width=128")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 70 * 128 * 128 * 3 / 10
+    assert len(list((tmp_path / "out").glob("*-seed*.png"))) == 211
+
+
+@pytest.mark.slow
+def test_two_thousand_images_take_no_more_memory_than_a_hundred(run, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    peaks = []
+    for count in (100, 2000):
+        tracemalloc.start()
+        run(f"num_images={count}", "batch_size=8")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 10e6  # all of them have 393 MB
+
+
+def test_a_grid_has_thumbnails_of_at_most_64_images(run, tmp_path):
+    *images, grid = run("num_images=64", "height=512", "width=256")
+    assert len(images) == 64
+    with Image.open(grid) as page:
+        assert page.width <= 8 * (256 + 6) + 6 and page.height <= 8 * (256 + 60) + 6
+    told = run("num_images=65")
+    assert len(told) == 66 and told[-1].startswith("no grid of 65 images")
+    assert len(list((tmp_path / "out").glob("*-grid.png"))) == 1
+
+
+def test_samplings_into_one_folder_lose_nothing(run, tmp_path):
+    children = [forked(lambda: run("num_images=4", "height=32", "width=32")) for _ in range(4)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert sum("-seed" in name for name in names) == 16
+    assert sum("-grid" in name for name in names) == 4 and len(names) == 20
+
+
+def test_a_full_disk_is_told_with_the_file_that_could_not_be_written(run, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError) as caught:
+        disk.setattr(os, "fsync", full)
+        run("num_images=1", "seed=3")
+    assert caught.value.filename == str(tmp_path / "out" / "00001-a-cat-seed3.png")
+    assert list((tmp_path / "out").iterdir()) == []
