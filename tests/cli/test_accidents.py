@@ -32,7 +32,7 @@ from tests.training_for_tests import (
     wait_for_step,
 )
 
-SCRIPT = Path("tests") / "accident_process.py"
+SCRIPT = Path("tests") / "cli" / "accident_process.py"
 STEPS = 12
 
 

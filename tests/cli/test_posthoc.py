@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from tests.test_eval_scripts import tiny_pipeline
 from torch import nn
 
 import mmdit
@@ -17,6 +16,7 @@ from mmdit.cli.launch import launch
 from mmdit.engine.ema import EMA, PowerFunction
 from mmdit.engine.posthoc import PostHoc
 from tests.checkpoints_for_tests import write_checkpoint
+from tests.cli.test_eval_scripts import tiny_pipeline
 
 STEPS = 40
 

@@ -29,7 +29,7 @@ each_schedule = pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s)._
 
 def test_yamls_and_classes_are_the_same_set() -> None:
     classes = {
-        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): f"{value.__module__}.{name}"
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): f"mmdit.engine.{name}"
         for name, value in vars(schedules).items()
         if inspect.isclass(value)
         and value.__module__ == schedules.__name__
