@@ -7,7 +7,7 @@ the backend of their device. What is said here travels by gloo, on the CPU.
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +55,14 @@ class Processes:
         held = [value if self.main else None]
         dist.broadcast_object_list(held, src=0, group=self.group)
         return held[0]  # type: ignore[return-value]
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the main process, in every process: for what takes long.
+
+        It is called by all processes at the same point, and its result must pickle.
+        """
+        made = make() if self.main else None
+        return self.broadcast(made)  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """What each process gives, in the order of ranks; plain objects."""

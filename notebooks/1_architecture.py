@@ -71,8 +71,8 @@ print("c_ctxt", tuple(condition.c_ctxt.shape))
 # noise, $z_t = a_t x_0 + b_t \epsilon$ (Eq. 1). At t = 0 there is only data, at t = 1 only noise.
 
 # %%
-data = instantiate(config.data, split="validation")
-pixels, captions = data.batch(range(2))
+data = instantiate(config.data).view("validation")
+pixels, captions, _ = data.batch(range(2))
 x_0 = pipe.autoencoder.encode(from_pixels(pixels))
 epsilon = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
 t = torch.tensor([0.3, 0.8])

@@ -20,7 +20,7 @@ import mmdit
 import mmdit.export
 from mmdit.data import pack
 from mmdit.data.caption_sources import Sidecars
-from mmdit.data.folder import FolderFiles
+from mmdit.data.folder import FolderListing
 from mmdit.models.autoencoder import Autoencoder
 from tests.checkpoints_for_tests import write_checkpoint
 from tests.kills_for_tests import changes_of, content, killed_at, killed_at_random
@@ -54,7 +54,7 @@ def savings(tmp_path_factory, tiny_published) -> dict[str, Saving]:
         noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(noise).save(root / "photos" / f"{i}.png")
         (root / "photos" / f"{i}.txt").write_text("noise")
-    photos = FolderFiles(root=root / "photos", captions=Sidecars(), kinds=("text",))
+    photos = FolderListing(root=root / "photos", captions=Sidecars(), kinds=("text",))
     model = Autoencoder(latent_channels=4, width=32, multipliers=[1], blocks=0)
     (root / "run").mkdir()
     write_checkpoint(root / "run", 1, {"ema": model, "raw": model})

@@ -44,7 +44,7 @@ def task(autoencoder: Autoencoder) -> AutoencoderTask:
     return AutoencoderTask(
         module=autoencoder,
         data=data,
-        truth=data.square(range(2))[0],
+        truth=data.square(range(2)).images,
         kl_weight=0.1,
         seed=0,
         autocast=nullcontext,

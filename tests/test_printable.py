@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import mmdit
 from mmdit.cli.eval.subject import cell, table
 from mmdit.data.images import BadImage
-from mmdit.data.shards import Shards
+from mmdit.data.shards import tar_shards
 from mmdit.errors import UserError
 from mmdit.printable import UNSAFE, logger, printable, printable_lines, show
 
@@ -79,7 +79,7 @@ def test_members_of_a_shard_forge_no_line(tmp_path: Path) -> None:
         for suffix in (".png", ".txt"):
             tar.addfile(tarfile.TarInfo(f"a\x1b[2J\nERROR: b{suffix}"))
     with pytest.raises(UserError, match=r"0\.tar/a\\x1b\[2J\\nERROR: b: is empty") as refusal:
-        Shards(split="train", root=str(tmp_path), image_size=16)
+        tar_shards(root=str(tmp_path), image_size=16)
     assert not UNSAFE.search(str(refusal.value))
 
 

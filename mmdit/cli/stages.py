@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mmdit.atomic import write_atomically
 from mmdit.checks import expect, expect_number
 from mmdit.cli.values import seed_of, whole
+from mmdit.data.dataset import Data
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
 from mmdit.engine.ema import EMA, ConstantDecay
@@ -28,7 +29,6 @@ from mmdit.engine.optimizers import adamw
 from mmdit.engine.schedules import WarmupConstant
 from mmdit.engine.tasks import AutoencoderTask, Task
 from mmdit.errors import UserError, first_line
-from mmdit.latents.encoding import Data
 from mmdit.latents.sources import FromCache, Source
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline
@@ -168,20 +168,20 @@ def give_autoencoder(
     autoencoder: Autoencoder,
     config: DictConfig,
     plain: dict[str, Any],
-    data: dict[str, Data],
+    data: Data,
     device: torch.device,
     precision: Autocast,
 ) -> None:
     """Load the trained autoencoder of this config; a public one has been loaded already."""
     if not config.autoencoder.trained:
         return
-    seed = config.autoencoder.seed
+    seed, validation = config.autoencoder.seed, data.view("validation")
 
     def task(module: nn.Module) -> Task:
         return AutoencoderTask(
             module=module,  # type: ignore[arg-type]
-            data=data["train"],
-            truth=data["validation"].square(range(min(64, len(data["validation"]))))[0],
+            data=data,
+            truth=validation.square(range(min(64, len(validation)))).images,
             kl_weight=config.autoencoder.kl_weight,
             seed=seed,
             autocast=precision,
@@ -206,17 +206,15 @@ def clip_for_metrics(
     """The CLIP that measures, and the pictures it compares with: the same at every seed."""
     seed = config.metrics.seed
     samples = config.clip.samples
-    splits = {
-        split: instantiate(config.data, split=split, seed=seed, samples=samples)
-        for split in ("train", "validation")
-    }
+    shapes: Shapes = instantiate(config.data, seed=seed, samples=samples)
+    validation = shapes.view("validation")
 
     def task(module: nn.Module) -> Task:
         assert isinstance(module, CLIPPair)
         return ContrastiveTask(
             module=module,
-            data=splits["train"],
-            validation=splits["validation"],
+            data=shapes,
+            validation=validation,
             autocast=precision,
         )
 
@@ -225,7 +223,7 @@ def clip_for_metrics(
     path = find_or_train(config, "clip", recipe, task, device, seed=seed)
     clip = instantiate(config.clip.model).to(device).eval()
     load_strictly(clip, load_weights(path), path)
-    return clip, splits["validation"]
+    return clip, validation
 
 
 def sweep_folder(config: DictConfig, label: str) -> Path:

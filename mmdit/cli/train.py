@@ -26,8 +26,7 @@ from mmdit.cli.stages import (
     write_scores,
 )
 from mmdit.cli.values import seed_of, whole
-from mmdit.data.captions import TASKS, short_caption
-from mmdit.data.shapes import Shapes
+from mmdit.data.dataset import Data
 from mmdit.devices import available
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
@@ -37,7 +36,6 @@ from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, ta
 from mmdit.engine.schedules import Schedule
 from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.errors import UserError
-from mmdit.latents.encoding import Data
 from mmdit.latents.precompute import Unfinished
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
@@ -86,11 +84,11 @@ def job(config: DictConfig, _: Verbatim) -> None:
         logging.getLogger("mmdit").setLevel(logging.WARNING)
     for remark in restart_remarks(sys.argv[1:]) if processes.main else ():
         log.warning("note: %s", remark)
-    with processes.main_first():  # what one writes while it looks through the data, others find
-        data = {split: instantiate(config.data, split=split) for split in ("train", "validation")}
-    if config.get("metrics") is not None and not isinstance(data["train"], Shapes):
+    data: Data = processes.once(lambda: instantiate(config.data))
+    validating = data.view("validation")
+    if config.get("metrics") is not None and data.name != "shapes":
         raise UserError("metrics: its CLIP and its prompts are those of data=shapes; leave it out")
-    if found := data["train"].fingerprint():  # a run and its stages belong to these pictures
+    if found := data.fingerprint():  # a run and its stages belong to these pictures
         plain["data"]["found"] = found
     pipeline = build_pipeline(config).to(device)
     ema = EMA(pipeline, profile=instantiate(config.ema))
@@ -113,7 +111,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         with torch.device("meta"):
             instantiate(config.clip.model)
     source = instantiate(config.latents)(
-        data=data["train"],
+        data=data,
         autoencoder=pipeline.autoencoder,
         text=pipeline.text,
         autocast=precision,
@@ -165,7 +163,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         # A group that is left out has no key.
         measured = config.get("metrics") is not None
         measure = clip_for_metrics(config, plain, device, precision) if measured else None
-        validation = validation_of(data["validation"], validation_size)
+        validation = validation_of(validating, validation_size)
         if processes.main:
             report_formulation(pipeline.objective, run.path)
             for remark in pipeline.text.remarks_on_captions(validation.captions):
@@ -202,7 +200,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         if config.imports:
             opened += " " + shlex.quote(f"imports=[{','.join(config.imports)}]")
         log.info("sample from it: python sample.py %s prompt=%s", opened, shlex.quote(prompt))
-        if isinstance(data["train"], Shapes):
+        if data.name == "shapes":
             log.info("measure it:     python eval/compositional.py %s", opened)
 
 
@@ -270,15 +268,8 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
 def validation_of(data: Data, count: int) -> Validation:
     """The first `count` pictures of the validation split, and what to paint to look at."""
-    images, captions = data.square(range(min(count, len(data))))
-    return Validation(images, captions, prompts_of(data) or captions[:16])
-
-
-def prompts_of(data: Data) -> list[str]:
-    """Prompts that ask for each task, where a data set has tasks."""
-    if not isinstance(data, Shapes):
-        return []
-    return [short_caption(data.scene_for_task(task, i)) for task in TASKS for i in range(4)]
+    images, captions, _ = data.square(range(min(count, len(data))))
+    return Validation(images, captions, data.prompts() or captions[:16])
 
 
 def tell_results(run: Path, checkpoint: Checkpoint, minutes: float) -> None:

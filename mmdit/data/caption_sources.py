@@ -14,7 +14,7 @@ import json
 import posixpath
 import re
 import string
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -33,9 +33,11 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 class Reader(Protocol):
-    """Captions of one folder. `listed`: names of files that the source itself speaks of."""
+    """Captions of one folder; it can be pickled, as what is read with it."""
 
-    listed: Collection[str]
+    @property
+    def listed(self) -> Collection[str]:
+        """Names of files that the source itself speaks of."""
 
     def __call__(self, name: str) -> Captions:
         """Captions by kind of the file at `name`, relative to the folder, with slashes.
@@ -52,25 +54,6 @@ class CaptionSource(Protocol):
     """How an image folder keeps its captions."""
 
     def open(self, root: Path, kinds: Sequence[str]) -> Reader: ...
-
-
-class _Plain:
-    """A reader that speaks of no file on its own."""
-
-    listed: Collection[str] = ()
-
-    def __init__(
-        self,
-        read: Callable[[str], Captions],
-        absence: Callable[[str], str | None] = lambda name: None,
-    ) -> None:
-        self._read, self._absence = read, absence
-
-    def __call__(self, name: str) -> Captions:
-        return self._read(name)
-
-    def absence(self, name: str) -> str | None:
-        return self._absence(name)
 
 
 @register
@@ -97,39 +80,49 @@ class Sidecars:
             )
 
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
-        def places(name: str) -> Iterator[tuple[str, Path]]:
-            stem = (root / name).with_suffix("")
-            for kind, suffix in itertools.product(kinds, self._suffixes):
-                for case in (suffix, suffix.upper()):
-                    marked = case if kind == "text" else f".{kind}{case}"
-                    yield kind, stem.with_name(f"{stem.name}{marked}")
+        return _SidecarReader(root, kinds, self._suffixes)
 
-        def read(name: str) -> Captions:
-            found: dict[str, tuple[str, ...]] = {}
-            for kind, sidecar in places(name):
-                if kind not in found and _is_file(sidecar):
-                    found[kind] = lines_of(read_bytes(sidecar), sidecar.name)
-            return found
 
-        def absence(name: str) -> str | None:
-            if any(_is_file(sidecar) for _, sidecar in places(name)):
-                return "the file beside it is empty"
-            wanted = ", ".join(
-                suffix if kind == "text" else f".{kind}{suffix}"
-                for kind, suffix in itertools.product(kinds, self._suffixes)
-            )
-            told = f"there is no file with the suffix {wanted} beside it"
-            path = root / name
-            for suffix in (*OTHER_SIDECARS, *(path.suffix + other for other in OTHER_SIDECARS)):
-                if not _is_file(path.with_suffix(suffix)):
-                    continue
-                if suffix.endswith(".json"):
-                    return f"{told}, but one with {suffix}: make a metadata.jsonl of them"
-                how = f"data.captions.suffix={suffix}, or --suffix {suffix} where it is packed"
-                return f"{told}, but one with {suffix}: {how}, reads it"
-            return told
+class _SidecarReader:
+    """Captions in files beside the images of `root`."""
 
-        return _Plain(read, absence)
+    listed: Collection[str] = ()
+
+    def __init__(self, root: Path, kinds: Sequence[str], suffixes: Sequence[str]) -> None:
+        self._root, self._kinds, self._suffixes = root, kinds, suffixes
+
+    def __call__(self, name: str) -> Captions:
+        found: dict[str, tuple[str, ...]] = {}
+        for kind, sidecar in self._places(name):
+            if kind not in found and _is_file(sidecar):
+                found[kind] = lines_of(read_bytes(sidecar), sidecar.name)
+        return found
+
+    def absence(self, name: str) -> str | None:
+        if any(_is_file(sidecar) for _, sidecar in self._places(name)):
+            return "the file beside it is empty"
+        wanted = ", ".join(
+            suffix if kind == "text" else f".{kind}{suffix}"
+            for kind, suffix in itertools.product(self._kinds, self._suffixes)
+        )
+        told = f"there is no file with the suffix {wanted} beside it"
+        path = self._root / name
+        for suffix in (*OTHER_SIDECARS, *(path.suffix + other for other in OTHER_SIDECARS)):
+            if not _is_file(path.with_suffix(suffix)):
+                continue
+            if suffix.endswith(".json"):
+                return f"{told}, but one with {suffix}: make a metadata.jsonl of them"
+            how = f"data.captions.suffix={suffix}, or --suffix {suffix} where it is packed"
+            return f"{told}, but one with {suffix}: {how}, reads it"
+        return told
+
+    def _places(self, name: str) -> Iterator[tuple[str, Path]]:
+        """Kind and path of each file that may hold captions of an image."""
+        stem = (self._root / name).with_suffix("")
+        for kind, suffix in itertools.product(self._kinds, self._suffixes):
+            for case in (suffix, suffix.upper()):
+                marked = case if kind == "text" else f".{kind}{case}"
+                yield kind, stem.with_name(f"{stem.name}{marked}")
 
 
 @register
@@ -161,9 +154,7 @@ class Table:
             entry = captions.setdefault(posixpath.normpath(name), {})
             for kind in kinds:
                 entry.setdefault(kind, []).extend(_texts(row.get(kind), f"{place}: {kind}"))
-        reader = _Plain(lambda name: captions.get(name, {}))
-        reader.listed = captions.keys()
-        return reader
+        return _TableReader(captions)
 
     def _path(self, root: Path) -> Path:
         files = [self.file] if self.file else TABLES
@@ -172,6 +163,23 @@ class Table:
             problem = "holds both" if found else "has no"
             raise UserError(f"{root} {problem} {' and '.join(files)}: name one as captions.file")
         return found[0]
+
+
+class _TableReader:
+    """Captions of a table, by the names of files."""
+
+    def __init__(self, captions: Mapping[str, Captions]) -> None:
+        self._captions = captions
+
+    @property
+    def listed(self) -> Collection[str]:
+        return self._captions.keys()
+
+    def __call__(self, name: str) -> Captions:
+        return self._captions.get(name, {})
+
+    def absence(self, name: str) -> str | None:
+        return None
 
 
 @register
@@ -193,19 +201,30 @@ class ClassNames:
                 f"mix {', '.join(kinds)} must be text: class names are of no other kind"
             )
         names = _class_names(Path(self.names)) if self.names else None
+        return _ClassReader(self.template, names, self.names)
 
-        def read(name: str) -> Captions:
-            folder = posixpath.basename(posixpath.dirname(name))
-            if not folder:
-                return {}
-            if names is not None and folder not in names:
-                raise BadImage(f"{self.names} names no class for the folder {folder!r}")
-            label = names[folder] if names is not None else folder.replace("_", " ")
-            if not _is_text(label):
-                raise BadImage("the name of its folder is not UTF-8")
-            return {"text": (self.template.format(label),)}
 
-        return _Plain(read)
+class _ClassReader:
+    """Captions made of the names of folders."""
+
+    listed: Collection[str] = ()
+
+    def __init__(self, template: str, names: dict[str, str] | None, file: str | None) -> None:
+        self._template, self._names, self._file = template, names, file
+
+    def __call__(self, name: str) -> Captions:
+        folder = posixpath.basename(posixpath.dirname(name))
+        if not folder:
+            return {}
+        if self._names is not None and folder not in self._names:
+            raise BadImage(f"{self._file} names no class for the folder {folder!r}")
+        label = self._names[folder] if self._names is not None else folder.replace("_", " ")
+        if not _is_text(label):
+            raise BadImage("the name of its folder is not UTF-8")
+        return {"text": (self._template.format(label),)}
+
+    def absence(self, name: str) -> str | None:
+        return None
 
 
 def sidecar_suffix(kind: str) -> str:
@@ -273,6 +292,11 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
     for kind in plain:
         expect(kind.isidentifier(), "mix", kind, "must be a plain word: it is part of file names")
     return {kind: weight for kind, weight in plain.items() if weight}
+
+
+def has_caption(captions: Captions, kinds: Iterable[str]) -> bool:
+    """Whether an image has a caption of any of these kinds."""
+    return any(captions.get(kind) for kind in kinds)
 
 
 def choose(

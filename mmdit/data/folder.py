@@ -1,4 +1,4 @@
-"""A folder of images with captions as a training set."""
+"""A folder of images with captions."""
 
 import functools
 import hashlib
@@ -7,7 +7,7 @@ import json
 import os
 import posixpath
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mmdit.checks import expect_whole
-from mmdit.data.aside import report_bad
-from mmdit.data.caption_sources import Captions, CaptionSource
+from mmdit.data.bad_images import check_limits, expect_kinds, report_bad
+from mmdit.data.caption_sources import Captions, CaptionSource, has_caption
+from mmdit.data.captioned import opener
+from mmdit.data.files import Files
+from mmdit.data.folder_index import Decoded, FolderIndex, status_of
 from mmdit.data.images import MAX_PIXELS, NOWHERE, BadImage, Missing, decode, read_bytes
-from mmdit.data.known import Known, Seen, status_of
 from mmdit.data.missing import Likely
-from mmdit.data.source import CaptionedImages, has_caption
 from mmdit.errors import UserError
 from mmdit.printable import logger, printable
 from mmdit.registry import describe
@@ -38,7 +38,7 @@ SUFFIXES = frozenset(
 CHUNK = 1024  # images between two writes of the index
 
 
-class FolderFiles:
+class FolderListing:
     """The files of a folder that are meant as images, by their paths relative to it, sorted.
 
     Those are the files with an image's suffix, subfolders and links included, and those that the
@@ -61,9 +61,8 @@ class FolderFiles:
         self.root, self._kinds = root, tuple(kinds)
         self._captions, self._source = captions.open(root, self._kinds), describe(captions)
         self.bad: dict[str, str] = {}
-        walked = set(self._walk())
-        self._likely = functools.cache(lambda: Likely(walked))
-        self.names: list[str] = sorted({*walked, *self._listed()})
+        self._walked = set(self._walk())
+        self.names: list[str] = sorted({*self._walked, *self._listed()})
 
     @property
     def files(self) -> int:
@@ -106,6 +105,10 @@ class FolderFiles:
         """Which files there are, as a hash of their names, and where captions come from."""
         names = "\n".join(self.names).encode("utf-8", "surrogatepass")
         return {"files": hashlib.sha256(names).hexdigest()[:16], "captions": self._source}
+
+    @functools.cached_property
+    def _likely(self) -> Likely:
+        return Likely(self._walked)
 
     def _walk(self) -> Iterator[str]:
         """Image files in all folders, each visited once: links between n folders are n! ways."""
@@ -150,138 +153,116 @@ class FolderFiles:
 
     def _not_there(self, name: str, told: str) -> str:
         """What is wrong with a name that the captions speak of, and why it may be."""
-        cause = self._likely().cause(name) if name in self._captions.listed else None
+        cause = self._likely.cause(name) if name in self._captions.listed else None
         return f"{told}: {cause}" if cause else told
 
 
-class ImageFolder(CaptionedImages):
+class Folder(Files):
     """Images under a folder, each with captions.
 
-    Every file is decoded once when the data set is opened, so that what cannot be used is known
+    Every file is decoded once when the folder is opened, so that what cannot be used is known
     before the first step: it is set aside, counted, and listed in `report`. `index` remembers what
     was decoded; with it, opening an unchanged folder again decodes nothing, and an interrupted
     opening goes on. Above some hundred thousand images use `mmdit.data.pack`.
 
     Args:
-        split, validation_fraction, image_size, unit, max_ratio, crop, mix, samples, max_pixels,
-            max_bad_fraction, seed: see `CaptionedImages`.
         root: the folder.
         captions: a `Sidecars`, `Table` or `ClassNames`.
+        kinds: the kinds of captions to read.
+        max_pixels: of an image; larger ones are set aside.
+        max_bad_fraction: of images set aside, above which opening fails.
         report: JSON file that lists what was set aside, and why.
         index: file that remembers sizes and checksums, by name, length and time of change. It is
             only an accelerator: without it the data set is the same.
         threads: that decode at once when the folder is opened.
 
     Raises:
-        UserError: no image is left, more than `max_bad_fraction` are bad, a kind of the mix never
-            occurs, or the split is empty.
+        UserError: no image is left, more than `max_bad_fraction` are bad, or a kind never occurs.
     """
 
     def __init__(
         self,
         *,
-        split: str,
         root: str,
         captions: CaptionSource,
-        image_size: int,
-        mix: Mapping[str, float] | None = None,
-        samples: int | None = None,
-        unit: int = 16,
-        max_ratio: float = 4.0,
-        crop: str = "random",
-        validation_fraction: float = 0.01,
+        kinds: Sequence[str] = ("text",),
         max_pixels: int = MAX_PIXELS,
         max_bad_fraction: float = 0.02,
         report: str | None = None,
         index: str | None = None,
         threads: int = 8,
-        seed: int = 0,
     ) -> None:
-        super().__init__(
-            split=split,
-            validation_fraction=validation_fraction,
-            image_size=image_size,
-            unit=unit,
-            max_ratio=max_ratio,
-            crop=crop,
-            mix=mix,
-            samples=samples,
-            max_pixels=max_pixels,
-            max_bad_fraction=max_bad_fraction,
-            seed=seed,
-        )
-        expect_whole("threads", threads, 1)
-        self.root = Path(root)
-        self._files = FolderFiles(root=self.root, captions=captions, kinds=tuple(self.mix))
-        known = Known(Path(index) if index else None, max_pixels)
-        seen, bad, kinds = scan(self._files, known, max_pixels=max_pixels, threads=threads)
+        check_limits(max_pixels=max_pixels, max_bad_fraction=max_bad_fraction, threads=threads)
+        self.place = Path(root)
+        self._listing = FolderListing(root=self.place, captions=captions, kinds=kinds)
+        known = FolderIndex(Path(index) if index else None, max_pixels)
+        good, bad, found = scan(self._listing, known, max_pixels=max_pixels, threads=threads)
         report_bad(
             bad,
-            files=self._files.files,
-            place=self.root,
+            files=self._listing.files,
+            place=self.place,
             report=Path(report) if report else None,
             limit=max_bad_fraction,
         )
-        for kind in self.mix:
-            if kind not in kinds:
-                raise UserError(f"mix: no image of {root} has a caption of the kind {kind!r}")
-        kept = self._keep(
-            list(seen), [(each.height, each.width) for each in seen.values()], self.root
-        )
-        contents = np.array([(each.length, each.crc32) for each in seen.values()], np.int64)
-        self._contents = contents[kept]  # (n, 2)
+        expect_kinds(kinds, found, root)
+        self.names = list(good)
+        self.sizes = np.array([(one.height, one.width) for one in good.values()], np.int32)
+        self._sums = np.array(
+            [(one.length, one.crc32) for one in good.values()], np.int64
+        )  # (n, 2)
 
     def read(self, index: int) -> tuple[bytes, Captions]:
-        data, captions = self._files.read(self.names[index])
-        if [len(data), zlib.crc32(data)] != self._contents[index].tolist():
+        data, captions = self._listing.read(self.names[index])
+        if (len(data), zlib.crc32(data)) != self.checksum(index):
             raise BadImage("its bytes are others")
         return data, captions
 
-    def _picture(self, index: int) -> list[int]:
-        length, crc32 = self._contents[index].tolist()
-        return [length, crc32]
+    def checksum(self, index: int) -> tuple[int, int]:
+        length, crc32 = self._sums[index].tolist()
+        return length, crc32
 
-    def _stamp(self, index: int) -> str:
+    def stamp(self, index: int) -> str:
+        """As it was when the folder was opened, so that no image is read; but its captions are."""
         name = self.names[index]
-        try:
-            captions = self._files.captions(name)
-        except BadImage as error:
-            raise self._changed(index, f": {error}") from error
-        if status_of(self.root / name) is None:
-            raise self._changed(index, ": no such file")
-        return json.dumps([*self._picture(index), captions], sort_keys=True)
+        captions = self._listing.captions(name)
+        if status_of(self._listing.root / name) is None:
+            raise BadImage("no such file")
+        return json.dumps([*self.checksum(index), captions], sort_keys=True)
+
+
+image_folder = opener(Folder)
 
 
 def scan(
-    files: FolderFiles, known: Known, *, max_pixels: int, threads: int
-) -> tuple[dict[str, Seen], dict[str, str], set[str]]:
+    listing: FolderListing, known: FolderIndex, *, max_pixels: int, threads: int
+) -> tuple[dict[str, Decoded], dict[str, str], set[str]]:
     """Decode every file: name -> what the good ones are, name -> reason of the bad, kinds seen."""
 
-    def look(name: str) -> tuple[Seen, Captions] | str:
-        path = files.root / name
+    def look(name: str) -> tuple[Decoded, Captions] | str:
+        path = listing.root / name
         try:
             seen = known.get(name, path)
             if seen is None:
                 status = status_of(path)  # before reading: what changes meanwhile is not known
-                data = files.content(name)
+                data = listing.content(name)
                 height, width, _ = decode(data, max_pixels=max_pixels).shape
                 changed = status[1] if status else 0
-                seen = Seen(len(data), changed, height, width, zlib.crc32(data))
+                seen = Decoded(len(data), changed, height, width, zlib.crc32(data))
                 known.add(name, seen)
-            return seen, files.captions(name)
+            return seen, listing.captions(name)
         except BadImage as error:
             return str(error)
 
-    good: dict[str, Seen] = {}
+    good: dict[str, Decoded] = {}
     several = 0
-    bad, kinds = dict(files.bad), set[str]()
-    total, told = len(files.names), f"looking through {printable(files.root.name)}"
+    bad, kinds = dict(listing.bad), set[str]()
+    total, told = len(listing.names), f"looking through {printable(listing.root.name)}"
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=total, desc=told, unit="image", disable=None) as bar,
     ):
         for start in range(0, total, CHUNK):
-            names = files.names[start : start + CHUNK]
+            names = listing.names[start : start + CHUNK]
             for name, looked in zip(names, pool.map(look, names), strict=True):
                 if isinstance(looked, str):
                     bad[name] = looked
@@ -295,7 +276,7 @@ def scan(
         log.info(
             "%s: images with several captions (each line of a .txt is one): %d; every step draws "
             "one of them",
-            *(files.root, several),
+            *(listing.root, several),
         )
     return good, bad, kinds
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mmdit.atomic import write_atomically
-from mmdit.data.aside import report_bad
+from mmdit.data.bad_images import report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.commands import add_options, command
 from mmdit.data.images import MAX_PIXELS, BadImage, TooLarge, decode

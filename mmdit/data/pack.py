@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mmdit.atomic import clear, whole_file, write_atomically
 from mmdit.checks import expect
-from mmdit.data.aside import report_bad
+from mmdit.data.bad_images import report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import (
     Captions,
@@ -36,7 +36,7 @@ from mmdit.data.caption_sources import (
     sidecar_suffix,
 )
 from mmdit.data.commands import add_options, command
-from mmdit.data.folder import FolderFiles
+from mmdit.data.folder import FolderListing
 from mmdit.data.images import MAX_PIXELS, BadImage, decode, suffix_of
 from mmdit.data.index import AT_ONCE, ShardIndex, index_path, make_index
 from mmdit.data.samples import ORIGIN
@@ -387,7 +387,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.captions == "class_names":
             captions = ClassNames(template=given.template, names=given.names)
         kinds = tuple(check_mix(dict.fromkeys(given.kinds, 1.0)))
-        pack_as_asked(FolderFiles(root=given.folder, captions=captions, kinds=kinds), kinds, given)
+        pack_as_asked(
+            FolderListing(root=given.folder, captions=captions, kinds=kinds), kinds, given
+        )
 
     return command(body)
 

@@ -28,6 +28,7 @@ from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions
 from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
 from mmdit.data.composition import Kind, hold_out
+from mmdit.data.dataset import Batch
 from mmdit.data.drawing import COLOURS, SHAPES, Image, Object, draw
 from mmdit.data.order import ShuffledOrder
 
@@ -84,12 +85,13 @@ class Shapes:
         ValueError: an argument is out of range, or the arguments do not fit each other.
     """
 
+    name = "shapes"
     kinds = ("text",)  # of captions
 
     def __init__(
         self,
         *,
-        split: str,
+        split: str = "train",
         image_size: int = 32,
         seed: int = 0,
         shapes: Sequence[str] = ("circle", "square", "triangle"),
@@ -169,15 +171,15 @@ class Shapes:
         """Training sees so many; there are more, of which evaluations may take any."""
         return self.samples
 
-    def batch(self, indices: Iterable[int], step: int = 0) -> tuple[torch.Tensor, list[str]]:
-        """Pictures as one uint8 tensor (b, h, w, 3), and their captions; the same at every step."""
+    def batch(self, indices: Iterable[int], step: int = 0) -> Batch:
+        """Images as one uint8 tensor (b, h, w, 3), and their captions; the same at every step."""
         del step
         samples = [self[index] for index in indices]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
-        return images, [sample.caption for sample in samples]
+        return Batch(images, [sample.caption for sample in samples])
 
-    def square(self, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
-        """The same: these pictures are square as they are."""
+    def square(self, indices: Iterable[int]) -> Batch:
+        """The same: these images are square as they are."""
         return self.batch(indices)
 
     def order(self, *, batch_size: int, seed: int) -> ShuffledOrder:
@@ -190,8 +192,8 @@ class Shapes:
         del index
         return self.image_size, self.image_size
 
-    def whole(self, index: int) -> tuple[Image, Captions]:
-        """The picture as every step sees it, and all captions: what can be kept."""
+    def cacheable(self, index: int) -> tuple[Image, Captions]:
+        """The image, which is the same at every step, and its caption."""
         sample = self[index]
         return sample.image, {"text": (sample.caption,)}
 
@@ -201,12 +203,20 @@ class Shapes:
         return captions["text"][0]
 
     def identity(self) -> dict[str, Any]:
-        """All that `whole` follows from, as plain data: two of the same give the same."""
+        """All that `cacheable` follows from, as plain data: two of the same give the same."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def fingerprint(self) -> dict[str, Any]:
         """Nothing: all follows from the arguments."""
         return {}
+
+    def prompts(self) -> list[str]:
+        """Four short captions of each task, of scenes of this split."""
+        return [short_caption(self.scene_for_task(task, i)) for task in TASKS for i in range(4)]
+
+    def view(self, split: str) -> "Shapes":
+        """Another split of the same world."""
+        return Shapes(**{**self.identity(), "split": split})
 
     @property
     def words(self) -> list[str]:

@@ -7,96 +7,75 @@ processes, so each shard has an index (`mmdit.data.index`) and a sample is one s
 
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit.checks import expect_whole
-from mmdit.data.aside import report_bad
+from mmdit.data.bad_images import check_limits, expect_kinds, report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions, columns_of, lines_of, object_of
+from mmdit.data.captioned import opener
+from mmdit.data.files import Files
 from mmdit.data.images import MAX_PIXELS, BadImage
 from mmdit.data.index import index_path, index_shards
 from mmdit.data.patterns import find, find_shards
 from mmdit.data.samples import Sample
-from mmdit.data.source import CaptionedImages
 from mmdit.data.tar import Span
 from mmdit.errors import UserError
 
 PACKED = "pack.json"  # what `mmdit.data.pack` notes beside the shards it writes
 
 
-class Shards(CaptionedImages):
+class TarShards(Files):
     """Tar shards below a folder, each sample an image with captions.
 
     Captions of the kind "text" are the lines of `.txt`, those of another kind of `.<kind>.txt`;
     where there is no such member, the string or list of strings of that name in `.json`.
 
     Samples are in the order of the shards' names, and within a shard in its own. A folder of images
-    and the shards packed from it are the same data set: same names, order, splits and pictures.
+    and the shards packed from it are the same data set: same names, order, splits and images.
 
     Args:
-        split, validation_fraction, image_size, unit, max_ratio, crop, mix, samples, max_pixels,
-            max_bad_fraction, seed: see `CaptionedImages`.
         root: the folder.
         shards: which of its files, such as "cc12m-{000000..000009}.tar"; else all that were packed
             there, or all *.tar.
+        kinds: the kinds of captions to read.
+        max_pixels: of an image; larger ones are set aside.
+        max_bad_fraction: of images set aside, above which opening fails.
         report: JSON file that lists what was set aside, and why.
         index: folder for the indices of the shards; else each lies beside its shard.
         threads: that decode at once where a shard has no index.
 
     Raises:
         UserError: a shard is missing, cut off or damaged, packing has not finished, no image is
-            left, more than `max_bad_fraction` are bad, a kind of the mix never occurs, or the split
-            is empty.
+            left, more than `max_bad_fraction` are bad, or a kind never occurs.
     """
 
     def __init__(
         self,
         *,
-        split: str,
         root: str,
-        image_size: int,
-        mix: Mapping[str, float] | None = None,
-        samples: int | None = None,
         shards: str | None = None,
-        unit: int = 16,
-        max_ratio: float = 4.0,
-        crop: str = "random",
-        validation_fraction: float = 0.01,
+        kinds: Sequence[str] = ("text",),
         max_pixels: int = MAX_PIXELS,
         max_bad_fraction: float = 0.02,
         report: str | None = None,
         index: str | None = None,
         threads: int = 8,
-        seed: int = 0,
     ) -> None:
-        super().__init__(
-            split=split,
-            validation_fraction=validation_fraction,
-            image_size=image_size,
-            unit=unit,
-            max_ratio=max_ratio,
-            crop=crop,
-            mix=mix,
-            samples=samples,
-            max_pixels=max_pixels,
-            max_bad_fraction=max_bad_fraction,
-            seed=seed,
-        )
-        expect_whole("threads", threads, 1)
-        self.root = Path(root)
+        check_limits(max_pixels=max_pixels, max_bad_fraction=max_bad_fraction, threads=threads)
+        self.place = Path(root)
         self._index = Path(index) if index else None
-        self.shards = find(self.root, shards) if shards else _all_shards(self.root)
-        names, sizes, bad, kinds = list[str](), list[Size](), dict[str, str](), set[str]()
+        self.shards = find(self.place, shards) if shards else _all_shards(self.place)
+        names, sizes, bad, found = list[str](), list[Size](), dict[str, str](), set[str]()
         # As arrays: millions of samples as objects would fill the memory of every worker.
         shard_of, images = array("q"), array("q")
-        captions = {kind: array("q") for kind in self.mix}
+        captions = {kind: array("q") for kind in kinds}
         indices = index_shards(
             self.shards,
-            root=self.root,
+            root=self.place,
             folder=self._index,
             max_pixels=max_pixels,
             threads=threads,
@@ -105,8 +84,8 @@ class Shards(CaptionedImages):
             bad.update({f"{shard}/{key}": reason for key, reason in content.bad.items()})
             for sample in content.samples:
                 name = sample.origin or f"{shard}/{sample.key}"
-                kinds.update(sample.kinds)
-                reason = self._unusable(sample)
+                found.update(sample.kinds)
+                reason = _unusable(sample, kinds, max_pixels)
                 if reason:
                     bad[name] = reason
                     continue
@@ -119,17 +98,15 @@ class Shards(CaptionedImages):
         report_bad(
             bad,
             files=len(names) + len(bad),
-            place=self.root,
+            place=self.place,
             report=Path(report) if report else None,
             limit=max_bad_fraction,
         )
-        for kind in self.mix:
-            if kind not in kinds:
-                raise UserError(f"mix: no image of {root} has a caption of the kind {kind!r}")
-        kept = self._keep(names, sizes, self.root)
-        self._shard_of = _rows(shard_of, 1)[kept, 0]
-        self._images = _rows(images, 3)[kept]
-        self._captions = {kind: _rows(spans, 4)[kept] for kind, spans in captions.items()}
+        expect_kinds(kinds, found, root)
+        self.names, self.sizes = names, np.array(sizes, np.int32)
+        self._shard_of = _rows(shard_of, 1)[:, 0]
+        self._images = _rows(images, 3)
+        self._captions = {kind: _rows(spans, 4) for kind, spans in captions.items()}
 
     def read(self, index: int) -> tuple[bytes, Captions]:
         path = self.shards[self._shard_of[index]]
@@ -148,28 +125,33 @@ class Shards(CaptionedImages):
         except FileNotFoundError as error:
             raise BadImage(f"{path} is gone") from error
         except BadImage as error:
-            beside = self._index / path.relative_to(self.root) if self._index else path
+            beside = self._index / path.relative_to(self.place) if self._index else path
             raise BadImage(
                 f"{error}: if {path} was replaced, move its index elsewhere: {index_path(beside)}"
             ) from error
 
-    def _picture(self, index: int) -> list[int]:
+    def checksum(self, index: int) -> tuple[int, int]:
         _, length, crc32 = self._images[index].tolist()
-        return [length, crc32]
+        return length, crc32
 
-    def _stamp(self, index: int) -> str:
+    def stamp(self, index: int) -> str:
+        """From the index alone: it has the checksums of captions, too."""
         spans = [self._images[index], *(spans[index] for spans in self._captions.values())]
         # Where in a shard it lies does not matter.
         return json.dumps([span[1:].tolist() for span in spans])
 
-    def _unusable(self, sample: Sample) -> str | None:
-        """Why a sample that is whole cannot be used here."""
-        if sample.height * sample.width > self.max_pixels:
-            size = f"{sample.width} x {sample.height}"
-            return f"{size} pixels are more than the limit of {self.max_pixels}"
-        if not sample.kinds & self.mix.keys():
-            return f"has no caption of the kind {' or '.join(self.mix)}"
-        return None
+
+tar_shards = opener(TarShards)
+
+
+def _unusable(sample: Sample, kinds: Sequence[str], max_pixels: int) -> str | None:
+    """Why a sample that is whole cannot be used here."""
+    if sample.height * sample.width > max_pixels:
+        size = f"{sample.width} x {sample.height}"
+        return f"{size} pixels are more than the limit of {max_pixels}"
+    if not sample.kinds & {*kinds}:
+        return f"has no caption of the kind {' or '.join(kinds)}"
+    return None
 
 
 def _all_shards(root: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.data.dataset import Batch
 from mmdit.data.order import Order
 from mmdit.data.shapes import Shapes
 from mmdit.engine.tasks import Work
@@ -57,17 +58,17 @@ class ContrastiveTask:
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.data.order(batch_size=batch_size, seed=seed)
 
-    def example(self, step: int, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+    def example(self, step: int, indices: Sequence[int]) -> Batch:
         return self.data.batch(indices, step)
 
-    def times(self, example: tuple[Tensor, list[str]]) -> None:
+    def times(self, example: Batch) -> None:
         return None
 
-    def work(self, example: tuple[Tensor, list[str]]) -> Work:
+    def work(self, example: Batch) -> Work:
         return Work()
 
-    def loss(self, example: tuple[Tensor, list[str]]) -> Tensor:
-        images, captions = example
+    def loss(self, example: Batch) -> Tensor:
+        images, captions, _ = example
         with self.autocast():
             seen = self.module.image_features(images)
             told = self.module.text_features(captions)
@@ -78,7 +79,7 @@ class ContrastiveTask:
         """The loss, and how often a picture finds its own caption among `CHOICES` distinct ones."""
         assert isinstance(module, CLIPPair)
         losses, right = [], []
-        for images, captions in self._rounds:
+        for images, captions, _ in self._rounds:
             with self.autocast():
                 seen, told = module.image_features(images), module.text_features(captions)
             alone = torch.eye(len(captions), dtype=torch.bool, device=seen.device)
@@ -93,7 +94,7 @@ class ContrastiveTask:
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
         """Pictures of the evaluation, under the captions chosen for them."""
         assert isinstance(module, CLIPPair)
-        images, captions = self._rounds[0]
+        images, captions, _ = self._rounds[0]
         with self.autocast():
             choice = chosen(module.image_features(images[:16]), module.text_features(captions))
         return images[:16], [captions[i] for i in choice.tolist()]
@@ -131,7 +132,7 @@ def chosen(image: Tensor, text: Tensor) -> Tensor:
     return (image @ text.T).argmax(dim=1)
 
 
-def distinct_batches(data: Shapes, rounds: int) -> list[tuple[Tensor, list[str]]]:
+def distinct_batches(data: Shapes, rounds: int) -> list[Batch]:
     """Batches of `CHOICES` samples, in the order of their indices, no caption twice in a batch.
 
     Raises:

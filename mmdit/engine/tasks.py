@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.checks import expect_finite, expect_number
+from mmdit.data.dataset import Data
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
-from mmdit.latents.encoding import AT_ONCE, Data, condition, memory_for
+from mmdit.latents.encoding import AT_ONCE, condition, memory_for
 from mmdit.latents.sources import Source
 from mmdit.metrics.attention import attention_at, last_blocks
 from mmdit.metrics.reconstruction import psnr
@@ -120,7 +121,7 @@ class AutoencoderTask:
         return self.data.order(batch_size=batch_size, seed=seed)
 
     def example(self, step: int, indices: Sequence[int]) -> Pictures:
-        images, _ = self.data.batch(indices, step)
+        images = self.data.batch(indices, step).images
         factor = self.module.factor
         shape = (self.module.latent_channels, *(side // factor for side in images.shape[1:3]))
         generators = [generator_for(self.seed, "posterior", step, index) for index in indices]
@@ -163,7 +164,7 @@ class AutoencoderTask:
         """Set the scale and shift of `module` from the raw latents of `count` training images."""
         numbers, raw = range(min(count, len(self.data))), []
         for start in numbers[::128]:
-            images = self.data.square(numbers[start : start + 128])[0]
+            images = self.data.square(numbers[start : start + 128]).images
             with memory_for("measuring the latents of", images), self.autocast():
                 raw.append(module.posterior(from_pixels(images.to(self.device))).mean)
         every = torch.cat(raw)
@@ -178,6 +179,7 @@ class Captioned(NamedTuple):
     text: TokenIds | Encodings
     kept: Tensor  # bool (b, 3): which encoders speak
     draw: Draw
+    extra: dict[str, Tensor]  # as in `Batch`
 
 
 class Validation(NamedTuple):
@@ -231,10 +233,10 @@ class FlowTask:
         return self.source.order(batch_size=batch_size, seed=seed)
 
     def example(self, step: int, indices: Sequence[int]) -> Captioned:
-        x, text = self.source.read(step, indices)
+        x, text, extra = self.source.read(step, indices)
         generators = [generator_for(self.seed, "flow", step, index) for index in indices]
         draw = self.module.objective.draw(self.source.latent_shape(x), generators)
-        return Captioned(x, text, self.module.text.draw_kept(generators), draw)
+        return Captioned(x, text, self.module.text.draw_kept(generators), draw, extra)
 
     def loss(self, example: Captioned) -> Tensor:
         module = self.module

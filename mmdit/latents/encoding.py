@@ -4,11 +4,11 @@ What is encoded at every step, kept in memory or read from a cache passes throug
 is the same.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor
 from mmdit.checks import expect_finite
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions
-from mmdit.data.drawing import Image
-from mmdit.data.order import Order
+from mmdit.data.dataset import CacheableData
 from mmdit.flow.condition import Condition
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.out_of_memory import enough_memory
@@ -26,53 +25,10 @@ from mmdit.pipeline import from_pixels
 from mmdit.precision import Autocast
 from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenIds
 
-T = TypeVar("T")
-
 # Of latents and of what frozen encoders say, wherever they come from (App. E.1).
 HALF = torch.bfloat16
 AT_ONCE = 2**20  # pixels that the autoencoder encodes at once
 IMAGES = 256  # and pictures
-
-
-class Data(Protocol):
-    """A data set as training sees it: samples of one size in a batch, keyed by the step."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int], step: int = 0) -> tuple[Tensor, list[str]]:
-        """Pictures, uint8 (b, h, w, 3), and captions, as a step sees them."""
-
-    def square(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """The same at S x S, cropped at the centre: what judges, whatever the step."""
-
-    def order(self, *, batch_size: int, seed: int) -> Order:
-        """Sample indices by position, in batches of one size each."""
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells its pictures from those of the same config; empty if the config tells all.
-
-        A run that goes on compares it, and not `data.root`.
-        """
-
-
-class Lasting(Data, Protocol):
-    """A data set whose pictures are the same at every step, so that their latents can be kept."""
-
-    @property
-    def kinds(self) -> Sequence[str]:
-        """Of captions."""
-
-    def size_of(self, index: int) -> Size:
-        """Height and width of a picture."""
-
-    def whole(self, index: int) -> tuple[Image, Captions]:
-        """The picture as every step sees it, and all captions."""
-
-    def pick(self, captions: Mapping[str, Sequence[T]], index: int, step: int) -> T:
-        """The caption that a step sees of a sample, of all that it has."""
-
-    def identity(self) -> dict[str, Any]:
-        """All that `whole` follows from, as plain data."""
 
 
 class Encoded(NamedTuple):
@@ -93,7 +49,7 @@ def encode(autoencoder: Autoencoder, images: Tensor, autocast: Autocast) -> Tens
 
 
 def encode_each(
-    data: Lasting,
+    data: CacheableData,
     indices: Sequence[int],
     *,
     autoencoder: Autoencoder,
@@ -111,10 +67,10 @@ def encode_each(
     """
     batches = batches_of(data, indices)
     with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(data.whole, index) for index in batches[0]]
+        ahead = [pool.submit(data.cacheable, index) for index in batches[0]]
         for batch, following in pairwise([*batches, []]):
             samples = [promise.result() for promise in ahead]
-            ahead = [pool.submit(data.whole, index) for index in following]
+            ahead = [pool.submit(data.cacheable, index) for index in following]
             images = torch.from_numpy(np.stack([image for image, _ in samples]))
             with memory_for("encoding", images):
                 latents = encode(autoencoder, images, autocast).cpu()
@@ -132,7 +88,7 @@ def memory_for(doing: str, images: Tensor) -> AbstractContextManager[None]:
     )
 
 
-def batches_of(data: Lasting, indices: Sequence[int]) -> list[list[int]]:
+def batches_of(data: CacheableData, indices: Sequence[int]) -> list[list[int]]:
     """Indices in batches of pictures of one size, and of `AT_ONCE` pixels or less."""
     groups: dict[Size, list[int]] = {}
     for index in indices:

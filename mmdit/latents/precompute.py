@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.dataset import CacheableData
 from mmdit.errors import UserError
 from mmdit.latents.cache import Cache, Samples, texts_of
-from mmdit.latents.encoding import HALF, Encoded, Lasting, encode_each, say
+from mmdit.latents.encoding import HALF, Encoded, encode_each, say
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.out_of_memory import enough_memory
 from mmdit.precision import Autocast
@@ -55,7 +56,7 @@ class Precomputation:
     def __init__(
         self,
         *,
-        data: Lasting,
+        data: CacheableData,
         autoencoder: Autoencoder,
         text: TextConditioner,
         autocast: Autocast,

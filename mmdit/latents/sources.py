@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from mmdit.checkpoints.values import is_finite
 from mmdit.checks import expect, expect_whole
+from mmdit.data.dataset import CacheableData, Data
 from mmdit.data.order import Order
 from mmdit.errors import NotFinite
 from mmdit.latents.cache import Cache
-from mmdit.latents.encoding import HALF, Data, Encoded, Lasting, encode, encode_each
+from mmdit.latents.encoding import HALF, Encoded, encode, encode_each
 from mmdit.latents.precompute import Precomputation
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.precision import Autocast
@@ -30,6 +31,7 @@ class Read(NamedTuple):
 
     x: Tensor  # pixels, or latents
     text: TokenIds | Encodings  # or what frozen encoders said of it
+    extra: dict[str, Tensor] = {}  # noqa: RUF012  # as in `Batch`; never written to
 
 
 class Source(Protocol):
@@ -73,8 +75,8 @@ class FromPixels:
         return self.data.order(batch_size=batch_size, seed=seed)
 
     def read(self, step: int, indices: Sequence[int]) -> Read:
-        images, captions = self.data.batch(indices, step)
-        return Read(images, self.text.tokenize(captions))
+        images, captions, extra = self.data.batch(indices, step)
+        return Read(images, self.text.tokenize(captions), extra)
 
     def latent_shape(self, x: Tensor) -> tuple[int, int, int]:  # (b, height, width, 3)
         factor = self.autoencoder.factor
@@ -89,11 +91,16 @@ class _Kept:
     """What sources share that keep the latents of pictures that never change."""
 
     def __init__(
-        self, *, data: Lasting, autoencoder: Autoencoder, text: TextConditioner, autocast: Autocast
+        self,
+        *,
+        data: CacheableData,
+        autoencoder: Autoencoder,
+        text: TextConditioner,
+        autocast: Autocast,
     ) -> None:
         self.data, self.autoencoder, self.text, self.autocast = data, autoencoder, text, autocast
         self.device = next(autoencoder.parameters()).device
-        data.whole(0)  # before anything is trained, this refuses pictures that change with the step
+        data.cacheable(0)  # refuses images that change with the step, before anything is trained
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.data.order(batch_size=batch_size, seed=seed)
@@ -156,7 +163,7 @@ class FromCache(_Kept):
     def __init__(
         self,
         *,
-        data: Lasting,
+        data: CacheableData,
         autoencoder: Autoencoder,
         text: TextConditioner,
         autocast: Autocast,

@@ -222,7 +222,7 @@ def test_relative_losses(found, expected):
 def test_autoencoder_figures_are_those_of_its_reconstructions(run, folder):
     words = ("checkpoint=runs/tiny-001", "samples=5", "batch_size=2", "clip=clip.safetensors")
     report = report_of(run("autoencoder", *words, "precision=fp32"))
-    truth, _ = Shapes(split="validation", image_size=32, seed=3).batch(range(5))
+    truth = Shapes(split="validation", image_size=32, seed=3).batch(range(5)).images
     autoencoder = mmdit.load_autoencoder(checkpoint(folder))
     again = to_pixels(autoencoder.decode(autoencoder.encode(from_pixels(truth))))
     pairs = list(zip(again.split(1), truth.split(1), strict=True))

@@ -8,7 +8,8 @@ from PIL import Image
 
 import mmdit.data.folder
 from mmdit.data.caption_sources import ClassNames, Sidecars, Table
-from mmdit.data.folder import ImageFolder
+from mmdit.data.captioned import CaptionedImages
+from mmdit.data.folder import image_folder
 from mmdit.data.images import read_bytes
 from mmdit.errors import UserError
 
@@ -17,8 +18,8 @@ from .conftest import bomb, encoded, noise
 PLAIN = {"captions": Sidecars(), "mix": {"text": 1.0}, "image_size": 32, "validation_fraction": 0.0}
 
 
-def opened(folder, **arguments) -> ImageFolder:
-    return ImageFolder(**{"split": "train", "root": str(folder), **PLAIN, **arguments})
+def opened(folder, split="train", **arguments) -> CaptionedImages:
+    return image_folder(**{"root": str(folder), **PLAIN, **arguments}).view(split)
 
 
 def test_pictures_are_known_by_their_content_wherever_they_lie(tmp_path):
@@ -337,7 +338,7 @@ def test_kinds_come_as_often_as_the_mix_says_and_every_caption_occurs(tmp_path, 
     (tmp_path / "a.synthetic.txt").write_text("made")
     photo(tmp_path / "b.png", "alone")  # has no synthetic caption: always its own
     data = opened(tmp_path, mix={"text": 0.5, "synthetic": 0.5})
-    told = [data.batch([0, 1], step)[1] for step in range(400)]
+    told = [data.batch([0, 1], step).captions for step in range(400)]
     assert np.mean([first == "made" for first, _ in told]) == pytest.approx(0.5, abs=0.08)
     assert {first for first, _ in told} == {"one", "two", "three", "made"}
     assert {second for _, second in told} == {"alone"}
@@ -347,10 +348,10 @@ def test_what_a_step_sees_is_keyed_by_seed_step_and_sample(tmp_path, photo):
     for i in range(4):
         photo(tmp_path / f"{i}.png", "one\ntwo\nthree", height=40, width=70, seed=i)
     data, same, other = (opened(tmp_path, seed=seed) for seed in (0, 0, 1))
-    images, told = data.batch([0, 1, 2, 3], step=5)
+    images, told, _ = data.batch([0, 1, 2, 3], step=5)
     assert images.shape == (4, *data.size_of(0), 3)
     for i in (3, 1):  # alone, in another order, by another process
-        alone, caption = same.batch([i], step=5)
+        alone, caption, _ = same.batch([i], step=5)
         assert np.array_equal(alone[0], images[i]) and caption == [told[i]]
     differing = [data.batch([0, 1, 2, 3], 6)[0], other.batch([0, 1, 2, 3], 5)[0]]
     assert all(not np.array_equal(images, else_) for else_ in differing)
@@ -371,11 +372,11 @@ def test_what_is_kept_gives_what_every_step_sees(tmp_path, photo):
     photo(tmp_path / "a.png", "one\ntwo", height=40, width=70)
     (tmp_path / "a.synthetic.txt").write_text("made")
     data = opened(tmp_path, crop="centre", mix={"text": 0.5, "synthetic": 0.5})
-    image, captions = data.whole(0)
+    image, captions = data.cacheable(0)
     assert captions == {"text": ("one", "two"), "synthetic": ("made",)}
     numbered = {"text": range(2), "synthetic": range(2, 3)}
     for step in range(50):
-        pictures, told = data.batch([0], step)
+        pictures, told, _ = data.batch([0], step)
         assert np.array_equal(pictures[0], image)
         assert data.pick(captions, 0, step) == told[0]
         assert ["one", "two", "made"][data.pick(numbered, 0, step)] == told[0]
@@ -439,7 +440,7 @@ def test_the_identity_of_a_file_that_is_gone_is_refused(tmp_path, photo):
 
 def test_random_crops_cannot_be_kept(tmp_path, photo):
     photo(tmp_path / "a.png", "one")
-    for ask in (ImageFolder.identity, lambda data: data.whole(0)):
+    for ask in (CaptionedImages.identity, lambda data: data.cacheable(0)):
         with pytest.raises(UserError, match=r"crop=random .* data\.crop=centre"):
             ask(opened(tmp_path))
 

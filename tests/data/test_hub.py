@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from mmdit.data import hub, pack
+from mmdit.data.captioned import CaptionedImages
 from mmdit.data.hub import Rows
-from mmdit.data.shards import Shards
+from mmdit.data.shards import tar_shards
 
 from .conftest import encoded, noise
 
 
-def opened(root, mix) -> Shards:
-    return Shards(
-        split="train",
+def opened(root, mix) -> CaptionedImages:
+    return tar_shards(
         root=str(root),
         image_size=32,
         mix=mix,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mmdit.data.aside import report_bad
+from mmdit.data.bad_images import report_bad
 from mmdit.data.caption_sources import Sidecars, Table
-from mmdit.data.folder import ImageFolder
+from mmdit.data.captioned import CaptionedImages
+from mmdit.data.folder import image_folder
 from mmdit.data.missing import Likely
 from mmdit.errors import UserError
 
@@ -70,9 +71,9 @@ def test_causes_are_counted_and_three_of_them_listed(tmp_path: Path, caplog) -> 
     assert caplog.messages[0].endswith("y.jpg: is odd; other causes: 1")
 
 
-def opened(root: Path, **options) -> ImageFolder:
-    given = {"split": "train", "captions": Sidecars(), "image_size": 16, "unit": 4, **options}
-    return ImageFolder(root=str(root), **given)
+def opened(root: Path, split: str = "train", **options) -> CaptionedImages:
+    given = {"captions": Sidecars(), "image_size": 16, "unit": 4, **options}
+    return image_folder(root=str(root), **given).view(split)
 
 
 @pytest.mark.parametrize("absolute", [False, True])

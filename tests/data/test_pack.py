@@ -8,8 +8,9 @@ import pytest
 import mmdit.data.pack
 from mmdit.data import pack
 from mmdit.data.caption_sources import Sidecars, Table
-from mmdit.data.folder import FolderFiles, ImageFolder
-from mmdit.data.shards import Shards
+from mmdit.data.captioned import CaptionedImages
+from mmdit.data.folder import FolderListing, image_folder
+from mmdit.data.shards import tar_shards
 from mmdit.errors import UserError
 
 from .conftest import encoded, noise
@@ -39,13 +40,13 @@ def photos(tmp_path, photo):
 
 
 def packed(root, out, **options):
-    source = FolderFiles(root=root, captions=Sidecars(), kinds=KINDS)
+    source = FolderListing(root=root, captions=Sidecars(), kinds=KINDS)
     pack.pack(source, out, kinds=KINDS, **{"per_shard": 5, "max_bad_fraction": 0.2, **options})
     return out
 
 
-def opened(root, **arguments) -> Shards:
-    return Shards(**{"split": "train", "root": str(root), **SEEN, **arguments})
+def opened(root, split="train", **arguments) -> CaptionedImages:
+    return tar_shards(**{"root": str(root), **SEEN, **arguments}).view(split)
 
 
 def content(folder) -> dict[str, bytes]:
@@ -57,9 +58,9 @@ def content(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_folder_and_its_shards_are_the_same_data_set(photos, tmp_path, split):
-    arguments = {"split": split, "validation_fraction": 0.4, "seed": 3}
-    folder = ImageFolder(root=str(photos), captions=Sidecars(), **{**SEEN, **arguments})
-    shards = opened(packed(photos, tmp_path / "out"), **arguments)
+    arguments = {**SEEN, "validation_fraction": 0.4, "seed": 3}
+    folder = image_folder(root=str(photos), captions=Sidecars(), **arguments).view(split)
+    shards = opened(packed(photos, tmp_path / "out"), split, **arguments)
     assert shards.names == folder.names and np.array_equal(shards.sizes, folder.sizes)
     assert shards.fingerprint() == folder.fingerprint()
     assert shards.order(batch_size=2, seed=1)(0, 40) == folder.order(batch_size=2, seed=1)(0, 40)
@@ -69,14 +70,15 @@ def test_a_folder_and_its_shards_are_the_same_data_set(photos, tmp_path, split):
         assert image == expected  # the very bytes
         assert captions == words
         for step in (0, 7):
-            (pixels, told), (others, heard) = shards.batch([i], step), folder.batch([i], step)
-            assert told == heard and np.array_equal(pixels, others)
+            seen, expected = shards.batch([i], step), folder.batch([i], step)
+            assert seen.captions == expected.captions
+            assert np.array_equal(seen.images, expected.images)
 
 
 def test_both_report_the_same_images_set_aside(photos, tmp_path):
     out = packed(photos, tmp_path / "out")
     report = tmp_path / "folder.json"
-    ImageFolder(split="train", root=str(photos), captions=Sidecars(), report=str(report), **SEEN)
+    image_folder(root=str(photos), captions=Sidecars(), report=str(report), **SEEN)
     reports = [json.loads(path.read_text()) for path in (report, out / "set_aside.json")]
     for told in reports:
         told.pop("place")
@@ -102,7 +104,7 @@ def test_names_of_any_bytes_are_kept(tmp_path, photo):
     root = tmp_path / "photos"
     for i, name in enumerate((b"a.b.c.png", b"two  blanks.png", b"K\xe4se.png", "é.png".encode())):
         photo(root / os.fsdecode(name), f"told {i}")
-    source = FolderFiles(root=root, captions=Sidecars(), kinds=("text",))
+    source = FolderListing(root=root, captions=Sidecars(), kinds=("text",))
     pack.pack(source, tmp_path / "out")
     data = opened(tmp_path / "out", mix={"text": 1.0})
     assert data.names == source.names and len(data) == 4
@@ -112,7 +114,7 @@ def test_captions_with_byte_order_marks_are_the_same_in_both(tmp_path, photo):
     photo(tmp_path / "photos" / "a.png", None)
     row = {"file_name": "a.png", "text": ["\ufeffone", " \ufeff\ufeff two", "\ufeff"]}
     (tmp_path / "photos" / "metadata.jsonl").write_text(json.dumps(row))
-    source = FolderFiles(root=tmp_path / "photos", captions=Table(), kinds=("text",))
+    source = FolderListing(root=tmp_path / "photos", captions=Table(), kinds=("text",))
     for _ in range(2):
         pack.pack(source, tmp_path / "out")
         shards = opened(tmp_path / "out", mix={"text": 1.0})
@@ -169,7 +171,7 @@ def test_a_shard_of_bad_images_alone_is_empty(tmp_path, photo):
         photo(root / f"{i}.png", "told", seed=i)
     for i in (2, 3):
         (root / f"{i}.png").write_bytes(b"no image")
-    source = FolderFiles(root=root, captions=Sidecars(), kinds=("text",))
+    source = FolderListing(root=root, captions=Sidecars(), kinds=("text",))
     pack.pack(source, tmp_path / "out", per_shard=2, max_bad_fraction=0.5)
     data = opened(tmp_path / "out", mix={"text": 1.0})
     assert data.names == ["0.png", "1.png", "4.png", "5.png"]
@@ -244,7 +246,7 @@ def test_what_has_changed_since_is_not_gone_on_with(photos, tmp_path, change, to
 def test_two_do_not_pack_into_one_folder_at_once(photos, tmp_path):
     out = tmp_path / "out"
 
-    class Slow(FolderFiles):
+    class Slow(FolderListing):
         def read(self, name):  # while this packs, another begins
             with pytest.raises(UserError, match="another process packs into"):
                 packed(photos, out, per_shard=6)

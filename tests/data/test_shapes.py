@@ -236,7 +236,7 @@ def test_colours_and_background_are_drawn():
 
 def test_a_batch_is_its_samples():
     data = Shapes(split="validation")
-    images, told = data.batch([3, 0, 9])
+    images, told, _ = data.batch([3, 0, 9])
     assert images.dtype == torch.uint8 and images.shape == (3, 32, 32, 3)
     for image, caption, index in zip(images, told, (3, 0, 9), strict=True):
         assert np.array_equal(image.numpy(), data[index].image)
@@ -297,8 +297,8 @@ def test_bad_indices_and_tasks_are_refused():
 
 def test_what_is_kept_gives_what_every_step_sees():
     data = Shapes(split="train")
-    image, captions = data.whole(7)
-    images, told = data.batch([7], step=3)
+    image, captions = data.cacheable(7)
+    images, told, _ = data.batch([7], step=3)
     assert np.array_equal(images[0], image) and image.shape[:2] == data.size_of(7)
     assert data.pick(captions, 7, 3) == told[0]
 

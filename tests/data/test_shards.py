@@ -11,8 +11,9 @@ import pytest
 import mmdit.data.index
 from mmdit.data import index
 from mmdit.data.caption_sources import Sidecars
-from mmdit.data.folder import ImageFolder
-from mmdit.data.shards import Shards
+from mmdit.data.captioned import CaptionedImages
+from mmdit.data.folder import image_folder
+from mmdit.data.shards import tar_shards
 from mmdit.errors import UserError
 
 from .conftest import add, bomb, encoded, noise, tar_of
@@ -21,8 +22,8 @@ PLAIN = {"mix": {"text": 1.0}, "image_size": 32, "validation_fraction": 0.0}
 GOOD = encoded(noise(8, 8))
 
 
-def opened(root, **arguments) -> Shards:
-    return Shards(**{"split": "train", "root": str(root), **PLAIN, **arguments})
+def opened(root, split="train", **arguments) -> CaptionedImages:
+    return tar_shards(**{"root": str(root), **PLAIN, **arguments}).view(split)
 
 
 def reasons(path) -> dict[str, str]:
@@ -364,9 +365,9 @@ def test_a_folder_that_is_only_read_needs_no_index(tmp_path, monkeypatch, caplog
 
 OPEN = """
 import sys
-from mmdit.data.shards import Shards
-data = Shards(split="train", root=sys.argv[1], mix={"text": 1.0}, image_size=32, threads=2,
-              validation_fraction=0.0, report=sys.argv[1] + "/report.json")
+from mmdit.data.shards import tar_shards
+data = tar_shards(root=sys.argv[1], mix={"text": 1.0}, image_size=32, threads=2,
+                  validation_fraction=0.0, report=sys.argv[1] + "/report.json")
 print(len(data), data.names[-1])
 """
 
@@ -401,7 +402,7 @@ def test_bytes_that_changed_after_indexing_are_refused(tmp_path):
     tar = tar_of(tmp_path / "0.tar", plain(40))
     data, elsewhere = opened(tmp_path), opened(tmp_path, index=str(tmp_path / "index"))
     whole = tar.read_bytes()
-    for place in (data._images[0][0], data._captions["text"][0][0]):
+    for place in (data.files._images[0][0], data.files._captions["text"][0][0]):
         changed = bytearray(whole)
         changed[place] ^= 1
         tar.write_bytes(changed)
@@ -482,8 +483,8 @@ def test_a_folder_of_the_same_images_is_cropped_and_told_alike(tmp_path):
         members += [(f"{i}.png", image), (f"{i}.txt", told.encode()), (f"{i}.json", origin)]
     tar_of(tmp_path / "shards" / "0.tar", members)
     ours = opened(tmp_path / "shards", seed=3)
-    theirs = ImageFolder(split="train", root=str(folder), captions=Sidecars(), seed=3, **PLAIN)
+    theirs = image_folder(root=str(folder), captions=Sidecars(), seed=3, **PLAIN)
     assert ours.names == theirs.names
     for step in (0, 7):
-        (image, told), (expected, words) = ours.batch([2], step), theirs.batch([2], step)
+        (image, told, _), (expected, words, _) = ours.batch([2], step), theirs.batch([2], step)
         assert told == words and np.array_equal(image, expected)

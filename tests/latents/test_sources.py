@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from mmdit.data.caption_sources import Sidecars
+from mmdit.data.captioned import CaptionedImages
 from mmdit.data.captions import vocabulary
-from mmdit.data.folder import ImageFolder
+from mmdit.data.folder import image_folder
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loader import Loader
 from mmdit.engine.tasks import Captioned, FlowTask, Validation
@@ -60,9 +61,8 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def opened(photos: Path, **arguments: Any) -> ImageFolder:
+def opened(photos: Path, **arguments: Any) -> CaptionedImages:
     settings: dict[str, Any] = {
-        "split": "train",
         "root": str(photos),
         "captions": Sidecars(),
         "mix": {"text": 0.5, "synthetic": 0.5},
@@ -72,7 +72,7 @@ def opened(photos: Path, **arguments: Any) -> ImageFolder:
         "crop": "centre",
         "validation_fraction": 0.0,
     }
-    return ImageFolder(**{**settings, **arguments})
+    return image_folder(**{**settings, **arguments})
 
 
 def clip(width: int, *, pad_with_end: bool) -> TextEncoder:
@@ -132,7 +132,7 @@ def source_of(kind: Make, pipe: Pipeline, data: Any, **arguments: Any) -> Source
 
 
 def task_of(pipe: Pipeline, source: Source, data: Any) -> FlowTask:
-    images, captions = data.square(range(2))
+    images, captions, _ = data.square(range(2))
     return FlowTask(
         module=pipe,
         source=source,
@@ -186,8 +186,10 @@ def test_latents_are_rounded_alike_and_captions_drawn_alike(photos, tmp_path):
         for ours, theirs in zip(one.text, other.text, strict=True):
             assert torch.equal(ours, theirs)
         shapes.add(tuple(other.x.shape[2:]))
-        _, captions = data.batch(indices, step)
-        told += [data.whole(i)[1]["text"].count(c) for i, c in zip(indices, captions, strict=True)]
+        _, captions, _ = data.batch(indices, step)
+        told += [
+            data.cacheable(i)[1]["text"].count(c) for i, c in zip(indices, captions, strict=True)
+        ]
     assert len(shapes) == 3
     assert 0 < sum(told) < len(told)  # both kinds of captions are drawn
 
@@ -351,17 +353,17 @@ def test_a_cache_that_holds_values_that_are_not_finite_is_refused(
 # Interruptions
 
 
-class Counting(ImageFolder):
+class Counting(CaptionedImages):
     """Counts the pictures that are read, and may do something at one of them."""
 
     seen = 0
     at: int | None = None
 
-    def whole(self, index):
+    def cacheable(self, index):
         self.seen += 1
         if self.seen == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().whole(index)
+        return super().cacheable(index)
 
 
 def counting(photos: Path) -> Counting:

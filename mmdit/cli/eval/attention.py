@@ -112,7 +112,7 @@ def look_at_shapes(
     latents, captions = [], []
     for start in range(0, config.samples, config.batch_size):
         indices = range(start, min(start + config.batch_size, config.samples))
-        images, told = data.batch(indices)
+        images, told, _ = data.batch(indices)
         with pipe.autocast():
             latents.append(to_latents(pipe.autoencoder, images))
         captions += told

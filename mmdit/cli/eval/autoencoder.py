@@ -135,7 +135,7 @@ def find_pictures(
         source = opened.source if opened.native else None
         data = shapes_for(source, config, "validation", image_size=size)
         facts = {"images": "shapes, validation", "image_size": data.image_size}
-        return lambda indices: data.batch(indices)[0], config.samples, facts
+        return lambda indices: data.batch(indices).images, config.samples, facts
     folder, side = Path(text["images"]), 256 if size is None else size
     if side % factor:
         raise UserError(f"image_size={side} must be a multiple of {factor}, the model's factor")

@@ -85,7 +85,7 @@ def latents_of(subject: Subject, config: DictConfig) -> tuple[Tensor, list[str]]
     latents, captions = [], []
     for start in range(0, config.validation_samples, config.batch_size):
         stop = min(start + config.batch_size, config.validation_samples)
-        images, told = data.batch(range(start, stop))
+        images, told, _ = data.batch(range(start, stop))
         with pipe.autocast():
             latents.append(to_latents(pipe.autoencoder, images))
         captions += told

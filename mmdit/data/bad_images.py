@@ -1,15 +1,32 @@
-"""Images that cannot be used: set aside, counted, listed in a report, and limited."""
+"""Images that cannot be used: set aside, counted, listed in a report, and limited in number."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from mmdit.atomic import write_atomically
+from mmdit.checks import expect, expect_number, expect_whole
 from mmdit.errors import UserError
 from mmdit.printable import logger
 
 log = logger(__name__)
+
+
+def check_limits(*, max_pixels: int, max_bad_fraction: float, threads: int) -> None:
+    """Refuse limits that make no sense, before any file is read."""
+    expect_whole("max_pixels", max_pixels, 1)
+    expect_number("max_bad_fraction", max_bad_fraction)
+    fits = 0 <= max_bad_fraction < 1
+    expect(fits, "max_bad_fraction", max_bad_fraction, "must be in [0, 1)")
+    expect_whole("threads", threads, 1)
+
+
+def expect_kinds(kinds: Iterable[str], found: Collection[str], place: object) -> None:
+    """Refuse a mix with a kind of captions that no image of `place` has."""
+    for kind in kinds:
+        if kind not in found:
+            raise UserError(f"mix: no image of {place} has a caption of the kind {kind!r}")
 
 
 def report_bad(

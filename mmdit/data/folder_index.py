@@ -9,7 +9,7 @@ from mmdit.printable import logger
 log = logger(__name__)
 
 
-class Seen(NamedTuple):
+class Decoded(NamedTuple):
     """What an image file was when it was decoded.
 
     Attributes:
@@ -25,7 +25,7 @@ class Seen(NamedTuple):
     crc32: int
 
 
-class Known:
+class FolderIndex:
     """Images decoded before, one JSON line each: a file that changed is not known.
 
     Args:
@@ -51,15 +51,15 @@ class Known:
             except (ValueError, KeyError, TypeError):
                 log.warning("%s: a line that was not written whole is decoded anew", path)
 
-    def get(self, name: str, path: Path) -> Seen | None:
+    def get(self, name: str, path: Path) -> Decoded | None:
         """What is known of a file that has the length and time of change of then."""
         limit, *seen = self._rows.get(name, [0])
-        if limit != self.max_pixels or len(seen) != len(Seen._fields):
+        if limit != self.max_pixels or len(seen) != len(Decoded._fields):
             return None
-        known = Seen(*seen)
+        known = Decoded(*seen)
         return known if known[:2] == status_of(path) else None
 
-    def add(self, name: str, seen: Seen) -> None:
+    def add(self, name: str, seen: Decoded) -> None:
         self._new.append({"file": name, "seen": [self.max_pixels, *seen]})
 
     def flush(self) -> None:
