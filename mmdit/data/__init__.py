@@ -1,4 +1,21 @@
-"""Captioned images: shapes drawn on the fly, folders, shards."""
+"""Data sets: what training sees as batches of images and captions.
+
+Three stories share `dataset.py`, which says what training asks of any of them (`Data`, `Batch`):
+
+*Toy shapes* are drawn on the fly. `shapes.py` draws a sample from its index, with the scenes'
+captions (`captions.py`), pixels (`drawing.py`) and held-out combinations (`composition.py`).
+
+*A folder of images.* `folder.py` finds the files and decodes each once (`images.py` says how);
+`caption_sources.py` reads their captions. `folder_index.py` remembers what was decoded,
+`missing.py` guesses why a name in a table has no file, `bad_images.py` reports what was set aside.
+
+*Tar shards.* `shards.py` reads samples out of tar files: `tar.py` finds their members, `samples.py`
+puts together those of a sample, `index.py` keeps where each lies, `patterns.py` expands names.
+`pack.py` makes shards of a folder and `hub.py` of Parquet files; `commands.py` has their options.
+
+Folders and shards are `Files` (`files.py`), opened once. `captioned.py` views them as a training
+and a validation split, in the sizes of `buckets.py`. `order.py` has the order of the samples.
+"""
 
 from mmdit.data.caption_sources import ClassNames, Sidecars, Table
 from mmdit.data.captioned import CaptionedImages, ImageOptions, opener
