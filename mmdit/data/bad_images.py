@@ -53,7 +53,7 @@ def report_bad(
             "images": [{"file": name, "reason": bad[name]} for name in sorted(bad)],
         }
         text = json.dumps(record, indent=1, ensure_ascii=False)
-        # A name that is no UTF-8 holds surrogates; written as escapes they are JSON too.
+        # A name that is not UTF-8 holds surrogates; written as escapes they are JSON too.
         try:
             write_atomically(report, text.encode(errors="backslashreplace"))
         except OSError as error:
@@ -67,8 +67,8 @@ def report_bad(
             f"max_bad_fraction {limit} allows: {_causes(bad)}"
         )
     if bad:
-        told = _causes(bad)
-        log.warning("%s: %d of %d images set aside%s: %s", place, len(bad), files, listed, told)
+        causes = _causes(bad)
+        log.warning("%s: %d of %d images set aside%s: %s", place, len(bad), files, listed, causes)
 
 
 def _causes(bad: Mapping[str, str], most: int = 3) -> str:
@@ -78,9 +78,9 @@ def _causes(bad: Mapping[str, str], most: int = 3) -> str:
         first.setdefault(bad[name], name)
     counts = Counter(bad.values())
     causes = sorted(first, key=lambda cause: (-counts[cause], first[cause]))
-    told = [
+    described = [
         f"{first[cause]}: {cause}" + (f" ({counts[cause]} files)" if counts[cause] > 1 else "")
         for cause in causes[:most]
     ]
     more = len(causes) - most
-    return "; ".join([*told, f"other causes: {more}"] if more > 0 else told)
+    return "; ".join([*described, f"other causes: {more}"] if more > 0 else described)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: every picture gets the size, of about S**2 pixels, nearest to its shape.
+"""Aspect-ratio buckets: every image gets the size, of about S**2 pixels, nearest to its shape.
 
 Source: the paper's finetuning at high resolution (Sec. 5.3), after NovelAI's buckets.
 """
@@ -16,7 +16,7 @@ Size: TypeAlias = tuple[int, int]  # height, width
 
 
 class Buckets:
-    """The sizes (h, w) a picture can be given, widest last.
+    """The sizes (h, w) an image can be given, widest last.
 
     One for each short side from S / sqrt(max_ratio) to S in steps of `unit`, lying and standing;
     the long side is the multiple of `unit` that comes nearest to S**2 pixels.
@@ -42,7 +42,7 @@ class Buckets:
         self.sizes: tuple[Size, ...] = tuple(sorted(sizes, key=lambda size: size[1] / size[0]))
 
     def of(self, sizes: ArrayLike) -> NDArray[np.int64]:
-        """Index of the size of the nearest log ratio, (n,), of pictures (n, 2): height, width.
+        """Index of the size of the nearest log ratio, (n,), of images (n, 2): height, width.
 
         A ratio beyond the last bucket's goes there, and loses more to the crop.
         """
@@ -52,12 +52,12 @@ class Buckets:
         return np.searchsorted(between, np.log(given[:, 1] / given[:, 0]))
 
 
-def window(picture: Size, size: Size, position: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the largest window of the shape of `size` in a picture.
+def window(image: Size, size: Size, position: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the largest window of the shape of `size` in an image.
 
     `position` in [0, 1] moves it along the one side that is longer; 0.5 is the middle.
     """
-    (height, width), (rows, columns) = picture, size
+    (height, width), (rows, columns) = image, size
     scale = min(height / rows, width / columns)
     # One side fits exactly by this scale: rounding must not let the window end outside.
     tall, wide = min(rows * scale, height), min(columns * scale, width)
@@ -66,17 +66,17 @@ def window(picture: Size, size: Size, position: float) -> tuple[float, float, fl
 
 
 def fit(image: Image, size: Size, position: float = 0.5) -> Image:
-    """Crop and resize a picture (h, w, 3) to `size`.
+    """Crop and resize an image (h, w, 3) to `size`.
 
-    One resampling of the window, so that an extreme shape never passes through a huge picture. The
+    One resampling of the window, so that an extreme shape never passes through a huge image. The
     filter is Pillow's bicubic, which widens with the reduction and so does not alias. Lanczos is
     a little sharper and overshoots more at edges; bicubic is also what Frechet distances are
-    commonly measured on, and this project's evaluation resizes with, so both see the same pictures.
+    commonly measured on, and this project's evaluation resizes with, so both see the same images.
     """
-    picture = (image.shape[0], image.shape[1])
-    if picture == size:
+    given = (image.shape[0], image.shape[1])
+    if given == size:
         return image
     height, width = size
-    box = window(picture, size, position)
+    box = window(given, size, position)
     resized = Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC, box=box)
     return np.array(resized)

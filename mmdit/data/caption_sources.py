@@ -105,16 +105,16 @@ class _SidecarReader:
             suffix if kind == "text" else f".{kind}{suffix}"
             for kind, suffix in itertools.product(self._kinds, self._suffixes)
         )
-        told = f"there is no file with the suffix {wanted} beside it"
+        missing = f"there is no file with the suffix {wanted} beside it"
         path = self._root / name
         for suffix in (*OTHER_SIDECARS, *(path.suffix + other for other in OTHER_SIDECARS)):
             if not _is_file(path.with_suffix(suffix)):
                 continue
             if suffix.endswith(".json"):
-                return f"{told}, but one with {suffix}: make a metadata.jsonl of them"
+                return f"{missing}, but one with {suffix}: make a metadata.jsonl of them"
             how = f"data.captions.suffix={suffix}, or --suffix {suffix} where it is packed"
-            return f"{told}, but one with {suffix}: {how}, reads it"
-        return told
+            return f"{missing}, but one with {suffix}: {how}, reads it"
+        return missing
 
     def _places(self, name: str) -> Iterator[tuple[str, Path]]:
         """Kind and path of each file that may hold captions of an image."""

@@ -41,7 +41,7 @@ MAX_WORDS = 14
 
 
 class Scene(NamedTuple):
-    """What a picture holds: one of `TASKS`, the objects in the order of their mention, and for the
+    """What an image shows: one of `TASKS`, the objects in the order of their mention, and for the
     position task how the first object lies from the second (a key of `RELATIONS`)."""
 
     task: str
@@ -74,10 +74,10 @@ def short_caption(scene: Scene) -> str:
 def rich_caption(
     scene: Scene, *, grid: int, relate: bool, name_sizes: bool, name_background: bool
 ) -> str:
-    """Everything in the picture: "a red circle top left and a blue square bottom right".
+    """Everything in the image: "a red circle top left and a blue square bottom right".
 
-    Two objects in one row or column of the grid are told by their relation instead of their places
-    with `relate`, and whenever there is no room or no name for the places.
+    Two objects in one row or column of the grid are described by their relation instead of their
+    places with `relate`, and whenever there is no room or no name for the places.
     """
     ground = f" on {_one(scene.background, 'background')}" if name_background else ""
 
@@ -95,8 +95,8 @@ def rich_caption(
     if grid not in PLACES or (relate and relation):
         return related
     places = [_place(thing, grid) for thing in scene.objects]
-    told = [f"{name} {place}" for name, place in zip(names, places, strict=True)]
-    placed = " and ".join(told) + ground
+    parts = [f"{name} {place}" for name, place in zip(names, places, strict=True)]
+    placed = " and ".join(parts) + ground
     return placed if len(placed.split()) <= MAX_WORDS else related
 
 

@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command(body: Callable[[], None]) -> int:
-    """Run a command; a user's mistake or a failing disk is told in a line, with exit code 2."""
+    """Run a command; a user's mistake or a failing disk is reported in a line, with exit code 2."""
     try:
         with guarded():
             logging.basicConfig(format="%(message)s")

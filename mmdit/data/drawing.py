@@ -1,6 +1,6 @@
 """Anti-aliased drawing of flat shapes, at any resolution, from signed distances.
 
-Lengths are fractions of the image side and y points down, so one list of shapes is the same picture
+Lengths are fractions of the image side and y points down, so one list of shapes is the same image
 at 32 and at 64 pixels: only the width of the anti-aliased edge knows about pixels.
 """
 
@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 
 class Object(NamedTuple):
-    """One shape of a picture: names for `shape`, `colour` and `size`, lengths in image sides.
+    """One shape of an image: names for `shape`, `colour` and `size`, lengths in image sides.
 
     (x, y) is the middle of the shape's bounding box and `radius` half the box's larger side (the
     square, which would look bigger than the rest, fills only 0.85 of it).
@@ -134,7 +134,7 @@ def _ground(background: str, image_size: int) -> Array:
 
 
 def draw(objects: Sequence[Object], background: str, image_size: int) -> Image:
-    """Paint the objects in order on a plain background: uint8 (image_size, image_size, 3)."""
+    """Draw the objects in order on a plain background: uint8 (image_size, image_size, 3)."""
     canvas = _ground(background, image_size).copy()
     for thing in objects:
         rows, columns, coverage = cover(thing.shape, thing.x, thing.y, thing.radius, image_size)

@@ -96,9 +96,9 @@ class FolderListing:
         """
         captions = self._captions(name)
         if not has_caption(captions, self._kinds):
-            told = f"has no caption of the kind {' or '.join(self._kinds)}"
+            missing = f"has no caption of the kind {' or '.join(self._kinds)}"
             beside = self._captions.absence(name)
-            raise BadImage(f"{told}: {beside}" if beside else told)
+            raise BadImage(f"{missing}: {beside}" if beside else missing)
         return captions
 
     def identity(self) -> dict[str, Any]:
@@ -151,10 +151,10 @@ class FolderListing:
             elif name not in self.bad:
                 yield name
 
-    def _not_there(self, name: str, told: str) -> str:
+    def _not_there(self, name: str, problem: str) -> str:
         """What is wrong with a name that the captions speak of, and why it may be."""
         cause = self._likely.cause(name) if name in self._captions.listed else None
-        return f"{told}: {cause}" if cause else told
+        return f"{problem}: {cause}" if cause else problem
 
 
 class Folder(Files):
@@ -256,10 +256,10 @@ def scan(
     good: dict[str, Decoded] = {}
     several = 0
     bad, kinds = dict(listing.bad), set[str]()
-    total, told = len(listing.names), f"looking through {printable(listing.root.name)}"
+    total, doing = len(listing.names), f"looking through {printable(listing.root.name)}"
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total, desc=told, unit="image", disable=None) as bar,
+        tqdm(total=total, desc=doing, unit="image", disable=None) as bar,
     ):
         for start in range(0, total, CHUNK):
             names = listing.names[start : start + CHUNK]

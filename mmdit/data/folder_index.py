@@ -84,7 +84,7 @@ class FolderIndex:
 
 
 def status_of(path: Path) -> tuple[int, int] | None:
-    """Length in bytes and time of change in nanoseconds; None if nothing can be told."""
+    """Length in bytes and time of change in nanoseconds; None if it cannot be found out."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # no file, or a name that none can have

@@ -93,7 +93,7 @@ def load_rows(
         import datasets
     except ImportError as error:
         raise UserError('this needs the extra: pip install "sd3-mmdit[datasets]"') from error
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what is wrong is told once, here
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what is wrong is reported once, here
     files = _parquet_files(source)
     try:
         if files:
@@ -103,10 +103,10 @@ def load_rows(
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the library fails in many ways, those of its own sources too
-        told = first_line(error)
+        reason = first_line(error)
         if error.__cause__ is not None:  # of several lines, the reason last
-            told = f"{told}: {' '.join(str(error.__cause__).split())}"
-        raise UserError(f"{source} cannot be opened: {told}") from error
+            reason = f"{reason}: {' '.join(str(error.__cause__).split())}"
+        raise UserError(f"{source} cannot be opened: {reason}") from error
     for column in (image, *texts):
         if column not in data.column_names:
             known = ", ".join(data.column_names)

@@ -30,7 +30,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffI
 from mmdit.data.drawing import Image
 from mmdit.errors import UserError, first_line
 
-# What is wrong with a file is told once, by the reason it is set aside for, or is of no matter.
+# What is wrong with a file is reported once, as the reason it is set aside for, or does not matter.
 # For good, since to catch warnings is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -40,7 +40,7 @@ SUFFIX_OF = {
     "BMP": "bmp",
     "GIF": "gif",
     "JPEG": "jpg",
-    "MPO": "jpg",  # what Pillow calls a JPEG file that holds further pictures
+    "MPO": "jpg",  # what Pillow calls a JPEG file that holds further images
     "PNG": "png",
     "PPM": "ppm",
     "TIFF": "tif",
@@ -62,8 +62,8 @@ TURNS = {
     7: Pillow.Transpose.TRANSVERSE,
     8: Pillow.Transpose.ROTATE_90,
 }
-# Of a path that leads to no file, whatever the state of the disk: links in a circle, a file taken
-# for a folder, a name too long.
+# Errors of a path that leads to no file, whatever the state of the disk: links in a circle, a file
+# taken for a folder, a name too long.
 NOWHERE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG))
 
 
@@ -83,8 +83,8 @@ def read_bytes(path: Path) -> bytes:
     """The content of a regular file of at most `MAX_BYTES`.
 
     Raises:
-        BadImage: nothing is there, it is no file, has an impossible name, or may not be read. Other
-            failures of the disk or the network are no property of the image and stay what they are.
+        BadImage: nothing is there, it is not a file, has an impossible name, or may not be read.
+        OSError: the disk or the network failed, which is not the image's fault.
     """
     try:
         status = path.stat()

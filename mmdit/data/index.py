@@ -158,8 +158,8 @@ def make_index(
         path: the tar file.
         max_pixels: of an image; larger ones are set aside.
         pool: of threads that decode.
-        measure: says the size of an image that was decoded before; else it is decoded.
-        progress: is told the bytes that were looked through.
+        measure: gives the size of an image that was decoded before; else it is decoded.
+        progress: called with the bytes that were looked through.
 
     Raises:
         UserError: it is compressed, cut off, damaged or changes meanwhile.

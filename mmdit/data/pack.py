@@ -280,7 +280,7 @@ def _check_shard(
 
 
 def _key(number: int) -> str:
-    """Of a sample, by its position in the source."""
+    """The key of a sample, by its position in the source."""
     return f"{number:09d}"
 
 

@@ -83,7 +83,7 @@ def find_shards(root: Path) -> list[Path]:
         if path.name.lower().endswith(LIKE_SHARDS) and not path.name.startswith(".")
         if path.is_file() and (path.parent != root or path.suffix != ".tar")
     )
-    told = (
+    hint = (
         f"not read, though they look like shards: {', '.join(others[:3])}"
         f"{' and more' if len(others) > 3 else ''} (uncompressed *.tar of the folder itself are, "
         "or those that data.shards='*/*.tar' names)"
@@ -93,9 +93,9 @@ def find_shards(root: Path) -> list[Path]:
     except UserError as error:
         if not others:
             raise
-        raise UserError(f"{error}; {told}") from error
+        raise UserError(f"{error}; {hint}") from error
     if others:
-        log.warning("%s: %s", root, told)
+        log.warning("%s: %s", root, hint)
     return shards
 
 

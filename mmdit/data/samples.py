@@ -80,7 +80,7 @@ def look(path: Path, key: str, members: Sequence[Member], measure: Measure) -> S
         path: the tar file.
         key: their name up to the first dot.
         members: all of that key.
-        measure: says the size of an image, or decodes it.
+        measure: gives the size of an image.
 
     Raises:
         BadImage: there is not exactly one image, or a member cannot be read.

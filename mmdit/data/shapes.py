@@ -1,4 +1,4 @@
-"""Captioned toy pictures drawn on the fly: a world small enough to learn on a laptop.
+"""Captioned toy images drawn on the fly: a world small enough to learn on a laptop.
 
 Each sample is a pure function of (seed, split, index). It follows one of the six tasks of GenEval
 (Ghosh et al. 2023), and some combinations never occur in training, so that a model can be asked
@@ -38,7 +38,7 @@ SPLITS = ("train", "validation", "held_out")
 PAIR_TASKS = ("two_object", "position", "colour_attribution")
 DEFAULT_SIZES = {"medium": (0.16, 0.20)}
 DEFAULT_WEIGHTS = dict(zip(TASKS, (1.0, 1.0, 1.0, 1.0, 2.0, 2.0), strict=True))
-# Half a pixel at 32 pixels: two objects stay a whole pixel apart, so they can be told apart.
+# Half a pixel at 32 pixels: two objects stay a whole pixel apart, so they can be distinguished.
 MARGIN = 1 / 64
 INDICES = 1 << 56  # indices of one split (and task): room for 32 such spaces below 2**61
 
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Sample(NamedTuple):
-    """A picture, uint8 (h, w, 3), with its caption and the scene both were made from."""
+    """An image, uint8 (h, w, 3), with its caption and the scene both were made from."""
 
     image: Image
     caption: str
@@ -79,7 +79,7 @@ class Shapes:
         task_weights: task -> relative frequency; a task left out has none.
         rich_fraction: share of captions that name everything instead of just what the task asks.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
-        samples: size of the training set; indices beyond it are no mistake.
+        samples: size of the training set; indices beyond it are valid.
 
     Raises:
         ValueError: an argument is out of range, or the arguments do not fit each other.
@@ -164,7 +164,7 @@ class Shapes:
         return self._draw(task, index)[0]
 
     def render(self, scene: Scene) -> Image:
-        """The picture of a scene at this dataset's resolution: uint8 (h, w, 3)."""
+        """The image of a scene at this dataset's resolution: uint8 (h, w, 3)."""
         return draw(scene.objects, scene.background, self.image_size)
 
     def __len__(self) -> int:
@@ -183,12 +183,12 @@ class Shapes:
         return self.batch(indices)
 
     def order(self, *, batch_size: int, seed: int) -> ShuffledOrder:
-        """The order of training; batches of any size, since all pictures have one."""
+        """The order of training; batches of any size, since all images have one."""
         del batch_size
         return ShuffledOrder(size=self.samples, seed=seed)
 
     def size_of(self, index: int) -> Size:
-        """Height and width of every picture."""
+        """Height and width of every image."""
         del index
         return self.image_size, self.image_size
 
@@ -236,7 +236,7 @@ class Shapes:
 
     @property
     def held_out_pairs(self) -> frozenset[frozenset[Kind]]:
-        """Pairs of shown kinds that neither train nor validation ever shows in one picture."""
+        """Pairs of shown kinds that neither train nor validation ever shows in one image."""
         return frozenset(map(frozenset, self._composition.held_out_pairs))
 
     def _draw(self, task: str | None, index: int) -> tuple[Scene, str]:

@@ -69,7 +69,7 @@ class Member(NamedTuple):
 def read_members(path: Path) -> list[Member]:
     """All entries of a tar file but the folders, in its order.
 
-    Names are as they stand in the file, without a leading "./"; bytes that are no UTF-8 become
+    Names are as they stand in the file, without a leading "./"; bytes that are not UTF-8 become
     surrogates, as in the names of files.
 
     Raises:
@@ -91,8 +91,8 @@ def read_members(path: Path) -> list[Member]:
     except RecursionError as error:
         raise UserError(f"{path}: thousands of extended headers follow each other") from error
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        told = _compression(path) or first_line(error)
-        raise UserError(f"{path} must be a whole, uncompressed tar file: {told}") from error
+        problem = _compression(path) or first_line(error)
+        raise UserError(f"{path} must be a whole, uncompressed tar file: {problem}") from error
     _check_end(path, end)
     return found
 
@@ -137,7 +137,7 @@ def _member(entry: tarfile.TarInfo) -> Member:
     elif entry.issym() or entry.islnk():
         problem = "is a link"
     elif not entry.isreg():
-        problem = "is no regular file"
+        problem = "is not a regular file"
     return Member(entry.name.removeprefix("./"), entry.offset_data, entry.size, problem)
 
 

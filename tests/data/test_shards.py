@@ -205,7 +205,7 @@ def test_odd_members_do_no_harm(tmp_path):
     assert reasons(report) == {
         "0.tar/soft": "soft.png is a link",
         "0.tar/hard": "hard.png is a link",
-        "0.tar/pipe": "pipe.png is no regular file",
+        "0.tar/pipe": "pipe.png is not a regular file",
     }
 
 
