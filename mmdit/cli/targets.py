@@ -108,7 +108,7 @@ def _check_object(key: str, target: str, imports: Collection[str]) -> None:
     if not _within(module, allowed):
         raise _refusal(key, target, module)
     own = _within(module, [OWN]) and not _within(module, imports)
-    if own and not (inspect.isclass(found) or _is_shipped(found)):
+    if own and not (inspect.isclass(found) or _is_shipped(found, target)):
         raise UserError(f"{key}: {target!r} is neither a class nor a function that configs build")
 
 
@@ -123,9 +123,9 @@ def _leads_to(module: str, allowed: Iterable[str]) -> bool:
     return any(_within(module, [name]) or _within(name, [module]) for name in allowed)
 
 
-def _is_shipped(found: Any) -> bool:
-    """Whether a shipped config builds this very object, by whatever name."""
-    name = getattr(found, "__name__", None)
+def _is_shipped(found: Any, target: str) -> bool:
+    """Whether a shipped config builds this very object, from whatever module."""
+    name = target.rpartition(".")[2]
     return any(get_object(t) is found for t in _shipped() if t.rpartition(".")[2] == name)
 
 

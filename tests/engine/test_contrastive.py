@@ -140,7 +140,7 @@ def test_batches_of_the_evaluation_hold_no_caption_twice_and_no_sample_twice():
     batches = distinct_batches(data, 3)
     for images, captions, _ in batches:
         assert images.shape == (CHOICES, 32, 32, 3) and len(set(captions)) == CHOICES
-    seen = {image.numpy().tobytes() for images, _ in batches for image in images}
+    seen = {image.numpy().tobytes() for images, _, _ in batches for image in images}
     assert len(seen) == 3 * CHOICES
 
 
