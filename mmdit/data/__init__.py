@@ -10,8 +10,9 @@ captions (`captions.py`), pixels (`drawing.py`) and held-out combinations (`comp
 `missing.py` guesses why a name in a table has no file, `bad_images.py` reports what was set aside.
 
 *Tar shards.* `shards.py` reads samples out of tar files: `tar.py` finds their members, `samples.py`
-puts together those of a sample, `index.py` keeps where each lies, `patterns.py` expands names.
-`pack.py` makes shards of a folder and `hub.py` of Parquet files; `commands.py` has their options.
+puts together those of a sample, `shard_index.py` keeps where each lies, `patterns.py` their names.
+The commands `pack.py`, `hub.py` and `index.py`, with the options of `commands.py`, make shards of a
+folder or of Parquet files, and index shards from elsewhere.
 
 Folders and shards are `Files` (`files.py`), opened once. `captioned.py` views them as a training
 and a validation split, in the sizes of `buckets.py`. `order.py` has the order of the samples.

@@ -38,8 +38,8 @@ from mmdit.data.caption_sources import (
 from mmdit.data.commands import add_options, command
 from mmdit.data.folder import FolderListing
 from mmdit.data.images import MAX_PIXELS, BadImage, decode, suffix_of
-from mmdit.data.index import AT_ONCE, ShardIndex, index_path, make_index
 from mmdit.data.samples import ORIGIN
+from mmdit.data.shard_index import AT_ONCE, ShardIndex, index_path, make_index
 from mmdit.data.shards import PACKED
 from mmdit.data.tar import state_of
 from mmdit.errors import UserError

@@ -2,7 +2,7 @@
 
 The library `webdataset` reads such shards as a stream: its order follows from shards, workers and a
 shuffle buffer. Here the order of training is a pure function of (seed, position), for any number of
-processes, so each shard has an index (`mmdit.data.index`) and a sample is one seek.
+processes, so each shard has an index (`mmdit.data.shard_index`) and a sample is one seek.
 """
 
 import json
@@ -19,9 +19,9 @@ from mmdit.data.caption_sources import Captions, columns_of, lines_of, object_of
 from mmdit.data.captioned import opener
 from mmdit.data.files import Files
 from mmdit.data.images import MAX_PIXELS, BadImage
-from mmdit.data.index import index_path, index_shards
 from mmdit.data.patterns import find, find_shards
 from mmdit.data.samples import Sample
+from mmdit.data.shard_index import index_path, index_shards
 from mmdit.data.tar import Span
 from mmdit.errors import UserError
 

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-import mmdit.data.index
+import mmdit.data.shard_index
 from mmdit.data import index
 from mmdit.data.caption_sources import Sidecars
 from mmdit.data.captioned import CaptionedImages
@@ -46,9 +46,9 @@ def plain(number: int, start: int = 0) -> list[tuple[str, bytes]]:
 def decoded(monkeypatch) -> list[int]:
     """Grows by one with each image that indexing decodes."""
     calls: list[int] = []
-    decode = mmdit.data.index.decode
+    decode = mmdit.data.shard_index.decode
     monkeypatch.setattr(
-        mmdit.data.index, "decode", lambda data, **o: (calls.append(1), decode(data, **o))[1]
+        mmdit.data.shard_index, "decode", lambda data, **o: (calls.append(1), decode(data, **o))[1]
     )
     return calls
 
@@ -358,7 +358,7 @@ def test_a_folder_that_is_only_read_needs_no_index(tmp_path, monkeypatch, caplog
     def refused(path, data):  # to the superuser no mode of a folder is a hindrance
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(mmdit.data.index, "write_atomically", refused)
+    monkeypatch.setattr(mmdit.data.shard_index, "write_atomically", refused)
     assert len(opened(tmp_path)) == 4
     assert "cannot be written" in caplog.text and "another folder for indices" in caplog.text
 
