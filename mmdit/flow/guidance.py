@@ -23,15 +23,17 @@ class Sides:
 
     Args:
         velocity: of the network, for a condition.
-        positive, negative: what to move towards, and away from.
+        positive, negative: what to move towards, and away from; None where nothing asks for the
+            velocity without the prompt.
     """
 
-    def __init__(self, velocity: LayeredVelocity, positive: Condition, negative: Condition) -> None:
-        self.velocity, self.positive, self.negative = velocity, positive, negative
-        self._both = Condition(
-            torch.cat([positive.c_vec, negative.c_vec]),
-            torch.cat([positive.c_ctxt, negative.c_ctxt]),
-        )
+    def __init__(
+        self, velocity: LayeredVelocity, positive: Condition, negative: Condition | None
+    ) -> None:
+        self.velocity, self.positive = velocity, positive
+        self._both = None
+        if negative is not None:
+            self._both = Condition(*map(torch.cat, zip(positive, negative, strict=True)))
         self._newest: list[tuple[Tensor, float, Tensor]] = []  # one, or none yet
 
     def conditional(self, z: Tensor, t: float) -> Tensor:
@@ -45,6 +47,7 @@ class Sides:
 
     def both(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Under the prompt and without it, from one batch of both."""
+        assert self._both is not None, "a guidance that asks for both has `reads_negative` true"
         cond, uncond = wide(self.velocity(torch.cat([z, z]), t, self._both)).chunk(2)
         self._newest[:] = [(z, t, cond)]
         return cond, uncond
@@ -58,6 +61,11 @@ class Sides:
 
 class Guidance(ABC):
     """A way to strengthen the condition."""
+
+    @property
+    def reads_negative(self) -> bool:
+        """Whether it moves away from the negative prompt, which is not encoded otherwise."""
+        return True
 
     @abstractmethod
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
@@ -73,7 +81,7 @@ class Guidance(ABC):
         self,
         velocity: LayeredVelocity,
         positive: Condition,
-        negative: Condition,
+        negative: Condition | None,
         grid: Tensor,
         steps: int,
     ) -> VelocityFunction:
@@ -93,6 +101,10 @@ class ClassifierFreeGuidance(Guidance):
         if not math.isfinite(scale):
             raise UserError(f"ClassifierFreeGuidance: scale {scale} must be a finite number")
         self.scale = scale
+
+    @property
+    def reads_negative(self) -> bool:
+        return self.scale != 1.0
 
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
         if self.scale == 1.0:
@@ -145,6 +157,10 @@ class SkipLayerGuidance(Guidance):
         self.inner, self.skip_scale, self.layers = inner, skip_scale, tuple(layers)
         self.start, self.end = start, end
 
+    @property
+    def reads_negative(self) -> bool:
+        return self.inner.reads_negative
+
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
         inner = self.inner.guided(sides, grid, steps)
         skipped = sides.velocity.skipping(self.layers)
@@ -184,6 +200,10 @@ class GuidanceInterval(Guidance):
             )
         self.inner, self.low, self.high = inner, low, high
 
+    @property
+    def reads_negative(self) -> bool:
+        return self.inner.reads_negative
+
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
         inner = self.inner.guided(sides, grid, steps)
 
@@ -213,6 +233,10 @@ class GuidanceRescale(Guidance):
             raise UserError(f"GuidanceRescale: phi {phi} must lie in [0, 1]")
         self.inner, self.phi = inner, phi
 
+    @property
+    def reads_negative(self) -> bool:
+        return self.inner.reads_negative
+
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
         inner = self.inner.guided(sides, grid, steps)
 
@@ -239,8 +263,12 @@ class ZeroUnconditional(Guidance):
     def __init__(self, *, inner: Guidance) -> None:
         self.inner = inner
 
+    @property
+    def reads_negative(self) -> bool:
+        return False
+
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        nothing = Condition(*(torch.zeros_like(part) for part in sides.negative))
+        nothing = Condition(*(torch.zeros_like(part) for part in sides.positive))
         return self.inner.guided(sides.against(nothing), grid, steps)
 
 

@@ -57,6 +57,10 @@ class MeasuredGuidance(Guidance):
         self.inner = inner
         self._followed: list[MeasuredVelocity] = []
 
+    @property
+    def reads_negative(self) -> bool:
+        return self.inner.reads_negative
+
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
         velocity = MeasuredVelocity(self.inner.guided(sides, grid, steps), grid)
         self._followed.append(velocity)

@@ -7,6 +7,7 @@ from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.guidance import (
     ClassifierFreeGuidance,
+    Guidance,
     GuidanceInterval,
     GuidanceRescale,
     Sides,
@@ -315,3 +316,25 @@ def test_scales_are_finite(scale):
         ClassifierFreeGuidance(scale=scale)
     with pytest.raises(UserError, match=f"SkipLayerGuidance: skip_scale {scale} must be a finite"):
         SkipLayerGuidance(inner=ClassifierFreeGuidance(), skip_scale=scale)
+
+
+def kinds(cls: type = Guidance) -> list[type]:
+    """Every guidance there is."""
+    return [*cls.__subclasses__(), *(kind for own in cls.__subclasses__() for kind in kinds(own))]
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
+def test_the_negative_prompt_matters_exactly_where_it_is_said_to_be_read(kind, scale):
+    plain = ClassifierFreeGuidance(scale=scale)
+    guide = plain if kind is ClassifierFreeGuidance else kind(inner=plain)
+    network = Layered()
+
+    def velocities(negative):
+        velocity = guide(network, POSITIVE, negative, GRID, 10)
+        return torch.stack([velocity(Z, t) for t in GRID[:-1].tolist()])
+
+    if guide.reads_negative:
+        assert not torch.equal(velocities(NEGATIVE), velocities(POSITIVE))
+    else:
+        assert torch.equal(velocities(NEGATIVE), velocities(None))
