@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from mmdit.models.preview import latent_preview
     from mmdit.pipeline import Pipeline
     from mmdit.published import frozen_text, save_diffusers, save_single_file
+    from mmdit.request import Request
     from mmdit.runs.checkpoint import is_native
 
 __version__ = "0.1.0"
 __all__ = [
     "Pipeline",
+    "Request",
     "UserError",
     "__version__",
     "frozen_text",
@@ -52,6 +54,7 @@ __all__ = [
 
 _HOME = {
     "Pipeline": "mmdit.pipeline",
+    "Request": "mmdit.request",
     "UserError": "mmdit.errors",
     "frozen_text": "mmdit.published",
     "is_native": "mmdit.runs.checkpoint",

@@ -17,7 +17,7 @@ FLOORS = [
     {"out_of_memory", "plots", "precision", "processes"},
     {"flow", "nn", "data"},
     {"models"},
-    {"text", "checkpoints"},
+    {"text", "checkpoints", "request"},
     {"pipeline", "runs"},
     {"metrics", "published"},
     {"loading"},

@@ -1,5 +1,3 @@
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
@@ -8,18 +6,25 @@ from torch import nn
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import KarrasGrid
-from mmdit.flow.guidance import ClassifierFreeGuidance, GuidanceInterval, SkipLayerGuidance
+from mmdit.flow.guidance import (
+    ClassifierFreeGuidance,
+    GuidanceInterval,
+    GuidanceRescale,
+    SkipLayerGuidance,
+    ZeroUnconditional,
+)
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
 from mmdit.flow.schedule import PublishedShift
-from mmdit.flow.solvers import dpmpp_2m, heun, midpoint
+from mmdit.flow.solvers import dpmpp_2m, euler, heun, midpoint
 from mmdit.flow.timesteps import LogitNormal
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.controlnet import ControlledMMDiT, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.registry import register
+from mmdit.request import Request
 
 
 @register
@@ -178,9 +183,9 @@ def test_each_prompt_has_its_picture_or_all_share_one(pipe):
         ({"width": 10**30}, r"width=10*0 must be a whole number from 1 to 2\^63 - 1"),
         ({"num_images": 10**9}, "num_images=1000000000 .* from 1 to 10,000"),
         ({"num_images": 0}, "num_images=0"),
-        ({"seeds": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 images"),
         ({"seed": 0, "seeds": [1]}, "seed and seeds exclude each other"),
-        ({"seeds": 5}, "5 seeds for 1 pictures: give a list"),
+        ({"seeds": 5}, "5 seeds for 1 images: give a list"),
         *(({"seed": s}, "seed=.* must be a whole number") for s in ("3", 1.5, True, -1)),
         *(({"seed": s}, "seed=.* must be a whole number") for s in (2**64, np.float64(1.0))),
         ({"seed": 2**64}, r"must be a whole number from 0 to 2\^64 - 1$"),
@@ -216,8 +221,9 @@ def test_a_models_own_number_of_steps_is_bounded_too(pipe):
 def test_the_last_seeds_are_used_and_differ(pipe):
     last = 2**64 - 1
     images = pipe("a", seed=last - 1, num_images=2, steps=1)
-    assert torch.equal(images[1], pipe("a", seed=last, steps=1)[0])
-    assert torch.equal(images[1], pipe("a", seeds=[np.uint64(last)], steps=1)[0])
+    alone = pipe("a", seed=last, steps=1)[0]
+    assert (images[1].int() - alone.int()).abs().max() <= 1
+    assert torch.equal(alone, pipe("a", seeds=[np.uint64(last)], steps=1)[0])
     assert torch.equal(pipe.noise([last], 8, 8), pipe.noise([2**32 - 1], 8, 8))
     assert not torch.equal(images[0], images[1])
 
@@ -251,8 +257,7 @@ def test_layers_that_do_not_exist_are_refused(pipe):
     ],
 )
 def test_evaluations_of_the_network_are_counted_for_each_picture(pipe, arguments, evaluations):
-    pipe("a", **arguments)
-    assert pipe.function_evaluations == evaluations
+    assert pipe.sample(Request("a", **arguments)).function_evaluations == evaluations
 
 
 def test_a_grid_may_be_given_instead_of_the_formulations_own(pipe, batches):
@@ -278,24 +283,22 @@ def test_state_and_guidance_stay_float32_while_networks_are_bfloat16(pipe):
     assert (close.float() - expected.float()).abs().mean() < 4
 
 
-def test_networks_run_inside_autocast_and_the_flow_outside(pipe):
-    inside = []
-
-    @contextmanager
-    def autocast():
-        inside.append("network")
-        yield
-        inside.append("flow")
-
-    pipe.autocast = autocast
+def test_precision_is_that_of_the_autocast_around_a_call_and_the_flow_stays_float32(pipe):
+    computed, flow = set(), set()
+    for network in (pipe.mmdit.context_embedding, pipe.autoencoder.decoder.conv_in):
+        network.register_forward_hook(lambda *hooked: computed.add(hooked[-1].dtype))
 
     def solver(velocity, z, grid, progress):
-        assert inside[-1] == "flow"
-        velocity(z, 0.5)
-        assert inside[-2:] == ["network", "flow"]
+        z = euler(velocity, z, grid, progress)
+        flow.add(z.dtype)
         return z
 
     pipe("a", solver=solver)
+    assert computed == flow == {torch.float32}
+    computed.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pipe("a", solver=solver)
+    assert computed == {torch.bfloat16} and flow == {torch.float32}
 
 
 @pytest.mark.parametrize("direction", ["process_in", "process_out"])
@@ -323,9 +326,86 @@ def test_a_prompt_is_encoded_once_however_many_pictures_it_gets(pipe, monkeypatc
     monkeypatch.setattr(pipe.text, "encode", lambda texts: read.append(texts) or encode(texts))
     painted = pipe(["a", "b"], num_images=3, seeds=[4] * 6, steps=1)
     assert read == [["a", "b"], [""]]
+    repeated = pipe.encode(["b", "a", "b", "b"])
+    assert read[2:] == [["b", "a"]]
+    assert torch.equal(repeated.c_vec, encode(["b", "a", "b", "b"]).c_vec)
     for i, prompt in enumerate("aaabbb"):
         alone = pipe(prompt, seed=4, steps=1)[0]
         assert (painted[i].int() - alone.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        1.0,
+        GuidanceRescale(inner=GuidanceInterval(inner=ClassifierFreeGuidance(scale=1.0))),
+        ZeroUnconditional(inner=ClassifierFreeGuidance(scale=3.0)),
+    ],
+)
+def test_no_negative_prompt_is_encoded_where_guidance_reads_none(pipe, monkeypatch, guide):
+    read = []
+    encode = pipe.text.encode
+    monkeypatch.setattr(pipe.text, "encode", lambda texts: read.append(texts) or encode(texts))
+    images = pipe("a", negative_prompt="b", guidance=guide, num_images=2)
+    assert read == [["a"]]
+    assert torch.equal(images, pipe("a", negative_prompt="c", guidance=guide, num_images=2))
+
+
+@pytest.mark.parametrize("solver", [euler, dpmpp_2m])
+def test_the_stages_called_by_hand_give_the_same_image_bit_for_bit(pipe, solver):
+    wish = Request(
+        ["ab", "c"], negative_prompt="e", num_images=2, seed=7, steps=3, height=12, solver=solver
+    )
+    images, seeds, evaluations = pipe.sample(wish)
+    assert seeds == [7, 8, 7, 8] and evaluations == 6
+
+    times = pipe.objective.times(3)
+    z = times[0].item() * pipe.noise([7, 8, 7, 8], 12, 8)
+    positive, negative = pipe.encode(["ab", "ab", "c", "c"]), pipe.encode(["e"] * 4)
+    assert positive.c_vec.shape == negative.c_vec.shape == (4, 5)
+    guide = ClassifierFreeGuidance(scale=2.0)
+    z, count = pipe.denoise(z, times, positive, negative, guidance=guide, solver=solver)
+    assert z.shape == (4, 4, 6, 4) and count == 6
+    assert torch.equal(pipe.decode(z), images)
+
+
+def test_encoded_prompts_are_sampled_like_the_prompts_themselves(pipe):
+    wish = {"num_images": 2, "steps": 2, "seed": 3}
+    expected = pipe(["ab", "c"], negative_prompt="e", **wish)
+    encoded = pipe(pipe.encode(["ab", "c"]), negative_prompt=pipe.encode(["e"]), **wish)
+    assert torch.equal(encoded, expected)
+    with pytest.raises(UserError, match=r"4 and 6 wide \(c_vec, c_ctxt\), but .* reads 5 and 6"):
+        pipe(Condition(torch.zeros(1, 4), torch.zeros(1, 4, 6)))
+    with pytest.raises(UserError, match="2 negative prompts for 3 prompts"):
+        pipe(pipe.encode(["a", "b", "c"]), negative_prompt=pipe.encode(["a", "b"]))
+
+
+def test_a_part_of_the_way_can_be_denoised_alone(pipe):
+    """Denoising to the middle and on from there is denoising to the end."""
+    times, positive = pipe.objective.times(4), pipe.encode(["a"])
+    wish = {"guidance": ClassifierFreeGuidance(scale=1.0), "steps": 4}
+    whole, count = pipe.denoise(pipe.noise([0], 8, 8), times, positive, **wish)
+    middle, first = pipe.denoise(pipe.noise([0], 8, 8), times[:3], positive, **wish)
+    end, second = pipe.denoise(middle, times[2:], positive, **wish)
+    assert torch.equal(end, whole) and (first, second, count) == (2, 2, 4)
+
+
+def test_denoising_asks_for_the_negative_condition_that_guidance_reads(pipe):
+    with pytest.raises(UserError, match="SkipLayerGuidance moves away from a negative prompt"):
+        pipe.denoise(
+            pipe.noise([0], 8, 8),
+            pipe.objective.times(2),
+            pipe.encode(["a"]),
+            guidance=SkipLayerGuidance(inner=ClassifierFreeGuidance()),
+        )
+
+
+def test_a_request_needs_no_model():
+    request = Request(["a", "b"], num_images=2, seed=5)
+    assert (request.count, request.seeds) == (4, [5, 6, 5, 6])
+    assert request.height is request.steps is request.guidance is None
+    with pytest.raises(UserError, match="steps=0"):
+        Request("a", steps=0)
 
 
 def test_each_picture_follows_its_own_control(pipe):

@@ -76,7 +76,7 @@ def test_the_whole_way_from_tokens_to_pixels_matches_the_reference(golden, tmp_p
         if slg:
             window = {"start": slg["start"], "end": slg["end"], "layers": slg["layers"]}
             guide = SkipLayerGuidance(inner=guide, skip_scale=slg["scale"], **window)
-        velocity = NetworkVelocity(network, objective, torch.no_grad)
+        velocity = NetworkVelocity(network, objective)
         solver = {"euler": euler, "dpmpp_2m": dpmpp_2m}[run["sampler"]]
         guided = guide(velocity, positive, negative, grid, steps)
         trajectory = [case.inputs["noise"]]

@@ -1,11 +1,13 @@
 """Paint with a trained model or public weights: see `python sample.py --help`."""
 
 import json
-import math
 import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +18,17 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import mmdit
-from mmdit.checks import MOST_STEPS
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.values import seed_of, whole
 from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.devices import available
 from mmdit.errors import UserError
+from mmdit.flow.condition import Condition
 from mmdit.plots import LARGEST_GRID, Thumbnails, png
-from mmdit.precision import autocast, chosen_dtype
+from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.printable import logger, printable, show
 from mmdit.registry import describe
+from mmdit.request import Request
 from mmdit.runs.checkpoint import find_weights, hash_of_weights, newest_finished
 from mmdit.runs.files import NumberedFiles
 from mmdit.runs.status import mend
@@ -33,6 +36,7 @@ from mmdit.text.conditioning import ENCODERS
 
 log = logger("mmdit.sample")
 MOST_IMAGES = 1_000_000  # per prompt
+PROMPTS_KEPT = 100  # encoded ones, of 1 to 5 MB each at the size of SD3
 LONGEST_PROMPT_FILE = 50_000_000  # characters
 VERBATIM = (
     *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
@@ -41,41 +45,90 @@ VERBATIM = (
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, paint."""
+    """Check, load, sample, write."""
     prompts = read_prompts(text)
-    check_numbers(config)
-    picture = open_picture(Path(text["image"])) if "image" in text else None
-    if (picture is None) != (config.strength is None):
-        raise UserError("image=<file> and strength=<0 to 1> belong together: give both or neither")
+    image = open_picture(Path(text["image"])) if "image" in text else None
+    check(config, text, image)
     out = make_folder(Path(text.get("out") or "samples"))
     device = available(config.device)
     source = find_source(text.get("checkpoint"), config)
-    pipe = load(source, config, text, device)
+    pipe, precision = load(source, config, text, device)
     if config.compile:
         pipe.mmdit.compile()
     for remark in pipe.text.remarks(prompts):
         log.warning("note: %s", remark)
 
-    image = None if picture is None else fitted(picture, pipe, config)
-    size = (pipe.image_size, pipe.image_size) if image is None else image.shape[:2]
-    settings: dict[str, Any] = {
-        "negative_prompt": text.get("negative_prompt", ""),
-        "steps": pipe.steps if config.steps is None else config.steps,
-        "height": size[0] if config.height is None else config.height,
-        "width": size[1] if config.width is None else config.width,
-        "strength": config.strength,
-    }
+    options = options_of(pipe, config, image)
+    facts = facts_of(pipe, config, text, options, source)
+    wanted = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
+    count = len(prompts) * config.num_images
+    with tqdm(total=count * steps_of(pipe, options), unit="step", disable=None) as bar:
+        samples = sampled(
+            pipe,
+            wanted,
+            text.get("negative_prompt", ""),
+            options,
+            batch_size=config.batch_size,
+            precision=precision,
+            bar=bar,
+        )
+        write(samples, count, out, facts)
+
+
+def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> None:
+    """Refuse what makes no sense before any weights are read; None is the model's default."""
+    whole(config, "num_images", most=MOST_IMAGES)
+    whole(config, "batch_size")
+    seed_of(config, images=config.num_images)
+    if config.text.t5_length is not None:
+        whole(config, "text.t5_length")
+    numbers = {name: config[name] for name in ("height", "width", "steps", "guidance")}
+    Request("", negative_prompt=text.get("negative_prompt"), **numbers)
+    Request("", image=image, strength=config.strength)
+    switches = {name: config[name] for name in ("compile", "verify", "allow_pickle")}
+    switches |= {f"text.{name}": config.text[name] for name in config.text if name != "t5_length"}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={value} must be true or false")
+
+
+def options_of(
+    pipe: mmdit.Pipeline, config: DictConfig, image: torch.Tensor | None
+) -> dict[str, Any]:
+    """What all images have in common, as `mmdit.Request` takes it."""
     if config.guidance is None:
-        config.guidance = pipe.guidance
-    guide, solver = instantiate(config.guide), instantiate(config.solver)
-    grid = instantiate(config.grid) if config.get("grid") else pipe.objective.grid
-    pipe.latent_size(settings["height"], settings["width"])
-    facts = {
-        **settings,
-        "guidance": config.guidance,
+        config.guidance = pipe.guidance  # which the guide's own arguments follow
+    image = None if image is None else fitted(image, pipe, config)
+    height, width = (pipe.image_size, pipe.image_size) if image is None else image.shape[:2]
+    options = {
+        "steps": pipe.steps if config.steps is None else config.steps,
+        "height": height if config.height is None else config.height,
+        "width": width if config.width is None else config.width,
+        "image": image,
+        "strength": config.strength,
+        "guidance": instantiate(config.guide),
+        "solver": instantiate(config.solver),
+        "grid": instantiate(config.grid) if config.get("grid") else pipe.objective.grid,
+    }
+    pipe.latent_size(options["height"], options["width"])
+    return options
+
+
+def facts_of(
+    pipe: mmdit.Pipeline,
+    config: DictConfig,
+    text: Verbatim,
+    options: dict[str, Any],
+    source: Path | str,
+) -> dict[str, Any]:
+    """What the metadata of every image says: all that reproduces it, but prompt and seed."""
+    return {
+        "negative_prompt": text.get("negative_prompt", ""),
+        **{name: options[name] for name in ("steps", "height", "width", "strength")},
+        "guidance": scale_of(options["guidance"]),
         "guide": OmegaConf.to_container(config.guide, resolve=True),
-        "solver": solver.func.__name__,
-        "grid": describe(grid),
+        "solver": options["solver"].func.__name__,
+        "grid": describe(options["grid"]),
         "shift": pipe.objective.shift.alpha,
         "dtype": str(pipe.mmdit.dtype).removeprefix("torch."),
         "precision": config.precision,
@@ -87,33 +140,85 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "weights_sha256": hash_of_weights(source) if isinstance(source, Path) else None,
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__},
     }
-    wishes = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
-    count = len(prompts) * config.num_images
-    files, grid_of = NumberedFiles(out), Thumbnails() if count <= LARGEST_GRID else None
-    strength = 1.0 if config.strength is None else config.strength
-    steps = len(pipe.objective.times(settings["steps"], strength=strength, grid=grid)) - 1
-    with tqdm(total=count * steps, unit="step", disable=None) as bar:
-        while batch := list(islice(wishes, config.batch_size)):
-            images = pipe(
-                [prompt for prompt, _ in batch],
-                seeds=[seed for _, seed in batch],
-                image=image,
-                guidance=guide,
-                solver=solver,
-                grid=grid,
-                progress=lambda *_, batch=batch: bar.update(len(batch)),
-                **settings,
-            ).cpu()
-            for (prompt, seed), pixels in zip(batch, images, strict=True):
-                counted = {"function_evaluations": pipe.function_evaluations}
-                data = described_png(pixels, prompt, {"seed": seed, **facts, **counted})
-                tqdm.write(printable(files.add(f"{slug(prompt)}-seed{seed}.png", data)))
-                if grid_of is not None:
-                    grid_of.add(pixels, f"{prompt[:60]} ({seed})")
-    if grid_of is None:
+
+
+def scale_of(guide: Any) -> float | None:
+    """The scale of the guidance that the others wrap; None where it has none."""
+    while hasattr(guide, "inner"):
+        guide = guide.inner
+    return getattr(guide, "scale", None)
+
+
+def steps_of(pipe: mmdit.Pipeline, options: dict[str, Any]) -> int:
+    """Steps that the solver makes for each image: fewer than asked for where one is given."""
+    strength = 1.0 if options["strength"] is None else options["strength"]
+    return len(pipe.objective.times(options["steps"], strength=strength, grid=options["grid"])) - 1
+
+
+class Sampled(NamedTuple):
+    """An image and what is its own in its metadata."""
+
+    pixels: torch.Tensor  # uint8 (h, w, 3), on the CPU
+    prompt: str
+    seed: int
+    function_evaluations: float
+
+
+def sampled(
+    pipe: mmdit.Pipeline,
+    wanted: Iterator[tuple[str, int]],
+    negative_prompt: str,
+    options: dict[str, Any],
+    *,
+    batch_size: int,
+    precision: Autocast,
+    bar: Any,
+) -> Iterator[Sampled]:
+    """The images, batch by batch. Each prompt is encoded alone, and once for all its images.
+
+    So its encoding depends on no other prompt. The newest are kept, as a file may hold a million.
+
+    Args:
+        wanted: prompt and seed of each image.
+        negative_prompt: encoded only where the guidance reads it.
+        options: of all requests.
+        bar: of tqdm, on which each image counts every step of the solver.
+    """
+
+    @lru_cache(maxsize=PROMPTS_KEPT)
+    def encode(prompt: str) -> Condition:
+        with precision():
+            return pipe.encode([prompt])
+
+    negative = encode(negative_prompt) if options["guidance"].reads_negative else None
+    while batch := list(islice(wanted, batch_size)):
+        prompts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]
+        condition = Condition(*map(torch.cat, zip(*map(encode, prompts), strict=True)))
+        request = Request(condition, negative_prompt=negative, seeds=seeds, **options)
+        with precision():
+            samples = pipe.sample(request, lambda *_, n=request.count: bar.update(n))
+        for pixels, prompt, seed in zip(samples.images.cpu(), prompts, seeds, strict=True):
+            yield Sampled(pixels, prompt, seed, samples.function_evaluations)
+
+
+def write(samples: Iterator[Sampled], count: int, out: Path, facts: dict[str, Any]) -> None:
+    """A PNG for each image as it comes, and one of them all, unless they are too many to look at.
+
+    Args:
+        count: of the images.
+        facts: that all of them share.
+    """
+    files, grid = NumberedFiles(out), Thumbnails() if count <= LARGEST_GRID else None
+    for pixels, prompt, seed, evaluations in samples:
+        own = {"seed": seed, **facts, "function_evaluations": evaluations}
+        name = f"{slug(prompt)}-seed{seed}.png"
+        tqdm.write(printable(files.add(name, described_png(pixels, prompt, own))))
+        if grid is not None:
+            grid.add(pixels, f"{prompt[:60]} ({seed})")
+    if grid is None:
         show(f"no grid of {count} images: one of more than {LARGEST_GRID} could not be looked at")
     else:
-        show(files.add("grid.png", png(grid_of.image()), first=files.first))
+        show(files.add("grid.png", png(grid.image()), first=files.first))
 
 
 def read_prompts(text: Verbatim) -> list[str]:
@@ -137,30 +242,6 @@ def read_prompts(text: Verbatim) -> list[str]:
         raise UserError(f"prompt_file={path} is empty: write one prompt a line")
     # Lines alone end a prompt, not the other marks at which `splitlines` cuts.
     return content.removesuffix("\n").split("\n")
-
-
-def check_numbers(config: DictConfig) -> None:
-    """Refuse values that make no sense, by name; None stands for the model's default."""
-    whole(config, "num_images", most=MOST_IMAGES)
-    whole(config, "batch_size")
-    seed_of(config, images=config.num_images)
-    if config.steps is not None:
-        whole(config, "steps", most=MOST_STEPS)
-    for name in ("height", "width", "text.t5_length"):
-        if OmegaConf.select(config, name) is not None:
-            whole(config, name)
-    for name in ("guidance", "strength"):
-        value = config[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
-            raise UserError(f"{name}={value} must be a number")
-    if config.strength is not None and not 0 <= config.strength <= 1:
-        raise UserError(f"strength={config.strength} must lie in [0, 1]")
-    switches = {name: config[name] for name in ("compile", "verify", "allow_pickle")}
-    switches |= {f"text.{name}": config.text[name] for name in config.text if name != "t5_length"}
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise UserError(f"{name}={value} must be true or false")
 
 
 def make_folder(out: Path) -> Path:
@@ -195,8 +276,8 @@ def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
 
 def load(
     source: Path | str, config: DictConfig, text: Verbatim, device: torch.device
-) -> mmdit.Pipeline:
-    """The pipeline on its device. Public weights are cast; those of a run compute in autocast."""
+) -> tuple[mmdit.Pipeline, Autocast]:
+    """The pipeline on its device, and its precision: public weights are cast, a run's are not."""
     flags = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
     public = {
         "preset": config.preset,
@@ -208,31 +289,32 @@ def load(
     }
     if isinstance(source, Path):
         pipe = mmdit.load_pipeline(source, device=device, **flags, **public)
-        pipe.autocast = autocast(device, config.precision)
-        return pipe
+        return pipe, autocast(device, config.precision)
     dtype = chosen_dtype(device, config.precision)
     public["verify"] = config.verify
-    return mmdit.load_pipeline(source, device=device, dtype=dtype, **flags, **public)
+    pipe = mmdit.load_pipeline(source, device=device, dtype=dtype, **flags, **public)
+    return pipe, nullcontext
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB, by the policies of `mmdit.data.images`.
+def open_picture(path: Path) -> torch.Tensor:
+    """An image as uint8 (h, w, 3), by the policies of `mmdit.data.images`.
 
     Raises:
         UserError: it is none, or cannot be read.
     """
     try:
-        return Image.fromarray(decode(read_bytes(path)))
+        return torch.from_numpy(decode(read_bytes(path)))
     except (BadImage, OSError) as error:
         raise UserError(f"image={path} cannot be read as a picture: {error}") from error
 
 
-def fitted(picture: Image.Image, pipe: mmdit.Pipeline, config: DictConfig) -> torch.Tensor:
-    """The picture as uint8 (h, w, 3), of a size that the model takes.
+def fitted(image: torch.Tensor, pipe: mmdit.Pipeline, config: DictConfig) -> torch.Tensor:
+    """An image (h, w, 3) at a size that the model takes.
 
     Scaled to height and width where they are given (one alone keeps the proportions, nearly), and
     cut at its edges to multiples of what the model needs where not.
     """
+    picture = Image.fromarray(image.numpy())
     unit = pipe.autoencoder.factor * pipe.mmdit.patch_size
     scale = 1.0
     if config.height or config.width:

@@ -272,18 +272,20 @@ def write_scores(
     clip: CLIPPair,
     data: Shapes,
     variant: str,
+    precision: Autocast,
 ) -> None:
     """Measure the averaged and the raw weights by the paper's protocol: `<run>/scores.json`.
 
     Args:
         pipelines: 'ema' and 'raw'.
         variant: what the run is called in a ranking.
+        precision: of the pipelines.
     """
     protocol = instantiate(config.metrics)
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=2 * protocol.evaluations, desc="scoring", unit="step", disable=None)
     for kind, pipe in pipelines.items():
-        scored = protocol(pipe, clip, data, lambda *_: bar.update())
+        scored = protocol(pipe, clip, data, lambda *_: bar.update(), precision)
         rows += [{"weights": kind, **row} for row in scored]
     bar.close()
     network = pipelines["ema"].mmdit

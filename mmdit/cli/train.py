@@ -192,7 +192,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         if measure is not None:
             pipelines = {"ema": ema.module, "raw": pipeline}
             variant = config.variant or label or config.name
-            write_scores(config, run.path, checkpoint, pipelines, *measure, variant)
+            write_scores(config, run.path, checkpoint, pipelines, *measure, variant, precision)
     if processes.main:
         prompt = next(iter(task.validation.prompts))
         tell_results(run.path, checkpoint, (time.perf_counter() - began) / 60)

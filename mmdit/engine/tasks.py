@@ -264,20 +264,18 @@ class FlowTask:
         """
         assert isinstance(module, Pipeline)
         latents, captions = self._validation_latents, self.validation.captions
-        module.autocast = self.autocast
         with self.autocast():
             levels = validation_loss(module, latents, captions, seed=self.seed)
+            attention = attention_at(module, latents, captions, levels=LEVELS[:-1], seed=self.seed)
         figures = {f"loss_t{t:.3f}": loss for t, loss in zip(LEVELS, levels, strict=True)}
-        seen = last_blocks(
-            attention_at(module, latents, captions, levels=LEVELS[:-1], seed=self.seed)
-        )
+        seen = last_blocks(attention)
         attended = {"attention_max_logit": seen.max_logit, "attention_entropy": seen.entropy}
         return {"loss": sum(levels[:-1]) / len(levels[:-1]), **figures, **attended}
 
     @torch.no_grad()
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
         assert isinstance(module, Pipeline)
-        module.autocast = self.autocast
         prompts = self.validation.prompts
-        images = module(prompts, seeds=range(len(prompts)))
+        with self.autocast():
+            images = module(prompts, seeds=range(len(prompts)))
         return images.cpu(), prompts

@@ -19,6 +19,7 @@ from mmdit.keys import generator_for
 
 VelocityFunction = Callable[[Tensor, float], Tensor]
 Progress = Callable[[int, float, Tensor], object]
+Solver = Callable[[VelocityFunction, Tensor, Tensor, Progress | None], Tensor]
 
 
 def euler(

@@ -189,7 +189,7 @@ def attention_at(
         levels: of t.
     """
     shape, device = tuple(latents.shape[1:]), latents.device
-    with watched(pipeline.mmdit) as record, pipeline.autocast():
+    with watched(pipeline.mmdit) as record:
         for start in range(0, len(latents), batch_size):
             x_0 = latents[start : start + batch_size]
             keys = range(start, start + len(x_0))

@@ -1,6 +1,7 @@
 """The paper's protocol for comparing variants: six sampler settings (Sec. 5.1, App. B.3)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,8 @@ from mmdit.flow.solvers import Progress
 from mmdit.metrics.compositional import judge
 from mmdit.metrics.distances import clip_score, frechet_distance, kernel_distance
 from mmdit.pipeline import Pipeline
+from mmdit.precision import Autocast
+from mmdit.request import Request
 
 PROTOCOL = "scores-1"
 SOLVER = "euler"
@@ -81,7 +84,12 @@ class StudyProtocol:
 
     @torch.no_grad()
     def __call__(
-        self, pipe: Pipeline, features: Features, data: Shapes, progress: Progress | None = None
+        self,
+        pipe: Pipeline,
+        features: Features,
+        data: Shapes,
+        progress: Progress | None = None,
+        autocast: Autocast = nullcontext,
     ) -> list[dict[str, Any]]:
         """A row of figures for each of `SETTINGS`.
 
@@ -89,7 +97,8 @@ class StudyProtocol:
             pipe: the model.
             features: CLIP, the same for all models that are compared.
             data: the split that scenes and real pictures are taken from.
-            progress: called after every solver step, as in `Pipeline.__call__`.
+            progress: called after every solver step, as in `Pipeline.denoise`.
+            autocast: precision of the model; `features` computes in its own.
         """
         scenes = scenes_of(data, self.samples)
         prompts = [short_caption(scene) for scene in scenes]
@@ -101,7 +110,8 @@ class StudyProtocol:
         )
         rows = []
         for setting in SETTINGS:
-            images, evaluations = self._paint(pipe, prompts, setting, progress)
+            with autocast():
+                images, evaluations = self._sample(pipe, prompts, setting, progress)
             seen = features.image_embeddings(images)
             right = judge(data, scenes, images)
             rows.append(
@@ -117,22 +127,22 @@ class StudyProtocol:
             )
         return rows
 
-    def _paint(
+    def _sample(
         self, pipe: Pipeline, prompts: Sequence[str], setting: Setting, progress: Progress | None
     ) -> tuple[Tensor, float]:
-        """Pictures (n, h, w, 3) uint8, and evaluations of the network for each."""
-        painted = []
+        """Images (n, h, w, 3) uint8, and evaluations of the network for each."""
+        images = []
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
-            images = pipe(
+            request = Request(
                 batch,
                 seeds=[self.seed + start + i for i in range(len(batch))],
                 steps=setting.steps,
                 guidance=setting.guidance,
-                progress=progress,
             )
-            painted.append(images.cpu())
-        return torch.cat(painted), pipe.function_evaluations
+            samples = pipe.sample(request, progress)
+            images.append(samples.images.cpu())
+        return torch.cat(images), samples.function_evaluations
 
 
 def scenes_of(data: Shapes, count: int, *, start: int = 0) -> list[Scene]:

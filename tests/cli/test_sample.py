@@ -1,6 +1,8 @@
 import errno
+import json
 import os
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,9 @@ import mmdit.cli.eval.autoencoder
 import mmdit.cli.eval.subject
 from mmdit.cli import CONFIGS, sample
 from mmdit.errors import UserError
+from mmdit.flow.condition import Condition
 from mmdit.models.autoencoder import Autoencoder
+from mmdit.pipeline import Samples
 from mmdit.published import published_objective
 from tests.checkpoints_for_tests import write_checkpoint
 from tests.kills_for_tests import forked
@@ -60,7 +64,7 @@ def test_no_run_at_all_is_told(home, monkeypatch):
 
 
 READERS = {
-    "sample": lambda path: torch.from_numpy(np.array(sample.open_picture(path))),
+    "sample": lambda path: sample.open_picture(path),
     "eval/autoencoder": lambda path: mmdit.cli.eval.autoencoder.open_picture(path, 4),
 }
 
@@ -109,7 +113,7 @@ def test_a_prompt_file_without_end_is_refused(monkeypatch):
 class Stub:
     """A pipeline whose images cost nothing to generate, but the memory that they take."""
 
-    image_size, steps, guidance, function_evaluations = 256, 2, 1.0, 2
+    image_size, steps, guidance = 256, 2, 1.0
     mmdit = SimpleNamespace(dtype=torch.float32)
     text = SimpleNamespace(remarks=lambda prompts: [], t5=SimpleNamespace(length=1))
     objective = published_objective(3.0)
@@ -117,20 +121,29 @@ class Stub:
     def latent_size(self, height, width):
         return height // 8, width // 8
 
-    def __call__(self, prompts, *, height, width, **_):
-        return torch.from_numpy(np.full((len(prompts), height, width, 3), 7, np.uint8))
+    def __init__(self):
+        self.encoded, self.requests = [], []
+
+    def encode(self, prompts):
+        self.encoded.append(prompts)
+        return Condition(torch.zeros(len(prompts), 1), torch.zeros(len(prompts), 1, 1))
+
+    def sample(self, request, progress):
+        pixels = np.full((request.count, request.height, request.width, 3), 7, np.uint8)
+        return Samples(torch.from_numpy(pixels), request.seeds, 2)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """`run(*overrides, prompt=...)`: the lines printed by sampling with a `Stub` into `out`."""
     monkeypatch.setattr(sample, "find_source", lambda *_: "stub")
-    monkeypatch.setattr(sample, "load", lambda *_: Stub())
 
-    def job(*overrides, **text):
+    def job(*overrides, pipe=None, **text):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose("sample", list(overrides))
-        sample.job(config, {"prompt": "a cat", "out": str(tmp_path / "out"), **text})
+        monkeypatch.setattr(sample, "load", lambda *_: (pipe or Stub(), nullcontext))
+        prompt = {} if "prompt_file" in text else {"prompt": "a cat"}
+        sample.job(config, {**prompt, "out": str(tmp_path / "out"), **text})
         return capsys.readouterr().out.splitlines()
 
     return job
@@ -159,6 +172,59 @@ def test_two_thousand_images_take_no_more_memory_than_a_hundred(run, monkeypatch
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 10e6  # all of them have 393 MB
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_each_distinct_prompt_is_encoded_once_and_alone(run, tmp_path, batch_size):
+    pipe, batch = Stub(), f"batch_size={batch_size}"
+    run("num_images=8", "guidance=4", batch, pipe=pipe)
+    assert pipe.encoded == [[""], ["a cat"]]
+    pipe = Stub()
+    run("num_images=8", batch, pipe=pipe, negative_prompt="a dog")  # guidance is off
+    assert pipe.encoded == [["a cat"]]
+    (tmp_path / "prompts.txt").write_text("one\ntwo\none\n\none\n")
+    pipe = Stub()
+    run("num_images=2", "guidance=4", batch, pipe=pipe, prompt_file=str(tmp_path / "prompts.txt"))
+    assert pipe.encoded == [[""], ["one"], ["two"]]
+
+
+def facts_of(path):
+    with Image.open(path) as image:
+        return json.loads(image.text["mmdit"])
+
+
+@pytest.mark.parametrize(
+    ("words", "scale"),
+    [
+        ((), 1.0),
+        (("guidance=3",), 3),
+        (("++guide.scale=9",), 9),
+        (("guide=guidance_rescale", "++guide.inner.scale=9"), 9),
+    ],
+)
+def test_metadata_name_the_guidance_that_was_used(run, words, scale):
+    image, _ = run("num_images=1", "height=32", "width=32", *words)
+    assert facts_of(image)["guidance"] == scale
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("steps=0", "steps=0 must be a whole number from 1 to 10,000"),
+        ("height=8.5", "height=8.5 must be a whole number"),
+        ("guidance=inf", "guidance=inf must be a finite number"),
+        ("strength=0.5", "image and strength belong together"),
+        ("num_images=0", "num_images"),
+        ("batch_size=true", "batch_size"),
+        ("compile=1", "compile=1 must be true or false"),
+    ],
+)
+def test_what_no_model_could_do_is_refused_before_weights_are_looked_for(
+    run, monkeypatch, word, message
+):
+    monkeypatch.setattr(sample, "find_source", lambda *_: pytest.fail("looked for weights"))
+    with pytest.raises(UserError, match=message):
+        run(word)
 
 
 def test_a_grid_has_thumbnails_of_at_most_64_images(run, tmp_path):

@@ -18,6 +18,7 @@ from mmdit.engine.tasks import FlowTask
 from mmdit.latents.sources import FromMemory
 from mmdit.precision import autocast
 from mmdit.processes import Processes
+from mmdit.request import Request
 from mmdit.study.emphasis import report_formulation
 from mmdit.study.formulations import study
 from mmdit.study.protocol import SETTINGS
@@ -88,8 +89,8 @@ def test_it_trains_twenty_steps_and_paints_under_all_six_settings(row, one_threa
 
     pipe.autoencoder.decode = decode
     for steps, guidance in SETTINGS:
-        pipe("a red circle", steps=steps, guidance=guidance)
-        assert pipe.function_evaluations == steps * (1 if guidance == 1.0 else 2)
+        samples = pipe.sample(Request("a red circle", steps=steps, guidance=guidance))
+        assert samples.function_evaluations == steps * (1 if guidance == 1.0 else 2)
     assert finite == [True] * len(SETTINGS)
 
 

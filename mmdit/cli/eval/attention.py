@@ -113,11 +113,12 @@ def look_at_shapes(
     for start in range(0, config.samples, config.batch_size):
         indices = range(start, min(start + config.batch_size, config.samples))
         images, told, _ = data.batch(indices)
-        with pipe.autocast():
+        with subject.autocast():
             latents.append(to_latents(pipe.autoencoder, images))
         captions += told
     options = {"levels": levels, "seed": config.seed, "batch_size": config.batch_size}
-    return attention_at(pipe, torch.cat(latents), captions, **options)
+    with subject.autocast():
+        return attention_at(pipe, torch.cat(latents), captions, **options)
 
 
 def random_network(config: DictConfig, text: Verbatim) -> Watched:

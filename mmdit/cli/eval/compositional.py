@@ -20,8 +20,8 @@ from torch import Tensor
 from mmdit.cli.eval.subject import (
     PARTS,
     Subject,
+    generate,
     open_subject,
-    paint,
     results_folder,
     shapes_for,
     write_results,
@@ -31,7 +31,6 @@ from mmdit.cli.values import seed_of, whole
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.metrics.compositional import judge
-from mmdit.pipeline import Pipeline
 from mmdit.plots import grid_image, png
 
 PROTOCOL = "compositional-1"
@@ -60,7 +59,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     same_scenes.seed = 0  # whatever the seed of the noise
     for split in config.splits:
         data = scenes_for(subject, same_scenes, split)
-        table, examples = measure(pipe, data, report, config)
+        table, examples = measure(subject, data, report, config)
         report["splits"][split] = table
         shown += examples if split == config.splits[0] else []
     out = results_folder(text, subject.source, "compositional")
@@ -76,7 +75,7 @@ def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
 
 
 def measure(
-    pipe: Pipeline, data: Shapes, report: dict[str, Any], config: DictConfig
+    subject: Subject, data: Shapes, report: dict[str, Any], config: DictConfig
 ) -> tuple[dict[str, Any], list[tuple[Tensor, str, bool]]]:
     """Accuracy of each task with its two controls, and the pictures that were judged."""
     n = report["prompts_per_task"]
@@ -86,7 +85,9 @@ def measure(
     for task in TASKS:
         scenes = [data.scene_for_task(task, i) for i in range(n)]
         prompts = [short_caption(scene) for scene in scenes]
-        images = paint(pipe, prompts, config, label=f"{data.split}, {task}", **options)
+        with subject.autocast():
+            label = f"{data.split}, {task}"
+            images = generate(subject.pipe, prompts, config, label=label, **options).images
         right = judge(data, scenes, images)
         truth = judge(data, scenes, torch.stack([torch.from_numpy(data.render(s)) for s in scenes]))
         shuffled = judge(data, scenes, images.roll(n // 2, dims=0))

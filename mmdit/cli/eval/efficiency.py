@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 
 from mmdit.cli.eval.subject import (
     PARTS,
+    generate,
     numbers,
     open_features,
     open_subject,
-    paint,
     read_prompts,
     results_folder,
     sampling,
@@ -59,15 +59,16 @@ def job(config: DictConfig, text: Verbatim) -> None:
     for steps in sorted(counts):
         guidance = MeasuredGuidance(inner=instantiate(config.guide))
         label, options = f"{steps} steps", {"steps": steps, "guidance": guidance}
-        images = paint(subject.pipe, prompts.texts, config, label=label, **options)
+        with subject.autocast():
+            samples = generate(subject.pipe, prompts.texts, config, label=label, **options)
         lengths = guidance.lengths().double()
         report["rows"].append(
             {
                 "steps": steps,
-                "function_evaluations": subject.pipe.function_evaluations,
+                "function_evaluations": samples.function_evaluations,
                 "path_length": lengths.mean().item(),
                 "path_length_standard_error": lengths.std().item() / len(lengths) ** 0.5,
-                **scores(prompts, images, features),
+                **scores(prompts, samples.images, features),
             }
         )
     add_losses(report)

@@ -18,9 +18,9 @@ from torch import Tensor
 from mmdit.cli.eval.subject import (
     PARTS,
     Subject,
+    generate,
     open_features,
     open_subject,
-    paint,
     read_prompts,
     results_folder,
     sampling,
@@ -65,13 +65,15 @@ def job(config: DictConfig, text: Verbatim) -> None:
     }
     usual = subject.pipe.text.empty_prompt
     for kept in SUBSETS:
-        loss = measured_loss(speaking(subject.pipe, kept), validation, config)
+        with subject.autocast():
+            loss = measured_loss(speaking(subject.pipe, kept), validation, config)
         for empty in EMPTY_PROMPTS if kept == ENCODERS else (usual,):
             view = speaking(subject.pipe, kept, empty_prompt=empty)
             options = {"steps": report["steps"], "guidance": instantiate(config.guide)}
-            images = paint(view, prompts.texts, config, label=name_of(kept), **options)
+            with subject.autocast():
+                samples = generate(view, prompts.texts, config, label=name_of(kept), **options)
             row = {"encoders": list(kept), "unconditional": empty}
-            report["rows"].append({**row, **scores(prompts, images, features), **loss})
+            report["rows"].append({**row, **scores(prompts, samples.images, features), **loss})
     out = results_folder(text, subject.source, "encoders")
     write_results(out, "encoders", report, as_markdown(report))
 
@@ -86,7 +88,7 @@ def latents_of(subject: Subject, config: DictConfig) -> tuple[Tensor, list[str]]
     for start in range(0, config.validation_samples, config.batch_size):
         stop = min(start + config.batch_size, config.validation_samples)
         images, told, _ = data.batch(range(start, stop))
-        with pipe.autocast():
+        with subject.autocast():
             latents.append(to_latents(pipe.autoencoder, images))
         captions += told
     return torch.cat(latents), captions
@@ -98,9 +100,8 @@ def measured_loss(
     """The validation loss and its levels, where there are latents."""
     if validation is None:
         return {}
-    with pipe.autocast():
-        options = {"seed": config.seed, "batch_size": config.batch_size}
-        levels = validation_loss(pipe, *validation, **options)
+    options = {"seed": config.seed, "batch_size": config.batch_size}
+    levels = validation_loss(pipe, *validation, **options)
     by_level = {f"{t:g}": loss for t, loss in zip(LEVELS, levels, strict=True)}
     return {"loss": sum(levels[:-1]) / len(levels[:-1]), "levels": by_level}
 

@@ -85,13 +85,14 @@ def fill(
     with tqdm(total=len(wanted), desc="painting", unit="image", disable=None) as bar:
         for start in range(0, len(wanted), config.batch_size):
             batch = wanted[start : start + config.batch_size]
-            images = subject.pipe(
-                [lines[index]["prompt"] for index, _ in batch],
-                seeds=[config.seed + sample for _, sample in batch],
-                guidance=instantiate(config.guide),
-                solver=instantiate(config.solver),
-                **options,
-            )
+            with subject.autocast():
+                images = subject.pipe(
+                    [lines[index]["prompt"] for index, _ in batch],
+                    seeds=[config.seed + sample for _, sample in batch],
+                    guidance=instantiate(config.guide),
+                    solver=instantiate(config.solver),
+                    **options,
+                )
             for (index, sample), pixels in zip(batch, images, strict=True):
                 folder.write(index, sample, pixels)
             bar.update(len(batch))

@@ -25,9 +25,10 @@ from mmdit.errors import UserError
 from mmdit.metrics.compositional import judge
 from mmdit.metrics.distances import clip_score
 from mmdit.metrics.features import in_batches, load_clip_features
-from mmdit.pipeline import Pipeline
-from mmdit.precision import autocast, chosen_dtype
+from mmdit.pipeline import Pipeline, Samples
+from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.printable import printable, show
+from mmdit.request import Request
 from mmdit.runs.checkpoint import find_weights, hash_of_weights, newest_finished
 from mmdit.runs.native import file_hash
 from mmdit.runs.status import mend
@@ -41,6 +42,7 @@ class Subject(NamedTuple):
     """A model that is measured."""
 
     pipe: Pipeline
+    autocast: Autocast  # what it computes in, as a context
     source: Path  # file or folder of its weights
     native: bool  # whether it is a run's, rather than public
     facts: dict[str, Any]  # how a report names it: weights, weights_sha256, encoders used
@@ -67,15 +69,15 @@ def open_subject(config: DictConfig, text: Verbatim) -> Subject:
         mend(Path(given).expanduser())
         source = find_weights(Path(given).expanduser(), config.weights)
         pipe = mmdit.load_pipeline(source, device=device, **used)
-        pipe.autocast = autocast(device, config.precision)
+        compute = autocast(device, config.precision)
     else:
         options: dict[str, Any] = {key.removeprefix("text."): text.get(key) for key in PARTS}
         options |= {"preset": config.preset, "dtype": chosen_dtype(device, config.precision)}
         pipe = mmdit.load_pipeline(given, device=device, **used, **options)
-        source = local(given, [])
+        source, compute = local(given, []), autocast(device, "fp32")
     facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
     facts |= {f"{key}_sha256": hash_of(local(text[key], [])) for key in PARTS[:2] if key in text}
-    return Subject(pipe, source, native, {**facts, "text": used})
+    return Subject(pipe, compute, source, native, {**facts, "text": used})
 
 
 def is_run(given: str | Path) -> bool:
@@ -169,17 +171,19 @@ def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompt
     return Prompts(lines[:n], [], None)
 
 
-def paint(
+def generate(
     pipe: Pipeline, prompts: Sequence[str], config: DictConfig, *, label: str, **options: Any
-) -> Tensor:
-    """One picture a prompt, (n, h, w, 3) uint8; picture i starts from the noise of seed + i."""
-    batches, first = [], seed_of(config, images=len(prompts))
+) -> Samples:
+    """One image a prompt, on the CPU; image i starts from the noise of seed + i."""
+    first, options["solver"] = seed_of(config, images=len(prompts)), instantiate(config.solver)
+    seeds, images, evaluations = [first + i for i in range(len(prompts))], [], 0.0
     starts = range(0, len(prompts), config.batch_size)
     for start in tqdm(starts, desc=label, unit="batch", disable=None):
-        batch = prompts[start : start + config.batch_size]
-        seeds = [first + start + i for i in range(len(batch))]
-        batches.append(pipe(batch, seeds=seeds, solver=instantiate(config.solver), **options).cpu())
-    return torch.cat(batches)
+        batch = slice(start, start + config.batch_size)
+        samples = pipe.sample(Request(prompts[batch], seeds=seeds[batch], **options))
+        images.append(samples.images.cpu())
+        evaluations = samples.function_evaluations
+    return Samples(torch.cat(images), seeds, evaluations)
 
 
 @torch.no_grad()
