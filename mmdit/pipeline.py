@@ -1,6 +1,6 @@
 """Prompt to image: text, noise, guided flow, decoder."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from mmdit.flow.solvers import Progress, Solver, euler
 from mmdit.flow.watch import Watch
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
-from mmdit.models.controlnet import ControlledMMDiT
+from mmdit.models.controlnet import ControlledMMDiT, control_pixels
 from mmdit.registry import register
 from mmdit.request import Request
 from mmdit.text.conditioning import TextConditioner
@@ -72,8 +72,23 @@ class Denoised(NamedTuple):
 
 def for_each_image(condition: Condition, count: int) -> Condition:
     """The condition of each of `count` images, of which every prompt has an equal share."""
-    times = count // len(condition.c_vec)
-    return Condition(*(part.repeat_interleave(times, dim=0) for part in condition))
+    return condition.map(lambda part: part.repeat_interleave(count // len(part), dim=0))
+
+
+def expect_read(network: Backbone, extra: Mapping[str, Tensor]) -> None:
+    """Refuse conditions besides text that the network does not read, or that it lacks.
+
+    Raises:
+        UserError: a tensor is missing, or one too many.
+        NotFinite: a value is NaN or infinite.
+    """
+    if network.reads != set(extra):
+        has, needs = (", ".join(sorted(names)) or "nothing" for names in (extra, network.reads))
+        raise UserError(
+            f"extra has {has}, but {type(network).__name__} reads {needs} besides the prompt"
+        )
+    for name, part in extra.items():
+        expect_finite(f"what made extra[{name!r}]", part)
 
 
 class NetworkVelocity:
@@ -156,7 +171,7 @@ class Pipeline(nn.Module):
             UserError: a side is not a multiple of autoencoder factor x patch size, or too large.
         """
         unit = self.autoencoder.factor * self.mmdit.patch_size
-        largest = unit * self.mmdit.positions.shape[0]
+        largest = self.autoencoder.factor * self.mmdit.longest_side
         for name, side in (("height", height), ("width", width)):
             if side < unit or side % unit or side > largest:
                 raise UserError(
@@ -226,17 +241,21 @@ class Pipeline(nn.Module):
         steps = self.steps if request.steps is None else request.steps
         steps = whole_number("steps", steps, most=MOST_STEPS)
         guidance = request.guidance or ClassifierFreeGuidance(scale=self.guidance)
-        if isinstance(self.mmdit, ControlledMMDiT):
-            self.mmdit.check_pictures(count)
         size = (request.height or self.image_size, request.width or self.image_size)
         z = self.noise(request.seeds, *size)
         times = self.objective.times(steps, strength=request.strength, grid=request.grid)
         # Paths that end before all is noise start there, from the noise alone.
         image = request.image
         z = times[0].item() * z if image is None else self.noised(image, z, times[:1])
-        positive, negative = for_each_image(self.encode(request.prompts), count), None
+        positive, negative = self.encode(request.prompts), None
+        extra = {**positive.extra, **request.extra}
+        if request.control is not None:
+            extra["control"] = self.encode_control(request.control)
+        expect_read(self.mmdit, extra)
+        positive = for_each_image(positive._replace(extra=extra), count)
         if guidance.reads_negative:
             negative = for_each_image(self.encode(request.negatives), count)
+            negative = negative._replace(extra=positive.extra)
         latents, evaluations = self.denoise(
             z,
             times,
@@ -277,7 +296,32 @@ class Pipeline(nn.Module):
         if len(rows) == len(prompts):
             return condition
         chosen = [rows[prompt] for prompt in prompts]
-        return Condition(*(part[chosen] for part in condition))
+        return condition.map(lambda part: part[chosen])
+
+    @torch.no_grad()
+    def encode_control(self, images: Tensor) -> Tensor:
+        """Control images, uint8 (n, height, width, 3), to what a `ControlledMMDiT` reads of them.
+
+        In the range of pixels that its control net was trained on, as its `control_type` says.
+
+        Returns:
+            (n, c, h, w): the `extra["control"]` of a condition.
+
+        Raises:
+            UserError: the network is not a `ControlledMMDiT`.
+            NotFinite: the encoder gives NaN or infinite values.
+        """
+        if not isinstance(self.mmdit, ControlledMMDiT):
+            raise UserError(
+                f"control: {type(self.mmdit).__name__} follows no control image; join a control "
+                "net to it: pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=...)"
+            )
+        precise = at_least_float32(self.autoencoder.dtype)
+        pixels = images.to(self.autoencoder.scale.device)
+        pixels = control_pixels(pixels, self.mmdit.control_net.control_type, precise)
+        latents = self.autoencoder.encode(pixels)
+        expect_finite("the autoencoder's encoder", latents)
+        return latents
 
     @torch.no_grad()
     def denoise(

@@ -112,7 +112,7 @@ def load_published(
         text=text,
         autoencoder=vae,
         objective=published_objective(stored_shift(root, chosen.shift)),
-        image_size=min(1024, unit * mmdit.positions.shape[0]),
+        image_size=min(1024, vae.factor * mmdit.longest_side),
         steps=chosen.steps,
         guidance=chosen.guidance,
     ).eval()

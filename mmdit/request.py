@@ -1,7 +1,7 @@
 """What to sample, checked in one place before any of it is computed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -38,7 +38,7 @@ class Request:
             is kept); `Grid.remaining` says which steps are left to do.
         num_images: per prompt; image i of a prompt starts from seed + i. All prompts together, at
             most 10,000 images.
-        height, width: in pixels; that of `image`, or the training size, by default.
+        height, width: in pixels; that of `image` or `control`, or the training size, by default.
         steps: of the solver, at most 10,000.
         guidance: scale of classifier-free guidance (1 turns it off), or an object of
             `mmdit.flow.guidance`.
@@ -47,6 +47,9 @@ class Request:
         seeds: one for each image, prompts outermost, instead of `seed`.
         solver: a function of `mmdit.flow.solvers`.
         grid: where the solver stops, of `mmdit.flow.grids`; the formulation's own by default.
+        control: image that a `ControlledMMDiT` follows, as `image` is given.
+        extra: what else conditions the network besides text, by the names of `Backbone.reads`: one
+            row for all images or one for each, prompts outermost. Both sides of guidance get it.
 
     Raises:
         UserError: an impossible value, or values that do not fit each other.
@@ -68,6 +71,8 @@ class Request:
         seeds: Sequence[int] | None = None,
         solver: Solver = euler,
         grid: Grid | None = None,
+        control: Tensor | None = None,
+        extra: Mapping[str, Tensor] = {},
     ) -> None:
         self.prompts = texts("prompt", prompt)
         self.negatives = texts(
@@ -91,10 +96,9 @@ class Request:
         self.strength = 1.0 if strength is None else real("strength", strength, 0.0, 1.0)
         self.height = None if height is None else whole_number("height", height)
         self.width = None if width is None else whole_number("width", width)
-        self.image = None
-        if image is not None:
-            self.image = one_per_prompt("image", image, prompts, self.height, self.width)
-            self.height, self.width = self.image.shape[1:3]
+        self.image = self._sized("image", image, prompts)
+        self.control = self._sized("control", control, prompts)
+        self.extra = rows_for(extra, self.count)
         self.steps = None if steps is None else whole_number("steps", steps, most=MOST_STEPS)
         if not (guidance is None or isinstance(guidance, Guidance)):
             guidance = ClassifierFreeGuidance(scale=real("guidance", guidance))
@@ -104,6 +108,14 @@ class Request:
         if not (grid is None or isinstance(grid, Grid)):
             raise UserError(f"grid={grid!r} must be an object of mmdit.flow.grids")
         self.solver, self.grid = solver, grid
+
+    def _sized(self, name: str, image: Tensor | None, prompts: int) -> Tensor | None:
+        """An image as a batch, whose size is that of all images."""
+        if image is None:
+            return None
+        batch = one_per_prompt(name, image, prompts, self.height, self.width)
+        self.height, self.width = batch.shape[1:3]
+        return batch
 
 
 def texts(name: str, given: str | Sequence[str] | Condition) -> list[str] | Condition:
@@ -181,6 +193,24 @@ def one_per_prompt(
                 f"the {name} first"
             )
     return batch
+
+
+def rows_for(extra: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """What else conditions `count` images, checked.
+
+    Raises:
+        UserError: something is not a tensor of one row for all images, or one for each.
+    """
+    if not isinstance(extra, Mapping):
+        raise UserError(f"extra={extra!r} must give a tensor to each name")
+    for name, part in extra.items():
+        if not isinstance(part, Tensor) or part.ndim == 0 or len(part) not in (1, count):
+            has = f"{len(part)} rows" if isinstance(part, Tensor) and part.ndim else repr(part)
+            raise UserError(
+                f"extra[{name!r}] has {has} for {count} images: give one for all, or one for each, "
+                "prompts outermost (repeat_interleave(num_images, dim=0))"
+            )
+    return dict(extra)
 
 
 def real(name: str, given: Any, least: float = -math.inf, most: float = math.inf) -> float:

@@ -32,7 +32,7 @@ from mmdit.cli import CONFIGS
 from mmdit.cli.train import build_pipeline, count
 from mmdit.metrics.attention import watched
 from mmdit.metrics.flops import counted_flops
-from mmdit.models.backbone import joint_attention
+from mmdit.models.blocks import joint_attention
 from mmdit.models.matching import matched
 from mmdit.nn.embeddings import sinusoid
 from mmdit.nn.modulation import modulate
@@ -187,7 +187,7 @@ for block in net.blocks:
 x = net.last_block(c, x, y)
 prediction = net.prediction(x, y, *z_t.shape[-2:])
 print("image tokens", tuple(x.shape), "-> prediction", tuple(prediction.shape))
-print("equal to net(...):", torch.equal(prediction, net(z_t, t, *condition)))
+print("equal to net(...):", torch.equal(prediction, net(z_t, t, condition.c_vec, condition.c_ctxt)))
 print("largest value:", prediction.abs().max().item())
 
 # %% [markdown]
@@ -196,7 +196,7 @@ print("largest value:", prediction.abs().max().item())
 
 # %%
 with watched(net) as record:
-    net(z_t, t, *condition)
+    net(z_t, t, condition.c_vec, condition.c_ctxt)
 for seen in record.blocks():
     print(seen)
 

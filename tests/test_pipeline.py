@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdit.errors import UserError
+from mmdit.errors import NotFinite, UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import KarrasGrid
 from mmdit.flow.guidance import (
@@ -414,11 +414,11 @@ def test_each_picture_follows_its_own_control(pipe):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
     controls = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(2))
-    base, wish = pipe.mmdit, {"seeds": [7] * 4, "steps": 2, "num_images": 2}
+    pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=net)
+    wish = {"seeds": [7] * 4, "steps": 2, "num_images": 2}
 
     def paint(prompts: list[str], latents: torch.Tensor, **wish: object) -> torch.Tensor:
-        pipe.mmdit = ControlledMMDiT(base=base, control_net=net, control_latent=latents)
-        return pipe(prompts, **wish).int()
+        return pipe(prompts, extra={"control": latents}, **wish).int()
 
     for guidance in (1.0, 3.0):
         painted = paint(["a", "b"], controls, guidance=guidance, **wish)
@@ -426,5 +426,21 @@ def test_each_picture_follows_its_own_control(pipe):
             alone = paint([prompt], controls[i : i + 1], guidance=guidance, seed=7, steps=2)[0]
             assert (painted[i] - alone).abs().max() <= 1
         assert (painted[0] - painted[1]).abs().max() > 10
-    with pytest.raises(UserError, match="2 control images for 4 pictures: give one for all, or"):
+    message = r"extra\['control'\] has 2 rows for 4 images: give one for all, or one for each"
+    with pytest.raises(UserError, match=message):
         paint(["a", "b"], controls[:2], **wish)
+    with pytest.raises(NotFinite, match=r"what made extra\['control'\] gave NaN"):
+        paint(["a", "b"], controls * torch.nan, **wish)
+
+
+def test_a_network_gets_what_it_reads_and_nothing_else(pipe):
+    control = {"control": torch.zeros(1, 4, 4, 4)}
+    with pytest.raises(UserError, match="extra has control, but MMDiT reads nothing besides"):
+        pipe("a", extra=control, steps=1)
+    net = ControlNet(depth=1, width=16, num_heads=2, latent_channels=4, pooled_width=5)
+    pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=net)
+    with pytest.raises(UserError, match="extra has nothing, but ControlledMMDiT reads control"):
+        pipe("a", steps=1)
+    for wrong in (torch.tensor(1.0), "edges.png"):
+        with pytest.raises(UserError, match="give one for all, or one for each"):
+            pipe("a", extra={"control": wrong}, steps=1)

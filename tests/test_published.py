@@ -241,7 +241,7 @@ def test_frozen_encoders_say_what_they_say_in_their_pipeline(tiny, tmp_path, mon
     again.load_state_dict(text.state_dict())
     expected = mmdit.load_pipeline(tiny, t5_length=20).text.encode(["a red cat"])
     for found in (text.encode(["a red cat"]), again.encode(["a red cat"])):
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(found[:2], expected[:2], strict=True):
             torch.testing.assert_close(
                 one, other
             )  # other kernels compute where there are gradients
@@ -249,7 +249,7 @@ def test_frozen_encoders_say_what_they_say_in_their_pipeline(tiny, tmp_path, mon
 
 def test_frozen_encoders_can_be_left_out(tiny):
     text = frozen_text(source=str(tiny), t5_length=20, use_t5=False)
-    c_vec, c_ctxt = text.encode(["a red cat"])
+    c_vec, c_ctxt, _ = text.encode(["a red cat"])
     assert c_ctxt.shape == (1, 77 + 20, 4096) and not c_ctxt[:, 77:].any()
     expected = mmdit.load_pipeline(tiny, t5_length=20).text.encode(["a red cat"])
     torch.testing.assert_close(c_vec, expected.c_vec)
@@ -398,12 +398,12 @@ def test_a_control_net_takes_the_place_of_the_network(tiny):
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     net = ControlNet(depth=1, width=64, num_heads=4, pooled_width=40)
     plain = latents(pipe, "a cat")
-    control = torch.zeros(1, 16, 16, 12)
     base = pipe.mmdit
-    pipe.mmdit = ControlledMMDiT(base=base, control_net=net, control_latent=control)
-    assert torch.equal(latents(pipe, "a cat"), plain)  # untrained, it changes nothing
+    pipe.mmdit = ControlledMMDiT(base=base, control_net=net)
+    control = {"extra": {"control": torch.zeros(1, 16, 16, 12)}}
+    assert torch.equal(latents(pipe, "a cat", **control), plain)  # untrained, it changes nothing
     torch.nn.init.ones_(net.to_residuals[0].weight)
-    assert not torch.equal(latents(pipe, "a cat"), plain)
+    assert not torch.equal(latents(pipe, "a cat", **control), plain)
 
 
 # Every loader, of a run and of public weights

@@ -23,7 +23,7 @@ from mmdit.cli.values import seed_of, whole
 from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.devices import available
 from mmdit.errors import UserError
-from mmdit.flow.condition import Condition
+from mmdit.flow.condition import Condition, joined
 from mmdit.plots import LARGEST_GRID, Thumbnails, png
 from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.printable import logger, printable, show
@@ -193,7 +193,7 @@ def sampled(
     negative = encode(negative_prompt) if options["guidance"].reads_negative else None
     while batch := list(islice(wanted, batch_size)):
         prompts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]
-        condition = Condition(*map(torch.cat, zip(*map(encode, prompts), strict=True)))
+        condition = joined([encode(prompt) for prompt in prompts])
         request = Request(condition, negative_prompt=negative, seeds=seeds, **options)
         with precision():
             samples = pipe.sample(request, lambda *_, n=request.count: bar.update(n))
@@ -322,7 +322,7 @@ def fitted(image: torch.Tensor, pipe: mmdit.Pipeline, config: DictConfig) -> tor
         scale = (config.height or config.width) / (high if config.height else wide)
     width = config.width or int(picture.width * scale) // unit * unit
     height = config.height or int(picture.height * scale) // unit * unit
-    largest = unit * pipe.mmdit.positions.shape[0]
+    largest = pipe.autoencoder.factor * pipe.mmdit.longest_side
     if not (unit <= height <= largest and unit <= width <= largest):
         raise UserError(
             f"image is {picture.width} x {picture.height}: this model takes sides from {unit} to "

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmdit.checks import expect, expect_list, expect_number
 from mmdit.errors import UserError
-from mmdit.models.backbone import Block
+from mmdit.models.blocks import Block
 from mmdit.models.clip import CLIPLayer
 from mmdit.models.t5 import T5Layer
 

@@ -243,8 +243,8 @@ class FlowTask:
         x_0 = self.source.latents(example.x)
         draw = Draw(*(part.to(x_0.device, non_blocking=True) for part in example.draw))
         with self.autocast():
-            c_vec, c_ctxt = condition(module.text, example.text, example.kept)
-            return module.objective(module.mmdit, x_0, c_vec, c_ctxt, draw)
+            conditioned = condition(module.text, example.text, example.kept)
+            return module.objective(module.mmdit, x_0, conditioned, draw)
 
     def times(self, example: Captioned) -> Tensor:
         return example.draw.t

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
-from mmdit.flow.condition import Condition, LayeredVelocity
+from mmdit.flow.condition import Condition, LayeredVelocity, joined
 from mmdit.flow.solvers import VelocityFunction
 from mmdit.registry import register
 
@@ -31,9 +31,7 @@ class Sides:
         self, velocity: LayeredVelocity, positive: Condition, negative: Condition | None
     ) -> None:
         self.velocity, self.positive = velocity, positive
-        self._both = None
-        if negative is not None:
-            self._both = Condition(*map(torch.cat, zip(positive, negative, strict=True)))
+        self._both = None if negative is None else joined([positive, negative])
         self._newest: list[tuple[Tensor, float, Tensor]] = []  # one, or none yet
 
     def conditional(self, z: Tensor, t: float) -> Tensor:
@@ -254,7 +252,7 @@ class ZeroUnconditional(Guidance):
     """Guidance away from zeros, as if all encoders were dropped, whatever the negative prompt is.
 
     The unconditional input of the paper's training (App. B.3); the published samplers encode the
-    empty prompt instead.
+    empty prompt instead. Text alone is zeroed: a control latent, a mask and the like stay.
 
     Args:
         inner: the guidance that gets these zeros.
@@ -268,7 +266,10 @@ class ZeroUnconditional(Guidance):
         return False
 
     def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        nothing = Condition(*(torch.zeros_like(part) for part in sides.positive))
+        c_vec, c_ctxt, _ = sides.positive
+        nothing = sides.positive._replace(
+            c_vec=torch.zeros_like(c_vec), c_ctxt=torch.zeros_like(c_ctxt)
+        )
         return self.inner.guided(sides.against(nothing), grid, steps)
 
 

@@ -16,7 +16,7 @@ from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import TimestepDensity
 from mmdit.registry import register
 
-Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Model = Callable[..., Tensor]  # (z_t, t, c_vec, c_ctxt, **extra), as `Condition` has them
 
 
 class Draw(NamedTuple):
@@ -69,14 +69,12 @@ class Objective:
         shifted = self.path.time_at(self.shift(self.path.straight(t.double())))
         return Draw(shifted.float(), epsilon)
 
-    def __call__(
-        self, model: Model, x_0: Tensor, c_vec: Tensor, c_ctxt: Tensor, draw: Draw
-    ) -> Tensor:
+    def __call__(self, model: Model, x_0: Tensor, condition: Condition, draw: Draw) -> Tensor:
         """E || model(z_t, t) - target ||^2 per sample, averaged over its values.
 
         Args:
             x_0: normalized latents (b, c, h, w).
-            c_vec, c_ctxt: the text (b, p), (b, l, d).
+            condition: the text, and what else the network reads, of each sample.
 
         Returns:
             (b,), in no less than float32.
@@ -85,7 +83,8 @@ class Objective:
         t = t.to(torch.promote_types(t.dtype, x_0.dtype))  # so that float64 stays on the path
         z_t = self.path.interpolate(x_0, epsilon, t)
         target = self.prediction.target(self.path, x_0, epsilon, t)
-        output = model(*self.prediction.inputs(self.path, z_t, t), c_vec, c_ctxt)
+        c_vec, c_ctxt, extra = condition
+        output = model(*self.prediction.inputs(self.path, z_t, t), c_vec, c_ctxt, **extra)
         return (wide(output) - wide(target)).square().flatten(1).mean(1)
 
     def density(self, t: Tensor) -> Tensor:
@@ -156,5 +155,7 @@ class Objective:
         shown, time = self.prediction.inputs(path, z_t, t)
         # Half the timesteps would fall together in bfloat16, before the network embeds them.
         precise = at_least_float32(z.dtype)
-        output = wide(model(shown, time.to(z.device, precise).expand(len(z)), *condition))
+        time = time.to(z.device, precise).expand(len(z))
+        c_vec, c_ctxt, extra = condition
+        output = wide(model(shown, time, c_vec, c_ctxt, **extra))
         return self.prediction.straight_velocity(path, output, z_t, t)

@@ -196,11 +196,11 @@ def attention_at(
             noises = [
                 torch.randn(shape, generator=generator_for(seed, "validation", i)) for i in keys
             ]
-            c_vec, c_ctxt = pipeline.text.encode(captions[start : start + batch_size])
+            condition = pipeline.text.encode(captions[start : start + batch_size])
             for level in levels:
                 t = torch.full((len(x_0),), level, device=device)
                 draw = Draw(t, torch.stack(noises).to(device))
-                pipeline.objective(pipeline.mmdit, x_0, c_vec, c_ctxt, draw)
+                pipeline.objective(pipeline.mmdit, x_0, condition, draw)
     return record.blocks()
 
 

@@ -19,7 +19,7 @@ def counted_flops(
     is computed and no memory is used, however large the network: its tensors have shapes only.
 
     Args:
-        network: on any device; it is left as it is.
+        network: on any device; it is left as it is. What else it reads has a latent's shape.
         height, width: of the latent.
         text_length: tokens of c_ctxt.
         batch: samples, on which the count is linear.
@@ -32,9 +32,10 @@ def counted_flops(
             torch.empty(batch, network.pooled_width),
             torch.empty(batch, text_length, network.context_width),
         )
+        extra = {name: torch.empty_like(inputs[0]) for name in network.reads}
     # The counter does not see into the fused attention of a CPU: it would count nothing there.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        functional_call(network, shapes, inputs)
+        functional_call(network, shapes, inputs, extra)
     return int(counter.get_total_flops())
 
 

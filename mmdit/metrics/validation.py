@@ -39,8 +39,8 @@ def validation_loss(
         keys = range(start, start + len(x_0))
         noises = [torch.randn(shape, generator=generator_for(seed, "validation", i)) for i in keys]
         epsilon = torch.stack(noises).to(device)
-        c_vec, c_ctxt = pipeline.text.encode(captions[start : start + batch_size])
+        condition = pipeline.text.encode(captions[start : start + batch_size])
         for found, level in zip(losses, LEVELS, strict=True):
             draw = Draw(torch.full((len(x_0),), level, device=device), epsilon)
-            found.append(pipeline.objective(pipeline.mmdit, x_0, c_vec, c_ctxt, draw))
+            found.append(pipeline.objective(pipeline.mmdit, x_0, condition, draw))
     return [torch.cat(found).mean().item() for found in losses]

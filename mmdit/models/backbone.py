@@ -1,7 +1,8 @@
-"""What the backbones of Figure 4 have in common: all but the way text and image meet.
+"""What a pipeline asks of a network, and what the backbones of Figure 4 have in common.
 
-Each makes tokens of latent and text, lets blocks act on them, steered by timestep and pooled text,
-and reads the prediction off the final image tokens. A subclass says in one `forward` how.
+Each of those makes tokens of latent and text, lets blocks act on them, steered by timestep and
+pooled text, and reads the prediction off the final image tokens. A subclass says in one `forward`
+how.
 """
 
 import copy
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mmdit.checks import at_least_one
 from mmdit.errors import UserError
-from mmdit.nn.attention import QKV, Heads, attention
+from mmdit.models.blocks import Block, OutputLayer, SkippedBlock, reset_as_in_dit
 from mmdit.nn.embeddings import (
     PatchEmbedding,
     VectorEmbedding,
@@ -24,125 +25,82 @@ from mmdit.nn.embeddings import (
     sinusoid,
     unpatchify,
 )
-from mmdit.nn.mlp import MLP, tanh_gelu
-from mmdit.nn.modulation import Modulation, modulate
-from mmdit.nn.norms import LayerNorm, RMSNorm
 from mmdit.registry import build, describe
-
-
-class AttentionInput(QKV):
-    """Q, K and V of one stream, with RMSNorm on Q and K per head where `qk_norm` asks."""
-
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
-        super().__init__(width, num_heads)
-        head_width = width // num_heads
-        self.q_norm = RMSNorm(head_width) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_width) if qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Heads:  # (b, n, d)
-        q, k, v = super().forward(x)
-        return Heads(self.q_norm(q), self.k_norm(k), v)
-
-
-def joint_attention(*streams: Heads) -> tuple[Tensor, ...]:
-    """One attention over the concatenated sequences; each stream gets its own tokens back."""
-    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
-    return attention(q, k, v).split([stream.q.shape[1] for stream in streams], dim=1)
-
-
-def attention_flops(queries: int, keys: int, width: int) -> int:
-    """Of Q K^T and of the weighted sum of V, over all heads."""
-    return 2 * (2 * queries * keys * width)
-
-
-class Stream(nn.Module):
-    """What one modality owns in a block: everything but the attention itself (Fig. 2b)."""
-
-    modulation_parts = 6  # shift, scale and gate, of attention and of the MLP
-
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
-        super().__init__()
-        if not 0.5 < mlp_ratio * width < math.inf:
-            raise UserError(f"mlp_ratio {mlp_ratio} must be a number above 0, in most models 4")
-        self.width, self.hidden = width, round(mlp_ratio * width)
-        self.modulation = Modulation(width, self.modulation_parts)
-        self.norm1 = LayerNorm(width)
-        self.attention_in = AttentionInput(width, num_heads, qk_norm=qk_norm)
-        self.attention_out = nn.Linear(width, width)
-        self.norm2 = LayerNorm(width)
-        self.mlp = MLP(width, self.hidden, tanh_gelu)
-
-    def token_flops(self, tokens: int) -> int:
-        """Of all its layers: modulation once, Q, K, V, output and MLP for each token."""
-        d = self.width
-        return 2 * self.modulation_parts * d**2 + tokens * 2 * (4 * d**2 + 2 * d * self.hidden)
-
-
-class Block(nn.Module, ABC):
-    """A layer of a backbone: tokens, and the vector y that steers it, to tokens."""
-
-    returns: ClassVar[tuple[int, ...]]  # which of its arguments come back changed
-
-    @abstractmethod
-    def flops(self, image_tokens: int, text_tokens: int) -> int:
-        """Of one forward pass of one sample; see `Backbone.flops`."""
-
-
-class SkippedBlock(Block):
-    """Stands where a block was left out: what it would have changed comes back as it is."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.unchanged = block.returns
-
-    def forward(self, *given: Tensor) -> Any:
-        kept = tuple(given[i] for i in self.unchanged)
-        return kept if len(kept) > 1 else kept[0]
-
-    def flops(self, image_tokens: int, text_tokens: int) -> int:
-        return 0
-
-
-class OutputLayer(nn.Module):
-    """Modulated LayerNorm and a linear layer to the values of each patch."""
-
-    def __init__(self, width: int, patch_values: int) -> None:
-        super().__init__()
-        self.modulation = Modulation(width, 2)
-        self.norm = LayerNorm(width)
-        self.linear = nn.Linear(width, patch_values)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale = self.modulation(y)
-        return self.linear(modulate(self.norm(x), shift, scale))
-
-
-@torch.no_grad()
-def reset_as_in_dit(network: nn.Module) -> None:
-    """Initialization of DiT (Peebles & Xie 2023), of all but a network's last linear layer."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for module in network.modules():
-        if isinstance(module, AttentionInput):
-            # As thirds of one matrix, which they are in DiT.
-            for part in (module.q, module.k, module.v):
-                nn.init.xavier_uniform_(part.weight, gain=0.5**0.5)
-        elif isinstance(module, RMSNorm):
-            module.reset_parameters()
-    for module in network.modules():
-        if isinstance(module, VectorEmbedding):
-            # Small first embeddings: y starts near zero, where SiLU is nearly linear.
-            nn.init.normal_(module.fc1.weight, std=0.02)
-            nn.init.normal_(module.fc2.weight, std=0.02)
-        elif isinstance(module, Modulation):
-            # Closed gates: every block starts as the identity (adaLN-zero).
-            module.reset_parameters()
 
 
 class Backbone(nn.Module, ABC):
     """The velocity (or another prediction) of a noised latent, given text.
+
+    Attributes:
+        reads: what `forward` takes besides text, by the names of `Condition.extra`; a pipeline
+            refuses to sample without it, or with anything else.
+        latent_channels: channels c of the latent.
+        patch_size: what the sides of a latent are a multiple of.
+        context_width: width of c_ctxt.
+        pooled_width: width p of c_vec.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    latent_channels: int
+    patch_size: int
+    context_width: int
+    pooled_width: int
+
+    @abstractmethod
+    def forward(self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            z_t: noised latent (b, c, h, w).
+            t: time in [0, 1], 0 data and 1 noise, (b,).
+            c_vec: pooled text (b, p), of any dtype, on any device.
+            c_ctxt: text tokens (b, l, context_width), likewise.
+
+        Returns:
+            (b, c, h, w).
+        """
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the weights; what enters the network is cast to it."""
+
+    @property
+    @abstractmethod
+    def longest_side(self) -> int:
+        """The largest height or width of a latent."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> list[Block]:
+        """All blocks in order, as `skipping` counts them."""
+
+    @abstractmethod
+    def skipping(self, layers: Collection[int]) -> Self:
+        """The same network, weights shared, with some blocks passed by (skip-layer guidance).
+
+        Raises:
+            UserError: there is no block of that index.
+        """
+
+    @abstractmethod
+    def flops(self, *, height: int, width: int, text_length: int) -> int:
+        """Operations of one forward pass of one sample, in closed form; training takes three times.
+
+        Matrix products, convolutions and attention, two for each multiply-add, as is customary.
+
+        Args:
+            height, width: of the latent.
+            text_length: tokens of c_ctxt.
+        """
+
+    @abstractmethod
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`, in place, but block by block: equal blocks share one graph."""
+
+
+class PatchBackbone(Backbone):
+    """A backbone of Figure 4: its tokens are patches of the latent, with positions.
 
     A subclass adds `blocks`, an `output`, and calls `reset_parameters` where it is not on meta.
 
@@ -205,20 +163,6 @@ class Backbone(nn.Module, ABC):
         self.pooled_embedding = VectorEmbedding(pooled_width, width)
         self.context_embedding = nn.Linear(context_width, width)
 
-    @abstractmethod
-    def forward(self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor) -> Tensor:
-        """One evaluation of the network.
-
-        Args:
-            z_t: noised latent (b, c, h, w).
-            t: time in [0, 1], 0 data and 1 noise, (b,).
-            c_vec: pooled text (b, p), of any dtype, on any device.
-            c_ctxt: text tokens (b, l, context_width), likewise.
-
-        Returns:
-            (b, c, h, w).
-        """
-
     @staticmethod
     def width_unit(num_heads: int) -> int:
         """What a width has to be a multiple of: of the heads, and of the parts of a position."""
@@ -246,16 +190,11 @@ class Backbone(nn.Module, ABC):
 
     @property
     def layers(self) -> list[Block]:
-        """All blocks in order; the last, where it is of another kind, lies in `last_block`."""
+        # The last block, where it is of another kind, lies in `last_block`.
         last = [self._modules["last_block"]] if "last_block" in self._modules else []
         return [*self.blocks, *last]
 
     def skipping(self, layers: Collection[int]) -> Self:
-        """The same network, weights shared, with some blocks passed by (skip-layer guidance).
-
-        Raises:
-            UserError: there is no block of that index.
-        """
         whole = self.layers
         if absent := sorted(set(layers) - set(range(len(whole)))):
             raise UserError(f"layers {absent} cannot be skipped: there are 0 to {len(whole) - 1}")
@@ -268,14 +207,6 @@ class Backbone(nn.Module, ABC):
         return view
 
     def flops(self, *, height: int, width: int, text_length: int) -> int:
-        """Operations of one forward pass of one sample, in closed form; training takes three times.
-
-        Matrix products, convolutions and attention, two for each multiply-add, as is customary.
-
-        Args:
-            height, width: of the latent.
-            text_length: tokens of c_ctxt.
-        """
         d, n = self.width, math.prod(self.grid(height, width))
         vector = (256 + self.pooled_width) * d + 2 * d**2
         text = text_length * self.context_width * d
@@ -285,14 +216,16 @@ class Backbone(nn.Module, ABC):
         return around + sum(block.flops(n, text_length) for block in self.layers)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `nn.Module.compile`, in place, but block by block: equal blocks share one graph."""
         for part in (*self.layers, self.output):
             part.compile(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; what enters the network is cast to it."""
         return self.context_embedding.weight.dtype
+
+    @property
+    def longest_side(self) -> int:
+        return self.patch_size * self.positions.shape[0]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (rows, columns) of a latent of height x width.
@@ -323,7 +256,7 @@ class Backbone(nn.Module, ABC):
         nn.init.zeros_(self.last_layer.weight)
 
 
-B = TypeVar("B", bound=Backbone)
+B = TypeVar("B", bound=PatchBackbone)
 
 
 def with_qk_norm(model: B) -> B:

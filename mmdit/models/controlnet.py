@@ -4,16 +4,18 @@ Published by Stability AI for SD3.5 Large (blur, canny, depth). The idea is Zhan
 base model stays as it is, and a control net that is not trained yet changes nothing.
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Any, Self
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.checks import expect_finite
 from mmdit.errors import UserError
-from mmdit.models.backbone import reset_as_in_dit
+from mmdit.models.backbone import Backbone
+from mmdit.models.blocks import Block, reset_as_in_dit
 from mmdit.models.dit import DiTBlock
 from mmdit.models.mmdit import MMDiT
 from mmdit.nn.embeddings import PatchEmbedding, VectorEmbedding, sinusoid
@@ -113,6 +115,20 @@ class ControlNet(nn.Module):
             residuals.append(to_residual(x))
         return residuals
 
+    def flops(self, base: MMDiT, tokens: int) -> int:
+        """Operations of one forward pass of one sample; see `Backbone.flops`.
+
+        Args:
+            base: the network that is controlled.
+            tokens: of its image.
+        """
+        d = self.width
+        vector = (256 + base.pooled_width) * d + 2 * d**2
+        embeddings = 2 * tokens * base.patch_values * d  # of the latent, and of the control latent
+        to_residuals = len(self.blocks) * tokens * d**2
+        around = 2 * (vector + embeddings + to_residuals)
+        return around + sum(block.flops(tokens, 0) for block in self.blocks)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; that of the base model has to be the same."""
@@ -173,9 +189,21 @@ class ParallelControlNet(ControlNet):
             for block, to_residual in zip(self.blocks, self.to_residuals, strict=True)
         ]
 
+    def flops(self, base: MMDiT, tokens: int) -> int:
+        """As `ControlNet.flops`, and what it embeds the base model's pooled text by."""
+        return super().flops(base, tokens) + 2 * 2 * self.width**2
 
-# residuals, depth of the base model -> what is added after each of its blocks
-Placement = Callable[[Sequence[Tensor], int], list[Tensor]]
+
+class NoControl(nn.Module):
+    """Stands where a control net was left out: adds nothing after any block."""
+
+    blocks = ()
+
+    def forward(self, base: MMDiT, z_t: Tensor, *_: Tensor) -> list[Tensor]:
+        return [torch.zeros((), dtype=base.dtype, device=z_t.device)]
+
+    def flops(self, base: MMDiT, tokens: int) -> int:
+        return 0
 
 
 def after_every_block(residuals: Sequence[Tensor], depth: int) -> list[Tensor]:
@@ -188,7 +216,7 @@ def after_every_block(residuals: Sequence[Tensor], depth: int) -> list[Tensor]:
     if depth % n:
         raise UserError(
             f"{n} residuals of the control net cannot be shared out evenly among {depth} blocks: "
-            f"take one whose depth divides {depth}, or the placement `before_the_last_block`"
+            f"take one whose depth divides {depth}, or placement='before_the_last_block'"
         )
     return [residuals[i // (depth // n)] for i in range(depth)]
 
@@ -209,52 +237,66 @@ def before_the_last_block(residuals: Sequence[Tensor], depth: int) -> list[Tenso
     return [*shared, torch.zeros_like(residuals[-1])]
 
 
-class ControlledMMDiT(nn.Module):
-    """An MMDiT that follows a control image; called as the MMDiT itself is.
+# residuals, depth of the base model -> what is added after each of its blocks
+PLACEMENTS: dict[str, Callable[[Sequence[Tensor], int], list[Tensor]]] = {
+    "after_every_block": after_every_block,
+    "before_the_last_block": before_the_last_block,
+}
 
-    A view on two networks for one control image (or one batch of them): cheap to make, it owns no
-    weights.
+
+@register
+class ControlledMMDiT(Backbone):
+    """An MMDiT that follows a control image: a network for a pipeline, as the MMDiT itself is.
+
+    It holds two networks and has no weights of its own, so that it is cheap to make. The control
+    image comes with each call, as the text does: the latent of `control_pixels`, one for each
+    sample, is what `forward` takes as `control`, and `Condition.extra` carries it there.
+
+    Example:
+        >>> net = mmdit.load_controlnet("sd3.5_large_controlnet_canny.safetensors")
+        >>> pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=net)
+        >>> pixels = control_pixels(edges, net.control_type)  # of edges, uint8 (1, h, w, 3)
+        >>> images = pipe("a house", extra={"control": pipe.autoencoder.encode(pixels)})
+
+    Training and the functions below the pipeline take it in the condition itself, with a latent
+    for each sample: `condition._replace(extra={"control": latents})`.
 
     Args:
         base: the network that is controlled.
         control_net: reads the control image.
-        control_latent: of the control image, made of `control_pixels` (1, c, h, w), or of one for
-            each picture (b', c, h, w); repeated until it fills the batch, so that the two halves of
-            guidance get the same.
         strength: factor of the residuals.
-        placement: which residual is added after which block.
+        placement: which residual is added after which block, a name of `PLACEMENTS`.
 
     Raises:
         UserError: the two networks differ in width, dtype or what they read; `strength` is not
-            finite.
-        NotFinite: the control latent is not.
+            finite; there is no such placement.
     """
 
-    control_latent: Tensor  # buffer
+    reads = frozenset({"control"})
 
     def __init__(
         self,
         *,
         base: MMDiT,
         control_net: ControlNet,
-        control_latent: Tensor,
         strength: float = 1.0,
-        placement: Placement = after_every_block,
+        placement: str = "after_every_block",
     ) -> None:
         super().__init__()
-        width, dtype = base.context_embedding.out_features, base.dtype
-        if control_net.width != width:
+        if control_net.width != base.width:
             raise UserError(
-                f"the control net has width {control_net.width}, the model {width}: "
+                f"the control net has width {control_net.width}, the model {base.width}: "
                 "it was made for another model"
             )
-        if control_net.dtype != dtype:
+        if control_net.dtype != base.dtype:
             raise UserError(
-                f"the control net is {control_net.dtype}, the model {dtype}: make them the same"
+                f"the control net is {control_net.dtype}, the model {base.dtype}: make them the "
+                "same"
             )
-        expect_finite("the control image's autoencoder", control_latent)
         if not math.isfinite(strength):
             raise UserError(f"the strength {strength} of the control net must be a finite number")
+        if placement not in PLACEMENTS:
+            raise UserError(f"placement {placement!r} must be one of {', '.join(PLACEMENTS)}")
         reads, has = describe(control_net), describe(base)
         for name in ("pooled_width", "latent_channels", "patch_size"):
             if reads.get(name, has[name]) != has[name]:
@@ -263,33 +305,38 @@ class ControlledMMDiT(nn.Module):
                     "for another model"
                 )
         self.base, self.control_net = base, control_net
-        self.register_buffer("control_latent", control_latent, persistent=False)
-        self.strength, self.placement = strength, placement
+        self.strength, self.placement = strength, PLACEMENTS[placement]
+        self.latent_channels, self.patch_size = base.latent_channels, base.patch_size
+        self.context_width, self.pooled_width = base.context_width, base.pooled_width
 
-    @property
-    def latent_channels(self) -> int:
-        return self.base.latent_channels
-
-    @property
-    def patch_size(self) -> int:
-        return self.base.patch_size
-
-    @property
-    def positions(self) -> Tensor:
-        return self.base.positions
-
-    def forward(self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor) -> Tensor:
+    def forward(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        c_vec: Tensor,
+        c_ctxt: Tensor,
+        control: Tensor | None = None,
+    ) -> Tensor:
         """`MMDiT.forward`, with the residuals of the control net added after its blocks.
 
+        Args:
+            control: latents of the control images (b, c, h, w), of any dtype, on any device.
+
         Raises:
-            UserError: the control latent has another size than `z_t`, or does not fill its batch;
-                the residuals do not fit the depth of the model.
+            UserError: there is no control latent, or its shape is not that of `z_t`; the residuals
+                do not fit the depth of the model.
         """
+        if control is None or control.shape != z_t.shape:
+            has = "missing" if control is None else f"{tuple(control.shape)}"
+            raise UserError(
+                f"the control latent is {has}, but must have the shape of the latent, "
+                f"{tuple(z_t.shape)}: give one for each sample in Condition.extra['control']"
+            )
         base = self.base
         y = base.vector(t, c_vec)
         c = base.text_tokens(c_ctxt)
         x = base.image_tokens(z_t)
-        residuals = self.control_net(base, z_t, t, c_vec, self._control_for(z_t))
+        residuals = self.control_net(base, z_t, t, c_vec, control.to(z_t.device))
         *inner, last = self.placement(residuals, len(base.blocks) + 1)
         for block, residual in zip(base.blocks, inner, strict=True):
             c, x = block(c, x, y)
@@ -297,29 +344,30 @@ class ControlledMMDiT(nn.Module):
         x = base.last_block(c, x, y) + self.strength * last
         return base.prediction(x, y, *z_t.shape[-2:])
 
-    def check_pictures(self, count: int) -> None:
-        """Refuse to paint another number of pictures than there are control images for.
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
 
-        Raises:
-            UserError: they are neither one for all nor one for each.
-        """
-        if len(self.control_latent) not in (1, count):
-            raise UserError(
-                f"{len(self.control_latent)} control images for {count} pictures: give one for "
-                "all, or one for each, prompts outermost (control_latent.repeat_interleave("
-                "num_images, dim=0))"
-            )
+    @property
+    def longest_side(self) -> int:
+        return self.base.longest_side
 
-    def skipping(self, layers: Collection[int]) -> MMDiT:
+    @property
+    def layers(self) -> list[Block]:
+        return self.base.layers
+
+    def skipping(self, layers: Collection[int]) -> Self:
         """The weaker network of skip-layer guidance: as in the reference, it is not controlled."""
-        return self.base.skipping(layers)
+        view = copy.copy(self)
+        view._modules = {"base": self.base.skipping(layers), "control_net": NoControl()}
+        return view
 
-    def _control_for(self, z_t: Tensor) -> Tensor:
-        control = self.control_latent
-        fits = control.ndim == 4 and control.shape[1:] == z_t.shape[1:] and len(control) > 0
-        if not fits or len(z_t) % len(control):
-            raise UserError(
-                f"the control latent {tuple(control.shape)} does not fit the latent "
-                f"{tuple(z_t.shape)}: channels and size must be the same, and the batch a multiple"
-            )
-        return repeat(control, "b c h w -> (times b) c h w", times=len(z_t) // len(control))
+    def flops(self, *, height: int, width: int, text_length: int) -> int:
+        tokens = math.prod(self.base.grid(height, width))
+        base = self.base.flops(height=height, width=width, text_length=text_length)
+        return base + self.control_net.flops(self.base, tokens)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        self.base.compile(*args, **kwargs)
+        for block in self.control_net.blocks:
+            block.compile(*args, **kwargs)

@@ -6,14 +6,8 @@ The text is the same for every block: image tokens ask, text tokens are never ch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.models.backbone import (
-    AttentionInput,
-    Backbone,
-    Block,
-    OutputLayer,
-    Stream,
-    attention_flops,
-)
+from mmdit.models.backbone import PatchBackbone
+from mmdit.models.blocks import AttentionInput, Block, OutputLayer, Stream, attention_flops
 from mmdit.nn.attention import Heads, attention
 from mmdit.nn.modulation import modulate
 from mmdit.nn.norms import LayerNorm
@@ -61,7 +55,7 @@ class CrossBlock(Stream, Block):
 
 
 @register
-class CrossDiT(Backbone):
+class CrossDiT(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
     Args: those of `MMDiT`, but for `dual_attention`.

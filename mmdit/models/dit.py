@@ -7,7 +7,8 @@ image, and every layer treats both alike.
 import torch
 from torch import Tensor, nn
 
-from mmdit.models.backbone import Backbone, Block, OutputLayer, Stream, attention_flops
+from mmdit.models.backbone import PatchBackbone
+from mmdit.models.blocks import Block, OutputLayer, Stream, attention_flops
 from mmdit.nn.attention import attention
 from mmdit.nn.modulation import modulate
 from mmdit.registry import register
@@ -31,7 +32,7 @@ class DiTBlock(Stream, Block):
 
 
 @register
-class DiT(Backbone):
+class DiT(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
     Args: those of `MMDiT`, but for `dual_attention`.

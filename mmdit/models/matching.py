@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import Backbone
+from mmdit.models.backbone import PatchBackbone
 from mmdit.registry import build, describe
 
 MEASURES = ("params", "flops")
@@ -32,7 +32,13 @@ class Match(NamedTuple):
 
 
 def matched(
-    network: Backbone, reference: Backbone, *, by: str, height: int, width: int, text_length: int
+    network: PatchBackbone,
+    reference: PatchBackbone,
+    *,
+    by: str,
+    height: int,
+    width: int,
+    text_length: int,
 ) -> Match:
     """Width and `mlp_ratio` at which `network` costs what `reference` does.
 
@@ -52,7 +58,7 @@ def matched(
     description = describe(network)
     unit = network.width_unit(description["num_heads"])
 
-    def cost_of(model: Backbone) -> int:
+    def cost_of(model: PatchBackbone) -> int:
         if by == "params":
             return sum(weight.numel() for weight in model.parameters())
         return model.flops(height=height, width=width, text_length=text_length)

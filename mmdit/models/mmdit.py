@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import (
+from mmdit.models.backbone import PatchBackbone
+from mmdit.models.blocks import (
     AttentionInput,
-    Backbone,
     Block,
     OutputLayer,
     Stream,
@@ -155,7 +155,7 @@ class LastJointBlock(Block):
 
 
 @register
-class MMDiT(Backbone):
+class MMDiT(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
     Args:

@@ -6,8 +6,8 @@ Everything else is the MM-DiT of two sets, which the paper found to be hardly wo
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import (
-    Backbone,
+from mmdit.models.backbone import PatchBackbone
+from mmdit.models.blocks import (
     Block,
     OutputLayer,
     Stream,
@@ -92,7 +92,7 @@ class LastThreeStreamBlock(Block):
 
 
 @register
-class MMDiTThree(Backbone):
+class MMDiTThree(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
     Args: those of `MMDiT`, but for `dual_attention`, and

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mmdit.checks import at_least_one
 from mmdit.errors import UserError
-from mmdit.models.backbone import Backbone, OutputLayer
+from mmdit.models.backbone import PatchBackbone
+from mmdit.models.blocks import OutputLayer
 from mmdit.models.dit import DiTBlock
 from mmdit.nn.modulation import Modulation, modulate
 from mmdit.registry import register
@@ -62,7 +63,7 @@ class ConvolutionBlock(nn.Module):
 
 
 @register
-class UViT(Backbone):
+class UViT(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
     Channels double where the resolution drops: the convolutions have half of `width`, in as many
@@ -153,11 +154,11 @@ class UViT(Backbone):
 
     @staticmethod
     def width_unit(num_heads: int) -> int:
-        """As `Backbone.width_unit`, and twice the groups of the convolutions."""
+        """As `PatchBackbone.width_unit`, and twice the groups of the convolutions."""
         return math.lcm(4, 2 * num_heads)
 
     def flops(self, *, height: int, width: int, text_length: int) -> int:
-        """`Backbone.flops`, of the transformer, and those of the convolutions around it."""
+        """`PatchBackbone.flops`, of the transformer, and those of the convolutions around it."""
         transformer = super().flops(height=height, width=width, text_length=text_length)
         pixels = height * width
         ends = 2 * pixels * 2 * 9 * self.latent_channels * self.conv_in.out_channels
@@ -170,7 +171,7 @@ class UViT(Backbone):
         return [*self.down, *self.up]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `Backbone.compile`, and the residual blocks one by one."""
+        """As `PatchBackbone.compile`, and the residual blocks one by one."""
         super().compile(*args, **kwargs)
         for block in self.convolutions:
             block.compile(*args, **kwargs)

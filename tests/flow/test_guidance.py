@@ -31,7 +31,7 @@ GRID = Shift().grid(10)
 
 def velocity(z, t, condition):
     """Depends on every argument, sample by sample."""
-    c_vec, c_ctxt = condition
+    c_vec, c_ctxt, _ = condition
     assert len(z) == len(c_vec) == len(c_ctxt)
     return t * z + c_vec[:, :, None, None] + c_ctxt.mean(dim=(1, 2))[:, None, None, None]
 
@@ -232,7 +232,7 @@ def test_rescale_treats_each_picture_alone():
     guide = GuidanceRescale(inner=cfg(), phi=0.7)
     together = at(guide, uneven, TIME)
     for i in range(2):
-        sides = (Condition(*(part[i : i + 1] for part in side)) for side in (POSITIVE, NEGATIVE))
+        sides = (side.map(lambda part: part[i : i + 1]) for side in (POSITIVE, NEGATIVE))
         alone = guide(uneven, *sides, GRID, 10)(Z[i : i + 1], TIME)
         torch.testing.assert_close(together[i : i + 1], alone)
 
@@ -252,7 +252,7 @@ def test_impossible_rescales_are_refused(phi):
 
 
 def test_zero_unconditional_guides_away_from_zeros_whatever_the_negative_prompt():
-    zeros = Condition(*(torch.zeros_like(part) for part in NEGATIVE))
+    zeros = NEGATIVE.map(torch.zeros_like)
     expected = cfg()(velocity, POSITIVE, zeros, GRID, 10)(Z, TIME)
     assert torch.equal(at(ZeroUnconditional(inner=cfg()), velocity, TIME), expected)
     assert not torch.allclose(at(cfg(), velocity, TIME), expected)
@@ -292,7 +292,7 @@ def test_composition_is_that_of_the_formulas():
     guide = GuidanceRescale(
         inner=GuidanceInterval(inner=ZeroUnconditional(inner=cfg()), low=0.2, high=0.9), phi=1.0
     )
-    zeros = Condition(*(torch.zeros_like(part) for part in NEGATIVE))
+    zeros = NEGATIVE.map(torch.zeros_like)
     cond, uncond = uneven(Z, TIME, POSITIVE), uneven(Z, TIME, zeros)
     x_0 = Z - TIME * (uncond + 3.0 * (cond - uncond))
     wanted = (Z - TIME * cond).flatten(1).std(1) / x_0.flatten(1).std(1)
@@ -338,3 +338,37 @@ def test_the_negative_prompt_matters_exactly_where_it_is_said_to_be_read(kind, s
         assert not torch.equal(velocities(NEGATIVE), velocities(POSITIVE))
     else:
         assert torch.equal(velocities(NEGATIVE), velocities(None))
+
+
+# What else conditions the network
+
+
+class Controlled(Layered):
+    """Adds the control that it is shown, whose rows have to be those of the batch."""
+
+    def __call__(self, z, t, condition):
+        assert len(condition.extra["control"]) == len(z)
+        return super().__call__(z, t, condition) + condition.extra["control"]
+
+    def skipping(self, layers):
+        return Controlled(weaker=1 - len(layers) / 10)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        ClassifierFreeGuidance(scale=1.0),
+        ClassifierFreeGuidance(scale=3.0),
+        ZeroUnconditional(inner=ClassifierFreeGuidance(scale=3.0)),
+        GuidanceInterval(inner=ClassifierFreeGuidance(scale=3.0)),
+        SkipLayerGuidance(inner=ClassifierFreeGuidance(scale=3.0), start=0.0, end=1.0),
+    ],
+    ids=lambda guidance: type(guidance).__name__,
+)
+def test_control_is_the_same_on_both_sides_of_guidance(guidance):
+    """A control that is added to both sides is there once in what is guided."""
+    extra = {"control": torch.randn(Z.shape, generator=torch.Generator().manual_seed(1))}
+    sides = [side._replace(extra=extra) for side in (POSITIVE, NEGATIVE)]
+    plain = guidance(Layered(), POSITIVE, NEGATIVE, GRID, 10)(Z, 0.85)
+    found = guidance(Controlled(), *sides, GRID, 10)(Z, 0.85)
+    torch.testing.assert_close(found, plain + extra["control"])

@@ -16,7 +16,7 @@ from mmdit.keys import generator_for
 B = 4
 SHAPE = (B, B, B)  # every side equals the batch: a loss that broadcast over another axis would run
 X_0 = torch.randn(B, *SHAPE, generator=torch.Generator().manual_seed(0))
-TEXT = (torch.zeros(B, 3), torch.zeros(B, 5, 6))
+TEXT = Condition(torch.zeros(B, 3), torch.zeros(B, 5, 6))
 
 
 def objective(timesteps=None, alpha=1.0) -> Objective:
@@ -40,27 +40,27 @@ def test_a_perfect_model_has_no_loss():
     def perfect(z_t, t, c_vec, c_ctxt):
         return (z_t - X_0) / t[:, None, None, None]
 
-    loss = objective()(perfect, X_0, *TEXT, objective().draw(SHAPE, generators(0, 1, 2, 3)))
+    loss = objective()(perfect, X_0, TEXT, objective().draw(SHAPE, generators(0, 1, 2, 3)))
     assert loss.shape == (B,)
     assert loss.max() < 1e-10
 
 
 def test_a_model_that_predicts_zero_has_the_mean_square_of_the_target():
     draw = objective().draw(SHAPE, generators(0, 1, 2, 3))
-    loss = objective()(lambda z_t, *_: torch.zeros_like(z_t), X_0, *TEXT, draw)
+    loss = objective()(lambda z_t, *_: torch.zeros_like(z_t), X_0, TEXT, draw)
     torch.testing.assert_close(loss, (draw.epsilon - X_0).square().mean(dim=(1, 2, 3)))
 
 
 def test_the_model_is_called_with_the_noised_latent_its_time_and_its_text():
     called = []
     draw = Draw(torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.randn(B, *SHAPE))
-    text = (torch.randn(B, 3), torch.randn(B, 5, 6))
+    text = Condition(torch.randn(B, 3), torch.randn(B, 5, 6))
 
     def model(*arguments):
         called.append(arguments)
         return arguments[0]
 
-    objective()(model, X_0, *text, draw)
+    objective()(model, X_0, text, draw)
     ((z_t, t, c_vec, c_ctxt),) = called
     assert t is draw.t and c_vec is text[0] and c_ctxt is text[1]
     for i in range(B):
@@ -78,10 +78,10 @@ def test_what_a_sample_draws_does_not_depend_on_its_batch():
 
 def test_the_loss_of_a_sample_does_not_depend_on_the_others():
     draw = objective().draw(SHAPE, generators(0, 1, 2, 3))
-    before = objective()(halving, X_0, *TEXT, draw)
+    before = objective()(halving, X_0, TEXT, draw)
     others = X_0.clone()
     others[1:] += 3.0
-    after = objective()(halving, others, *TEXT, draw)
+    after = objective()(halving, others, TEXT, draw)
     assert after[0] == before[0]
     assert (after[1:] != before[1:]).all()
 
@@ -102,7 +102,7 @@ def test_the_draw_is_noise_of_unit_variance_and_float32():
 
 def test_the_loss_is_taken_in_float32_whatever_the_model_computes_in():
     draw = objective().draw(SHAPE, generators(0, 1, 2, 3))
-    loss = objective()(lambda z_t, *_: z_t.bfloat16(), X_0, *TEXT, draw)
+    loss = objective()(lambda z_t, *_: z_t.bfloat16(), X_0, TEXT, draw)
     z_t = RectifiedFlow().interpolate(X_0, draw.epsilon, draw.t).bfloat16().float()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, (z_t - draw.epsilon + X_0).square().mean(dim=(1, 2, 3)))
@@ -245,18 +245,18 @@ def test_sampled_and_weighted_losses_agree_in_expectation(trained):
     """Sec. 3.1: pi(t) is a sampling density; the three forms of the loss are one (Eq. 12)."""
     n, generator = 200_000, torch.Generator().manual_seed(0)
     x_0, noises = torch.zeros(n, 1, 1, 1), torch.randn(3, n, 1, 1, 1, generator=generator)
-    text = (torch.zeros(n, 1), torch.zeros(n, 1, 1))
+    text = Condition(torch.zeros(n, 1), torch.zeros(n, 1, 1))
     path, prediction = trained.path, trained.prediction
 
-    sampled = trained(biased, x_0, *text, Draw(trained.timesteps.sample(n, generator), noises[0]))
+    sampled = trained(biased, x_0, text, Draw(trained.timesteps.sample(n, generator), noises[0]))
 
     t = Uniform().sample(n, generator)
-    plain = trained(biased, x_0, *text, Draw(t, noises[1]))
+    plain = trained(biased, x_0, text, Draw(t, noises[1]))
     weighted = trained.density(t) * plain
 
     t = Uniform().sample(n, generator).double()
     z_t = path.interpolate(x_0.double(), noises[2].double(), t)
-    output = biased(*prediction.inputs(path, z_t, t), *text)
+    output = biased(*prediction.inputs(path, z_t, t), text.c_vec, text.c_ctxt)
     error = (prediction.epsilon(path, output, z_t, t) - noises[2]).square().flatten()
     of_noise = -trained.weight(t) * path.d_log_snr(t) / 2 * error
 

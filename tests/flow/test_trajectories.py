@@ -18,7 +18,7 @@ class GaussianVelocity:
         self.mean, self.deviation = mean, deviation
 
     def __call__(self, z, t, condition):
-        c_vec, c_ctxt = condition
+        c_vec, c_ctxt, _ = condition
         m = c_vec[:, : z.shape[1]] + 0.1 * c_ctxt.mean(dim=(1, 2))[:, None]
         m = self.mean * m[:, :, None, None]
         variance = self.deviation**2

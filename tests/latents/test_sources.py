@@ -209,7 +209,7 @@ def test_encoders_are_dropped_at_training_time_from_what_was_kept(photos, tmp_pa
     example = next(examples(task))
     assert all(encoding.hidden.any() for encoding in example.text)
     kept = torch.tensor([[True, False, False]] * BATCH)
-    c_vec, c_ctxt = pipe.text.join(example.text, kept)
+    c_vec, c_ctxt, _ = pipe.text.join(example.text, kept)
     assert c_vec[:, :8].any() and not c_vec[:, 8:].any()
     assert c_ctxt[:, :13, :8].any() and not c_ctxt[:, :13, 8:].any() and not c_ctxt[:, 13:].any()
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import AttentionInput, Backbone, with_qk_norm
+from mmdit.models.backbone import PatchBackbone, with_qk_norm
+from mmdit.models.blocks import AttentionInput
 from mmdit.models.cross_dit import CrossDiT
 from mmdit.models.dit import DiT
 from mmdit.models.mmdit import MMDiT
@@ -31,7 +32,7 @@ TINY: dict[str, Any] = {
     "position_grid": 4,
     "position_base": 4,
 }
-OWN: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
+OWN: dict[str, tuple[type[PatchBackbone], dict[str, Any]]] = {
     "dit": (DiT, {}),
     "cross_dit": (CrossDiT, {}),
     "uvit": (UViT, {"conv_blocks": 2}),
@@ -46,7 +47,7 @@ UNASKED = re.compile(r"last_block\.(text|clip|t5)\.attention_in\.q(\.|_norm\.)")
 each_kind = pytest.mark.parametrize("kind", OWN)
 
 
-def network(kind: str, **changes: Any) -> Backbone:
+def network(kind: str, **changes: Any) -> PatchBackbone:
     cls, own = OWN[kind]
     return cls(**{**TINY, **own, **changes})
 

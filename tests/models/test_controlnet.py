@@ -7,6 +7,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mmdit.errors import UserError
+from mmdit.metrics.flops import counted_flops
 from mmdit.models.controlnet import (
     CONTROL_RANGES,
     ControlledMMDiT,
@@ -57,13 +58,16 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, ...]:
     )
 
 
-def control_latent(batch: int = 1) -> torch.Tensor:
+def control_latent(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 4, 6, 4, generator=torch.Generator().manual_seed(1))
 
 
 def controlled(base: MMDiT, net: nn.Module, **arguments) -> ControlledMMDiT:
-    arguments = {"control_latent": control_latent(), **arguments}
     return ControlledMMDiT(base=base, control_net=net, **arguments)
+
+
+def controlled_inputs(batch: int = 2) -> tuple[torch.Tensor, ...]:
+    return (*inputs(batch), control_latent(batch))
 
 
 # Size
@@ -95,14 +99,14 @@ def test_every_key_of_the_public_files_has_its_place(load_original, control_type
 @each_kind
 def test_an_untrained_control_net_changes_nothing(randomize, kind):
     base, net = randomize(base_model(), 0), control_nets()[kind]
-    assert torch.equal(controlled(base, net)(*inputs()), base(*inputs()))
+    assert torch.equal(controlled(base, net)(*controlled_inputs()), base(*inputs()))
 
 
 @each_kind
 def test_an_untrained_control_net_learns(randomize, kind):
     net = control_nets()[kind]
     model = controlled(randomize(base_model(), 0), net)
-    (model(*inputs()) - inputs()[0]).square().mean().backward()
+    (model(*controlled_inputs()) - inputs()[0]).square().mean().backward()
     assert all(to_residual.weight.grad.any() for to_residual in net.to_residuals)
 
 
@@ -160,35 +164,39 @@ def test_the_parallel_kind_reads_the_base_models_embedding_of_the_pooled_text(ra
 
 @each_kind
 @torch.no_grad()
-def test_one_control_image_serves_the_whole_batch(randomize, kind):
+def test_each_sample_follows_its_own_control(randomize, kind):
     base, net = randomize(base_model(), 0), randomize(control_nets()[kind], 1)
-    pair = control_latent(2)
-    halves = [torch.cat([part, part]) for part in inputs()]  # as guidance makes them
-    both = controlled(base, net, control_latent=pair)(*halves)
-    torch.testing.assert_close(both[:2], both[2:], rtol=0, atol=1e-5)
+    model, both = controlled(base, net), controlled_inputs()
+    whole = model(*both)
     for i in range(2):
-        alone = controlled(base, net, control_latent=pair[i : i + 1])(*inputs())
-        torch.testing.assert_close(both[i], alone[i], rtol=0, atol=1e-5)
+        alone = model(*(part[i : i + 1] for part in both))
+        torch.testing.assert_close(whole[i], alone[0], rtol=0, atol=1e-5)
+    swapped = model(*both[:4], both[4].flip(0))
+    assert (swapped - whole).flatten(1).abs().amax(1).min() > 1e-2
 
 
 @torch.no_grad()
 def test_strength_scales_the_residuals(randomize):
     base, net = randomize(base_model(), 0), randomize(control_nets()[0], 1)
     plain = base(*inputs())
-    assert torch.equal(controlled(base, net, strength=0.0)(*inputs()), plain)
-    half = controlled(base, net, strength=0.5)(*inputs())
+    assert torch.equal(controlled(base, net, strength=0.0)(*controlled_inputs()), plain)
+    half = controlled(base, net, strength=0.5)(*controlled_inputs())
     for to_residual in net.to_residuals:
         to_residual.weight.mul_(0.5)
         to_residual.bias.mul_(0.5)
-    torch.testing.assert_close(half, controlled(base, net)(*inputs()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(half, controlled(base, net)(*controlled_inputs()), rtol=0, atol=1e-5)
     assert (half - plain).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_the_weaker_network_of_skip_layer_guidance_is_not_controlled(randomize):
     base, net = randomize(base_model(), 0), randomize(control_nets()[0], 1)
-    skipped = controlled(base, net).skipping([1])
-    assert torch.equal(skipped(*inputs()), base.skipping([1])(*inputs()))
+    model = controlled(base, net)
+    skipped = model.skipping([1])
+    assert torch.equal(skipped(*controlled_inputs()), base.skipping([1])(*inputs()))
+    assert not torch.equal(model(*controlled_inputs()), base(*inputs()))  # it still is
+    with pytest.raises(UserError, match=r"layers \[4\] cannot be skipped: there are 0 to 3"):
+        model.skipping([4])
 
 
 @each_kind
@@ -200,6 +208,36 @@ def test_a_control_net_is_rebuilt_from_its_description(kind):
     assert {k: v.shape for k, v in again.state_dict().items()} == {
         k: v.shape for k, v in net.state_dict().items()
     }
+
+
+# A backbone like any other
+
+
+@each_kind
+def test_it_is_rebuilt_from_its_description(randomize, kind):
+    model = controlled(base_model(), control_nets()[kind], strength=0.5)
+    randomize(model, 0)
+    again = build(json.loads(json.dumps(describe(model))))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(*controlled_inputs()), model(*controlled_inputs()))
+
+
+@each_kind
+@pytest.mark.parametrize("size", [(4, 6, 5), (12, 8, 40)])
+def test_its_operations_in_closed_form(kind, size):
+    model = controlled(base_model(), control_nets()[kind])
+    at = dict(zip(("height", "width", "text_length"), size, strict=True))
+    base = model.base.flops(**at)
+    assert model.flops(**at) == counted_flops(model, **at) > base
+    assert model.skipping([]).flops(**at) == counted_flops(model.skipping([]), **at) == base
+
+
+def test_it_is_compiled_block_by_block():
+    model = controlled(base_model(), control_nets()[0])
+    model.compile(backend="eager")
+    blocks = [*model.layers, *model.control_net.blocks]
+    assert len(blocks) == 6
+    assert all(block._compiled_call_impl is not None for block in blocks)
 
 
 # Placement
@@ -265,27 +303,25 @@ def test_an_unknown_control_type_is_named():
 
 
 @pytest.mark.parametrize(
-    ("mistake", "message"),
+    ("control", "message"),
     [
-        (
-            {"control_latent": torch.zeros(1, 4, 4, 4)},
-            r"\(1, 4, 4, 4\) does not fit .*\(2, 4, 6, 4",
-        ),
-        ({"control_latent": torch.zeros(3, 4, 6, 4)}, "batch a multiple"),
+        ((), "control latent is missing, but must have the shape of the latent"),
+        ((torch.zeros(2, 4, 4, 4),), r"is \(2, 4, 4, 4\), but must .*, \(2, 4, 6, 4\)"),
+        ((torch.zeros(1, 4, 6, 4),), r"is \(1, 4, 6, 4\), .* one for each sample"),
     ],
 )
-def test_a_control_latent_that_does_not_fit_is_named(mistake, message):
-    model = controlled(base_model(), control_nets()[0], **mistake)
+def test_a_control_latent_that_does_not_fit_is_named(control, message):
+    model = controlled(base_model(), control_nets()[0])
     with pytest.raises(UserError, match=message):
-        model(*inputs())
+        model(*inputs(), *control)
 
 
 @each_kind
 def test_a_latent_that_does_not_split_into_patches_is_named(kind):
     z_t, *rest = inputs()
-    model = controlled(base_model(), control_nets()[kind], control_latent=z_t[..., :5, :])
+    model, odd = controlled(base_model(), control_nets()[kind]), z_t[..., :5, :]
     with pytest.raises(UserError, match="latent height 5 must be a multiple of patch_size 2"):
-        model(z_t[..., :5, :], *rest)
+        model(odd, *rest, odd)
 
 
 def test_networks_that_do_not_fit_each_other_are_named():
@@ -300,8 +336,8 @@ def test_networks_that_do_not_fit_each_other_are_named():
 @torch.no_grad()
 def test_half_precision(randomize, kind):
     base, net = randomize(base_model(), 0), randomize(control_nets()[kind], 1)
-    whole = controlled(base, net)(*inputs())
-    half = controlled(base.bfloat16(), net.bfloat16())(*inputs())
+    whole = controlled(base, net)(*controlled_inputs())
+    half = controlled(base.bfloat16(), net.bfloat16())(*controlled_inputs())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), whole, rtol=0, atol=0.1)
 
@@ -342,10 +378,9 @@ def test_both_placements_match_the_reference_and_diffusers(golden, load_original
     whole = [case.inputs[name] for name in ("x", "sigma", "y", "context")]
     for n in case.config["call"]["n_residuals"]:
         net = Given(case.inputs[f"residuals_{n}"], base)
-        model = controlled(base, net, control_latent=whole[0])
-        case.check(f"v_{n}", model(*whole))
-        model = controlled(base, net, control_latent=whole[0], placement=before_the_last_block)
-        case.check(f"v_diffusers_{n}", model(*whole))
+        case.check(f"v_{n}", controlled(base, net)(*whole, whole[0]))
+        model = controlled(base, net, placement="before_the_last_block")
+        case.check(f"v_diffusers_{n}", model(*whole, whole[0]))
 
 
 @torch.no_grad()
@@ -369,11 +404,11 @@ def test_control_net_matches_the_reference(golden, load_original):
     load_original(net, tensors)
 
     whole = z_t, t, c_vec, _ = [case.inputs[name] for name in ("x", "sigma", "y", "context")]
-    control = case.inputs["control_latent"]
-    residuals = net(base, z_t, t, c_vec, control.expand_as(z_t))
+    control = case.inputs["control_latent"].expand_as(z_t)
+    residuals = net(base, z_t, t, c_vec, control)
     for i, residual in enumerate(residuals):
         case.check(f"residual_{i}", residual)
-    v = controlled(base, net, control_latent=control)(*whole)
+    v = controlled(base, net)(*whole, control)
     case.check("v", v)
     case.check("denoised", z_t - t.view(-1, 1, 1, 1) * v)
 
@@ -416,9 +451,7 @@ def test_control_net_and_controlled_velocity_match_diffusers(load_diffusers, ran
         block_controlnet_hidden_states=theirs,
         **rest,
     ).sample
-    ours = controlled(base, net, control_latent=control_latent(2), placement=before_the_last_block)(
-        *inputs()
-    )
+    ours = controlled(base, net, placement="before_the_last_block")(*controlled_inputs())
     assert relative_error(ours, velocity) < 1e-5
 
 
@@ -437,15 +470,12 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_a_control_net_of_another_model_is_refused(other, message):
     sizes = {"width": 16, "num_heads": 2, "latent_channels": 4, "pooled_width": 5}
     base = MMDiT(**sizes, depth=2, context_width=6, position_size=4)
-    controlled(base, ControlNet(**sizes, depth=1), control_latent=torch.zeros(1, 4, 4, 4))
+    controlled(base, ControlNet(**sizes, depth=1))
     with pytest.raises(UserError, match=message):
         net = ControlNet(**{**sizes, **other}, depth=1)
-        ControlledMMDiT(base=base, control_net=net, control_latent=torch.zeros(1, 4, 4, 4))
+        controlled(base, net)
     for strength in (float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"strength .* must be a finite number"):
-            ControlledMMDiT(
-                base=base,
-                control_net=ControlNet(**sizes, depth=1),
-                control_latent=torch.zeros(1, 4, 4, 4),
-                strength=strength,
-            )
+            controlled(base, ControlNet(**sizes, depth=1), strength=strength)
+    with pytest.raises(UserError, match=r"placement 'last' must be one of after_every_block, bef"):
+        controlled(base, ControlNet(**sizes, depth=1), placement="last")

@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from yaml import safe_load
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import Backbone
+from mmdit.models.backbone import PatchBackbone
 from mmdit.models.dit import DiT
 from mmdit.models.matching import fitted_ratio, matched, nearest
 from mmdit.registry import build, describe
@@ -16,13 +16,13 @@ KINDS = [file.stem for file in sorted(CONFIGS.glob("toy*.yaml"))]
 AT = {"height": 8, "width": 8, "text_length": 26}
 
 
-def on_meta(name: str, **changes) -> Backbone:
+def on_meta(name: str, **changes) -> PatchBackbone:
     config = safe_load((CONFIGS / f"{name}.yaml").read_text())
     with torch.device("meta"):
         return instantiate(config, context_width=128, pooled_width=128, **changes)
 
 
-def cost(model: Backbone, by: str) -> int:
+def cost(model: PatchBackbone, by: str) -> int:
     return model.flops(**AT) if by == "flops" else sum(p.numel() for p in model.parameters())
 
 

@@ -150,7 +150,7 @@ def test_a_formulation_has_a_finite_loss_and_samples_in_five_steps(row, composed
     draw = objective.draw(x_0.shape[1:], [generator_for(0, "flow", i) for i in range(n)])
     assert (draw.t >= 0).all() and (draw.t <= 1).all()
     text = Condition(torch.zeros(n, 1), torch.zeros(n, 1, 1))
-    loss = objective(network, x_0, *text, draw)
+    loss = objective(network, x_0, text, draw)
     assert loss.shape == (n,) and loss.isfinite().all()
     loss.mean().backward()
     assert all(p.grad.isfinite().all() for p in network.parameters())

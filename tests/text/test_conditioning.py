@@ -83,7 +83,7 @@ def parts(c_vec: Tensor, c_ctxt: Tensor) -> dict[str, tuple[Tensor, ...]]:
 @torch.no_grad()
 def test_layout(text):
     ids = text.tokenize(PROMPTS)
-    c_vec, c_ctxt = text(ids)
+    c_vec, c_ctxt, _ = text(ids)
     assert c_vec.shape == (2, L_WIDTH + 10) == (2, text.pooled_width)
     assert c_ctxt.shape == (2, LENGTH + T5_LENGTH, T5_WIDTH)
     assert text.context_width == T5_WIDTH
@@ -113,7 +113,7 @@ def test_a_dropped_encoder_contributes_zeros_and_the_others_are_unmoved(text, dr
 
 def test_a_dropped_encoder_gets_no_gradient(text):
     kept = torch.tensor([[True, False, True]] * 2)
-    c_vec, c_ctxt = text(text.tokenize(PROMPTS), kept)
+    c_vec, c_ctxt, _ = text(text.tokenize(PROMPTS), kept)
     (c_vec.square().sum() + c_ctxt.square().sum()).backward()
     grads = {
         name: [p.grad for p in getattr(text, name).parameters() if p.grad is not None]
@@ -145,7 +145,7 @@ def test_a_conditioner_is_frozen_when_all_of_its_weights_are(text):
 @pytest.mark.parametrize("empty", ["", "  \n"])
 @torch.no_grad()
 def test_an_empty_prompt_is_all_zeros_and_leaves_the_others_alone(text, empty):
-    c_vec, c_ctxt = text.encode([empty, PROMPTS[0]])
+    c_vec, c_ctxt, _ = text.encode([empty, PROMPTS[0]])
     assert not c_vec[0].any() and not c_ctxt[0].any()
     alone = text.encode(PROMPTS[:1])
     torch.testing.assert_close(c_vec[1:], alone.c_vec)
@@ -234,7 +234,7 @@ def test_the_condition_has_the_widest_dtype_and_rounds_no_encoder(text, narrow):
     condition = text.encode(PROMPTS)
     assert condition.c_vec.dtype == condition.c_ctxt.dtype == torch.float32
     ids = text.tokenize(PROMPTS)
-    for name, spoken in parts(*condition).items():
+    for name, spoken in parts(*condition[:2]).items():
         own = getattr(text, name)(getattr(ids, name))
         assert own.hidden.dtype == (torch.bfloat16 if name == narrow else torch.float32)
         assert torch.equal(spoken[-1], own.hidden.float())
@@ -243,7 +243,7 @@ def test_the_condition_has_the_widest_dtype_and_rounds_no_encoder(text, narrow):
 @torch.no_grad()
 def test_a_condition_of_narrow_encoders_is_narrow(text):
     for part in (text, without(text, "t5"), without(text, *ENCODERS)):
-        c_vec, c_ctxt = part.bfloat16().encode(PROMPTS)
+        c_vec, c_ctxt, _ = part.bfloat16().encode(PROMPTS)
         assert c_vec.dtype == c_ctxt.dtype == torch.bfloat16
 
 
@@ -502,7 +502,7 @@ def test_condition_matches_diffusers(
     theirs = pipe.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=t5_length
     )
-    c_vec, c_ctxt = text.encode(prompts)
+    c_vec, c_ctxt, _ = text.encode(prompts)
     assert relative_error(c_ctxt, theirs[0]) <= 1e-5
     assert relative_error(c_vec, theirs[2]) <= 1e-5
 

@@ -136,7 +136,7 @@ def random_network(config: DictConfig, text: Verbatim) -> Watched:
             "weights_sha256": file_hash(files["mmdit"]),
         }
     out = made(Path(text.get("out") or Path("results") / f"attention-{config.random}"))
-    side = min(1024, FACTOR * network.patch_size * network.positions.shape[0])
+    side = min(1024, FACTOR * network.longest_side)
     return Watched(facts, side, partial(look_at_noise, network, config), out)
 
 
@@ -145,7 +145,7 @@ def look_at_noise(
     network: Backbone, config: DictConfig, size: int, levels: Sequence[float]
 ) -> list[BlockAttention]:
     """On normally distributed latents, pooled vectors and states."""
-    device = network.positions.device
+    device = next(network.parameters()).device
     if size % (FACTOR * network.patch_size):
         raise UserError(f"image_sizes: {size} must be a multiple of {FACTOR * network.patch_size}")
 
