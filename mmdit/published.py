@@ -106,7 +106,6 @@ def load_published(
         tokenizers=root if tokenizers is None else local(tokenizers, folders),
         load=load,
     )
-    unit = vae.factor * mmdit.patch_size
     return Pipeline(
         mmdit=mmdit,
         text=text,

@@ -20,7 +20,7 @@ from mmdit.flow.schedule import PublishedShift
 from mmdit.flow.solvers import dpmpp_2m, euler, heun, midpoint
 from mmdit.flow.timesteps import LogitNormal
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.models.controlnet import ControlledMMDiT, ControlNet
+from mmdit.models.controlnet import ControlledMMDiT, ControlNet, control_pixels
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.registry import register
@@ -444,3 +444,44 @@ def test_a_network_gets_what_it_reads_and_nothing_else(pipe):
     for wrong in (torch.tensor(1.0), "edges.png"):
         with pytest.raises(UserError, match="give one for all, or one for each"):
             pipe("a", extra={"control": wrong}, steps=1)
+
+
+@pytest.mark.parametrize("control_type", ["blur", "canny"])
+def test_a_control_image_is_encoded_in_the_range_of_its_control_net(pipe, control_type):
+    net = ControlNet(
+        depth=1,
+        width=16,
+        num_heads=2,
+        latent_channels=4,
+        pooled_width=5,
+        control_type=control_type,
+    )
+    torch.nn.init.ones_(net.to_residuals[0].weight)
+    edges = picture(2, 8, 12)
+    with pytest.raises(UserError, match="control: MMDiT follows no control image"):
+        pipe(["a", "b"], control=edges)
+    pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=net)
+    images = pipe(["a", "b"], control=edges, num_images=2)
+    assert images.shape == (4, 8, 12, 3)
+    with torch.no_grad():
+        latents = pipe.autoencoder.encode(control_pixels(edges, control_type))
+    by_hand = {"control": latents.repeat_interleave(2, dim=0)}
+    size = {"height": 8, "width": 12}
+    assert torch.equal(images, pipe(["a", "b"], extra=by_hand, num_images=2, **size))
+    encoded = pipe.encode(["a", "b"])._replace(extra={"control": latents})
+    assert torch.equal(images, pipe(encoded, num_images=2, **size))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"control": picture(8, 8).float()}, "control is torch.float32, but must be .* uint8"),
+        ({"control": picture(3, 8, 8)}, r"control of shape \(3, 8, 8, 3\) must be"),
+        ({"control": picture(8, 8), "height": 12}, "height=12 .* control has 8"),
+        ({"control": picture(8, 8), "image": picture(8, 12), "strength": 1.0}, "width=12 .* has 8"),
+        ({"extra": [1]}, r"extra=\[1\] must give a tensor to each name"),
+    ],
+)
+def test_control_that_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Request("a", **arguments)

@@ -24,11 +24,13 @@ from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition, joined
+from mmdit.models.controlnet import ControlledMMDiT
+from mmdit.models.mmdit import MMDiT
 from mmdit.plots import LARGEST_GRID, Thumbnails, png
 from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.printable import logger, printable, show
 from mmdit.registry import describe
-from mmdit.request import Request
+from mmdit.request import Request, real
 from mmdit.runs.checkpoint import find_weights, hash_of_weights, newest_finished
 from mmdit.runs.files import NumberedFiles
 from mmdit.runs.status import mend
@@ -40,6 +42,7 @@ PROMPTS_KEPT = 100  # encoded ones, of 1 to 5 MB each at the size of SD3
 LONGEST_PROMPT_FILE = 50_000_000  # characters
 VERBATIM = (
     *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
+    *("control", "controlnet"),
     *("autoencoder", "text.encoders", "text.tokenizers"),
 )
 
@@ -47,18 +50,21 @@ VERBATIM = (
 def job(config: DictConfig, text: Verbatim) -> None:
     """Check, load, sample, write."""
     prompts = read_prompts(text)
-    image = open_picture(Path(text["image"])) if "image" in text else None
+    image, control = (open_image(text, name) for name in ("image", "control"))
     check(config, text, image)
     out = make_folder(Path(text.get("out") or "samples"))
     device = available(config.device)
     source = find_source(text.get("checkpoint"), config)
     pipe, precision = load(source, config, text, device)
+    if "controlnet" in text:
+        pipe.mmdit = controlled(pipe, config, text)
     if config.compile:
         pipe.mmdit.compile()
     for remark in pipe.text.remarks(prompts):
         log.warning("note: %s", remark)
 
-    options = options_of(pipe, config, image)
+    with precision():
+        options = options_of(pipe, config, image, control)
     facts = facts_of(pipe, config, text, options, source)
     wanted = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
     count = len(prompts) * config.num_images
@@ -85,6 +91,12 @@ def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> Non
     numbers = {name: config[name] for name in ("height", "width", "steps", "guidance")}
     Request("", negative_prompt=text.get("negative_prompt"), **numbers)
     Request("", image=image, strength=config.strength)
+    if ("control" in text) != ("controlnet" in text):
+        raise UserError(
+            "control=<image> and controlnet=<file, folder or hub id> belong together: give both "
+            "or neither"
+        )
+    real("control_strength", config.control_strength)
     switches = {name: config[name] for name in ("compile", "verify", "allow_pickle")}
     switches |= {f"text.{name}": config.text[name] for name in config.text if name != "t5_length"}
     for name, value in switches.items():
@@ -93,17 +105,25 @@ def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> Non
 
 
 def options_of(
-    pipe: mmdit.Pipeline, config: DictConfig, image: torch.Tensor | None
+    pipe: mmdit.Pipeline,
+    config: DictConfig,
+    image: torch.Tensor | None,
+    control: torch.Tensor | None,
 ) -> dict[str, Any]:
     """What all images have in common, as `mmdit.Request` takes it."""
     if config.guidance is None:
         config.guidance = pipe.guidance  # which the guide's own arguments follow
-    image = None if image is None else fitted(image, pipe, config)
-    height, width = (pipe.image_size, pipe.image_size) if image is None else image.shape[:2]
+    height, width = config.height, config.width
+    if image is not None:
+        image = fitted("image", image, pipe, height, width)
+        height, width = image.shape[:2]
+    if control is not None:
+        control = fitted("control", control, pipe, height, width)
+        height, width = control.shape[:2]
     options = {
         "steps": pipe.steps if config.steps is None else config.steps,
-        "height": height if config.height is None else config.height,
-        "width": width if config.width is None else config.width,
+        "height": pipe.image_size if height is None else height,
+        "width": pipe.image_size if width is None else width,
         "image": image,
         "strength": config.strength,
         "guidance": instantiate(config.guide),
@@ -111,6 +131,8 @@ def options_of(
         "grid": instantiate(config.grid) if config.get("grid") else pipe.objective.grid,
     }
     pipe.latent_size(options["height"], options["width"])
+    if control is not None:  # encoded once for all images
+        options["extra"] = {"control": pipe.encode_control(control[None])}
     return options
 
 
@@ -122,6 +144,7 @@ def facts_of(
     source: Path | str,
 ) -> dict[str, Any]:
     """What the metadata of every image says: all that reproduces it, but prompt and seed."""
+    control = {"control_strength": config.control_strength} if "control" in text else {}
     return {
         "negative_prompt": text.get("negative_prompt", ""),
         **{name: options[name] for name in ("steps", "height", "width", "strength")},
@@ -139,6 +162,7 @@ def facts_of(
         "weights": str(source),
         "weights_sha256": hash_of_weights(source) if isinstance(source, Path) else None,
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__},
+        **control,
     }
 
 
@@ -296,19 +320,47 @@ def load(
     return pipe, nullcontext
 
 
-def open_picture(path: Path) -> torch.Tensor:
-    """An image as uint8 (h, w, 3), by the policies of `mmdit.data.images`.
+def controlled(pipe: mmdit.Pipeline, config: DictConfig, text: Verbatim) -> ControlledMMDiT:
+    """The pipeline's network under the control net that controlnet= names.
 
     Raises:
-        UserError: it is none, or cannot be read.
+        UserError: there is no such file, it holds another kind of model, or it was made for another
+            network.
     """
+    if not isinstance(pipe.mmdit, MMDiT):
+        raise UserError(
+            f"controlnet={text['controlnet']}: control nets are made for an MMDiT, but the network "
+            f"of this model is a {type(pipe.mmdit).__name__}"
+        )
+    flags = {"allow_pickle": config.allow_pickle, "verify": config.verify}
+    net = mmdit.load_controlnet(text["controlnet"], dtype=pipe.mmdit.dtype, **flags)
     try:
-        return torch.from_numpy(decode(read_bytes(path)))
+        return ControlledMMDiT(
+            base=pipe.mmdit,
+            control_net=net.to(pipe.device).eval(),
+            strength=config.control_strength,
+        )
+    except UserError as error:
+        raise UserError(f"controlnet={text['controlnet']}: {error}") from error
+
+
+def open_image(text: Verbatim, name: str) -> torch.Tensor | None:
+    """The image that `name`= gives as uint8 (h, w, 3), by the policies of `mmdit.data.images`.
+
+    Raises:
+        UserError: it is not an image, or cannot be read.
+    """
+    if name not in text:
+        return None
+    try:
+        return torch.from_numpy(decode(read_bytes(Path(text[name]))))
     except (BadImage, OSError) as error:
-        raise UserError(f"image={path} cannot be read as a picture: {error}") from error
+        raise UserError(f"{name}={text[name]} cannot be read as an image: {error}") from error
 
 
-def fitted(image: torch.Tensor, pipe: mmdit.Pipeline, config: DictConfig) -> torch.Tensor:
+def fitted(
+    name: str, image: torch.Tensor, pipe: mmdit.Pipeline, height: int | None, width: int | None
+) -> torch.Tensor:
     """An image (h, w, 3) at a size that the model takes.
 
     Scaled to height and width where they are given (one alone keeps the proportions, nearly), and
@@ -317,19 +369,21 @@ def fitted(image: torch.Tensor, pipe: mmdit.Pipeline, config: DictConfig) -> tor
     picture = Image.fromarray(image.numpy())
     unit = pipe.autoencoder.factor * pipe.mmdit.patch_size
     scale = 1.0
-    if config.height or config.width:
-        wide, high = picture.size
-        scale = (config.height or config.width) / (high if config.height else wide)
-    width = config.width or int(picture.width * scale) // unit * unit
-    height = config.height or int(picture.height * scale) // unit * unit
+    scaled = height is not None or width is not None
+    if height is not None:
+        scale = height / picture.height
+    elif width is not None:
+        scale = width / picture.width
+    width = width or int(picture.width * scale) // unit * unit
+    height = height or int(picture.height * scale) // unit * unit
     largest = pipe.autoencoder.factor * pipe.mmdit.longest_side
     if not (unit <= height <= largest and unit <= width <= largest):
         raise UserError(
-            f"image is {picture.width} x {picture.height}: this model takes sides from {unit} to "
+            f"{name} is {picture.width} x {picture.height}: this model takes sides from {unit} to "
             f"{largest} pixels; height= and width= scale it"
         )
     pipe.latent_size(height, width)
-    if config.height or config.width:
+    if scaled:
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     cut = picture.crop((left, top, left + width, top + height))

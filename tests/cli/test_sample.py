@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import tracemalloc
@@ -13,13 +14,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+import mmdit
 import mmdit.cli.eval.autoencoder
 import mmdit.cli.eval.subject
 from mmdit.cli import CONFIGS, sample
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.pipeline import Samples
+from mmdit.models.controlnet import ControlledMMDiT, ControlNet
+from mmdit.pipeline import Samples, to_pixels
 from mmdit.published import published_objective
 from tests.checkpoints_for_tests import write_checkpoint
 from tests.kills_for_tests import forked
@@ -64,7 +67,7 @@ def test_no_run_at_all_is_told(home, monkeypatch):
 
 
 READERS = {
-    "sample": lambda path: sample.open_picture(path),
+    "sample": lambda path: sample.open_image({"image": path}, "image"),
     "eval/autoencoder": lambda path: mmdit.cli.eval.autoencoder.open_picture(path, 4),
 }
 
@@ -79,9 +82,9 @@ def test_sixteen_bits_a_channel_are_scaled_to_eight(read, tmp_path):
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_what_is_no_picture_is_refused_by_name(read, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
-    with pytest.raises(UserError, match=r"page\.eps cannot be read as a picture: is not an image"):
+    with pytest.raises(UserError, match=r"page\.eps cannot be read as an? .*: is not an image"):
         read(tmp_path / "page.eps")
-    with pytest.raises(UserError, match=r"absent\.png cannot be read as a picture: no such file"):
+    with pytest.raises(UserError, match=r"absent\.png cannot be read as an? .*: no such file"):
         read(tmp_path / "absent.png")
 
 
@@ -254,3 +257,115 @@ def test_a_full_disk_is_told_with_the_file_that_could_not_be_written(run, tmp_pa
         run("num_images=1", "seed=3")
     assert caught.value.filename == str(tmp_path / "out" / "00001-a-cat-seed3.png")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# Control
+
+
+@pytest.fixture(scope="module")
+def control_net(tmp_path_factory):
+    """A random control net for the tiny published pipeline, as a public file."""
+    net = ControlNet(depth=3, width=64, num_heads=4, pooled_width=40, control_type="canny")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return mmdit.save_single_file(net, tmp_path_factory.mktemp("net") / "canny.safetensors")
+
+
+@pytest.fixture
+def edges(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 38, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "edges.png")
+    return tmp_path / "edges.png"
+
+
+@pytest.fixture
+def follow(tiny_published, control_net, edges, tmp_path, monkeypatch, capsys):
+    """`follow(*overrides, **text)`: the image that follows a control image, and its facts."""
+
+    def job(*overrides, **text):
+        words = ("num_images=1", "steps=3", "precision=fp32", "verify=false", *overrides)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("sample", list(words))
+        given = {"prompt": "a cat", "checkpoint": str(tiny_published), "out": str(tmp_path / "o")}
+        given |= {"control": str(edges), "controlnet": str(control_net), **text}
+        sample.job(config, {key: value for key, value in given.items() if value is not None})
+        path = capsys.readouterr().out.splitlines()[0]
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image)), facts_of(path)
+
+    return job
+
+
+def test_a_control_image_is_followed_as_written_out_by_hand(
+    follow, tiny_published, control_net, edges
+):
+    image, facts = follow("control_strength=0.7", "guidance=3")
+    pipe, net = mmdit.load_pipeline(tiny_published), mmdit.load_controlnet(control_net)
+    with Image.open(edges) as opened:  # 50 x 38, cut to multiples of what the model needs
+        cut = torch.from_numpy(np.array(opened))[1:49, 1:37]
+    with torch.no_grad():
+        pixels = cut.permute(2, 0, 1)[None].float() / 255 * 127.5 + 0.5  # Canny's own range
+        control = pipe.autoencoder.encode(pixels)
+        network = ControlledMMDiT(base=pipe.mmdit, control_net=net, strength=0.7)
+        texts = [pipe.text.encode([prompt]) for prompt in ("a cat", "")]
+        z, times = pipe.noise([0], 48, 36), pipe.objective.times(3).tolist()
+        for t, t_next in itertools.pairwise(times):
+            cond, uncond = (
+                network(z, torch.tensor([t]), *text[:2], control=control) for text in texts
+            )
+            z = z + (t_next - t) * (uncond + 3 * (cond - uncond))
+        expected = to_pixels(pipe.autoencoder.decode(z))[0]
+    assert (image.int() - expected.int()).abs().max() <= 1
+    assert facts["control_strength"] == 0.7 and facts["given"]["controlnet"] == str(control_net)
+    plain, facts = follow("guidance=3", "height=48", "width=36", control=None, controlnet=None)
+    assert (plain.int() - expected.int()).abs().max() > 5
+    assert "control_strength" not in facts
+
+
+def test_a_control_image_takes_the_size_asked_for_or_that_of_the_image_to_start_from(
+    follow, edges, tmp_path
+):
+    image, _ = follow("height=32", "width=16")
+    assert image.shape == (32, 16, 3)
+    Image.new("RGB", (16, 48)).save(tmp_path / "start.png")
+    image, _ = follow("strength=0.5", image=str(tmp_path / "start.png"))
+    assert image.shape == (48, 16, 3)
+
+
+def test_the_control_net_may_lie_in_a_folder(follow, control_net, tmp_path):
+    folder = mmdit.save_diffusers(mmdit.load_controlnet(control_net), tmp_path / "net")
+    assert torch.equal(follow(controlnet=str(folder))[0], follow()[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"control": None}, "control=<image> and controlnet=<file, folder or hub id> belong"),
+        ({"controlnet": None}, "control=<image> and controlnet=<file, folder or hub id> belong"),
+        ({"control": "absent.png"}, r"control=absent\.png cannot be read as an image: no such"),
+        ({"controlnet": "absent.safetensors"}, r"absent\.safetensors"),
+    ],
+)
+def test_control_that_cannot_be_is_refused(follow, text, message):
+    with pytest.raises(UserError, match=message):
+        follow(**text)
+
+
+def test_a_control_net_of_another_size_or_kind_is_refused(follow, tiny_published, tmp_path):
+    narrow = ControlNet(depth=1, width=32, num_heads=4, pooled_width=40)
+    path = mmdit.save_single_file(narrow, tmp_path / "narrow.safetensors")
+    with pytest.raises(UserError, match=r"narrow.*has width 32, the model 64"):
+        follow(controlnet=str(path))
+    model = mmdit.load_mmdit(tiny_published)
+    path = mmdit.save_single_file(model, tmp_path / "base.safetensors")
+    with pytest.raises(UserError, match=r"base\.safetensors holds no SD3\.5 ControlNet"):
+        follow(controlnet=str(path))
+    with pytest.raises(UserError, match="control_strength=nan must be a finite number"):
+        follow("control_strength=nan")
+
+
+@pytest.mark.slow
+def test_compiled_networks_follow_a_control_image_alike(follow):
+    plain, compiled = (follow(f"compile={flag}", "guidance=3")[0] for flag in ("false", "true"))
+    assert (plain.int() - compiled.int()).abs().max() <= 1
