@@ -17,7 +17,7 @@ from PIL import Image
 import mmdit
 import mmdit.cli.eval.autoencoder
 import mmdit.cli.eval.subject
-from mmdit.cli import CONFIGS, sample
+from mmdit.cli import CONFIGS, images, sample
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.models.autoencoder import Autoencoder
@@ -67,7 +67,7 @@ def test_no_run_at_all_is_told(home, monkeypatch):
 
 
 READERS = {
-    "sample": lambda path: sample.open_image({"image": path}, "image"),
+    "sample": lambda path: images.open_image({"image": path}, "image"),
     "eval/autoencoder": lambda path: mmdit.cli.eval.autoencoder.open_picture(path, 4),
 }
 
