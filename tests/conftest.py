@@ -26,6 +26,7 @@ from mmdit.published import published_objective
 from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.t5_tokenizer import t5_tokenizer_in
+from tests import variants
 
 # Tests run two at a time, and so do the processes that they start: one thread for each. Threads
 # that wait for each other's cores would make a test many times slower.
@@ -34,6 +35,37 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+# Laws of whatever is registered
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("variants of your own, tested as those of the project")
+    group.addoption("--config-dir", action="append", default=[], help="folder of their yamls")
+    group.addoption("--imports", action="append", default=[], help="module of their classes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    variants.look_in(config.getoption("config_dir"), config.getoption("imports"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked `each("density")` runs on every density, given as its argument `density`."""
+    for mark in metafunc.definition.iter_markers("each"):
+        for kind in mark.args:
+            found = variants.variants(kind)
+            metafunc.parametrize(kind, found.values(), ids=found, indirect=True)
+
+
+def _variant(kind: str) -> Any:
+    return pytest.fixture(lambda request: request.param(), name=kind)
+
+
+density, path, prediction = _variant("density"), _variant("path"), _variant("prediction")
+shift, grid, solver = _variant("shift"), _variant("grid"), _variant("solver")
+guidance, schedule, profile = _variant("guidance"), _variant("schedule"), _variant("profile")
+backbone = _variant("backbone")
 
 
 class GoldenCase(NamedTuple):

@@ -127,7 +127,8 @@ class ControlNet(nn.Module):
         embeddings = 2 * tokens * base.patch_values * d  # of the latent, and of the control latent
         to_residuals = len(self.blocks) * tokens * d**2
         around = 2 * (vector + embeddings + to_residuals)
-        return around + sum(block.flops(tokens, 0) for block in self.blocks)
+        layers: list[Any] = [*self.blocks]
+        return around + sum(block.flops(tokens, 0) for block in layers)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,5 +1,7 @@
 """Averages: how long they remember, and in what precision."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,11 +9,7 @@ from torch import nn
 from mmdit.engine.ema import EMA, ConstantDecay, HalfLife, PowerFunction, Profile, gamma_of
 from mmdit.errors import UserError
 
-PROFILES = [
-    ConstantDecay(decay=0.9999, every=1),
-    HalfLife(half_life=1e5, batch_size=4),
-    PowerFunction(sigma_rel=0.05),
-]
+each_profile = pytest.mark.each("profile")
 
 
 def share_of_start(profile: Profile, steps: int) -> float:
@@ -27,7 +25,7 @@ def share_of_start(profile: Profile, steps: int) -> float:
     return ema.module.weight.item()
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: type(p).__name__)
+@each_profile
 def test_average_of_bfloat16_weights_is_float32_and_moves(profile: Profile) -> None:
     module = nn.Linear(4, 4).to(torch.bfloat16)
     ema = EMA(module, profile=profile)
@@ -36,9 +34,21 @@ def test_average_of_bfloat16_weights_is_float32_and_moves(profile: Profile) -> N
     with torch.no_grad():
         module.weight += 1
     for step in range(1, 4):
-        ema.update(step)
+        ema.update(step * profile.every)
     assert (ema.module.weight > before).all()
     assert all(average.dtype == torch.float32 for average in ema.module.parameters())
+
+
+@each_profile
+def test_a_profile_forgets_the_start_and_never_the_weights(profile: Profile) -> None:
+    """Every update keeps a share of [0, 1), and of the start less and less is left."""
+    assert type(profile.every) is int and profile.every >= 1
+    steps = range(profile.every, 300_000, profile.every * 7)
+    decays = [profile.decay(step) for step in steps]
+    assert all(0 <= decay < 1 for decay in decays)
+    assert decays[::-1] == [profile.decay(step) for step in reversed(steps)]  # of the step alone
+    left = share_of_start(profile, 30 * profile.every)
+    assert left < 1 and math.prod(decays) < min(0.5, left)
 
 
 def test_average_converges_to_constant_weights_at_its_decay() -> None:
@@ -158,7 +168,7 @@ class Parts(nn.Module):
 
 def test_frozen_parts_are_shared_and_trained_ones_are_not() -> None:
     module = Parts()
-    ema = EMA(module, profile=PROFILES[0])
+    ema = EMA(module, profile=ConstantDecay(decay=0.9999, every=1))
     average = ema.module
     assert average is not module
     for name, tensor in module.state_dict(keep_vars=True).items():

@@ -1,14 +1,9 @@
 """Schedules: pure functions of the step, continuous, with the ends they name."""
 
-import inspect
-import re
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-import yaml
 
-from mmdit.engine import schedules
 from mmdit.engine.schedules import (
     WarmupConstant,
     WarmupCosine,
@@ -16,27 +11,15 @@ from mmdit.engine.schedules import (
 )
 from mmdit.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "schedule"
-ALL = [
+KNOWN = [
     WarmupConstant(warmup_steps=10),
     WarmupCosine(warmup_steps=10, steps=200, final=0.1),
     WarmupCosine(warmup_steps=0, steps=200),
     WarmupStableDecay(warmup_steps=10, steps=200, decay_steps=40, final=0.1),
     WarmupStableDecay(warmup_steps=0, steps=200, decay_steps=200),
 ]
-each_schedule = pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s).__name__)
-
-
-def test_yamls_and_classes_are_the_same_set() -> None:
-    classes = {
-        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): f"mmdit.engine.{name}"
-        for name, value in vars(schedules).items()
-        if inspect.isclass(value)
-        and value.__module__ == schedules.__name__
-        and not inspect.isabstract(value)
-    }
-    targets = {f.stem: yaml.safe_load(f.read_text())["_target_"] for f in CONFIGS.glob("*.yaml")}
-    assert targets == classes
+each_schedule = pytest.mark.each("schedule")
+STEPS = range(1200)  # the toy training has 1000
 
 
 def test_warm_up_is_linear_then_constant() -> None:
@@ -46,19 +29,32 @@ def test_warm_up_is_linear_then_constant() -> None:
 
 
 @each_schedule
-def test_factor_lies_in_0_1_and_falls_only_after_the_warm_up(schedule) -> None:
-    factors = [schedule(step) for step in range(300)]
+def test_factor_lies_in_0_1_and_rises_in_a_line_to_1_at_the_end_of_the_warm_up(schedule) -> None:
+    factors = [schedule(step) for step in STEPS]
     assert all(0 <= factor <= 1 for factor in factors)
     warm = schedule.warmup_steps
-    assert all(a < b for a, b in pairwise(factors[:warm]))
-    assert all(a >= b for a, b in pairwise(factors[max(0, warm - 1) :]))
+    assert factors[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
     assert factors[warm] == factors[max(0, warm - 1)] == 1.0
 
 
 @each_schedule
+def test_a_schedule_that_names_its_end_stays_at_its_final_factor(schedule) -> None:
+    if schedule.end is not None:
+        assert schedule.end > schedule.warmup_steps
+        for step in (schedule.end, schedule.end + 1, 10 * schedule.end):
+            assert schedule(step) == pytest.approx(schedule.final)
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda s: type(s).__name__)
+def test_factor_falls_only_after_the_warm_up(known) -> None:
+    after = [known(step) for step in range(max(0, known.warmup_steps - 1), 300)]
+    assert all(a >= b for a, b in pairwise(after))
+
+
+@each_schedule
 def test_factor_of_a_step_depends_on_no_other_call(schedule) -> None:
-    forwards = [schedule(step) for step in range(250)]
-    backwards = [schedule(step) for step in reversed(range(250))]
+    forwards = [schedule(step) for step in STEPS]
+    backwards = [schedule(step) for step in reversed(STEPS)]
     assert backwards[::-1] == forwards
 
 

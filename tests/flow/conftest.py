@@ -1,4 +1,4 @@
-"""All paths, predictions and families of formulations: a test that takes one runs on each."""
+"""All families of formulations: a test that takes one runs on each."""
 
 import pytest
 
@@ -9,23 +9,6 @@ from mmdit.flow.predictions import Epsilon, FPrediction, V, Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import CosMap, DiscreteUniform, LogitNormal, Mode, Uniform
 
-PATHS = {
-    "straight": RectifiedFlow(),
-    "cosine": Cosine(),
-    "linear": LDMLinear(),
-    "linear(20)": LDMLinear(beta_start=0.01, beta_end=0.4, steps=20),
-    "edm(-1.2,1.2)": EDM(),
-    "edm(0.6,0.6)": EDM(P_m=0.6, P_s=0.6),
-    "matched": MatchedEDM(),
-    "matched(1)": MatchedEDM(sigma_data=1.0),
-}
-PREDICTIONS = {
-    "velocity": Velocity(),
-    "epsilon": Epsilon(),
-    "v": V(),
-    "F": FPrediction(),
-    "F(1)": FPrediction(sigma_data=1.0),
-}
 # As in configs/objective; edm/cos is edm/rf.
 FORMULATIONS = {
     "eps/linear": (LDMLinear(), DiscreteUniform(), Epsilon(), LDMGrid()),
@@ -53,18 +36,8 @@ TRAINED = {
 }
 
 
-@pytest.fixture(params=PATHS.values(), ids=PATHS)
-def path(request):
-    return request.param
-
-
-@pytest.fixture(params=PREDICTIONS.values(), ids=PREDICTIONS)
-def prediction(request):
-    return request.param
-
-
 @pytest.fixture(params=[1 / 3, 1.0, 3.0], ids=lambda alpha: f"alpha={alpha:.2f}")
-def shift(request):
+def moved(request):
     return Shift(alpha=request.param)
 
 
@@ -87,6 +60,6 @@ def trained(request):
 
 
 @pytest.fixture(params=TRAINED.values(), ids=TRAINED)
-def shifted(request, shift):
+def shifted(request, moved):
     """The same, at all shifts."""
-    return objective(request.param, shift)
+    return objective(request.param, moved)

@@ -10,7 +10,14 @@ from torch import Tensor
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import UniformGrid
 from mmdit.flow.objective import Objective
-from mmdit.flow.paths import Cosine, LDMLinear, MatchedEDM, Path, VarianceExploding
+from mmdit.flow.paths import (
+    Cosine,
+    LDMLinear,
+    MatchedEDM,
+    Path,
+    RectifiedFlow,
+    VarianceExploding,
+)
 from mmdit.flow.predictions import Epsilon, FPrediction, Prediction, V, Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.solvers import (
@@ -27,7 +34,7 @@ MEAN, DEVIATION = 0.8, 0.4
 # The midpoint rule has order 2, and here 3: with S the deviation, its error of h^3 is
 # (S'' S^3)' / (24 S^3), and S^2 is a quadratic in sigma, of which S'' S^3 is constant.
 ORDERS = {euler: 1, heun: 2, midpoint: 3, dpmpp_2m: 2, dpmpp_2m_log_snr: 2}
-each_solver = pytest.mark.parametrize("solver", ORDERS, ids=lambda solver: solver.__name__)
+each_known = pytest.mark.parametrize("known", ORDERS, ids=lambda solver: solver.__name__)
 NOTHING = Condition(torch.zeros(1, 1), torch.zeros(1, 1, 1))
 
 
@@ -97,6 +104,7 @@ def predictions_on(path: Path) -> list[Prediction]:
     return [Velocity(), Epsilon(), V(), *(of_edm if isinstance(path, VarianceExploding) else [])]
 
 
+@pytest.mark.each("path")
 @pytest.mark.parametrize("sigma", [1.0, 0.9, 0.5, 0.1, 0.002])
 def test_the_optimal_network_moves_the_straight_path_by_the_exact_velocity(path, sigma):
     sigma, z = min(sigma, path.noisiest), noise()
@@ -111,8 +119,8 @@ def test_the_optimal_network_moves_the_straight_path_by_the_exact_velocity(path,
         torch.testing.assert_close(velocity(z, sigma), expected, rtol=1e-7, atol=1e-7)
 
 
-@each_solver
-def test_every_solver_has_its_order_on_every_path(sampled, solver):
+@each_known
+def test_every_solver_has_its_order_on_every_path(sampled, known):
     """Between inner noise levels, where the steps of all clocks shrink evenly.
 
     On whole grids no order can be proved: towards their ends the clocks of DPM-Solver++ take ever
@@ -123,26 +131,40 @@ def test_every_solver_has_its_order_on_every_path(sampled, solver):
 
     def error(steps: int) -> float:
         grid = torch.linspace(start, end, steps + 1, dtype=torch.float64)
-        return (solver(velocity, z, grid) - exact(z, start, end)).abs().max().item()
+        return (known(velocity, z, grid) - exact(z, start, end)).abs().max().item()
 
-    assert math.log2(error(48) / error(96)) == pytest.approx(ORDERS[solver], abs=0.15)
+    assert math.log2(error(48) / error(96)) == pytest.approx(ORDERS[known], abs=0.15)
 
 
-@each_solver
-def test_every_solver_reaches_the_data_from_where_its_path_starts(sampled, solver):
+@each_known
+def test_every_solver_reaches_the_data_from_where_its_path_starts(sampled, known):
     """Whole grids, from noise to data."""
     velocity, z = velocity_of(sampled), noise()
 
     def error(steps: int) -> float:
         times = sampled.times(steps)
         expected = exact(times[0].item() * z, times[0].item(), 0.0)
-        reached = solver(velocity, times[0].item() * z, times)
+        reached = known(velocity, times[0].item() * z, times)
         return (reached - expected).abs().max().item()
 
     few, many = error(8), error(128)
     # First order is the least on each grid: by 16, less a factor for the long steps of the first.
     assert many < few / 5
     assert many < 0.1 * DEVIATION
+
+
+@pytest.mark.each("solver")
+def test_every_solver_tends_to_the_distribution_of_the_data(solver):
+    """Whether it draws noise of its own or not, from wherever it starts."""
+    velocity = velocity_of(objective_of(RectifiedFlow(), Velocity()))
+    z = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def off(steps: int) -> float:
+        reached = solver(velocity, z, Shift(alpha=3.0).grid(steps))
+        return max(abs(reached.mean().item() - MEAN), abs(reached.std().item() - DEVIATION))
+
+    assert off(160) < max(off(10) / 4, 0.02)
+    assert off(160) < 0.06 * DEVIATION
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
@@ -180,7 +202,7 @@ def test_euler_is_ddim_on_paths_that_preserve_variance(path, prediction):
 
     x = (a[0] + b[0]) * z
     for i in range(9):
-        output = wavy(x, t[i : i + 1], *NOTHING)
+        output = wavy(x, t[i : i + 1], *NOTHING[:2])
         if isinstance(prediction, Epsilon):
             epsilon = output
             x_0 = (x - b[i] * epsilon) / a[i]
@@ -207,7 +229,7 @@ def test_euler_is_that_of_karras_on_paths_that_explode():
     for s, s_next in itertools.pairwise(levels):
         total = s**2 + 0.25
         noise_level = torch.tensor([math.log(s) / 4], dtype=torch.float64)
-        output = wavy(x / math.sqrt(total), noise_level, *NOTHING)
+        output = wavy(x / math.sqrt(total), noise_level, *NOTHING[:2])
         denoised = 0.25 / total * x + s * 0.5 / math.sqrt(total) * output
         x = x + (s_next - s) * (x - denoised) / s
     torch.testing.assert_close(reached, x, rtol=1e-10, atol=1e-10)

@@ -10,19 +10,8 @@ from mmdit.flow.paths import EDM, Cosine, LDMLinear, RectifiedFlow
 from mmdit.flow.schedule import PublishedShift, Shift
 
 STRAIGHT = RectifiedFlow()
-GRIDS = {
-    "uniform": UniformGrid(),
-    "cosine": CosineGrid(),
-    "ldm": LDMGrid(),
-    "karras": KarrasGrid(),
-    "karras(short)": KarrasGrid(sigma_min=0.1, sigma_max=3.0, rho=2.0),
-}
-each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-each_shift = pytest.mark.parametrize(
-    "shift",
-    [Shift(), Shift(alpha=0.5), Shift(alpha=3.0), PublishedShift(alpha=3.0)],
-    ids=lambda shift: f"{type(shift).__name__}({shift.alpha})",
-)
+each_grid = pytest.mark.each("grid")
+each_shift = pytest.mark.each("shift")
 shifts_once = pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
 
 
@@ -34,6 +23,13 @@ def test_a_grid_falls_strictly_to_exactly_zero(grid, shift, steps):
     assert times.shape == (steps + 1,) and times.dtype == torch.float64
     assert times[0] <= 1.0 and times[-1] == 0.0
     assert (times.diff() < 0).all()
+
+
+@each_grid
+def test_a_grid_starts_in_noise_and_takes_steps_of_its_own(grid):
+    times = grid(20, Shift(), STRAIGHT)
+    assert times[0] >= 0.9
+    assert -times.diff().max() > 0 and -times.diff().min() < 0.5
 
 
 @each_grid

@@ -232,7 +232,7 @@ def test_rescale_treats_each_picture_alone():
     guide = GuidanceRescale(inner=cfg(), phi=0.7)
     together = at(guide, uneven, TIME)
     for i in range(2):
-        sides = (side.map(lambda part: part[i : i + 1]) for side in (POSITIVE, NEGATIVE))
+        sides = (side.map(lambda part, i=i: part[i : i + 1]) for side in (POSITIVE, NEGATIVE))
         alone = guide(uneven, *sides, GRID, 10)(Z[i : i + 1], TIME)
         torch.testing.assert_close(together[i : i + 1], alone)
 
@@ -299,6 +299,83 @@ def test_composition_is_that_of_the_formulas():
     expected = (Z - wanted[:, None, None, None] * x_0) / TIME
     torch.testing.assert_close(at(guide, uneven, TIME), expected)
     torch.testing.assert_close(at(guide, uneven, 0.95), uneven(Z, 0.95, POSITIVE))
+
+
+# Laws of every guidance
+
+
+each_guidance = pytest.mark.each("guidance")
+
+
+class Counted(Layered):
+    """Remembers at which points, of which samples and without which blocks it was asked."""
+
+    def __init__(self, velocity=velocity, layers=(), asked=None) -> None:
+        self.velocity, self.layers = velocity, layers
+        self.asked = [] if asked is None else asked
+
+    def __call__(self, z, t, condition):
+        self.asked += [
+            (self.layers, t, *map(hash_of, row))
+            for row in zip(z, condition.c_vec, condition.c_ctxt, strict=True)
+        ]
+        return (1 - len(self.layers) / 10) * self.velocity(z, t, condition)
+
+    def skipping(self, layers):
+        return Counted(self.velocity, tuple(layers), self.asked)
+
+
+def hash_of(tensor):
+    return tensor.numpy().tobytes()
+
+
+@each_guidance
+def test_where_the_condition_changes_nothing_guidance_does_not(guidance):
+    class Deaf:
+        def __call__(self, z, t, condition):
+            return torch.sin(3 * z) + t
+
+        def skipping(self, layers):
+            return self
+
+    guided = guidance(Deaf(), POSITIVE, NEGATIVE, GRID, 10)
+    for t in GRID[:-1].tolist():
+        torch.testing.assert_close(guided(Z, t), torch.sin(3 * Z) + t, rtol=1e-4, atol=1e-5)
+
+
+@each_guidance
+def test_guidance_treats_each_picture_alone_and_asks_nothing_twice(guidance):
+    network = Counted(uneven)
+    together = guidance(network, POSITIVE, NEGATIVE, GRID, 10)
+    for t in (0.95, 0.85, 0.5, 0.1):
+        both = together(Z, t)
+        assert both.shape == Z.shape and both.isfinite().all()
+        assert len(network.asked) == len(set(network.asked))
+        network.asked.clear()
+        for i in range(2):
+            sides = [side.map(lambda part, i=i: part[i : i + 1]) for side in (POSITIVE, NEGATIVE)]
+            alone = guidance(Counted(uneven), *sides, GRID, 10)(Z[i : i + 1], t)
+            torch.testing.assert_close(alone, both[i : i + 1])
+
+
+@each_guidance
+def test_every_guidance_follows_the_prompt_and_computes_in_float32(guidance):
+    def half(z, t, condition):
+        return uneven(z, t, condition).bfloat16()
+
+    guided = guidance(Counted(half), POSITIVE, NEGATIVE, GRID, 10)
+    other = guidance(Counted(half), NEGATIVE, NEGATIVE, GRID, 10)
+    for t in (0.95, 0.85, 0.5, 0.1):
+        assert guided(Z, t).dtype == torch.float32
+        assert (guided(Z, t) - other(Z, t)).abs().max() > 0.01
+
+
+@each_guidance
+def test_every_guidance_is_a_function_of_the_point_alone(guidance):
+    guided = guidance(Counted(uneven), POSITIVE, NEGATIVE, GRID, 10)
+    first = [guided(Z, t) for t in (0.95, 0.5, 0.1)]
+    again = [guided(Z, t) for t in (0.1, 0.5, 0.95)]
+    assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
 
 
 def test_what_is_remembered_of_a_point_serves_no_other():

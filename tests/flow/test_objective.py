@@ -108,6 +108,7 @@ def test_the_loss_is_taken_in_float32_whatever_the_model_computes_in():
     torch.testing.assert_close(loss, (z_t - draw.epsilon + X_0).square().mean(dim=(1, 2, 3)))
 
 
+@pytest.mark.each("path")
 @pytest.mark.parametrize("alpha", [1 / 3, 1.0, 3.0])
 def test_the_shift_moves_the_log_snr_of_every_path_alike(path, alpha):
     def drawn(alpha):
@@ -309,6 +310,7 @@ def test_the_network_is_told_the_same_time_whatever_the_precision_of_the_latent(
         assert torch.equal(half, single) and half.dtype == single.dtype
 
 
+@pytest.mark.each("path")
 def test_the_network_is_asked_at_the_same_noise_level_of_its_own_path(path):
     z, asked = torch.randn(3, 2, dtype=torch.float64), []
 

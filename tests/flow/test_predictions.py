@@ -4,8 +4,23 @@ import torch
 from mmdit.errors import UserError
 from mmdit.flow.paths import EDM, Cosine, MatchedEDM, RectifiedFlow
 from mmdit.flow.predictions import Epsilon, FPrediction, V, Velocity
+from tests.variants import variants
 
 T = torch.tensor([0.0103, 0.1, 0.5003, 0.9, 0.9899], dtype=torch.float64)
+
+
+each_prediction = pytest.mark.each("prediction")
+
+
+def paths_of(prediction):
+    """All that it is made for."""
+    paths = [build() for build in variants("path").values()]
+    return [path for path in paths if prediction.misfit(path) is None]
+
+
+def predictions_on(path):
+    predictions = [build() for build in variants("prediction").values()]
+    return [prediction for prediction in predictions if prediction.misfit(path) is None]
 
 
 def pair(dtype=torch.float64):
@@ -20,49 +35,60 @@ def assert_equal(actual, expected):
     assert ((actual - expected).abs().max() / expected.abs().max()).item() < 1e-10
 
 
-def test_the_target_reads_back_as_all_that_it_was_made_of(path, prediction):
-    x_0, epsilon, t = pair()
-    z_t = path.interpolate(x_0, epsilon, t)
-    output = prediction.target(path, x_0, epsilon, t)
-    assert_equal(prediction.x_0(path, output, z_t, t), x_0)
-    assert_equal(prediction.epsilon(path, output, z_t, t), epsilon)
-    assert_equal(prediction.velocity(path, output, z_t, t), path.velocity(x_0, epsilon, t))
-    assert_equal(prediction.straight_velocity(path, output, z_t, t), epsilon - x_0)
+@each_prediction
+def test_the_target_reads_back_as_all_that_it_was_made_of(prediction):
+    for path in paths_of(prediction):
+        x_0, epsilon, t = pair()
+        z_t = path.interpolate(x_0, epsilon, t)
+        output = prediction.target(path, x_0, epsilon, t)
+        assert_equal(prediction.x_0(path, output, z_t, t), x_0)
+        assert_equal(prediction.epsilon(path, output, z_t, t), epsilon)
+        assert_equal(prediction.velocity(path, output, z_t, t), path.velocity(x_0, epsilon, t))
+        assert_equal(prediction.straight_velocity(path, output, z_t, t), epsilon - x_0)
 
 
-def test_any_output_comes_back_from_the_pair_it_speaks_of(path, prediction):
+@each_prediction
+def test_any_output_comes_back_from_the_pair_it_speaks_of(prediction):
     """Conversions are inverses of the target for any z_t and output, of one pair or not."""
-    z_t, output, t = pair()
-    x_0, epsilon = prediction.x_0(path, output, z_t, t), prediction.epsilon(path, output, z_t, t)
-    assert_equal(path.interpolate(x_0, epsilon, t), z_t)
-    assert_equal(prediction.target(path, x_0, epsilon, t), output)
+    for path in paths_of(prediction):
+        z_t, output, t = pair()
+        x_0 = prediction.x_0(path, output, z_t, t)
+        epsilon = prediction.epsilon(path, output, z_t, t)
+        assert_equal(path.interpolate(x_0, epsilon, t), z_t)
+        assert_equal(prediction.target(path, x_0, epsilon, t), output)
 
 
-def test_a_prediction_turns_into_any_other_and_back(path, prediction):
-    z_t, output, t = pair()
-    pair_of_it = [getattr(prediction, of)(path, output, z_t, t) for of in ("x_0", "epsilon")]
-    for other in (Velocity(), Epsilon(), V(), FPrediction()):
-        turned = other.target(path, *pair_of_it, t)
-        back = [getattr(other, of)(path, turned, z_t, t) for of in ("x_0", "epsilon")]
-        assert_equal(prediction.target(path, *back, t), output)
+@each_prediction
+def test_a_prediction_turns_into_any_other_and_back(prediction):
+    for path in paths_of(prediction):
+        z_t, output, t = pair()
+        pair_of_it = [getattr(prediction, of)(path, output, z_t, t) for of in ("x_0", "epsilon")]
+        for other in predictions_on(path):
+            turned = other.target(path, *pair_of_it, t)
+            back = [getattr(other, of)(path, turned, z_t, t) for of in ("x_0", "epsilon")]
+            assert_equal(prediction.target(path, *back, t), output)
 
 
-def test_an_error_of_the_noise_is_one_of_the_output_times_a_over_the_determinant(path, prediction):
-    z_t, output, t = pair()
-    error = torch.ones_like(output)
-    of_noise = prediction.epsilon(path, output + error, z_t, t)
-    of_noise = of_noise - prediction.epsilon(path, output, z_t, t)
-    factor = path.a(t) / prediction.determinant(path, t)
-    assert_equal(of_noise, factor[:, None, None, None] * error)
+@each_prediction
+def test_an_error_of_the_noise_is_one_of_the_output_times_a_over_the_determinant(prediction):
+    for path in paths_of(prediction):
+        z_t, output, t = pair()
+        error = torch.ones_like(output)
+        of_noise = prediction.epsilon(path, output + error, z_t, t)
+        of_noise = of_noise - prediction.epsilon(path, output, z_t, t)
+        factor = path.a(t) / prediction.determinant(path, t)
+        assert_equal(of_noise, factor[:, None, None, None] * error)
 
 
-def test_each_sample_is_read_at_its_own_time(path, prediction):
-    z_t, output, t = pair()
-    together = prediction.straight_velocity(path, output, z_t, t)
-    for i in range(len(t)):
-        one = slice(i, i + 1)
-        alone = prediction.straight_velocity(path, output[one], z_t[one], t[one])
-        torch.testing.assert_close(together[one], alone)
+@each_prediction
+def test_each_sample_is_read_at_its_own_time(prediction):
+    for path in paths_of(prediction):
+        z_t, output, t = pair()
+        together = prediction.straight_velocity(path, output, z_t, t)
+        for i in range(len(t)):
+            one = slice(i, i + 1)
+            alone = prediction.straight_velocity(path, output[one], z_t[one], t[one])
+            torch.testing.assert_close(together[one], alone)
 
 
 def test_velocity_on_the_straight_path_points_from_data_to_noise():
@@ -116,8 +142,21 @@ def test_what_edm_shows_and_asks_has_unit_variance_at_every_noise_level():
         assert values.var(dim=1).tolist() == pytest.approx([1.0] * len(T), abs=0.05)
 
 
+@each_prediction
+def test_what_is_shown_is_the_latent_in_some_unit_and_tells_its_time(prediction):
+    """Each sample in its own unit, and other times as other numbers."""
+    for path in paths_of(prediction):
+        z_t, _, t = pair()
+        shown, time = prediction.inputs(path, z_t, t)
+        assert shown.shape == z_t.shape and time.shape == t.shape
+        units = (shown / z_t).flatten(1)
+        assert_equal(units, units[:, :1].expand_as(units))
+        assert (time.diff() > 0).all() or (time.diff() < 0).all()
+
+
+@pytest.mark.each("path")
 @pytest.mark.parametrize("prediction", [Velocity(), Epsilon(), V()], ids=lambda p: type(p).__name__)
-def test_all_others_are_shown_the_latent_and_its_time(path, prediction):
+def test_all_but_edm_are_shown_the_latent_and_its_time(path, prediction):
     z_t, _, t = pair()
     shown, time = prediction.inputs(path, z_t, t)
     assert shown is z_t and time is t

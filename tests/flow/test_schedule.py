@@ -9,7 +9,15 @@ from mmdit.flow.schedule import PublishedShift, Shift
 from mmdit.registry import build, describe
 
 INNER = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
+each_shift = pytest.mark.each("shift")
 each_alpha = pytest.mark.parametrize("alpha", [0.1, 0.3, 1.0, math.sqrt(2.0), 3.0, 6.7])
+
+
+@each_shift
+def test_log_snr_moves_by_the_same_everywhere(shift):
+    log_snr = RectifiedFlow().log_snr
+    moved = log_snr(shift(INNER)) - log_snr(INNER)
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved))
 
 
 @each_alpha
@@ -24,17 +32,16 @@ def test_one_over_alpha_undoes_alpha(alpha):
     torch.testing.assert_close(Shift(alpha=1 / alpha)(Shift(alpha=alpha)(INNER)), INNER)
 
 
-@each_alpha
-def test_inverse_undoes_the_shift(alpha):
-    shift = Shift(alpha=alpha)
+@each_shift
+def test_inverse_undoes_the_shift(shift):
     torch.testing.assert_close(shift.inverse(shift(INNER)), INNER)
     torch.testing.assert_close(shift(shift.inverse(INNER)), INNER)
 
 
-@each_alpha
+@each_shift
 @pytest.mark.parametrize("steps", [1, 2, 28])
-def test_grid_falls_from_exactly_one_to_exactly_zero(alpha, steps):
-    grid = Shift(alpha=alpha).grid(steps)
+def test_grid_falls_from_exactly_one_to_exactly_zero(shift, steps):
+    grid = shift.grid(steps)
     assert grid.shape == (steps + 1,)
     assert grid[0] == 1.0 and grid[-1] == 0.0
     assert (grid.diff() < 0).all()
@@ -57,11 +64,11 @@ def test_alpha_must_be_positive(alpha, kind):
         kind(alpha=alpha)
 
 
-@pytest.mark.parametrize("kind", [Shift, PublishedShift])
+@each_shift
 @pytest.mark.parametrize("steps", [0, -3])
-def test_a_grid_needs_a_step(steps, kind):
+def test_a_grid_needs_a_step(steps, shift):
     with pytest.raises(UserError, match=f"steps {steps} must be at least 1"):
-        kind().grid(steps)
+        shift.grid(steps)
 
 
 @pytest.mark.parametrize("source", ["stability", "diffusers"])

@@ -14,21 +14,7 @@ from mmdit.flow.timesteps import (
     Uniform,
 )
 
-DENSITIES = {
-    "uniform": Uniform(),
-    "lognorm(0, 1)": LogitNormal(m=0.0, s=1.0),
-    "lognorm(1, 0.6)": LogitNormal(m=1.0, s=0.6),
-    "lognorm(-0.5, 1)": LogitNormal(m=-0.5, s=1.0),
-    "lognorm(-1, 2.2)": LogitNormal(m=-1.0, s=2.2),
-    "mode(-1)": Mode(s=-1.0),
-    "mode(0)": Mode(s=0.0),
-    "mode(1.29)": Mode(s=1.29),
-    "mode(1.75)": Mode(s=1.75),
-    "cosmap": CosMap(),
-}
-each_continuous = pytest.mark.parametrize("density", DENSITIES.values(), ids=DENSITIES)
-ALL = {**DENSITIES, "discrete": DiscreteUniform(), "discrete(7)": DiscreteUniform(steps=7)}
-each_density = pytest.mark.parametrize("density", ALL.values(), ids=ALL)
+each_density = pytest.mark.each("density")
 
 
 def draw(density: TimestepDensity, n: int) -> Tensor:
@@ -45,15 +31,32 @@ def test_pdf_integrates_to_one(density):
     assert density.pdf(midpoints(200_000)).double().mean() == pytest.approx(1.0, abs=1e-3)
 
 
-@each_continuous
+def integral(density: TimestepDensity, t: Tensor) -> Tensor:
+    """Of the pdf, from 0 to t."""
+    cells = 200_000
+    below = torch.cat([torch.zeros(1), density.pdf(midpoints(cells)).double().cumsum(0)])
+    return below[(t * cells).round().long()] / cells
+
+
+@each_density
 def test_samples_follow_the_pdf(density):
     """Kolmogorov-Smirnov: the empirical distribution against the integral of the pdf."""
-    n, cells = 100_000, 200_000
+    n = 100_000
     t = draw(density, n).double().sort().values
-    cumulative = torch.cat([torch.zeros(1), density.pdf(midpoints(cells)).cumsum(0)])
-    expected = cumulative[(t * cells).round().long()] / cells
     observed = (torch.arange(n) + 0.5) / n
-    assert (expected - observed).abs().max() < 1.95 / math.sqrt(n)  # exceeded once in a thousand
+    atom = t.unique(return_counts=True)[1].max().item() / n  # of discrete times, a whole step
+    off = (integral(density, t) - observed).abs().max()
+    assert off < atom + 1.95 / math.sqrt(n)  # exceeded once in a thousand
+
+
+@each_density
+def test_the_pdf_up_to_a_time_is_the_share_of_the_uniform_draws_that_map_there(density):
+    u = midpoints(1000)
+    t = density.from_uniform(u)
+    share = u if t[-1] > t[0] else 1 - u
+    atom = t.unique(return_counts=True)[1].max().item() / 1000
+    # Mode(-1) is the loosest again.
+    assert (integral(density, t) - share).abs().max() < atom + 1e-3
 
 
 @each_density
@@ -73,12 +76,14 @@ def test_discrete_times_are_the_ends_of_equal_steps_and_equally_frequent(steps):
     assert deviation <= steps - 1 + 4 * math.sqrt(2 * steps)
 
 
-@each_continuous
+@each_density
 def test_pdf_is_the_change_of_variables_of_the_map(density):
+    """Where autograd knows the slope of the map; that of discrete times is 0 between its jumps."""
     u = torch.linspace(0.02, 0.98, 49, dtype=torch.float64, requires_grad=True)
     t = density.from_uniform(u)
-    (slope,) = torch.autograd.grad(t.sum(), u)
-    torch.testing.assert_close(density.pdf(t.detach()).double() * slope.abs(), torch.ones_like(u))
+    (slope,) = torch.autograd.grad((t + 0 * u).sum(), u)
+    covered = density.pdf(t.detach()).double() * slope.abs()
+    torch.testing.assert_close(covered[slope != 0], torch.ones_like(u)[slope != 0])
 
 
 @pytest.mark.parametrize(
@@ -145,12 +150,12 @@ def test_the_map_is_monotone_so_that_one_keyed_draw_serves_all(density):
     assert (steps >= 0).all() or (steps <= 0).all()
 
 
-@each_continuous
+@each_density
 def test_draws_are_decided_by_the_generator_alone(density):
     first = draw(density, 5)
     torch.manual_seed(1)
     assert torch.equal(draw(density, 5), first)
-    assert first.unique().numel() == 5
+    assert first.unique().numel() > 1
 
 
 @pytest.mark.parametrize("m", [float("nan"), -float("inf")])

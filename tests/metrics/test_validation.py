@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
@@ -27,7 +28,7 @@ class Counted(nn.Module):
 
 def encode(captions):
     lengths = torch.tensor([[float(len(caption))] for caption in captions])
-    return lengths, lengths[:, :, None]
+    return Condition(lengths, lengths[:, :, None])
 
 
 @pytest.fixture
