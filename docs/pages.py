@@ -1,9 +1,10 @@
-"""What mkdocs fills into pages: tables of config keys, and files that lie beside `docs/`.
+"""What mkdocs fills into pages: config keys, modules, and files that lie beside `docs/`.
 
 A line of a page that is `<!-- keys: train -->` becomes the table of the keys of
-`configs/train.yaml`, `<!-- groups -->` a section for every group of options, and
-`<!-- include: README.md -->` the file of that name. Meanings are the comments of the yaml files,
-so the reference cannot say anything else than they do.
+`configs/train.yaml`, `<!-- groups -->` a section for every group of options,
+`<!-- include: README.md -->` the file of that name, and `<!-- room: flow -->` the API reference of
+`mmdit/flow/`. Meanings of keys are the comments of the yaml files, and modules are those that are
+there, so that no page goes stale.
 """
 
 import re
@@ -15,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-MARKER = re.compile(r"^<!-- (keys|include|groups)(?:: (\S+))? -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (keys|include|groups|room)(?:: (\S+))? -->$", re.MULTILINE)
 BESIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 OWN = ("hydra", "_target_", "_partial_")  # read by Hydra, not by the program
 
@@ -38,6 +39,8 @@ def _filled(what: str, name: str | None) -> str:
         return "\n\n".join(group_section(group) for group in groups())
     if what == "include":
         return included(ROOT / str(name))
+    if what == "room":
+        return room(str(name))
     return keys_table(keys_of(CONFIGS / f"{name}.yaml"))
 
 
@@ -47,6 +50,13 @@ def included(file: Path) -> str:
     for name, page in BESIDE.items():
         text = text.replace(f"]({name})", f"]({page})")
     return text
+
+
+def room(name: str) -> str:
+    """What a room is for, and then each of its modules, as mkdocstrings is asked for them."""
+    files = sorted((ROOT / "mmdit" / name).glob("[!_]*.py"))
+    head = f"::: mmdit.{name}\n    options: {{members: false, show_root_heading: false}}"
+    return "\n\n".join([head, *(f"::: mmdit.{name}.{file.stem}" for file in files)])
 
 
 def groups() -> list[str]:
@@ -120,7 +130,7 @@ def _comment(text: str, key: yaml.Node, value: yaml.Node) -> str:
         return " ".join(part.strip().lstrip("# ") for part in (behind, *below))
     above: list[str] = []
     i = key.start_mark.line - 1
-    while i >= 0 and lines[i].strip().startswith("#"):
+    while i >= 0 and lines[i].startswith(" " * key.start_mark.column + "#"):
         above.insert(0, lines[i].strip().lstrip("# "))
         i -= 1
     return " ".join(above) if i >= 0 else ""  # what begins a file describes all of it
