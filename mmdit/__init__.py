@@ -13,9 +13,11 @@ torch starts its threads (`mmdit/cli/__init__.py`).
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from mmdit.errors import UserError
     from mmdit.loading import (
         load_autoencoder,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from mmdit.request import Request
     from mmdit.runs.checkpoint import is_native
 
-__version__ = "0.1.0"
 __all__ = [
     "Pipeline",
     "Request",
@@ -67,6 +68,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        return version("sd3-mmdit")
     return getattr(import_module(_HOME.get(name, "mmdit.loading")), name)
 
 
