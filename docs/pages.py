@@ -112,6 +112,8 @@ def _choices(defaults: yaml.SequenceNode, text: str) -> Iterator[Key]:
         if isinstance(entry, yaml.MappingNode):
             key, value = entry.value[0]
             name = key.value.removeprefix("override ").lstrip("/")
+            if name.startswith("hydra/"):
+                continue
             yield Key(name, value.value, _comment(text, key, value))
 
 
