@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,14 +25,14 @@ from mmdit.atomic import NEW, scratch
 from mmdit.bounds import (
     LONGEST_JSON,
     LONGEST_KEY,
-    MOST_ENTRIES,
     MOST_OPCODES,
     MOST_SHARDS,
     MOST_TENSORS,
     parse_json,
     read_bounded,
 )
-from mmdit.checkpoints.hashes import HASH, NO_HASH, NO_SEAL, SEAL, sealed
+from mmdit.checkpoints.hashes import HASH, NO_HASH, NO_SEAL, SEAL, sealed, verify_hash
+from mmdit.checkpoints.headers import NAMES, TOO_MANY, Header, Info, read_header
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
 
@@ -41,22 +41,6 @@ log = logger("mmdit.checkpoints")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 MOST_PARTS = 50  # dicts beside each other in a pickle
 DEEPEST_PART = 4  # dicts in dicts of a pickle, as {"ema": {"state_dict": {"key": tensor}}}
-LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-
-
-class Info(NamedTuple):
-    """What a header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it: F16, BF16, F8_E4M3, ...
 
 
 class Archive:
@@ -65,6 +49,7 @@ class Archive:
     Attributes:
         infos: shape and dtype of every tensor.
         metadata: text entries of the headers.
+        headers: of each file; a pickle has none.
         name: of the file, or of the folder of the shards, for messages.
         parts: names of the nested dicts, of a pickle that holds several; its keys begin with them.
     """
@@ -77,24 +62,42 @@ class Archive:
         self.paths = list(paths)
         self.infos: dict[str, Info] = {}
         self.metadata: dict[str, str] = {}
+        self.headers: dict[Path, Header] = {}
         self._place: dict[str, Any] = {}
         for path in paths:
-            infos, metadata = read_header(path)
-            if len(self.infos) + len(infos) > MOST_TENSORS:
-                raise UserError(f"{self.name} lists {_too_many()}")
-            if twice := self.infos.keys() & infos.keys():
+            header = read_header(path)
+            if len(self.infos) + len(header.infos) > MOST_TENSORS:
+                raise UserError(f"{self.name} lists {TOO_MANY}")
+            if twice := self.infos.keys() & header.infos.keys():
                 raise UserError(f"{path} repeats {sorted(twice)[0]}, which another shard holds too")
             try:
                 opened = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): download or copy it again") from None
-            self.infos |= infos
-            self.metadata |= metadata
-            self._place |= dict.fromkeys(infos, opened)
+            self.headers[path] = header
+            self.infos |= header.infos
+            self.metadata |= header.metadata
+            self._place |= dict.fromkeys(header.infos, opened)
 
     def __getitem__(self, key: str) -> Tensor:
         tensor: Tensor = self._place[self.root + key].get_tensor(self.root + key)
         return tensor
+
+    def verify(self) -> None:
+        """Compare the files with the hashes that are known of them.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        for path in self.paths:
+            header = self.headers.get(path)
+            verify_hash(path, None if header is None else header.text)
+
+    def without(self, *prefixes: str) -> Self:
+        """The same files, but for the tensors whose keys begin with one of these."""
+        view = copy.copy(self)
+        view.infos = {k: info for k, info in self.infos.items() if not k.startswith(prefixes)}
+        return view
 
     def part(self, name: str) -> Self:
         """What stands under a prefix, as `ema` or `module.model`, or in a nested dict of the name.
@@ -158,7 +161,7 @@ class PickleArchive(Archive):
                 "%s: left out, since they are not tensors: %s", path, ", ".join(others[:10])
             )
         if len(tensors) > MOST_TENSORS:
-            raise UserError(f"{path} holds {_too_many()}")
+            raise UserError(f"{path} holds {TOO_MANY}")
         if (longest := max(map(len, tensors))) > LONGEST_KEY:
             raise UserError(f"{path}: a tensor's name has {longest:,} characters")
         nested = {str(name): v for name, v in content.items() if isinstance(v, Mapping)}
@@ -174,6 +177,7 @@ class PickleArchive(Archive):
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise UserError(f"{path}: {key} is larger than what is stored of it")
         self.name, self.paths, self.metadata, self._place = path, [path], {}, tensors
+        self.headers = {}
         self.infos = {
             k: Info(tuple(v.shape), NAMES.get(v.dtype, str(v.dtype))) for k, v in tensors.items()
         }
@@ -201,13 +205,6 @@ def split_part(path: Path) -> tuple[Path, str]:
     return path, ""
 
 
-def _too_many() -> str:
-    return (
-        f"more than {MOST_TENSORS:,} tensors, which is more than any model that is read here has: "
-        "it is damaged, or was not made in good faith"
-    )
-
-
 def _expect_short_pickle(path: Path) -> None:
     """Refuse a pickle that would take minutes or gigabytes to be read; nothing in it is run.
 
@@ -219,7 +216,7 @@ def _expect_short_pickle(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if len(names) > 2 * MOST_TENSORS:
-                raise UserError(f"{path} holds {_too_many()}")
+                raise UserError(f"{path} holds {TOO_MANY}")
             for name in names:
                 if name.endswith("data.pkl"):
                     with archive.open(name) as file:
@@ -273,7 +270,7 @@ def open_shards(index: Path) -> Archive:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{index} is no index of shards: it has no JSON "weight_map"') from None
     if len(weight_map) > MOST_TENSORS:
-        raise UserError(f"{index} lists {_too_many()}")
+        raise UserError(f"{index} lists {TOO_MANY}")
     if len(names) > MOST_SHARDS:
         raise UserError(f"{index} lists {len(names):,} shards, more than {MOST_SHARDS:,}")
     for name in names:
@@ -290,71 +287,6 @@ def open_shards(index: Path) -> Archive:
             f"{index} lists {len(absent)} tensors that its shards lack: {', '.join(absent[:10])}"
         )
     return archive
-
-
-def read_header(path: Path) -> tuple[dict[str, Info], dict[str, str]]:
-    """Tensors and metadata that the header of a safetensors file lists, checked against its size.
-
-    Raises:
-        UserError: saying what the file is instead, as far as can be told.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(512)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-            if not 2 <= length <= LONGEST_HEADER or start[8:9] != b"{":
-                raise UserError(f"{path} is not a safetensors file: {_what_it_is(start, size)}")
-            if length > LONGEST_JSON:
-                raise UserError(
-                    f"{path} has a header of {length:,} bytes; {LONGEST_JSON:,} is several times "
-                    "what any model that is read here needs"
-                )
-            file.seek(8)
-            text = file.read(length)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    needed = 8 + length
-    if size >= needed:
-        try:
-            header = parse_json(text)
-            stated = header.pop("__metadata__", None)
-            metadata = {} if stated is None else {k: str(v) for k, v in stated.items()}
-            infos = {k: Info(tuple(v["shape"]), str(v["dtype"])) for k, v in header.items()}
-            needed += max((v["data_offsets"][1] for v in header.values()), default=0)
-            if len(metadata) > MOST_ENTRIES:
-                raise ValueError(f"its metadata has {len(metadata):,} entries")
-            if (longest := max(map(len, infos), default=0)) > LONGEST_KEY:
-                raise ValueError(f"a tensor's name has {longest:,} characters")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            reason = f" ({first_line(error)})" if isinstance(error, ValueError) else ""
-            raise UserError(
-                f"{path} has a damaged header{reason}: download or copy it again"
-            ) from None
-        if len(infos) > MOST_TENSORS:
-            raise UserError(f"{path} lists {_too_many()}")
-    if size < needed:
-        raise UserError(
-            f"{path} is damaged, it is cut off: it has {size:,} bytes and should have at least "
-            f"{needed:,}; "
-            "download it again"
-        )
-    return infos, metadata
-
-
-def _what_it_is(start: bytes, size: int) -> str:
-    head = start.lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page; the download asked for a login or failed"
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "it is a pickle (.ckpt, .pt) under another name"
-    if start.startswith(b"GGUF"):
-        return "it is a GGUF file, whose quantized weights are not read here"
-    if size == 0:
-        return "it is empty"
-    return f"its first bytes are no header ({size:,} bytes); download or copy it again"
 
 
 def write_archive(

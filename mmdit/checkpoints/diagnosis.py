@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from mmdit.checkpoints.archive import Archive, Info
+from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.formats import ADAPTERS, FORMATS, WRAPPERS
+from mmdit.checkpoints.headers import Info
 from mmdit.checkpoints.tables import Slot
 
 NAMES = {

@@ -15,12 +15,9 @@ import functools
 import hashlib
 import json
 import re
-import struct
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mmdit.bounds import LONGEST_JSON
 from mmdit.errors import UserError
 from mmdit.printable import logger
 
@@ -50,50 +47,76 @@ def sealed(header: dict[str, Any], length: int, content: str) -> bytes:
     return text.replace(metadata[SEAL].encode(), f"{length:08d}-{digest}".encode())
 
 
-def verify_hashes(paths: Sequence[Path]) -> None:
-    """Compare the content of safetensors files with the hashes that are known of them.
+class Known(NamedTuple):
+    """A hash that is known of a file before its content is read."""
 
-    A hash that need not be of these bytes is only reported when it differs.
+    sha256: str
+    start: int  # of the bytes that it is of: the whole file, or what follows the header
+    origin: str  # 'hub', 'seal', or 'header' where it need not be of these bytes
+
+
+def known_hash(path: Path, header: bytes | None) -> Known | None:
+    """What hash is known of a file: by the hub's cache, or by its own header.
+
+    Args:
+        header: text of a safetensors file's header; None for other files.
 
     Raises:
-        UserError: a file is not what the hub's cache or our own seal says.
+        UserError: we wrote the header, and it was changed in place.
     """
-    for path in paths:
-        blob = path.resolve()
-        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            if content_of(path) != blob.name:
-                raise UserError(
-                    f"{path} is damaged: its SHA-256 is not {blob.name[:16]}..., by which the "
-                    "hub's cache calls it. Download it again (`hf download --force-download`)"
-                )
-        elif path.suffix == ".safetensors":
-            _verify_header(path)
-        else:
-            log.debug("%s: no hash is known that it could be compared with", path)
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return Known(blob.name, 0, "hub")
+    if header is None:
+        return None
+    content = json.loads(header)
+    metadata = content.get("__metadata__") or {}
+    last = list(content)[-1:] == ["__metadata__"]
+    ours = _is_sealed(path, header, last=last, metadata=metadata)
+    stated = re.fullmatch(r"0x([0-9a-fA-F]{64})", str(metadata.get(HASH, "")))
+    if not stated:
+        return None
+    return Known(stated[1].lower(), 8 + len(header), "seal" if ours else "header")
 
 
-def _verify_header(path: Path) -> None:
-    with path.open("rb") as file:
-        text = file.read(min(struct.unpack("<Q", file.read(8))[0], LONGEST_JSON))
-    header = json.loads(text)
-    metadata = header.get("__metadata__") or {}
-    ours = _is_sealed(path, text, last=list(header)[-1:] == ["__metadata__"], metadata=metadata)
-    stated = str(metadata.get(HASH, ""))
-    if not re.fullmatch(r"0x[0-9a-fA-F]{64}", stated):
-        log.debug("%s: no hash is known that it could be compared with", path)
-    elif content_of(path, 8 + len(text)) == stated[2:].lower():
+def expect(path: Path, known: Known, found: str) -> None:
+    """Compare the hash of a file's content with the known one.
+
+    Raises:
+        UserError: they differ. Where the known one may be of other bytes, that is only reported.
+    """
+    if found == known.sha256:
         return
-    elif ours:
+    if known.origin == "hub":
+        raise UserError(
+            f"{path} is damaged: its SHA-256 is not {known.sha256[:16]}..., by which the hub's "
+            "cache calls it. Download it again (`hf download --force-download`)"
+        )
+    if known.origin == "seal":
         raise UserError(
             f"{path} is damaged: its content is not what was written (its SHA-256 is not "
-            f"{stated[2:18]}...). Copy or download it again"
+            f"{known.sha256[:16]}...). Copy or download it again"
         )
+    log.warning(
+        "%s: its header states the hash of other content: it was merged, cast or edited by a "
+        "program that kept the header, or is damaged. There is nothing to compare it with",
+        path,
+    )
+
+
+def verify_hash(path: Path, header: bytes | None) -> None:
+    """Compare a file with the hash that is known of it, if one is.
+
+    Args:
+        header: as in `known_hash`.
+
+    Raises:
+        UserError: the file is not what the hub's cache or our own seal says.
+    """
+    if (known := known_hash(path, header)) is None:
+        log.debug("%s: no hash is known that it could be compared with", path)
     else:
-        log.warning(
-            "%s: its header states the hash of other content: it was merged, cast or edited by a "
-            "program that kept the header, or is damaged. There is nothing to compare it with",
-            path,
-        )
+        expect(path, known, content_of(path, known.start))
 
 
 def _is_sealed(path: Path, text: bytes, *, last: bool, metadata: dict[str, Any]) -> bool:

@@ -17,7 +17,6 @@ from mmdit.checkpoints.archive import (
 )
 from mmdit.checkpoints.diagnosis import NAMES, recognize
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config, read_json
-from mmdit.checkpoints.hashes import verify_hashes
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
 from mmdit.dtypes import expect_computable
@@ -128,68 +127,126 @@ def _hub_message(repository: str, asked: str, error: Exception) -> str:
     )
 
 
-def weights_of(path: Path, kind: str, *, allow_pickle: bool = False) -> tuple[Archive, Path]:
-    """The archive in which a model of this kind is to be found, and the folder it lies in.
+class Place:
+    """Where models are looked for. Its files are opened when they are needed, each of them once.
 
     Args:
-        path: a file; a folder in diffusers' layout, or one of its subfolders; a folder with the
-            encoders' own files.
+        source: a file; a folder in diffusers' layout, or one of its subfolders; a folder with the
+            encoders' own files; what `local` takes besides.
+        folders: as in `local`.
+        allow_pickle: read the tensors of .ckpt and .pt files that are named.
+        verify: compare files with the hashes that are known of them, and look at all values.
 
     Raises:
-        UserError: no weights are there, or more than one candidate.
+        UserError: it is not there, and cannot be fetched.
     """
-    file = split_part(path)[0]
-    if file.exists() and not (file.is_file() or file.is_dir()):
-        raise UserError(f"{file} is not a regular file, and is not read")
-    if file.is_file():
-        if path.name.endswith(".index.json"):
-            return open_shards(path), path.parent
-        if match := SHARD.fullmatch(path.name):
-            raise UserError(
-                f"{path} is one of {int(match[2])} shards: give their folder, or the "
-                "*.safetensors.index.json beside it"
+
+    def __init__(
+        self,
+        source: str | Path,
+        folders: Sequence[str] = (),
+        *,
+        allow_pickle: bool = False,
+        verify: bool = True,
+    ) -> None:
+        self.path = local(source, folders)
+        self.allow_pickle, self.verify = allow_pickle, verify
+        self._archives: dict[Path, Archive] = {}
+        self._verified: set[Path] = set()
+
+    def _opened(self, path: Path) -> Archive:
+        if path not in self._archives:
+            pickle = self.allow_pickle and path == self.path
+            shards = path.suffix == ".json"
+            archive = open_shards(path) if shards else open_file(path, allow_pickle=pickle)
+            self._archives[path] = archive
+        return self._archives[path]
+
+    def weights_of(self, kind: str) -> tuple[Archive, Path]:
+        """The archive in which a model of this kind is to be found, and the folder it lies in.
+
+        Raises:
+            UserError: no weights are there, or more than one candidate.
+        """
+        path = self.path
+        file = split_part(path)[0]
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{file} is not a regular file, and is not read")
+        if file.is_file():
+            if path.name.endswith(".index.json"):
+                return self._opened(path), path.parent
+            if match := SHARD.fullmatch(path.name):
+                raise UserError(
+                    f"{path} is one of {int(match[2])} shards: give their folder, or the "
+                    "*.safetensors.index.json beside it"
+                )
+            return self._opened(path), path.parent
+        for folder in (path / SUBFOLDERS[kind] if kind in SUBFOLDERS else path, path):
+            found = sorted(f.name for f in folder.glob("*") if WEIGHTS.fullmatch(f.name))
+            if found:
+                plain = [name for name in found if not VARIANT.search(name)] or found
+                index = [name for name in plain if name.endswith(".json")]
+                chosen = folder / (index or plain)[0]
+                return self._opened(chosen), folder
+            if shards := [f.name for f in folder.glob("*") if SHARD.fullmatch(f.name)]:
+                raise UserError(
+                    f"{folder} holds {len(shards)} shards, but no *.safetensors.index.json that "
+                    "lists them: download it too"
+                )
+        for folder in (path, path / "text_encoders"):
+            for name in STANDALONE.get(kind, ()):
+                if (folder / name).is_file():
+                    return self._opened(folder / name), folder
+        archives = [self._opened(file) for file in sorted(path.glob("*.safetensors"))]
+        holding = [archive for archive in archives if find(archive, kind) is not None]
+        if len(holding) == 1:
+            return holding[0], path
+        if len(holding) > 1:
+            names = ", ".join(archive.name.name for archive in holding)
+            raise UserError(f"{path} holds several files with a {NAMES[kind]}: name one of {names}")
+        if adapter := adapter_in(path):
+            raise UserError(f"{path} holds no {NAMES[kind]}: {adapter}. Nothing was loaded")
+        places = f"{path / SUBFOLDERS[kind]} and {path}" if kind in SUBFOLDERS else str(path)
+        there = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
+        pickles = [file.name for file in there if file.suffix in PICKLES]
+        told = f"; pickles like {pickles[0]} are read only as files by name" if pickles else ""
+        held = [f"{a.name.name} holds {what}" for a in archives if (what := recognize(a.infos))]
+        raise UserError(
+            f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{told}. "
+            + (
+                "; ".join(held[:5])
+                or "Incomplete downloads show as *.incomplete or *.part; a single file on the hub "
+                "is asked for as owner/name/file.safetensors"
             )
-        return open_file(path, allow_pickle=allow_pickle), path.parent
-    for folder in (path / SUBFOLDERS[kind] if kind in SUBFOLDERS else path, path):
-        found = sorted(f.name for f in folder.glob("*") if WEIGHTS.fullmatch(f.name))
-        if found:
-            plain = [name for name in found if not VARIANT.search(name)] or found
-            index = [name for name in plain if name.endswith(".json")]
-            chosen = folder / (index or plain)[0]
-            if index:
-                return open_shards(chosen), folder
-            return open_file(chosen), folder
-        if shards := [f.name for f in folder.glob("*") if SHARD.fullmatch(f.name)]:
-            raise UserError(
-                f"{folder} holds {len(shards)} shards, but no *.safetensors.index.json that lists "
-                "them: download it too"
-            )
-    for folder in (path, path / "text_encoders"):
-        for name in STANDALONE.get(kind, ()):
-            if (folder / name).is_file():
-                return open_file(folder / name), folder
-    archives = [open_file(file) for file in sorted(path.glob("*.safetensors"))]
-    holding = [archive for archive in archives if find(archive, kind) is not None]
-    if len(holding) == 1:
-        return holding[0], path
-    if len(holding) > 1:
-        names = ", ".join(archive.name.name for archive in holding)
-        raise UserError(f"{path} holds several files with a {NAMES[kind]}: name one of {names}")
-    if adapter := adapter_in(path):
-        raise UserError(f"{path} holds no {NAMES[kind]}: {adapter}. Nothing was loaded")
-    places = f"{path / SUBFOLDERS[kind]} and {path}" if kind in SUBFOLDERS else str(path)
-    there = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
-    pickles = [file.name for file in there if file.suffix in PICKLES]
-    told = f"; pickles like {pickles[0]} are read only as files by name" if pickles else ""
-    held = [f"{a.name.name} holds {what}" for a in archives if (what := recognize(a.infos))]
-    raise UserError(
-        f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{told}. "
-        + (
-            "; ".join(held[:5])
-            or "Incomplete downloads show as *.incomplete or *.part; a single file on the hub is "
-            "asked for as owner/name/file.safetensors"
         )
-    )
+
+    def load(self, kind: str, *, dtype: torch.dtype | None = None, **hints: Any) -> nn.Module:
+        """The model of this kind; see `mmdit.checkpoints.public.load`.
+
+        A config.json beside the weights is read for what shapes do not tell, and compared with
+        them.
+
+        Raises:
+            UserError: nothing of the kind is there, or it does not fit.
+        """
+        expect_computable(dtype)
+        archive, folder = self.weights_of(kind)
+        if self.verify and not self._verified.issuperset(archive.paths):
+            archive.verify()
+            self._verified.update(archive.paths)
+        layout = layout_of(archive, folder)
+        config = read_config(folder, kind) if layout else {}
+        with torch.device("cpu"):  # also where other networks are built on meta, to be counted
+            module = load(
+                archive,
+                kind,
+                layout=layout,
+                hints={**hints_of(kind, config), **hints},
+                dtype=dtype,
+                verify=self.verify,
+            )
+        check_config(kind, module, config, folder)
+        return module
 
 
 def adapter_in(folder: Path) -> str | None:
@@ -220,30 +277,12 @@ def load_model(
     verify: bool = True,
     **hints: Any,
 ) -> nn.Module:
-    """One model from a file, a folder or the hub; see `mmdit.checkpoints.public.load`.
-
-    A config.json beside the weights is read for what shapes do not tell, and compared with them.
-    With `verify`, files are compared with the hashes that are known of them, and all values are
-    looked at.
+    """One model from a file, a folder or the hub; see `Place`.
 
     Raises:
         UserError: nothing of the kind is there, or it does not fit.
     """
     expect_computable(dtype)
-    path = local(source, [SUBFOLDERS[kind]] if kind in SUBFOLDERS else [])
-    archive, folder = weights_of(path, kind, allow_pickle=allow_pickle)
-    if verify:
-        verify_hashes(archive.paths)
-    layout = layout_of(archive, folder)
-    config = read_config(folder, kind) if layout else {}
-    with torch.device("cpu"):  # also where other networks are built on meta, to be counted
-        module = load(
-            archive,
-            kind,
-            layout=layout,
-            hints={**hints_of(kind, config), **hints},
-            dtype=dtype,
-            verify=verify,
-        )
-    check_config(kind, module, config, folder)
-    return module
+    folders = [SUBFOLDERS[kind]] if kind in SUBFOLDERS else []
+    place = Place(source, folders, allow_pickle=allow_pickle, verify=verify)
+    return place.load(kind, dtype=dtype, **hints)

@@ -1,14 +1,18 @@
 """Where in a file a model stands: under a published prefix, or one that a training wrapper left."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from mmdit.bounds import parse_json
-from mmdit.checkpoints.archive import Archive, Info
+from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.diagnosis import NAMES, PUBLISHED
 from mmdit.checkpoints.formats import ADAPTERS, FORMATS, Description, Format
+from mmdit.checkpoints.headers import Info
 from mmdit.errors import UserError
 
 ENTRY = "mmdit.descriptions"  # of the header's metadata, in the files we write
@@ -16,7 +20,8 @@ ENTRY = "mmdit.descriptions"  # of the header's metadata, in the files we write
 STRAY = re.compile(r"(.*\.)?text_encoders\.\w+\.logit_scale")
 
 
-class Match(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Match:
     """A model found in an archive.
 
     Attributes:
@@ -31,7 +36,8 @@ class Match(NamedTuple):
     wrapper: str = ""
     others: frozenset[str] = frozenset()
 
-    def infos(self) -> dict[str, Info]:
+    @cached_property
+    def infos(self) -> Mapping[str, Info]:
         """What stands under the prefix, the prefix stripped.
 
         Keys under no known prefix belong to no model; they are in here too, to be reported, under
@@ -46,6 +52,15 @@ class Match(NamedTuple):
             elif home is None and not STRAY.fullmatch(key):
                 mine[f"{key} (not under {self.prefix})"] = info
         return mine
+
+    @cached_property
+    def needed(self) -> Mapping[str, Info]:
+        """`infos` without a projection that is the identity, which means that there is none."""
+        infos, key = dict(self.infos), self.format.identity
+        square = key in infos and len(shape := infos[key].shape) == 2 and shape[0] == shape[1]
+        if square and torch.equal(self.tensor(key).float(), torch.eye(shape[0])):
+            del infos[key]
+        return infos
 
     def tensor(self, key: str) -> Tensor:
         return self.archive[self.prefix + key]

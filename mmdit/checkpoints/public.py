@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.archive import Archive, Info
+from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.building import build_on_meta
 from mmdit.checkpoints.diagnosis import (
     NAMES,
@@ -25,6 +25,7 @@ from mmdit.checkpoints.diagnosis import (
     explain_stranger,
 )
 from mmdit.checkpoints.formats import FORMATS, Description, Format
+from mmdit.checkpoints.headers import Info
 from mmdit.checkpoints.matches import ENTRY, Match, find, own_description
 from mmdit.checkpoints.tables import Slot, correspondence
 from mmdit.checkpoints.values import computed_in, is_finite, not_finite, same
@@ -83,7 +84,7 @@ def load(
             match.prefix,
             f"; the file has these parts: {', '.join(archive.parts)}" if archive.parts else "",
         )
-    infos, hints = without_identity(match), hints or {}
+    infos, hints = match.needed, hints or {}
     own = own_description(archive, kind)
     stored = {
         argument.name: argument.read(match.tensor(key))
@@ -104,7 +105,7 @@ def load(
 
 def refuse_unmerged(match: Match) -> None:
     """Refuse base weights that lie beside adapters, as PEFT saves them before they are merged."""
-    if unmerged := [key for key in match.infos() if UNMERGED.search(key)]:
+    if unmerged := [key for key in match.infos if UNMERGED.search(key)]:
         raise UserError(
             f"{match.archive.name}: its {NAMES[match.format.kind]} is {UNMERGED_MEANS} "
             f"({len(unmerged)} such keys: {', '.join(unmerged[:3])}, ...). Nothing was loaded"
@@ -119,7 +120,7 @@ def load_into(
     Raises:
         UserError: as in `load`.
     """
-    format, infos = match.format, without_identity(match)
+    format, infos = match.format, match.needed
     slots = slots_of(module, format)
     sources = dict(zip(slots, slots, strict=True))
     for copy, primary in format.copies.items():
@@ -193,15 +194,6 @@ def slots_of(module: nn.Module, format: Format) -> dict[str, Slot]:
     """The tensors that a format stores of a module, by their key without prefix."""
     stored = {k: v for k, v in module.state_dict().items() if k not in format.constants}
     return correspondence(stored, format.rules(describe(module)))
-
-
-def without_identity(match: Match) -> dict[str, Info]:
-    """What stands in the match, but for a projection that is the identity: it means none."""
-    infos, key = match.infos(), match.format.identity
-    square = key in infos and len(shape := infos[key].shape) == 2 and shape[0] == shape[1]
-    if square and torch.equal(match.tensor(key).float(), torch.eye(shape[0])):
-        del infos[key]
-    return infos
 
 
 def check(

@@ -1,6 +1,5 @@
 """CLIP as a measuring instrument: its towers from public weights or from a run of ours."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +10,7 @@ from tqdm import tqdm
 
 from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.folders import read_config
-from mmdit.checkpoints.hashes import verify_hashes
-from mmdit.checkpoints.locate import local, weights_of
+from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import load
 from mmdit.devices import available
 from mmdit.errors import UserError
@@ -24,7 +22,6 @@ from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.conditioning import TextEncoder
 
 Items = TypeVar("Items", Tensor, Sequence[str])
-SEEING = ("vision_model.", "visual_projection.")  # keys of the half that reads no text
 
 
 def load_clip_features(
@@ -52,17 +49,18 @@ def load_clip_features(
     Raises:
         UserError: nothing of the kind is there, it is damaged, or it is another kind of model.
     """
-    place = None if device is None else available(device)
+    where = None if device is None else available(device)
     path = Path(source).expanduser()
     if is_native(path):
         file = find_weights(path, weights)
         pair = load_model(file)
         if not isinstance(pair, CLIPPair):
             raise UserError(f"{file} holds a {type(pair).__name__}, not a CLIPPair")
-        return pair.to(dtype=dtype, device=place)
-    archive, folder = weights_of(local(source, []), "clip_image", allow_pickle=allow_pickle)
+        return pair.to(dtype=dtype, device=where)
+    place = Place(source, allow_pickle=allow_pickle, verify=verify)
+    archive, folder = place.weights_of("clip_image")
     if verify:
-        verify_hashes(archive.paths)
+        archive.verify()
     text, image = towers(archive, read_config(folder), dtype=dtype, verify=verify)
     words = clip_tokenizer_in(
         folder if tokenizer is None else tokenizer, pad_with_end=True, length=text.length
@@ -70,7 +68,7 @@ def load_clip_features(
     pair = CLIPPair(text=TextEncoder(tokenizer=words, model=text), image=image)
     if "logit_scale" in archive.infos:
         pair.logit_scale.data = archive["logit_scale"].float().reshape(())
-    return pair.eval().to(device=place)
+    return pair.eval().to(device=where)
 
 
 def towers(
@@ -100,8 +98,7 @@ def towers(
     hints = heads.get("text", {})
     if "hidden_act" in told["text"]:
         hints = {**hints, "activation": told["text"]["hidden_act"]}
-    reading = copy.copy(archive)
-    reading.infos = {k: info for k, info in archive.infos.items() if not k.startswith(SEEING)}
+    reading = archive.without("vision_model.", "visual_projection.")  # which read no text
     text = load(reading, "clip_l", layout="diffusers", hints=hints, **options)
     image = load(archive, "clip_image", hints=heads.get("vision", {}), **options)
     assert isinstance(text, CLIPTextModel) and isinstance(image, CLIPImageModel)

@@ -96,7 +96,7 @@ def tensors_of(match: Match) -> dict[str, Tensor]:
     needless = re.compile("|".join(match.format.extras) or r"(?!)")
     stored = {
         key: match.tensor(key)
-        for key in match.infos()
+        for key in match.infos
         if key not in match.format.arguments and not needless.fullmatch(key)
     }
     return {key: tensor.to(computed_in(tensor, None)) for key, tensor in stored.items()}
@@ -361,7 +361,7 @@ class ControlNetSide(Side):
         tensors = tensors_of(match)
         if match.format.layout == "original":  # which diffusers does not read: by our table
             with torch.device("meta"), Unfilled():
-                renamed = build(match.format.describe(match.infos(), {}))
+                renamed = build(match.format.describe(match.infos, {}))
             load_into(renamed, match)
             tensors = dict(exported(renamed, "diffusers"))
         with torch.device("meta"), Unfilled():

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmdit.bounds import parse_json
-from mmdit.checkpoints.archive import Archive, write_sealed
+from mmdit.checkpoints.archive import write_sealed
 from mmdit.checkpoints.building import build_on_meta, filled
-from mmdit.checkpoints.hashes import HASH, SEAL, verify_hashes
+from mmdit.checkpoints.hashes import HASH, SEAL, expect, known_hash
+from mmdit.checkpoints.headers import read_header, read_tensors
 from mmdit.errors import UserError
 from mmdit.registry import describe
 
@@ -38,7 +39,7 @@ def load_module(path: Path, change: Change | None = None) -> nn.Module:
     Raises:
         UserError: the file is not there, is damaged, or does not fit its own description.
     """
-    archive, metadata = open_own(path)
+    tensors, metadata = load_tensors(path)
     if "description" not in metadata:
         raise UserError(
             f"{path} was not written by this project: its header has no description of a model"
@@ -46,9 +47,7 @@ def load_module(path: Path, change: Change | None = None) -> nn.Module:
     description = metadata["description"]
     if change is not None:
         description = change(description)
-    check_description(description, archive.infos, path)
-    # Copied, since a mapped tensor changes with its file, and lies as it lies there.
-    tensors = {key: archive[key].clone() for key in archive.infos}
+    check_description(description, tensors, path)
     return filled(description, tensors, path)
 
 
@@ -112,8 +111,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_sealed(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
-def open_own(path: Path) -> tuple[Archive, dict[str, Any]]:
-    """A file of ours and its header, compared with the hash that the header states.
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of ours, compared with the hash that is known of it.
+
+    They are copied, since a mapped tensor changes with its file, and lies as it lies there.
 
     Raises:
         UserError: the file is not there, cannot be read as safetensors, is damaged, or is not one
@@ -121,18 +122,16 @@ def open_own(path: Path) -> tuple[Archive, dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: there is no such file")
-    archive = Archive([path])
-    verify_hashes([path])
-    return archive, _read_header(archive.metadata, path)
+    header = read_header(path)
+    known = known_hash(path, header.text)
+    digest = hashlib.sha256(header.raw if known is not None and known.start == 0 else b"")
+    tensors = read_tensors(path, header, digest)
+    if known is not None:
+        expect(path, known, digest.hexdigest())
+    return tensors, _read_metadata(header.metadata, path)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of ours; see `open_own`."""
-    archive, metadata = open_own(path)
-    return {key: archive[key] for key in archive.infos}, metadata
-
-
-def _read_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
+def _read_metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
     own = {key: value for key, value in header.items() if key not in ("format", HASH, SEAL)}
     try:
         return {key: parse_json(value.encode()) for key, value in own.items()}

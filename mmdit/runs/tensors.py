@@ -4,16 +4,16 @@ Written by all processes of a run at once, by `torch.distributed.checkpoint`; re
 processes, each of which takes the parts it needs. Nothing in such a folder is a pickle.
 """
 
+import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from mmdit.checkpoints.archive import read_header
+from mmdit.bounds import parse_json
+from mmdit.checkpoints.headers import DTYPES, Header, read_header, read_tensors
 from mmdit.errors import UserError
 from mmdit.runs.native import differences
 
@@ -93,16 +94,34 @@ def facts(folder: Path) -> dict[str, Fact]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of tensors")
+    found: dict[str, Fact] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        read_header(path)  # which has bounds, and the library none
+        header = read_header(path)
+        for key, start in _starts(path, header).items():
+            end = tuple(o + n for o, n in zip(start, header.infos[key].shape, strict=True))
+            known = found.get(key, Fact(end, DTYPES[header.infos[key].dtype]))
+            found[key] = Fact(tuple(map(max, known.shape, end)), known.dtype)
+    return found
+
+
+def _starts(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
+    """Where in its tensor each part of a file begins.
+
+    Raises:
+        UserError: the header says it of other tensors.
+    """
     try:
-        entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _unreadable(folder, error) from error
-    return {
-        key: Fact(tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
-        for key, entry in entries.items()
-    }
+        stated = parse_json(header.metadata.get("DCP_SHARDING_INFO", "{}").encode())
+        starts = {
+            key: tuple(stated[key]["saved_offsets"]) if stated else (0,) * len(info.shape)
+            for key, info in header.infos.items()
+        }
+        assert all(len(starts[key]) == len(i.shape) for key, i in header.infos.items())
+        assert all(isinstance(n, int) and n >= 0 for start in starts.values() for n in start)
+        assert all(info.dtype in DTYPES for info in header.infos.values())
+        return starts
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise _unreadable(path, error) from error
 
 
 def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -126,19 +145,66 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise _unreadable(folder, error) from error
 
 
+class Part(NamedTuple):
+    """A tensor, or what one file holds of it."""
+
+    key: str
+    start: tuple[int, ...]  # in the whole tensor
+    tensor: Tensor
+
+
+def read_parts(path: Path) -> tuple[list[Part], str]:
+    """What a file holds, and its SHA-256; every byte is read once.
+
+    Raises:
+        UserError: it is not such a file.
+        OSError: it cannot be read.
+    """
+    header = read_header(path)
+    starts = _starts(path, header)
+    digest = hashlib.sha256(header.raw)
+    tensors = read_tensors(path, header, digest)
+    return [Part(key, starts[key], tensors[key]) for key in tensors], digest.hexdigest()
+
+
+def joined(parts: Iterable[Part], source: Path) -> dict[str, Tensor]:
+    """Whole tensors from what the files of a folder hold of them.
+
+    Args:
+        source: for messages.
+
+    Raises:
+        UserError: of a tensor, something is missing or there twice.
+    """
+    by_key: dict[str, list[Part]] = {}
+    for part in parts:
+        by_key.setdefault(part.key, []).append(part)
+    tensors: dict[str, Tensor] = {}
+    for key, own in by_key.items():
+        ends = [[o + n for o, n in zip(p.start, p.tensor.shape, strict=True)] for p in own]
+        shape = [max(sizes) for sizes in zip(*ends, strict=True)]
+        if math.prod(shape) != sum(part.tensor.numel() for part in own):
+            raise _unreadable(source, ValueError(f"{key} is not whole"))
+        if len(own) == 1:
+            tensors[key] = own[0].tensor
+            continue
+        tensors[key] = own[0].tensor.new_empty(shape)
+        for part, end in zip(own, ends, strict=True):
+            place = tuple(slice(o, e) for o, e in zip(part.start, end, strict=True))
+            tensors[key][place] = part.tensor
+    return tensors
+
+
 def read(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, whole, on the CPU.
 
     Raises:
         UserError: a file cannot be read.
     """
-    found = facts(folder)
-    needed = sum(math.prod(fact.shape) * fact.dtype.itemsize for fact in found.values())
-    if needed > (there := sum(path.stat().st_size for path in folder.glob("*.safetensors"))):
-        raise _unreadable(folder, ValueError(f"{needed:,} bytes of tensors in {there:,} bytes"))
-    tensors = {key: torch.empty(fact.shape, dtype=fact.dtype) for key, fact in found.items()}
-    read_into(folder, tensors)
-    return tensors
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder of tensors")
+    files = sorted(folder.glob("*.safetensors"))
+    return joined((part for file in files for part in read_parts(file)[0]), folder)
 
 
 def _unreadable(folder: Path, error: BaseException) -> UserError:

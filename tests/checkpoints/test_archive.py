@@ -18,7 +18,7 @@ from mmdit.checkpoints.archive import (
     write_archive,
     write_shards,
 )
-from mmdit.checkpoints.hashes import HASH, SEAL, content_hash, verify_hashes
+from mmdit.checkpoints.hashes import HASH, SEAL, content_hash
 from mmdit.errors import UserError
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
@@ -190,7 +190,7 @@ def test_what_is_written_says_its_hash_and_is_the_same_each_time(tmp_path):
     assert all(
         torch.equal(value, TENSORS[key]) for key, value in load_file(tmp_path / "one").items()
     )
-    verify_hashes(opened.paths)
+    opened.verify()
 
 
 def flip(path):
@@ -204,7 +204,7 @@ def test_a_flipped_bit_is_found_by_the_hash_in_the_header(tmp_path):
     write_archive(path, TENSORS)
     flip(path)
     with pytest.raises(UserError, match=r"x.safetensors is damaged: .* SHA-256"):
-        verify_hashes([path])
+        open_file(path).verify()
 
 
 def test_a_flipped_bit_is_found_by_the_name_in_the_cache_of_the_hub(tmp_path):
@@ -214,10 +214,10 @@ def test_a_flipped_bit_is_found_by_the_name_in_the_cache_of_the_hub(tmp_path):
     blob = blob.rename(tmp_path / "blobs" / name)
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
-    verify_hashes([link])
+    open_file(link).verify()
     flip(blob)
     with pytest.raises(UserError, match=r"model.safetensors is damaged.* Download it again"):
-        verify_hashes([link])
+        open_file(link).verify()
 
 
 def edited(path, change):
@@ -242,7 +242,7 @@ def test_a_hash_that_another_program_has_kept_is_only_reported(tmp_path, caplog,
     write_archive(path, TENSORS, {"x": "y"})
     for _ in range(9):  # the library puts the metadata in another order each time
         edited(path, change)
-        verify_hashes([path])
+        open_file(path).verify()
         assert f"{path}: its header states the hash of other content" in caplog.text
         caplog.clear()
         write_archive(path, TENSORS, {"x": "y"})
@@ -256,10 +256,10 @@ def test_a_header_that_another_program_has_added_to_is_not_damaged(tmp_path, cap
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"]["modelspec.title"] = "mine"
     path.write_bytes(packed(header, content[8 + length :]))
-    verify_hashes([path])  # its content still is what the hash says
+    open_file(path).verify()  # its content still is what the hash says
     assert not caplog.records
     flip(path)
-    verify_hashes([path])
+    open_file(path).verify()
     assert "was merged, cast or edited" in caplog.text
 
 
@@ -271,7 +271,7 @@ def test_a_header_that_was_changed_in_place_is_refused(tmp_path, old, new):
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
     with pytest.raises(UserError, match="its header is not as it was written") as refusal:
-        verify_hashes([path])
+        open_file(path).verify()
     assert "elete" not in str(refusal.value)
 
 
@@ -279,7 +279,7 @@ def test_without_a_hash_that_is_said(tmp_path, caplog):
     for metadata in (None, {HASH: "0x12"}, {HASH: "none"}):
         save_file(TENSORS, tmp_path / "x.safetensors", metadata)
         with caplog.at_level("DEBUG", logger="mmdit.checkpoints"):
-            verify_hashes([tmp_path / "x.safetensors"])
+            open_file(tmp_path / "x.safetensors").verify()
         assert "no hash is known" in caplog.text
         caplog.clear()
 
@@ -288,7 +288,7 @@ def test_five_models_of_one_file_are_hashed_once(tmp_path, monkeypatch):
     write_archive(path := tmp_path / "x.safetensors", TENSORS)
     before = content_hash.cache_info().misses
     for _ in range(5):
-        verify_hashes([path])
+        open_file(path).verify()
     assert content_hash.cache_info().misses == before + 1
 
 

@@ -15,7 +15,7 @@ import mmdit
 from mmdit.checkpoints import locate
 from mmdit.checkpoints.archive import write_archive
 from mmdit.checkpoints.folders import write_model
-from mmdit.checkpoints.locate import load_model, weights_of
+from mmdit.checkpoints.locate import Place, load_model
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import exported
 from mmdit.errors import UserError
@@ -278,7 +278,7 @@ def test_without_a_network_the_cache_serves(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path = locate.download("some/model", ["text_encoder_3"])
-    assert weights_of(path, "t5")[1].name == "text_encoder_3"
+    assert Place(path).weights_of("t5")[1].name == "text_encoder_3"
     with pytest.raises(UserError, match=r"other/model.*not in the hub's cache"):
         locate.download("other/model", ["text_encoder_3"])
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmdit
-from mmdit.checkpoints.archive import Info, open_file
+from mmdit.checkpoints.archive import open_file
 from mmdit.checkpoints.diagnosis import explain_stranger
+from mmdit.checkpoints.headers import Info
 from mmdit.checkpoints.locate import load_model
 from mmdit.checkpoints.public import exported, find
 from mmdit.errors import UserError

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmdit
-from mmdit.checkpoints.archive import Info, open_file
+from mmdit.checkpoints.archive import open_file
 from mmdit.checkpoints.folders import write_model
 from mmdit.checkpoints.hashes import HASH
 from mmdit.checkpoints.public import ENTRY, find
 from mmdit.checkpoints.readers import REMARK
 from mmdit.errors import UserError
+from mmdit.loading import _only_clip
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
 
@@ -115,24 +115,21 @@ def test_a_whole_clip_is_projected(tiny, tmp_path, config):
     assert isinstance(mmdit.load_clip_image(file), CLIPImageModel)
 
 
-def archive(width: int, metadata: dict[str, str]) -> SimpleNamespace:
-    keys = {
-        "text_model.embeddings.token_embedding.weight": Info((99, width), "F16"),
-        "text_model.encoder.layers.0.layer_norm1.weight": Info((width,), "F16"),
-    }
-    return SimpleNamespace(infos=keys, metadata=metadata, name="x", parts=())
-
-
-def test_a_tower_in_a_file_of_its_own_is_the_one_of_its_width(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("width", "expected"), [(768, ["clip_l"]), (1280, ["clip_g"]), (32, ["clip_l", "clip_g"])]
+)
+def test_a_tower_in_a_file_of_its_own_is_the_one_of_its_width(tmp_path, width, expected):
     """CLIP-G's projection is applied, so that it may not be taken for CLIP-L."""
-    for width, expected in ((768, ["clip_l"]), (1280, ["clip_g"]), (32, ["clip_l", "clip_g"])):
-        file = archive(width, {})
-        assert [kind for kind in ("clip_l", "clip_g") if find(file, kind)] == expected
-        monkeypatch.setattr(mmdit, "open_file", lambda _, file=file: file)
-        (tmp_path / "x.safetensors").touch()
-        assert mmdit._only_clip(tmp_path / "x.safetensors") == expected[0]
-    told = archive(1280, {ENTRY: json.dumps({"clip_l": {"activation": "quick_gelu"}})})
-    assert find(told, "clip_l")
+    path = tmp_path / "x.safetensors"
+    tensors = {
+        "text_model.embeddings.token_embedding.weight": torch.zeros(99, width).half(),
+        "text_model.encoder.layers.0.layer_norm1.weight": torch.zeros(width).half(),
+    }
+    save_file(tensors, path)
+    assert [kind for kind in ("clip_l", "clip_g") if find(open_file(path), kind)] == expected
+    assert _only_clip(path) == expected[0]
+    save_file(tensors, path, {ENTRY: json.dumps({"clip_l": {"activation": "quick_gelu"}})})
+    assert find(open_file(path), "clip_l")
 
 
 def test_a_tower_of_ours_alone_is_the_one_that_its_header_names(tiny, tmp_path):

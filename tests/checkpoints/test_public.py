@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 import mmdit
 from mmdit.checkpoints import public
-from mmdit.checkpoints.archive import Archive, Info, open_file
+from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.checkpoints.folders import write_model
 from mmdit.checkpoints.formats import FORMATS
+from mmdit.checkpoints.headers import Info
 from mmdit.checkpoints.locate import load_model
 from mmdit.checkpoints.public import exported, find, kind_of, load, slots_of
 from mmdit.checkpoints.tables import SWAPPED
@@ -288,8 +289,9 @@ import sys, mmdit
 def anonymous():
     lines = dict(line.split(":") for line in open("/proc/self/status"))
     return int(lines["RssAnon"].split()[0]) / 1024
+load = mmdit.load_mmdit  # which imports what it needs
 before = anonymous()
-model = mmdit.load_mmdit(sys.argv[1])
+model = load(sys.argv[1])
 print(anonymous() - before)
 """
 

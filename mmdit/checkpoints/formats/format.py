@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mmdit.bounds import MOST_BLOCKS
-from mmdit.checkpoints.archive import Info
+from mmdit.checkpoints.headers import Info
 from mmdit.checkpoints.tables import Form, Rule, reshaped, rows
 from mmdit.errors import UserError
 

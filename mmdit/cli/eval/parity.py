@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import HABITS, SUBFOLDERS, config_of, read_config
-from mmdit.checkpoints.locate import layout_of, load_model, local, weights_of
+from mmdit.checkpoints.locate import Place, layout_of, load_model
 from mmdit.checkpoints.public import find
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.eval.subject import made
@@ -133,11 +133,12 @@ def given_sources(source: str, components: object) -> dict[str, Path]:
         UserError: it lacks a model that is asked for by name, holds none at all, or is damaged.
     """
     kinds = wanted(components)
-    path = local(source, [SUBFOLDERS[kind] for kind in kinds if kind in SUBFOLDERS])
+    place = Place(source, [SUBFOLDERS[kind] for kind in kinds if kind in SUBFOLDERS])
+    path = place.path
     found: dict[tuple[str, str], str] = {}
     for kind in kinds:
         try:
-            archive, folder = weights_of(path, kind)
+            archive, folder = place.weights_of(kind)
         except UserError:
             places = ("config.json", SUBFOLDERS.get(kind, "config.json"))
             if path.is_file() or any((path / place).exists() for place in places):
@@ -175,7 +176,7 @@ def run_ours(kind: str, source: Path, config: DictConfig) -> tuple[Inputs, Confi
     model = load_model(source, kind)
     peer_config = {**HABITS[kind], **config_of(kind, model)}
     if source.is_dir():
-        peer_config |= read_config(weights_of(source, kind)[1])
+        peer_config |= read_config(Place(source).weights_of(kind)[1])
     drawn = side.inputs(model, config, generator_for(config.seed, "inputs", kind))
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in drawn.items()}
     compute_in(dtype, model, parts(model, side.our_blocks))
@@ -190,7 +191,7 @@ def run_theirs(
     kind: str, source: Path, config: DictConfig, inputs: Inputs, peer_config: Config
 ) -> Stages:
     """What the peer's model computes of the same inputs."""
-    archive, folder = weights_of(source, kind)
+    archive, folder = Place(source).weights_of(kind)
     match = find(archive, kind, layout=layout_of(archive, folder))
     assert match is not None
     side = SIDES[kind]
