@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from mmdit.engine.loop import Settings
+from mmdit.engine.settings import Settings
 from mmdit.errors import UserError
 
 Tree = dict[str, Any]

@@ -24,9 +24,11 @@ from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger
-from mmdit.engine.loop import Settings, train
+from mmdit.engine.loop import train
 from mmdit.engine.optimizers import adamw
 from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.settings import Settings
+from mmdit.engine.state import TrainState
 from mmdit.engine.tasks import AutoencoderTask, Task
 from mmdit.errors import UserError, first_line
 from mmdit.latents.sources import FromCache, Source
@@ -154,12 +156,15 @@ def train_stage(
     module = instantiate(recipe.model).to(device)
     train(
         build_task(module),
+        TrainState(
+            module,
+            ema=EMA(module, profile=ConstantDecay(**recipe.ema)),
+            optimizer=adamw(module, lr=recipe.lr, betas=(0.9, 0.99)),
+            schedule=WarmupConstant(warmup_steps=recipe.warmup_steps),
+        ),
         run=run,
         settings=Settings.of(recipe.training, f"{stage}.training"),
         seed=seed,
-        schedule=WarmupConstant(warmup_steps=recipe.warmup_steps),
-        optimizer=adamw(module, lr=recipe.lr, betas=(0.9, 0.99)),
-        ema=EMA(module, profile=ConstantDecay(**recipe.ema)),
         logger=NoLogger(),
     )
 

@@ -1,10 +1,12 @@
 """Train a text-to-image model: `python train.py`, see `python train.py --help`."""
 
 import logging
+import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,10 @@ from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
 from mmdit.engine.loader import share
 from mmdit.engine.loggers import Logger, NoLogger
-from mmdit.engine.loop import Interrupted, Settings, how_to_resume, positive, take_frozen, train
+from mmdit.engine.loop import train
 from mmdit.engine.schedules import Schedule
+from mmdit.engine.settings import Settings, positive
+from mmdit.engine.state import TrainState, take_frozen
 from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.errors import UserError
 from mmdit.latents.precompute import Unfinished
@@ -44,6 +48,7 @@ from mmdit.printable import logger, show
 from mmdit.processes import Processes, join, leave, own_device, restart_remarks
 from mmdit.runs.checkpoint import Checkpoint
 from mmdit.runs.folder import check_name, open_together
+from mmdit.runs.signals import Interrupted
 from mmdit.study.emphasis import report_formulation
 
 log = logger("mmdit.train")
@@ -177,14 +182,11 @@ def job(config: DictConfig, _: Verbatim) -> None:
         )
         checkpoint = train(
             task,
+            TrainState(pipeline, ema=ema, optimizer=optimizer, schedule=schedule, posthoc=posthoc),
             run=run,
             settings=settings,
             seed=config.seed,
-            schedule=schedule,
-            optimizer=optimizer,
-            ema=ema,
             logger=logger,
-            posthoc=posthoc,
             processes=processes,
             parallel=parallel,
             config=plain,
@@ -216,6 +218,22 @@ def closing(processes: Processes, logger: Logger, again: str) -> Iterator[None]:
     finally:
         logger.close()
         leave()
+
+
+def how_to_resume(run: Path | None, words: Sequence[str]) -> str:
+    """The command line that goes on with a run started with `words`.
+
+    Args:
+        run: None in a sweep, whose every job finds its own.
+    """
+    kept = list(words)
+    if run is not None:
+        kept = [word for word in words if not word.startswith(("resume=", "run="))]
+        plain = re.fullmatch(r"[\w./-]+", str(run))  # to Hydra
+        kept.append(f"resume={run}" if plain else f'resume="{run}"')
+    count = os.environ.get("LOCAL_WORLD_SIZE")  # of processes that torchrun started here
+    program = ["torchrun", f"--nproc_per_node={count}"] if count else ["python"]
+    return shlex.join([*program, "train.py", *kept])
 
 
 def describe(config: DictConfig) -> Iterator[str]:

@@ -2,15 +2,17 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.atomic import write_atomically
+from mmdit.engine.loader import Part
 from mmdit.engine.loggers import Logger, MetricsFile, finite
+from mmdit.engine.step import Step
 from mmdit.engine.tasks import Task
 from mmdit.errors import NotFinite
 from mmdit.out_of_memory import enough_memory
@@ -63,6 +65,33 @@ class Reports:
             self._metrics.log(step, figures)
             self.logger.log(step, figures)
 
+    def step(
+        self,
+        step: int,
+        made: Step,
+        parts: Sequence[Part],
+        *,
+        lr: float,
+        skipped: int | None,
+        rates: Mapping[str, float],
+    ) -> None:
+        """Log a row of the step just made: of it alone, as a mean would depend on where a run was
+        stopped.
+
+        Args:
+            step: number of steps made.
+            made: its outcome.
+            parts: the examples of this process.
+            lr: its learning rate.
+            skipped: number of steps of the whole run that were left out; None is not logged.
+            rates: speed since the last row.
+        """
+        row = {"loss": made.loss, "gradient_norm": made.norm, "lr": lr}
+        if skipped is not None:
+            row["skipped_steps"] = skipped
+        times = [self.task.times(part.example) for part in parts]
+        self.figures(step, row | levels(times, made.losses, self.processes) | dict(rates))
+
     def evaluate(self, step: int, averaged: nn.Module, raw: nn.Module) -> dict[str, float]:
         """Validation figures, EMA and raw, and images of what the average can do, if finite.
 
@@ -108,9 +137,15 @@ class Reports:
         return figures
 
     def close(self) -> None:
-        """Nothing is told after this."""
+        """Nothing is logged after this."""
         if self._metrics is not None:
             self._metrics.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def by_level(t: Tensor, losses: Tensor) -> dict[str, float]:

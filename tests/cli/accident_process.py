@@ -18,9 +18,11 @@ from torch import Tensor
 
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger
-from mmdit.engine.loop import Settings, train
+from mmdit.engine.loop import train
 from mmdit.engine.optimizers import adamw
 from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.settings import Settings
+from mmdit.engine.state import TrainState
 from mmdit.processes import Processes, join, leave
 from mmdit.runs.folder import RunFolder
 from tests.engine.parallel_process import PARALLEL, Denoising
@@ -54,6 +56,12 @@ def go(path: Path, given: dict[str, Any], processes: Processes) -> None:
     run = RunFolder(path, held=processes.main)
     train(
         task,
+        TrainState(
+            task.module,
+            ema=ema,
+            optimizer=adamw(task.module, lr=1e-3),
+            schedule=WarmupConstant(warmup_steps=3),
+        ),
         run=run,
         settings=Settings(
             steps=given["steps"],
@@ -67,9 +75,6 @@ def go(path: Path, given: dict[str, Any], processes: Processes) -> None:
             timeout=given.get("timeout", 100),
         ),
         seed=0,
-        schedule=WarmupConstant(warmup_steps=3),
-        optimizer=adamw(task.module, lr=1e-3),
-        ema=ema,
         logger=NoLogger(),
         processes=processes,
         parallel=parallel,

@@ -322,7 +322,7 @@ def test_keys_that_something_reads_may_be_added(
 
 EVIL = [
     *("os.system", "torch.load", "numpy.load", "builtins.eval", "subprocess.Popen"),
-    *("mmdit.pipeline.torch.load", "mmdit.engine.loop.os.system", "targets.os.system"),
+    *("mmdit.pipeline.torch.load", "mmdit.runs.folder.os.system", "targets.os.system"),
     *("mmdit.errors.UserError.__init__", "mmdit.runs.files.writing", "mmdit", "3", "os..system"),
     *("mmdit.runs.native.write_atomically", "mmdit.errors.first_line.__globals__.get"),
 ]

@@ -17,11 +17,13 @@ from mmdit.data.order import Order, ShuffledOrder
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger
-from mmdit.engine.loop import Settings, train
+from mmdit.engine.loop import train
 from mmdit.engine.optimizers import adamw, muon
 from mmdit.engine.parallel import DDP, FSDP, Single
 from mmdit.engine.posthoc import PostHoc
 from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.settings import Settings
+from mmdit.engine.state import TrainState
 from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
@@ -139,13 +141,16 @@ def go(folder: Path, processes: Processes, plan: dict[str, Any]) -> None:
     try:
         train(
             task,
+            TrainState(
+                task.module,
+                ema=ema,
+                optimizer=OPTIMIZERS[plan.get("optimizer", "adamw")](task.module, lr=1e-3),
+                schedule=WarmupConstant(warmup_steps=3),
+                posthoc=PostHoc(task.module, sigma_rels=[0.1], snapshot_every=10),
+            ),
             run=run,
             settings=settings,
             seed=0,
-            schedule=WarmupConstant(warmup_steps=3),
-            optimizer=OPTIMIZERS[plan.get("optimizer", "adamw")](task.module, lr=1e-3),
-            ema=ema,
-            posthoc=PostHoc(task.module, sigma_rels=[0.1], snapshot_every=10),
             logger=NoLogger(),
             processes=processes,
             parallel=parallel,

@@ -17,9 +17,11 @@ from mmdit.engine.contrastive import (
 )
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger
-from mmdit.engine.loop import Settings, train
+from mmdit.engine.loop import train
 from mmdit.engine.optimizers import adamw
 from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.settings import Settings
+from mmdit.engine.state import TrainState
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
@@ -155,6 +157,12 @@ def test_it_learns(tmp_path: Path):
     run = RunFolder(tmp_path)
     checkpoint = train(
         task,
+        TrainState(
+            task.module,
+            ema=EMA(task.module, profile=ConstantDecay(decay=0.8, every=1)),
+            optimizer=adamw(task.module, lr=4e-3),
+            schedule=WarmupConstant(warmup_steps=10),
+        ),
         run=run,
         settings=Settings(
             steps=60,
@@ -166,9 +174,6 @@ def test_it_learns(tmp_path: Path):
             keep=1,
         ),
         seed=0,
-        schedule=WarmupConstant(warmup_steps=10),
-        optimizer=adamw(task.module, lr=4e-3),
-        ema=EMA(task.module, profile=ConstantDecay(decay=0.8, every=1)),
         logger=NoLogger(),
     )
     run.close()

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.data.order import Order, ShuffledOrder
-from mmdit.engine import loop, meter
+from mmdit.engine import loop, meter, skips
 from mmdit.engine.ema import EMA, ConstantDecay
 from mmdit.engine.loggers import NoLogger, read_metrics
-from mmdit.engine.loop import Settings, train
+from mmdit.engine.loop import train
 from mmdit.engine.optimizers import adamw
 from mmdit.engine.schedules import WarmupConstant
+from mmdit.engine.settings import Settings
+from mmdit.engine.state import TrainState
 from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
@@ -84,6 +86,12 @@ def go(
     try:
         train(
             task,
+            TrainState(
+                task.module,
+                ema=EMA(task.module, profile=ConstantDecay(decay=0.9, every=2)),
+                optimizer=adamw(task.module, lr=0.05, weight_decay=0.1),
+                schedule=WarmupConstant(warmup_steps=3),
+            ),
             run=run,
             settings=Settings(
                 steps=steps,
@@ -96,9 +104,6 @@ def go(
                 **settings,
             ),
             seed=0,
-            schedule=WarmupConstant(warmup_steps=3),
-            optimizer=adamw(task.module, lr=0.05, weight_decay=0.1),
-            ema=EMA(task.module, profile=ConstantDecay(decay=0.9, every=2)),
             logger=NoLogger(),
         )
     finally:
@@ -185,7 +190,7 @@ def test_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
 def test_a_run_that_never_gets_finite_again_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(skips, "MOST_IN_A_ROW", 3)
     monkeypatch.setattr(Regression, "loss", lambda self, x: self.module.linear(x)[:, 0] / 0)
     with pytest.raises(UserError, match=r"step 2: 3 steps in a row were left out.*optimizer\.lr"):
         go(tmp_path / "flow", 6, nonfinite="skip")
@@ -215,7 +220,7 @@ def test_the_best_checkpoint_is_that_of_the_better_figure(
 
 def test_a_figure_that_is_none_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     go(tmp_path, 5, keep_best="ema/los")
-    assert "keep_best=ema/los is no figure" in caplog.text
+    assert "keep_best=ema/los is not a validation metric" in caplog.text
 
 
 def test_a_stopped_run_of_no_steps_left_is_measured_and_finished(tmp_path: Path) -> None:
@@ -354,7 +359,7 @@ def test_a_run_of_too_many_steps_left_out_is_not_finished(
     bad: Callable[[int], bool],
     told: str,
 ) -> None:
-    monkeypatch.setattr(loop, "WINDOW", 10 if steps == 14 else 100)
+    monkeypatch.setattr(skips, "WINDOW", 10 if steps == 14 else 100)
     poisoned(monkeypatch, bad)
     with pytest.raises(UserError, match=f"{told}.*more than 10%.*Lower autoencoder.lr"):
         go(tmp_path, steps, nonfinite="skip", section="autoencoder.training")

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from mmdit.data.order import Order, ShuffledOrder
 from mmdit.engine.ema import EMA, ConstantDecay, HalfLife, PowerFunction, Profile
 from mmdit.engine.loggers import NoLogger, read_metrics
-from mmdit.engine.loop import Settings, train
+from mmdit.engine.loop import train
 from mmdit.engine.optimizers import adamw, adamw_8bit, by_kind, load_moments, moments, muon, set_lr
 from mmdit.engine.posthoc import PostHoc, snapshots_in
 from mmdit.engine.schedules import Schedule, WarmupConstant, WarmupCosine, WarmupStableDecay
+from mmdit.engine.settings import Settings
+from mmdit.engine.state import TrainState
 from mmdit.engine.tasks import Work
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
@@ -259,6 +261,13 @@ def go(folder: Path, steps: int, optimizer: Make, schedule: Schedule, profile: P
     run = RunFolder(folder)
     train(
         task,
+        TrainState(
+            task.module,
+            ema=EMA(task.module, profile=profile),
+            optimizer=optimizer(task.module, lr=0.05, weight_decay=0.1),
+            schedule=schedule,
+            posthoc=PostHoc(task.module, sigma_rels=[0.05, 0.1], snapshot_every=4),
+        ),
         run=run,
         settings=Settings(
             steps=steps,
@@ -270,11 +279,7 @@ def go(folder: Path, steps: int, optimizer: Make, schedule: Schedule, profile: P
             keep=1,
         ),
         seed=0,
-        schedule=schedule,
-        optimizer=optimizer(task.module, lr=0.05, weight_decay=0.1),
-        ema=EMA(task.module, profile=profile),
         logger=NoLogger(),
-        posthoc=PostHoc(task.module, sigma_rels=[0.05, 0.1], snapshot_every=4),
     )
     run.close()
     return task

@@ -1,0 +1,132 @@
+"""What changes while a run trains: weights, averages, moments and the number of steps made.
+
+All else follows from the config, so this is what a checkpoint holds and what a resumed run needs.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.engine.ema import EMA
+from mmdit.engine.optimizers import load_moments, moments, rates_of, room_for, set_lr
+from mmdit.engine.posthoc import PostHoc
+from mmdit.registry import describe
+from mmdit.runs import tensors as tensor_files
+from mmdit.runs.checkpoint import FROZEN, Checkpoint, checkpoints_in
+from mmdit.runs.saving import Saver
+
+
+class TrainState:
+    """A module in training, after some number of steps.
+
+    Args:
+        module: what is trained; it and its average have been placed on their devices.
+        ema: the running average of its weights.
+        optimizer: updates its weights.
+        schedule: factor of the optimizer's learning rate at each step.
+        posthoc: averages kept beside `ema`, from which others are made after training.
+
+    Attributes:
+        step: number of steps made.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ema: EMA[Any],
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[int], float],
+        posthoc: PostHoc | None = None,
+    ) -> None:
+        self.module, self.ema, self.optimizer = module, ema, optimizer
+        self.schedule, self.posthoc = schedule, posthoc
+        self.step = 0
+        self._rates = rates_of(optimizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is trained."""
+        return next(self.module.parameters()).device
+
+    def set_rate(self) -> float:
+        """Set the learning rates of the next step; returns that of the first group of weights."""
+        rates = [rate * self.schedule(self.step) for rate in self._rates]
+        set_lr(self.optimizer, rates)
+        return rates[0]
+
+    def advance(self, run: Path, *, last: bool, writes: bool) -> None:
+        """Count a step that was made, and take its weights into the averages.
+
+        Args:
+            run: run folder, where snapshots are kept.
+            last: whether it is the last step.
+            writes: whether this process is the one that writes.
+        """
+        self.step += 1
+        self.ema.update(self.step)
+        if self.posthoc is not None:
+            self.posthoc.update(self.step, run, last=last, writes=writes)
+
+    def save(self, saver: Saver, *, finished: bool, figures: Mapping[str, float]) -> None:
+        """Write a checkpoint; returns when training may go on.
+
+        Args:
+            finished: whether the run has reached its last step.
+            figures: what the manifest says of the run up to here.
+        """
+        kept = self.posthoc.tensors() if self.posthoc else {}
+        tensors = weights_of(self.module, self.ema)
+        tensors["optimizer"] = moments(self.module, self.optimizer) | kept
+        saver.save(
+            step=self.step,
+            finished=finished,
+            tensors=tensors,
+            descriptions=self.describe(),
+            figures=figures,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the trained and the averaged module can be built from again."""
+        return {"raw": describe(self.module), "ema": describe(self.ema.module)}
+
+    def load(self, saver: Saver) -> Checkpoint | None:
+        """Go on from the newest undamaged checkpoint of a run, if there is one."""
+        checkpoint = saver.latest()
+        if checkpoint is None:
+            return None
+        kept = room_for(self.module, saver.facts(checkpoint, "optimizer"))
+        saver.load(checkpoint, {**weights_of(self.module, self.ema), "optimizer": kept})
+        if self.posthoc is not None:
+            self.posthoc.take(kept)
+        load_moments(self.module, self.optimizer, kept)
+        self.step = checkpoint.step
+        return checkpoint
+
+
+def weights_of(module: nn.Module, ema: EMA[Any]) -> dict[str, dict[str, Tensor]]:
+    """All weights by their groups in a checkpoint: raw, averaged, and what both share."""
+    raw, averaged = module.state_dict(), ema.module.state_dict()
+    frozen = {key: raw.pop(key) for key in list(raw) if key in ema.shared}
+    return {
+        "raw": raw,
+        "ema": {key: averaged[key] for key in raw},
+        **({FROZEN: frozen} if frozen else {}),
+    }
+
+
+def take_frozen(run: Path, module: nn.Module, ema: EMA[Any]) -> bool:
+    """Load what nobody trains from a run's newest checkpoint; whether there was one.
+
+    A run goes on with the very autoencoder and encoders that it began with, even where they would
+    by now come out differently.
+    """
+    for checkpoint in reversed(checkpoints_in(run, warn=False)):
+        folder = checkpoint.folder / FROZEN
+        if folder.is_dir() and checkpoint.fault(FROZEN) is None:
+            tensor_files.read_into(folder, weights_of(module, ema).get(FROZEN, {}))
+            return True
+    return False
