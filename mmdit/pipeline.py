@@ -49,7 +49,7 @@ def to_latents(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     Raises:
         NotFinite: a value is NaN or infinite.
     """
-    device, dtype = autoencoder.scale.device, at_least_float32(autoencoder.dtype)
+    device, dtype = autoencoder.device, at_least_float32(autoencoder.compute_dtype)
     latents = autoencoder.encode(from_pixels(pixels.to(device, non_blocking=True), dtype))
     expect_finite("the autoencoder's encoder", latents)
     return latents
@@ -157,12 +157,12 @@ class Pipeline(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's weights."""
-        return next(self.mmdit.parameters()).dtype
+        """The dtype that the network computes in."""
+        return self.mmdit.compute_dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.mmdit.parameters()).device
+        return self.mmdit.device
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent (h, w) of an image of height x width pixels.
@@ -231,7 +231,7 @@ class Pipeline(nn.Module):
     def sample(self, request: Request, progress: Progress | None = None) -> Samples:
         """The images of a request: its text encoded, its noise denoised, its latents decoded.
 
-        It computes in the dtype of the weights, or in that of the `torch.autocast` around it.
+        Each network computes in its `compute_dtype`, or in that of the `torch.autocast` around it.
 
         Raises:
             UserError: the model cannot do what is asked for.
@@ -316,8 +316,8 @@ class Pipeline(nn.Module):
                 f"control: {type(self.mmdit).__name__} follows no control image; join a control "
                 "net to it: pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=...)"
             )
-        precise = at_least_float32(self.autoencoder.dtype)
-        pixels = images.to(self.autoencoder.scale.device)
+        precise = at_least_float32(self.autoencoder.compute_dtype)
+        pixels = images.to(self.autoencoder.device)
         pixels = control_pixels(pixels, self.mmdit.control_net.control_type, precise)
         latents = self.autoencoder.encode(pixels)
         expect_finite("the autoencoder's encoder", latents)

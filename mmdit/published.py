@@ -31,6 +31,7 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
+from mmdit.nn.network import Network
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
 from mmdit.registry import describe
@@ -339,11 +340,13 @@ def without(pipeline: Pipeline, kinds: list[str]) -> None:
 # Saving
 
 
-def models_of(thing: nn.Module) -> dict[str, nn.Module]:
+def models_of(thing: nn.Module) -> dict[str, Network]:
     """The models of a pipeline, or the one model, by kind."""
     if not isinstance(thing, Pipeline):
-        return {kind_of(thing): thing}
-    models: dict[str, nn.Module] = {"mmdit": thing.mmdit, "autoencoder": thing.autoencoder}
+        kind = kind_of(thing)
+        assert isinstance(thing, Network)
+        return {kind: thing}
+    models: dict[str, Network] = {"mmdit": thing.mmdit, "autoencoder": thing.autoencoder}
     for kind in ENCODERS:
         encoder = getattr(thing.text, kind)
         if isinstance(encoder, TextEncoder):
@@ -420,8 +423,9 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder).expanduser()
     if not isinstance(thing, Pipeline):
+        (model,) = models_of(thing).values()
         with replacing(folder, pipeline=False) as new:
-            write_model(thing, new)
+            write_model(model, new)
         return folder
     tokenizers: dict[str, Any] = {}
     for kind in ENCODERS:

@@ -49,7 +49,7 @@ class Bounded(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_on_meta(description: dict[str, Any]) -> nn.Module:
+def build_on_meta(description: dict[str, Any]) -> Any:
     """The module that a description asks for, without memory for its tensors.
 
     Raises:
@@ -58,7 +58,7 @@ def build_on_meta(description: dict[str, Any]) -> nn.Module:
     expect_shallow(description)
     try:
         with torch.device("meta"), Unfilled(), Bounded():
-            module: nn.Module = build(description)
+            module = build(description)
     except UserError:
         raise
     except Exception as error:  # what a file asks for may be of any kind

@@ -13,6 +13,7 @@ from mmdit.checkpoints.archive import write_shards
 from mmdit.checkpoints.formats import Description
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.errors import UserError
+from mmdit.nn.network import Network
 from mmdit.registry import describe
 
 SUBFOLDERS = {
@@ -291,7 +292,7 @@ HABITS: dict[str, Config] = {
 
 
 def write_model(
-    module: nn.Module,
+    module: Network,
     folder: Path,
     *,
     kind: str | None = None,
@@ -312,7 +313,7 @@ def write_model(
     config: Config = {**HABITS[kind], **config_of(kind, module)}
     if "_class_name" not in config:  # transformers' way to say it
         config["architectures"] = [CLASSES[kind]]
-        config["torch_dtype"] = str(next(module.parameters()).dtype).removeprefix("torch.")
+        config["torch_dtype"] = str(module.compute_dtype).removeprefix("torch.")
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     tensors, metadata = dict(exported(module, "diffusers", kind=kind)), descriptions({kind: module})
     write_shards(folder, stem, tensors, metadata, max_bytes=max_bytes)
@@ -320,7 +321,7 @@ def write_model(
 
 
 def write_folder(
-    models: Mapping[str, nn.Module], folder: Path, *, shift: float, tokenizers: Mapping[str, Any]
+    models: Mapping[str, Network], folder: Path, *, shift: float, tokenizers: Mapping[str, Any]
 ) -> None:
     """Write a whole pipeline: models, tokenizers, scheduler, and the index that names them.
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmdit.checkpoints.archive import (
     PICKLES,
@@ -21,6 +20,7 @@ from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
 from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError, first_line
+from mmdit.nn.network import Network
 from mmdit.printable import logger
 
 log = logger("mmdit.checkpoints")
@@ -220,7 +220,7 @@ class Place:
             )
         )
 
-    def load(self, kind: str, *, dtype: torch.dtype | None = None, **hints: Any) -> nn.Module:
+    def load(self, kind: str, *, dtype: torch.dtype | None = None, **hints: Any) -> Network:
         """The model of this kind; see `mmdit.checkpoints.public.load`.
 
         A config.json beside the weights is read for what shapes do not tell, and compared with
@@ -276,7 +276,7 @@ def load_model(
     allow_pickle: bool = False,
     verify: bool = True,
     **hints: Any,
-) -> nn.Module:
+) -> Network:
     """One model from a file, a folder or the hub; see `Place`.
 
     Raises:

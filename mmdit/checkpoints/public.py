@@ -37,6 +37,7 @@ from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet, ParallelControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
+from mmdit.nn.network import Network
 from mmdit.printable import logger
 from mmdit.registry import describe
 
@@ -54,15 +55,15 @@ def load(
     hints: Description | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
-) -> nn.Module:
+) -> Network:
     """The model of this kind in the archive: in eval mode, on the CPU, its weights mapped.
 
     Args:
         kind: see `Format.kind`.
         layout: see `find`.
         hints: what shapes do not tell (num_heads, activation, scale, shift).
-        dtype: of the weights; None keeps the file's, except that 8-bit floats become bfloat16, and
-            that tensors of several dtypes take that of most matrices.
+        dtype: what the model computes in; None keeps the file's, except that 8-bit floats become
+            bfloat16, and that tensors of several dtypes take that of most matrices.
         verify: look for NaN and infinite values in any case. Otherwise a gigabyte or more is not
             read for that alone, but only when it is converted.
 
@@ -113,7 +114,7 @@ def refuse_unmerged(match: Match) -> None:
 
 
 def load_into(
-    module: nn.Module, match: Match, *, dtype: torch.dtype | None = None, verify: bool = False
+    module: Network, match: Match, *, dtype: torch.dtype | None = None, verify: bool = False
 ) -> None:
     """Give a module, on meta or not, the tensors of the match, or leave it untouched.
 
@@ -128,7 +129,12 @@ def load_into(
             sources[primary] = copy
     check(match, type(module).__name__, slots, sources, infos)
     stored = {key: match.tensor(source) for key, source in sources.items()}
-    dtypes = target_dtypes(stored, format, dtype)
+    compute_dtype = common_dtype(stored, format) if dtype is None else dtype
+    dtypes = dict.fromkeys(stored, compute_dtype)
+    if dtype is None and compute_dtype == torch.float16:
+        # These are computed with in float32: what the file holds of them is not narrowed.
+        for key in wide_keys(stored, format):
+            dtypes[key] = torch.promote_types(computed_in(stored[key], None), compute_dtype)
     read_anyway = any(dtypes[key] != tensor.dtype for key, tensor in stored.items())
     small = sum(tensor.nbytes for tensor in stored.values()) < AT_ONCE
     if not (verify or read_anyway or small):
@@ -141,7 +147,7 @@ def load_into(
         theirs = stored[key].to(dtypes[key])
         if theirs.dtype == torch.float16 != stored[key].dtype and not is_finite(theirs):
             too_large.append(key)
-        if re.fullmatch(format.wide, key) and theirs.dtype == torch.float16:
+        if theirs.dtype == torch.float16 and re.fullmatch(format.wide, key):
             theirs = theirs.float()
         tensors |= slot.read(theirs)
     if too_large:
@@ -150,28 +156,27 @@ def load_into(
         tell_of_mixture(match.archive.name, stored, dtypes)
     for name in format.constants:
         value = torch.tensor(float(describe(module)[name]), dtype=torch.float64)
-        tensors[name] = value.to(at_least_float32(next(iter(tensors.values())).dtype))
+        tensors[name] = value.to(at_least_float32(compute_dtype))
     module.load_state_dict(tensors, assign=True)
+    module.compute_dtype = compute_dtype
 
 
-def target_dtypes(
-    stored: Mapping[str, Tensor], format: Format, dtype: torch.dtype | None
-) -> dict[str, torch.dtype]:
-    """The dtype that each tensor is to have: the one asked for, or else that of the matrices.
+def wide_keys(stored: Mapping[str, Tensor], format: Format) -> set[str]:
+    """Keys of the tensors that a format keeps in float32 where the others are float16."""
+    return {key for key in stored if re.fullmatch(format.wide, key)}
+
+
+def common_dtype(stored: Mapping[str, Tensor], format: Format) -> torch.dtype:
+    """The dtype that most values of the matrices have.
 
     A model computes in one dtype, but files may keep matrices in one and norms or biases in
-    another. What most values of the matrices have is taken then. Tensors that the format keeps wide
-    do not decide, and are not narrowed.
+    another. Tensors that the format keeps wide do not decide.
     """
-    if dtype is not None:
-        return dict.fromkeys(stored, dtype)
-    own = {key: computed_in(tensor, None) for key, tensor in stored.items()}
-    wide = {key for key in stored if re.fullmatch(format.wide, key)}
+    wide = wide_keys(stored, format)
     votes: Counter[torch.dtype] = Counter()
     for key in [key for key in stored if key not in wide and stored[key].ndim > 1] or stored:
-        votes[own[key]] += stored[key].numel()
-    common = votes.most_common(1)[0][0]
-    return {k: torch.promote_types(d, common) if k in wide else common for k, d in own.items()}
+        votes[computed_in(stored[key], None)] += stored[key].numel()
+    return votes.most_common(1)[0][0]
 
 
 def tell_of_mixture(
@@ -263,7 +268,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def exported(
-    module: nn.Module, layout: str, *, kind: str | None = None, prefixed: bool = False
+    module: Network, layout: str, *, kind: str | None = None, prefixed: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """The module's tensors under the keys of a layout, in the place of `kind`.
 
@@ -277,14 +282,13 @@ def exported(
     prefix = format.prefixes[0] if prefixed else ""
     ours = module.state_dict()
     tensors = {key: slot.write(ours) for key, slot in slots_of(module, format).items()}
-    dtype = next(iter(tensors.values())).dtype
-    for key, tensor in tensors.items():
-        if re.fullmatch(format.wide, key) and same(tensor.to(dtype).to(tensor.dtype), tensor):
-            tensors[key] = tensor.to(dtype)  # float32 only to compute with
+    dtype = module.compute_dtype
+    for key in wide_keys(tensors, format):
+        if same(tensors[key].to(dtype).to(tensors[key].dtype), tensors[key]):
+            tensors[key] = tensors[key].to(dtype)  # float32 only to compute with
     if layout == "diffusers" and format.identity and format.identity not in tensors:
         assert isinstance(module, CLIPTextModel)
-        weight = module.final_norm.weight
-        tensors[format.identity] = torch.eye(module.width).to(weight)
+        tensors[format.identity] = module.cast(torch.eye(module.width))
     for key, argument in format.arguments.items():
         tensors[key] = argument.write(describe(module)[argument.name])
     for copy, primary in format.copies.items():

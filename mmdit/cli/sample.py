@@ -148,7 +148,7 @@ def facts_of(
         "solver": options["solver"].func.__name__,
         "grid": describe(options["grid"]),
         "shift": pipe.objective.shift.alpha,
-        "dtype": str(pipe.mmdit.dtype).removeprefix("torch."),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
         "precision": config.precision,
         "batch_size": config.batch_size,
         "text": OmegaConf.to_container(config.text),
@@ -328,7 +328,7 @@ def controlled(pipe: mmdit.Pipeline, config: DictConfig, text: Verbatim) -> Cont
             f"of this model is a {type(pipe.mmdit).__name__}"
         )
     flags = {"allow_pickle": config.allow_pickle, "verify": config.verify}
-    net = mmdit.load_controlnet(text["controlnet"], dtype=pipe.mmdit.dtype, **flags)
+    net = mmdit.load_controlnet(text["controlnet"], dtype=pipe.dtype, **flags)
     try:
         return ControlledMMDiT(
             base=pipe.mmdit,

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.engine.activations import blocks_of
 from mmdit.errors import UserError
+from mmdit.nn.network import set_compute_dtype
 
 Loss = Callable[[Any], Tensor]
 
@@ -148,6 +149,8 @@ class FSDP:
         return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def _shard(self, part: nn.Module) -> FSDPModule:
+        if self.policy.param_dtype is not None:
+            set_compute_dtype(part, self.policy.param_dtype)
         for block in blocks_of(part):
             fully_shard(block, mesh=self.mesh, mp_policy=self.policy)
         return fully_shard(part, mesh=self.mesh, mp_policy=self.policy)

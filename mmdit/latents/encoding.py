@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, images: Tensor, autocast: Autocast) -> Tensor:
     """Pictures, uint8 (b, h, w, 3) -> normalized latents (b, c, h, w) in half precision."""
-    device = next(autoencoder.parameters()).device
+    device = autoencoder.device
     with autocast():
         pixels = from_pixels(images.to(device, non_blocking=True))
         return autoencoder.encode(pixels).to(HALF)

@@ -71,7 +71,7 @@ class Precomputation:
         Raises:
             UserError: pictures are not the same at every step.
         """
-        device = next(self.autoencoder.parameters()).device.type
+        device = self.autoencoder.device.type
         with self.autocast():
             computed = (
                 torch.get_autocast_dtype(device)

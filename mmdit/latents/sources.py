@@ -99,7 +99,7 @@ class _Kept:
         autocast: Autocast,
     ) -> None:
         self.data, self.autoencoder, self.text, self.autocast = data, autoencoder, text, autocast
-        self.device = next(autoencoder.parameters()).device
+        self.device = autoencoder.device
         data.cacheable(0)  # refuses images that change with the step, before anything is trained
 
     def order(self, *, batch_size: int, seed: int) -> Order:

@@ -15,6 +15,7 @@ from mmdit.checks import at_least_one
 from mmdit.dtypes import at_least_float32, wide
 from mmdit.errors import UserError
 from mmdit.nn.attention import attention
+from mmdit.nn.network import Network
 from mmdit.registry import register
 
 
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
 
 
 @register
-class Autoencoder(nn.Module):
+class Autoencoder(Network):
     """Images in [-1, 1] to normalized latents and back.
 
     Args:
@@ -220,7 +221,7 @@ class Autoencoder(nn.Module):
         for name, side in zip(("height", "width"), x.shape[-2:], strict=True):
             if side % self.factor:
                 raise UserError(f"image {name} {side} must be a multiple of {self.factor}")
-        mean, log_variance = wide(self.encoder(x.to(self.dtype))).chunk(2, dim=1)
+        mean, log_variance = wide(self.encoder(x.to(self.compute_dtype))).chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30.0, 20.0))
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -237,19 +238,14 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalized latent (b, c, h, w) -> image (b, 3, H, W), nominally in [-1, 1]."""
-        latent = latent.to(torch.promote_types(latent.dtype, self.dtype))
+        latent = latent.to(torch.promote_types(latent.dtype, self.compute_dtype))
         z = latent / self.scale + self.shift
-        return wide(self.decoder(z.to(self.dtype, memory_format=self.memory_format)))
+        return wide(self.decoder(z.to(self.compute_dtype, memory_format=self.memory_format)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`, in place, of `encode` and `decode`."""
         self.encoder.compile(*args, **kwargs)
         self.decoder.compile(*args, **kwargs)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights; what enters the network is cast to it."""
-        return self.encoder.conv_in.weight.dtype
 
     def _apply(self, fn, recurse=True):  # what .to(), .cuda() and .half() go through
         """Scale and shift stay float32 at least, whatever the weights become.

@@ -25,10 +25,11 @@ from mmdit.nn.embeddings import (
     sinusoid,
     unpatchify,
 )
+from mmdit.nn.network import Network
 from mmdit.registry import build, describe
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(Network, ABC):
     """The velocity (or another prediction) of a noised latent, given text.
 
     Attributes:
@@ -59,11 +60,6 @@ class Backbone(nn.Module, ABC):
         Returns:
             (b, c, h, w).
         """
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the weights; what enters the network is cast to it."""
 
     @property
     @abstractmethod
@@ -170,16 +166,17 @@ class PatchBackbone(Backbone):
 
     def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
         """y, by which timestep and pooled text steer every block: (b,), (b, p) -> (b, d)."""
-        return self.timestep_embedding(sinusoid(t)) + self.pooled_embedding(c_vec)
+        time = self.timestep_embedding(self.cast(sinusoid(t)))
+        return time + self.pooled_embedding(self.cast(c_vec))
 
     def text_tokens(self, c_ctxt: Tensor) -> Tensor:
         """Text of the encoders (b, l, context_width) in the width of the network: (b, l, d)."""
-        return self.context_embedding(c_ctxt.to(self.context_embedding.weight))
+        return self.context_embedding(self.cast(c_ctxt))
 
     def image_tokens(self, z: Tensor) -> Tensor:
         """Patches of a latent (b, c, h, w), with their positions: (b, n, d)."""
         positions = centre_crop(self.positions, *self.grid(*z.shape[-2:]))
-        x = self.patch_embedding(z.to(self.dtype))
+        x = self.patch_embedding(z.to(self.compute_dtype))
         return x + positions.to(x.dtype)
 
     def prediction(self, x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
@@ -218,10 +215,6 @@ class PatchBackbone(Backbone):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         for part in (*self.layers, self.output):
             part.compile(*args, **kwargs)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.context_embedding.weight.dtype
 
     @property
     def longest_side(self) -> int:
@@ -276,6 +269,7 @@ def with_qk_norm(model: B) -> B:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, slot in network.state_dict().items():
         if name not in weights:
-            weights[name] = torch.ones_like(slot, dtype=model.dtype, device=model.positions.device)
+            weights[name] = model.cast(torch.ones(slot.shape))
     network.load_state_dict(weights, assign=True)
+    network.compute_dtype = model.compute_dtype
     return network.train(model.training)

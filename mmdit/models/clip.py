@@ -9,6 +9,7 @@ from mmdit.checks import at_least_one
 from mmdit.errors import UserError
 from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import MLP
+from mmdit.nn.network import Network
 from mmdit.registry import register
 
 
@@ -64,7 +65,7 @@ class CLIPLayer(nn.Module):
 
 
 @register
-class CLIPTextModel(nn.Module):
+class CLIPTextModel(Network):
     """Text tower of CLIP-L/14 (quick-GELU, unprojected) and OpenCLIP bigG/14 (GELU, projected).
 
     Args:
@@ -95,7 +96,7 @@ class CLIPTextModel(nn.Module):
             raise UserError(f"CLIP: depth {depth} must be at least 2 to have a penultimate layer")
         if activation not in ACTIVATIONS:
             raise UserError(f"CLIP: activation {activation!r} must be one of {list(ACTIVATIONS)}")
-        self.width, self.length = width, length
+        self.vocabulary_size, self.width, self.length = vocabulary_size, width, length
         self.pooled_width = width if projection_width is None else projection_width
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.position_embedding = nn.Parameter(torch.empty(length, width))
@@ -111,7 +112,8 @@ class CLIPTextModel(nn.Module):
             self.reset_parameters()
 
     def forward(self, ids: Tensor) -> CLIPOutput:  # (b, n) int64
-        x = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]
+        tokens = self.token_embedding(ids).to(self.compute_dtype)
+        x = tokens + self.position_embedding[: ids.shape[1]]
         for layer in self.layers[:-1]:
             x = layer(x)
         penultimate = x

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmdit.checks import at_least_one
 from mmdit.errors import UserError
 from mmdit.models.clip import CLIPLayer, QuickGELU
+from mmdit.nn.network import Network
 from mmdit.registry import register
 
 # Of the pixels in [0, 1] that CLIP was trained on, per channel.
@@ -23,7 +24,7 @@ class CLIPImageLayer(CLIPLayer):
 
 
 @register
-class CLIPImageModel(nn.Module):
+class CLIPImageModel(Network):
     """Image tower of CLIP, a vision transformer; the defaults are ViT-L/14, CLIP-L's.
 
     Args:
@@ -57,6 +58,7 @@ class CLIPImageModel(nn.Module):
                 f"CLIP: image_size {image_size} must be divisible by patch_size {patch_size}"
             )
         self.width, self.image_size = width, image_size
+        self.projection_width = projection_width
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.position_embedding = nn.Parameter(
@@ -81,7 +83,7 @@ class CLIPImageModel(nn.Module):
                 f"CLIP: images {tuple(images.shape)} must be (b, 3, {self.image_size}, "
                 f"{self.image_size}), as `clip_pixels` makes them"
             )
-        patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
+        patches = rearrange(self.patch_embedding(self.cast(images)), "b d h w -> b (h w) d")
         whole = repeat(self.class_embedding, "d -> b 1 d", b=len(images))
         x = torch.cat([whole, patches], dim=1) + self.position_embedding
         x = self.first_norm(x)

@@ -19,6 +19,7 @@ from mmdit.models.blocks import Block, reset_as_in_dit
 from mmdit.models.dit import DiTBlock
 from mmdit.models.mmdit import MMDiT
 from mmdit.nn.embeddings import PatchEmbedding, VectorEmbedding, sinusoid
+from mmdit.nn.network import Network
 from mmdit.registry import describe, register
 
 # In the order of `control_type` in the public files. Factor and offset of pixels in [0, 1]: what
@@ -44,7 +45,7 @@ def check_control_type(control_type: str) -> None:
 
 
 @register
-class ControlNet(nn.Module):
+class ControlNet(Network):
     """Residuals for the image tokens of an MMDiT, as in SD3.5 Large: each block follows the last.
 
     It reads the tokens that the base model makes of the latent, positions included, and no text
@@ -107,13 +108,18 @@ class ControlNet(nn.Module):
         Returns:
             depth x (b, n, d).
         """
-        y = self.timestep_embedding(sinusoid(t)) + self.pooled_embedding(c_vec)
-        x = base.image_tokens(z_t) + self.control_embedding(control_latent.to(base.dtype))
+        y = self.vector(t, c_vec)
+        x = base.image_tokens(z_t) + self.control_embedding(control_latent.to(base.compute_dtype))
         residuals = []
         for block, to_residual in zip(self.blocks, self.to_residuals, strict=True):
             x = block(x, y)
             residuals.append(to_residual(x))
         return residuals
+
+    def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
+        """y, by which timestep and pooled text steer every block: (b,), (b, p) -> (b, d)."""
+        time = self.timestep_embedding(self.cast(sinusoid(t)))
+        return time + self.pooled_embedding(self.cast(c_vec))
 
     def flops(self, base: MMDiT, tokens: int) -> int:
         """Operations of one forward pass of one sample; see `Backbone.flops`.
@@ -129,11 +135,6 @@ class ControlNet(nn.Module):
         around = 2 * (vector + embeddings + to_residuals)
         layers: list[Any] = [*self.blocks]
         return around + sum(block.flops(tokens, 0) for block in layers)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights; that of the base model has to be the same."""
-        return self.control_embedding.proj.weight.dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -181,10 +182,9 @@ class ParallelControlNet(ControlNet):
         self, base: MMDiT, z_t: Tensor, t: Tensor, c_vec: Tensor, control_latent: Tensor
     ) -> list[Tensor]:
         """One residual for every block of this network; see `ControlNet.forward`."""
-        pooled = base.pooled_embedding(c_vec)
-        y = self.timestep_embedding(sinusoid(t)) + self.pooled_embedding(pooled)
-        x = self.patch_embedding(z_t.to(base.dtype))
-        x = x + self.control_embedding(control_latent.to(base.dtype))
+        y = self.vector(t, base.pooled_embedding(base.cast(c_vec)))
+        x = self.patch_embedding(z_t.to(base.compute_dtype))
+        x = x + self.control_embedding(control_latent.to(base.compute_dtype))
         return [
             to_residual(block(x, y))
             for block, to_residual in zip(self.blocks, self.to_residuals, strict=True)
@@ -201,7 +201,7 @@ class NoControl(nn.Module):
     blocks = ()
 
     def forward(self, base: MMDiT, z_t: Tensor, *_: Tensor) -> list[Tensor]:
-        return [torch.zeros((), dtype=base.dtype, device=z_t.device)]
+        return [torch.zeros((), dtype=base.compute_dtype, device=z_t.device)]
 
     def flops(self, base: MMDiT, tokens: int) -> int:
         return 0
@@ -284,15 +284,16 @@ class ControlledMMDiT(Backbone):
         placement: str = "after_every_block",
     ) -> None:
         super().__init__()
+        self.compute_dtype = base.compute_dtype
         if control_net.width != base.width:
             raise UserError(
                 f"the control net has width {control_net.width}, the model {base.width}: "
                 "it was made for another model"
             )
-        if control_net.dtype != base.dtype:
+        if control_net.compute_dtype != base.compute_dtype:
             raise UserError(
-                f"the control net is {control_net.dtype}, the model {base.dtype}: make them the "
-                "same"
+                f"the control net computes in {control_net.compute_dtype}, the model in "
+                f"{base.compute_dtype}: make them the same"
             )
         if not math.isfinite(strength):
             raise UserError(f"the strength {strength} of the control net must be a finite number")
@@ -344,10 +345,6 @@ class ControlledMMDiT(Backbone):
             x = x + self.strength * residual
         x = base.last_block(c, x, y) + self.strength * last
         return base.prediction(x, y, *z_t.shape[-2:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     @property
     def longest_side(self) -> int:

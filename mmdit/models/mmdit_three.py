@@ -167,4 +167,4 @@ class MMDiTThree(PatchBackbone):
                 "none are left for T5"
             )
         clip, t5 = c_ctxt.split([self.clip_length, length - self.clip_length], dim=1)
-        return self.text_tokens(clip), self.t5_embedding(t5.to(self.t5_embedding.weight))
+        return self.text_tokens(clip), self.t5_embedding(self.cast(t5))

@@ -1,7 +1,7 @@
 """The encoder of T5 v1.1 (Raffel et al. 2020; gated GELU of Shazeer 2020)."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmdit.checks import at_least_one
 from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import tanh_gelu
+from mmdit.nn.network import Network
 from mmdit.nn.norms import RMSNorm
 from mmdit.registry import register
 
@@ -39,8 +40,7 @@ class RelativePositionBias(nn.Module):
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
-    def forward(self, length: int) -> Tensor:  # -> (1, h, n, n)
-        position = torch.arange(length, device=self.embedding.weight.device)
+    def forward(self, position: Tensor) -> Tensor:  # (n,) int64 -> (1, h, n, n)
         buckets = relative_buckets(
             position[None, :] - position[:, None],
             num_buckets=self.num_buckets,
@@ -49,8 +49,17 @@ class RelativePositionBias(nn.Module):
         return rearrange(self.embedding(buckets), "q k h -> 1 h q k")
 
 
+def roomy(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float16, which the values of T5 outgrow within a few layers; else `dtype`."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class T5Layer(nn.Module):
-    """Pre-norm self-attention without scaling, then a gated MLP; no biases anywhere."""
+    """Pre-norm self-attention without scaling, then a gated MLP; no biases anywhere.
+
+    It computes in the dtype of `bias`, but keeps the stream and the hidden values of the MLP, and
+    with them the weight of `down`, in float32 where that is float16.
+    """
 
     def __init__(self, width: int, num_heads: int, head_width: int, hidden: int) -> None:
         super().__init__()
@@ -64,18 +73,16 @@ class T5Layer(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # (b, n, d), (1, h, n, n) -> (b, n, d)
-        normed = self.norm1(x).to(self.attention_in.q.weight.dtype)
-        q, k, v = self.attention_in(normed)
+        q, k, v = self.attention_in(self.norm1(x).to(bias.dtype))
         x = x + self.attention_out(attention(q, k, v, bias=bias.to(q.dtype), scale=1.0))
-        normed = self.norm2(x).to(self.gate.weight.dtype)
-        # In float16 the hidden values overflow: `down` is float32 then (`load_t5` sees to it).
-        wide = self.down.weight.dtype
-        gate, up = tanh_gelu(self.gate(normed)).to(wide), self.up(normed).to(wide)
+        normed = self.norm2(x).to(bias.dtype)
+        hidden = roomy(bias.dtype)
+        gate, up = tanh_gelu(self.gate(normed)).to(hidden), self.up(normed).to(hidden)
         return x + self.down(gate * up)
 
 
 @register
-class T5Encoder(nn.Module):
+class T5Encoder(Network):
     """Text to hidden states. Padding is attended to, as everywhere in SD3.
 
     Args:
@@ -96,6 +103,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         at_least_one("T5", vocabulary_size=vocabulary_size, width=width, depth=depth)
         at_least_one("T5", num_heads=num_heads, head_width=head_width, hidden=hidden)
+        self.vocabulary_size = vocabulary_size
         self.width, self.head_width = width, head_width
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.position_bias = RelativePositionBias(num_heads)
@@ -107,13 +115,19 @@ class T5Encoder(nn.Module):
             self.reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:  # (b, n) int64 -> (b, n, d)
-        bias = self.position_bias(ids.shape[1])
-        x = self.token_embedding(ids)
-        if x.dtype == torch.float16:
-            x = x.float()  # the stream outgrows float16 within a few layers
+        position = torch.arange(ids.shape[1], device=ids.device)
+        bias = self.position_bias(position).to(self.compute_dtype)
+        x = self.token_embedding(ids).to(roomy(self.compute_dtype))
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)
+
+    def _apply(self, fn, recurse=True) -> Self:  # what .to(), .cuda() and .half() go through
+        super()._apply(fn, recurse)
+        if self.compute_dtype == torch.float16:
+            for layer in self.layers:
+                layer.down.float()
+        return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`, in place, but layer by layer: all share one graph."""

@@ -137,7 +137,7 @@ class UViT(PatchBackbone):
         y = self.vector(t, c_vec)
         c = self.text_tokens(c_ctxt)
 
-        h = self.conv_in(z_t.to(self.dtype))
+        h = self.conv_in(z_t.to(self.compute_dtype))
         seen = []
         for block in self.down:
             h = block(h, y)
@@ -161,7 +161,7 @@ class UViT(PatchBackbone):
         """`PatchBackbone.flops`, of the transformer, and those of the convolutions around it."""
         transformer = super().flops(height=height, width=width, text_length=text_length)
         pixels = height * width
-        ends = 2 * pixels * 2 * 9 * self.latent_channels * self.conv_in.out_channels
+        ends = 2 * pixels * 2 * 9 * self.latent_channels * (self.width // 2)
         around = sum(block.flops(pixels) for block in self.convolutions)
         return transformer + ends + around
 

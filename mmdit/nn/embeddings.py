@@ -39,7 +39,7 @@ class VectorEmbedding(nn.Module):
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (b, p) -> (b, d)
-        return self.fc2(self.activation(self.fc1(x.to(self.fc1.weight))))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class PatchEmbedding(nn.Module):

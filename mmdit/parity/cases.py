@@ -11,6 +11,7 @@ from mmdit.checkpoints.building import Unfilled
 from mmdit.checkpoints.folders import HABITS, config_of
 from mmdit.checkpoints.public import exported
 from mmdit.engine.optimizers import adamw
+from mmdit.nn.network import Network
 from mmdit.parity.random_weights import ENCODERS
 from mmdit.registry import build
 
@@ -59,17 +60,17 @@ CASES = {
 }
 
 
-def random_model(description: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def random_model(description: dict[str, Any], dtype: torch.dtype) -> Network:
     """A model of ours in which no weight is zero and activations stay of the order of one."""
     with Unfilled():
-        model: nn.Module = build(description).to(dtype)
+        model: Network = build(description).to(dtype)
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.1 if weight.ndim < 2 else weight[0].numel() ** -0.5)
     return model.eval()
 
 
-def twin(kind: str, model: nn.Module) -> nn.Module:
+def twin(kind: str, model: Network) -> nn.Module:
     """The peer's model with a copy of our weights."""
     import diffusers
     import transformers

@@ -30,7 +30,7 @@ def measure_loading(source: Path, scratch: Path, *, rounds: int) -> list[dict[st
     """
     model = loading.load_mmdit(source, verify=False)
     folder = str(published.save_diffusers(model, scratch / "transformer"))
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(model.compute_dtype).removeprefix("torch.")
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     del model
     accelerate = "with" if importlib.util.find_spec("accelerate") else "without"

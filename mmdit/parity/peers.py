@@ -252,7 +252,7 @@ class CLIPSide(Side):
     def inputs(
         self, model: CLIPTextModel, size: Mapping[str, int], generator: torch.Generator
     ) -> Inputs:
-        end = model.token_embedding.num_embeddings - 1
+        end = model.vocabulary_size - 1
         shape = (size["batch_size"], model.length)
         ids = torch.randint(end, shape, generator=generator)
         ids[:, model.length // 2 :] = end
@@ -300,7 +300,7 @@ class T5Side(Side):
         self, model: T5Encoder, size: Mapping[str, int], generator: torch.Generator
     ) -> Inputs:
         shape = (size["batch_size"], size["text_length"])
-        ids = torch.randint(model.token_embedding.num_embeddings, shape, generator=generator)
+        ids = torch.randint(model.vocabulary_size, shape, generator=generator)
         ids[:, shape[1] // 2 :] = 0  # padding, which is attended to
         return {"ids": ids}
 
@@ -352,8 +352,9 @@ class ControlNetSide(Side):
         for i, block in enumerate(model.blocks):
             stages.watch(block, f"blocks.{i}")
             stages.watch(model.to_residuals[i], f"residuals.{i}")
-        base = SimpleNamespace(image_tokens=lambda _: x["tokens"], dtype=x["tokens"].dtype)
-        model(cast(MMDiT, base), x["tokens"], x["t"], x["pooled"], x["control"])
+        tokens = x["tokens"]
+        base = SimpleNamespace(image_tokens=lambda _: tokens, compute_dtype=tokens.dtype)
+        model(cast(MMDiT, base), tokens, x["t"], x["pooled"], x["control"])
 
     def peer(self, match: Match, config: Config) -> nn.Module:
         from diffusers import SD3ControlNetModel

@@ -52,12 +52,12 @@ class CLIPPair(nn.Module):
     def __init__(self, *, text: TextEncoder, image: CLIPImageModel) -> None:
         super().__init__()
         tower = text.model
-        if not isinstance(tower, CLIPTextModel) or not isinstance(tower.projection, nn.Linear):
+        if not isinstance(tower, CLIPTextModel) or isinstance(tower.projection, nn.Identity):
             raise UserError(
                 f"text.model, a {type(tower).__name__}, must be a CLIPTextModel with a "
                 "projection_width: without its projection a prompt has no place beside pictures"
             )
-        width = image.projection.out_features
+        width = image.projection_width
         if tower.pooled_width != width:
             raise UserError(
                 f"projection_width {tower.pooled_width} of the text tower must be that of the "
@@ -79,7 +79,7 @@ class CLIPPair(nn.Module):
     def image_embeddings(self, pixels: Tensor) -> Tensor:
         """Pictures (n, h, w, 3) uint8, resized by `clip_pixels`, to (n, d) of any length."""
         images = clip_pixels(pixels, self.image.image_size)
-        return wide(self.image(images.to(self.image.class_embedding)))
+        return wide(self.image(images))
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """`image_embeddings` of length 1."""

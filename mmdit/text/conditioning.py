@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, *, tokenizer: PromptTokenizer, model: CLIPTextModel | T5Encoder) -> None:
         super().__init__()
-        name, size = type(model).__name__, model.token_embedding.num_embeddings
+        name, size = type(model).__name__, model.vocabulary_size
         if tokenizer.vocabulary_size > size:
             raise UserError(
                 f"vocabulary_size {size} of {name} must be at least "
@@ -74,7 +74,7 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.token_embedding.weight.device
+        return self.model.device
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:  # -> (b, length) int64, on the CPU
         return self.tokenizer(prompts)

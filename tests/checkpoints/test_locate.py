@@ -37,11 +37,11 @@ def test_the_plain_file_is_preferred_to_its_variants(tiny, tmp_path):
         path.rename(folder / name)
     index = folder / "diffusion_pytorch_model.safetensors.index.fp16.json"
     index.write_text(index.read_text().replace("model-", "model.fp16-"))
-    assert mmdit.load_mmdit(tmp_path).dtype == torch.float16
+    assert mmdit.load_mmdit(tmp_path).compute_dtype == torch.float16
     tensors = dict(exported(tiny("mmditx"), "diffusers"))
     write_archive(folder / "diffusion_pytorch_model.safetensors", tensors)
     for source in (tmp_path, folder):
-        assert mmdit.load_mmdit(source).dtype == torch.float32
+        assert mmdit.load_mmdit(source).compute_dtype == torch.float32
 
 
 def test_single_files_and_encoders_beside_each_other(tiny, tmp_path):

@@ -167,11 +167,11 @@ def test_one_model_serves_every_size_up_to_its_table(backbone, size, randomize):
 
 
 @each_backbone
-def test_inputs_take_the_dtype_of_the_weights(backbone, randomize):
+def test_inputs_take_the_dtype_that_the_network_states(backbone, randomize):
     model = randomize(backbone.normed(), 0)
     expected = model(*inputs())
     output = model.to(torch.bfloat16)(*inputs())
-    assert (output.dtype, model.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (output.dtype, model.compute_dtype) == (torch.bfloat16, torch.bfloat16)
     assert (output.float() - expected).abs().max() <= 0.1 * expected.abs().max()
 
 

@@ -328,7 +328,7 @@ def test_networks_that_do_not_fit_each_other_are_named():
     wide = ControlNet(**{**TINY_CONTROL, "width": 64})
     with pytest.raises(UserError, match="control net has width 64, the model 32"):
         controlled(base_model(), wide)
-    with pytest.raises(UserError, match=r"control net is torch.float32, the model torch.bfloat16"):
+    with pytest.raises(UserError, match=r"computes in torch.float32, the model in torch.bfloat16"):
         controlled(base_model().bfloat16(), control_nets()[0])
 
 
@@ -351,7 +351,8 @@ class Given(nn.Module):
     def __init__(self, residuals: torch.Tensor, base: MMDiT) -> None:
         super().__init__()
         self._description = describe(base)  # it reads what the model reads
-        self.residuals, self.width, self.dtype = residuals, residuals.shape[-1], residuals.dtype
+        self.residuals, self.width = residuals, residuals.shape[-1]
+        self.compute_dtype = residuals.dtype
 
     def forward(self, *_) -> list[torch.Tensor]:
         return list(self.residuals)

@@ -46,11 +46,6 @@ def test_negative_times_are_told_from_positive_ones_by_their_sines():
     assert torch.equal(sinusoid(-t), torch.cat([cosines, -sines], dim=1))
 
 
-def test_a_bfloat16_embedding_receives_a_float32_sinusoid():
-    embedding = VectorEmbedding(256, 8).bfloat16()
-    assert embedding(sinusoid(torch.tensor([0.3]))).dtype == torch.bfloat16
-
-
 def test_vector_embedding_is_linear_silu_linear():
     embedding = VectorEmbedding(5, 7)
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))

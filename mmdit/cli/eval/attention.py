@@ -145,7 +145,7 @@ def look_at_noise(
     network: Backbone, config: DictConfig, size: int, levels: Sequence[float]
 ) -> list[BlockAttention]:
     """On normally distributed latents, pooled vectors and states."""
-    device = next(network.parameters()).device
+    device = network.device
     if size % (FACTOR * network.patch_size):
         raise UserError(f"image_sizes: {size} must be a multiple of {FACTOR * network.patch_size}")
 
@@ -161,7 +161,7 @@ def look_at_noise(
             c_ctxt = noise("context", (config.text_length, network.context_width), keys)
             for level in levels:
                 t = torch.full((len(keys),), level, device=device)
-                network(z_t, t, c_vec.to(network.dtype), c_ctxt)
+                network(z_t, t, c_vec, c_ctxt)
     return record.blocks()
 
 

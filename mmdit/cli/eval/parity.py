@@ -180,6 +180,7 @@ def run_ours(kind: str, source: Path, config: DictConfig) -> tuple[Inputs, Confi
     drawn = side.inputs(model, config, generator_for(config.seed, "inputs", kind))
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in drawn.items()}
     compute_in(dtype, model, parts(model, side.our_blocks))
+    model.compute_dtype = dtype
     with tqdm(desc=f"{kind}, ours", unit="stage", disable=None) as bar:
         stages = Stages(bar)
         side.ours(model, inputs, stages)

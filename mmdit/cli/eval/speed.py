@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -134,7 +135,7 @@ def measure(name: str, case: Case, config: DictConfig, device: torch.device) -> 
         flops = operations(our_call(forward, our_model, x)) * (3 if train else 1)
     calls: dict[tuple[str, str], Call] = {}
     for mode in config.modes:
-        models = (our_model, their_model)
+        models: tuple[nn.Module, nn.Module] = (our_model, their_model)
         if mode == "compiled":
             models = (
                 compiled(case.kind, our_model, ours=True),

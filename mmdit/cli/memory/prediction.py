@@ -30,6 +30,7 @@ from mmdit.engine.footprint import (
 )
 from mmdit.engine.parallel import DDP
 from mmdit.engine.posthoc import PostHoc
+from mmdit.nn.network import set_compute_dtype
 from mmdit.parity.random_weights import ENCODERS
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast
@@ -162,6 +163,7 @@ def rehearse(plan: Plan, pipeline: Pipeline) -> tuple[Ledger, int, int]:
         if share is not None and trained(part):
             for weight in part.parameters():
                 weight.data = weight.data.to(plan.dtype)
+            set_compute_dtype(part, plan.dtype)
             gathered.append(Gathering(part, ledger, share, gloo=plan.device.type == "cpu"))
     for tensor in (*pipeline.parameters(), *pipeline.buffers()):
         known = WEIGHTS if tensor.requires_grad else FROZEN
