@@ -1,21 +1,21 @@
-"""Data sets: what training sees as batches of images and captions.
+"""Data sets: batches of images and captions for training.
 
-Three stories share `dataset.py`, which says what training asks of any of them (`Data`, `Batch`):
+`dataset.py` defines the interface that training uses (`Data`, `Batch`). Three kinds implement it:
 
-*Toy shapes* are drawn on the fly. `shapes.py` draws a sample from its index, with the scenes'
-captions (`captions.py`), pixels (`drawing.py`) and held-out combinations (`composition.py`).
+*Toy shapes* are drawn on the fly. `shapes.py` draws a sample from its index, using captions from
+`captions.py`, pixels from `drawing.py` and held-out combinations from `composition.py`.
 
-*A folder of images.* `folder.py` finds the files and decodes each once (`images.py` says how);
+*A folder of images.* `folder.py` finds the files and decodes each once (see `images.py`);
 `caption_sources.py` reads their captions. `folder_index.py` remembers what was decoded,
 `missing.py` guesses why a name in a table has no file, `bad_images.py` reports what was set aside.
 
-*Tar shards.* `shards.py` reads samples out of tar files: `tar.py` finds their members, `samples.py`
-puts together those of a sample, `shard_index.py` keeps where each lies, `patterns.py` their names.
-The commands `pack.py`, `hub.py` and `index.py`, with the options of `commands.py`, make shards of a
-folder or of Parquet files, and index shards from elsewhere.
+*Tar shards.* `shards.py` reads samples from tar files: `tar.py` finds their members, `samples.py`
+groups the members of a sample, `shard_index.py` records where each sample starts, `patterns.py`
+expands file patterns. The commands `pack.py`, `hub.py` and `index.py` (shared options in
+`commands.py`) write shards from a folder or from Parquet files, and index existing shards.
 
 Folders and shards are `Files` (`files.py`), opened once. `captioned.py` views them as a training
-and a validation split, in the sizes of `buckets.py`. `order.py` has the order of the samples.
+and a validation split, in the sizes of `buckets.py`. `order.py` determines the order of samples.
 """
 
 from mmdit.data.caption_sources import ClassNames, Sidecars, Table

@@ -1,4 +1,4 @@
-"""Images that cannot be used: set aside, counted, listed in a report, and limited in number."""
+"""Unusable images: set aside, counted, listed in a report, and limited in number."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ log = logger(__name__)
 
 
 def check_limits(*, max_pixels: int, max_bad_fraction: float, threads: int) -> None:
-    """Refuse limits that make no sense, before any file is read."""
+    """Validate limits before any file is read."""
     expect_whole("max_pixels", max_pixels, 1)
     expect_number("max_bad_fraction", max_bad_fraction)
     fits = 0 <= max_bad_fraction < 1
@@ -23,7 +23,7 @@ def check_limits(*, max_pixels: int, max_bad_fraction: float, threads: int) -> N
 
 
 def expect_kinds(kinds: Iterable[str], found: Collection[str], place: object) -> None:
-    """Refuse a mix with a kind of captions that no image of `place` has."""
+    """Reject a mix with a kind of caption that no image of `place` has."""
     for kind in kinds:
         if kind not in found:
             raise UserError(f"mix: no image of {place} has a caption of the kind {kind!r}")
@@ -36,11 +36,11 @@ def report_bad(
 
     Args:
         bad: name -> reason.
-        limit: greatest share of `files`.
+        limit: largest allowed fraction of `files`.
 
     Raises:
-        UserError: there is no file, none is left, more than the limit are bad, or the report cannot
-            be written.
+        UserError: there are no files, none is usable, more than the limit are bad, or the report
+            cannot be written.
     """
     share = len(bad) / files if files else 0.0
     if report is not None:
@@ -53,14 +53,14 @@ def report_bad(
             "images": [{"file": name, "reason": bad[name]} for name in sorted(bad)],
         }
         text = json.dumps(record, indent=1, ensure_ascii=False)
-        # A name that is not UTF-8 holds surrogates; written as escapes they are JSON too.
+        # Names that are not UTF-8 contain surrogates, which are written as JSON escapes.
         try:
             write_atomically(report, text.encode(errors="backslashreplace"))
         except OSError as error:
             raise UserError(f"report {report} cannot be written: {error.strerror}") from error
     listed = f" (listed in {report})" if report else ""
     if not files:
-        raise UserError(f"{place} holds no image")
+        raise UserError(f"{place} has no images")
     if share > limit or len(bad) == files:
         raise UserError(
             f"{len(bad)} of {files} images of {place} cannot be used{listed}, more than "
@@ -72,7 +72,7 @@ def report_bad(
 
 
 def _causes(bad: Mapping[str, str], most: int = 3) -> str:
-    """The most frequent causes, each with the first file and how many there are."""
+    """The most frequent causes, each with its first file and the number of files."""
     first: dict[str, str] = {}
     for name in sorted(bad):
         first.setdefault(bad[name], name)

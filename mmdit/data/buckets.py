@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: every image gets the size, of about S**2 pixels, nearest to its shape.
+"""Aspect-ratio buckets: every image gets the nearest aspect ratio among sizes of about S**2 pixels.
 
 Source: the paper's finetuning at high resolution (Sec. 5.3), after NovelAI's buckets.
 """
@@ -16,14 +16,14 @@ Size: TypeAlias = tuple[int, int]  # height, width
 
 
 class Buckets:
-    """The sizes (h, w) an image can be given, widest last.
+    """The sizes (h, w) of batches, widest last.
 
-    One for each short side from S / sqrt(max_ratio) to S in steps of `unit`, lying and standing;
-    the long side is the multiple of `unit` that comes nearest to S**2 pixels.
+    There is one for each short side from S / sqrt(max_ratio) to S in steps of `unit`, in landscape
+    and in portrait; the long side is the multiple of `unit` that comes nearest to S**2 pixels.
 
     Args:
         image_size: S, a multiple of `unit`; S x S is always among the sizes.
-        unit: every side is a multiple of it.
+        unit: sides are multiples of it.
         max_ratio: largest ratio of long to short side, at least 1.
     """
 
@@ -42,9 +42,9 @@ class Buckets:
         self.sizes: tuple[Size, ...] = tuple(sorted(sizes, key=lambda size: size[1] / size[0]))
 
     def of(self, sizes: ArrayLike) -> NDArray[np.int64]:
-        """Index of the size of the nearest log ratio, (n,), of images (n, 2): height, width.
+        """The bucket index (n,) of images of sizes (n, 2) (height, width), by nearest log ratio.
 
-        A ratio beyond the last bucket's goes there, and loses more to the crop.
+        More extreme ratios go to the outermost bucket, and lose more to the crop.
         """
         given = np.asarray(sizes, np.float64).reshape(-1, 2)
         ratios = np.log([width / height for height, width in self.sizes])
@@ -53,13 +53,13 @@ class Buckets:
 
 
 def window(image: Size, size: Size, position: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the largest window of the shape of `size` in an image.
+    """The largest window of the aspect ratio of `size` in an image: left, top, right, bottom.
 
-    `position` in [0, 1] moves it along the one side that is longer; 0.5 is the middle.
+    `position` in [0, 1] moves it along the side that is cropped; 0.5 is the centre.
     """
     (height, width), (rows, columns) = image, size
     scale = min(height / rows, width / columns)
-    # One side fits exactly by this scale: rounding must not let the window end outside.
+    # One side fits exactly; rounding must not push the window outside the image.
     tall, wide = min(rows * scale, height), min(columns * scale, width)
     top, left = (height - tall) * position, (width - wide) * position
     return left, top, min(left + wide, width), min(top + tall, height)
@@ -68,10 +68,10 @@ def window(image: Size, size: Size, position: float) -> tuple[float, float, floa
 def fit(image: Image, size: Size, position: float = 0.5) -> Image:
     """Crop and resize an image (h, w, 3) to `size`.
 
-    One resampling of the window, so that an extreme shape never passes through a huge image. The
-    filter is Pillow's bicubic, which widens with the reduction and so does not alias. Lanczos is
-    a little sharper and overshoots more at edges; bicubic is also what Frechet distances are
-    commonly measured on, and this project's evaluation resizes with, so both see the same images.
+    The window is resampled once, so that an extreme aspect ratio needs no huge intermediate image.
+    The filter is Pillow's bicubic, whose support widens with the reduction, so it does not alias.
+    Lanczos is slightly sharper but overshoots more at edges. Frechet distances are commonly
+    computed after bicubic resizing, and so are this project's.
     """
     given = (image.shape[0], image.shape[1])
     if given == size:

@@ -1,9 +1,9 @@
-"""Where the captions of an image folder come from, and which of several a step sees.
+"""Captions of image folders: where they are read from, and how one of several is chosen.
 
 An image has captions by kind: `{"text": ("a dog", "a brown dog"), "synthetic": ("A small ...",)}`.
-A mix such as `{"text": 0.5, "synthetic": 0.5}`, the paper's (Sec. 5.2.2), says how often each kind
-is drawn. A source is asked once per folder, for the kinds of the mix:
-`source.open(root, kinds)` gives a reader, `reader(name)` the captions of one file.
+A mix such as the paper's `{"text": 0.5, "synthetic": 0.5}` (Sec. 5.2.2) gives the frequency of each
+kind. A caption source is opened once per folder, for the kinds of the mix:
+`source.open(root, kinds)` returns a reader, and `reader(name)` the captions of one file.
 """
 
 import codecs
@@ -27,27 +27,27 @@ from mmdit.registry import register
 
 T = TypeVar("T")
 Captions: TypeAlias = Mapping[str, Sequence[str]]
-# What other programs write beside an image; looked at where no caption was found.
+# Sidecar suffixes of other programs, suggested where an image has no caption.
 OTHER_SIDECARS = (".txt", ".caption", ".captions", ".cap", ".tags", ".text", ".md", ".json")
 TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 class Reader(Protocol):
-    """Captions of one folder; it can be pickled, as what is read with it."""
+    """Captions of one folder. Picklable, like the data set that holds it."""
 
     @property
     def listed(self) -> Collection[str]:
-        """Names of files that the source itself speaks of."""
+        """Names of the files that the source lists; empty if it has no list."""
 
     def __call__(self, name: str) -> Captions:
         """Captions by kind of the file at `name`, relative to the folder, with slashes.
 
         Raises:
-            BadImage: they cannot be read. A file that merely has none gets an empty mapping.
+            BadImage: they cannot be read. A file without captions gets an empty mapping.
         """
 
     def absence(self, name: str) -> str | None:
-        """Where captions of a file were looked for that has none, and what is there instead."""
+        """Why a file has no captions: where they were looked for, and what was found instead."""
 
 
 class CaptionSource(Protocol):
@@ -60,12 +60,12 @@ class CaptionSource(Protocol):
 class Sidecars:
     """`photo.txt` beside `photo.jpg`: each line is a caption of the kind "text".
 
-    Those of another kind lie in `photo.<kind>.txt`, e.g. `photo.synthetic.txt`. Where there is no
-    `.txt`, `.TXT` counts.
+    Captions of another kind are in `photo.<kind>.txt`, e.g. `photo.synthetic.txt`. `.TXT` is read
+    if there is no `.txt`.
 
     Args:
-        suffix: what comes instead of the image's, or several of which the first that is there
-            counts: ".caption"; [".jpg.txt", ".png.txt"] for `photo.jpg.txt`. None is ".txt".
+        suffix: replaces the image's suffix, e.g. ".caption". Of several, the first that exists is
+            used, e.g. [".jpg.txt", ".png.txt"] for `photo.jpg.txt`. None is ".txt".
     """
 
     def __init__(self, *, suffix: str | Sequence[str] | None = None) -> None:
@@ -76,7 +76,10 @@ class Sidecars:
             plain = isinstance(each, str) and re.fullmatch(r"(\.[^./\\\0]+)+", each)
             expect(bool(plain), "captions.suffix", each, "must be a suffix, such as .caption")
             expect(
-                each.lower() != ".json", "captions.suffix", each, "must be that of plain text files"
+                each.lower() != ".json",
+                "captions.suffix",
+                each,
+                "must be a suffix of plain text files",
             )
 
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
@@ -84,7 +87,7 @@ class Sidecars:
 
 
 class _SidecarReader:
-    """Captions in files beside the images of `root`."""
+    """Reads captions from files beside the images of `root`."""
 
     listed: Collection[str] = ()
 
@@ -105,15 +108,15 @@ class _SidecarReader:
             suffix if kind == "text" else f".{kind}{suffix}"
             for kind, suffix in itertools.product(self._kinds, self._suffixes)
         )
-        missing = f"there is no file with the suffix {wanted} beside it"
+        missing = f"no file with the suffix {wanted} beside it"
         path = self._root / name
         for suffix in (*OTHER_SIDECARS, *(path.suffix + other for other in OTHER_SIDECARS)):
             if not _is_file(path.with_suffix(suffix)):
                 continue
             if suffix.endswith(".json"):
-                return f"{missing}, but one with {suffix}: make a metadata.jsonl of them"
-            how = f"data.captions.suffix={suffix}, or --suffix {suffix} where it is packed"
-            return f"{missing}, but one with {suffix}: {how}, reads it"
+                return f"{missing}, but one with {suffix}: convert these to a metadata.jsonl"
+            how = f"data.captions.suffix={suffix} (when packing: --suffix {suffix})"
+            return f"{missing}, but one with {suffix}: read it with {how}"
         return missing
 
     def _places(self, name: str) -> Iterator[tuple[str, Path]]:
@@ -130,11 +133,11 @@ class Table:
     """One table for the folder: JSON lines, or CSV with a header.
 
     `file_name` is relative to the folder; every other column that the mix names is a kind of
-    caption: a string, in JSON also a list of them. Several lines of one file add up. What cannot be
-    read is named by its line.
+    caption: a string, or in JSON also a list of strings. An image may have several lines; their
+    captions are combined. Errors name the line.
 
     Args:
-        file: the table, relative to the folder; else metadata.jsonl or metadata.csv.
+        file: the table, relative to the folder; by default metadata.jsonl or metadata.csv.
     """
 
     def __init__(self, *, file: str | None = None) -> None:
@@ -166,7 +169,7 @@ class Table:
 
 
 class _TableReader:
-    """Captions of a table, by the names of files."""
+    """Captions of a table, by file name."""
 
     def __init__(self, captions: Mapping[str, Captions]) -> None:
         self._captions = captions
@@ -184,11 +187,11 @@ class _TableReader:
 
 @register
 class ClassNames:
-    """The name of the folder an image lies in, as "a photo of a <class>" (Sec. 5.1).
+    """The name of the folder that contains an image, as "a photo of a <class>" (Sec. 5.1).
 
     Args:
-        template: the sentence, with {} where the class goes.
-        names: JSON file {folder: class}; else the folder's name, its underscores as spaces.
+        template: the sentence, with {} in place of the class.
+        names: JSON file {folder: class}; by default the folder's name with spaces for underscores.
     """
 
     def __init__(self, *, template: str = "a photo of a {}", names: str | None = None) -> None:
@@ -198,14 +201,14 @@ class ClassNames:
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
         if "text" not in kinds:
             raise UserError(
-                f"mix {', '.join(kinds)} must be text: class names are of no other kind"
+                f"mix {', '.join(kinds)} must be text: class names have no other kind of caption"
             )
         names = _class_names(Path(self.names)) if self.names else None
         return _ClassReader(self.template, names, self.names)
 
 
 class _ClassReader:
-    """Captions made of the names of folders."""
+    """Captions made from folder names."""
 
     listed: Collection[str] = ()
 
@@ -217,7 +220,7 @@ class _ClassReader:
         if not folder:
             return {}
         if self._names is not None and folder not in self._names:
-            raise BadImage(f"{self._file} names no class for the folder {folder!r}")
+            raise BadImage(f"{self._file} has no class for the folder {folder!r}")
         label = self._names[folder] if self._names is not None else folder.replace("_", " ")
         if not _is_text(label):
             raise BadImage("the name of its folder is not UTF-8")
@@ -228,12 +231,12 @@ class _ClassReader:
 
 
 def sidecar_suffix(kind: str) -> str:
-    """`.txt` of the kind "text", `.synthetic.txt` of the kind "synthetic"."""
+    """The sidecar suffix of a kind: `.txt` for "text", `.synthetic.txt` for "synthetic"."""
     return ".txt" if kind == "text" else f".{kind}.txt"
 
 
 def kind_of(suffix: str) -> str | None:
-    """The kind of caption of a file's suffix, or None: turns `sidecar_suffix` round."""
+    """The kind of caption of a file's suffix, or None: the inverse of `sidecar_suffix`."""
     if suffix == ".txt":
         return "text"
     kind = suffix.removeprefix(".").removesuffix(".txt")
@@ -241,7 +244,7 @@ def kind_of(suffix: str) -> str | None:
 
 
 def lines_of(data: bytes, file: str) -> tuple[str, ...]:
-    """Captions of a text file: its lines that are not blank.
+    """The captions of a text file: its non-blank lines.
 
     Raises:
         BadImage: it is not UTF-8.
@@ -266,7 +269,7 @@ def object_of(data: bytes, file: str) -> dict[str, Any]:
 
 
 def columns_of(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Captions of a JSON object, by kind: its keys with a string or a list of strings or null."""
+    """Captions of a JSON object, by kind: all keys whose value is a string or a list of strings."""
     lists = {
         kind: [text for text in value if text is not None] if isinstance(value, list) else [value]
         for kind, value in row.items()
@@ -278,19 +281,19 @@ def columns_of(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def cleaned(texts: Iterable[str]) -> Iterator[str]:
-    """Without line breaks, doubled spaces and byte order marks; blank ones go."""
+    """Texts without line breaks, repeated spaces and byte order marks; blank ones are dropped."""
     return filter(None, (" ".join(text.replace("\ufeff", "").split()) for text in texts))
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
-    """A mix as plain floats, the kinds without weight left out."""
+    """A mix as plain floats, without the kinds of zero weight."""
     expect_mapping("mix", mix)
     for kind, weight in mix.items():
         expect_number(f"mix[{kind!r}]", weight, 0)
     plain = {str(kind): float(weight) for kind, weight in mix.items()}
     expect(any(plain.values()), "mix", plain, "must not all be zero")
     for kind in plain:
-        expect(kind.isidentifier(), "mix", kind, "must be a plain word: it is part of file names")
+        expect(kind.isidentifier(), "mix", kind, "must be an identifier: it is part of file names")
     return {kind: weight for kind, weight in plain.items() if weight}
 
 
@@ -302,11 +305,10 @@ def has_caption(captions: Captions, kinds: Iterable[str]) -> bool:
 def choose(
     captions: Mapping[str, Sequence[T]], mix: Mapping[str, float], generator: torch.Generator
 ) -> T:
-    """One caption: a kind by its weight among those the image has, then any of that kind.
+    """Choose one caption: first a kind by its weight, then one of that kind uniformly.
 
-    They may be texts, or whatever stands for them.
-
-    Exactly two numbers are drawn, so that what comes after does not depend on the captions.
+    Captions may be texts or anything that represents them, such as positions in a cache. Exactly
+    two numbers are drawn, so that later draws do not depend on the captions.
     """
     kinds = [kind for kind in mix if captions.get(kind)]
     weights = torch.tensor([mix[kind] for kind in kinds], dtype=torch.float64)
@@ -320,7 +322,7 @@ def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except PermissionError as error:
-        raise BadImage(f"its caption {path.name} may not be read (permission denied)") from error
+        raise BadImage(f"its caption {path.name} cannot be read (permission denied)") from error
     except OSError as error:
         if error.errno not in NOWHERE:
             raise
@@ -328,7 +330,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """Whether it can be encoded too: JSON can hold halves of surrogate pairs."""
+    """Whether it is a string that can be encoded: JSON can contain lone surrogates."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -340,10 +342,10 @@ def _texts(value: Any, place: str) -> Iterator[str]:
 
 
 def _is_template(template: str) -> bool:
-    """Whether `template.format(word)` puts the word into one place, and asks for nothing else."""
+    """Whether `template.format(word)` inserts the word once and needs nothing else."""
     try:
         fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
-    except ValueError:  # a brace without its other half
+    except ValueError:  # an unmatched brace
         return False
     return fields == [["", "", None]]
 
@@ -405,15 +407,15 @@ def _csv_rows(path: Path, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str,
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The fields of each row that is not empty, and where it begins: it may be of several lines."""
-    csv.field_size_limit(MAX_BYTES)  # of this process; 131,072 characters would be too few
+    """The fields of each non-empty row, and its first line: a row may span several lines."""
+    csv.field_size_limit(MAX_BYTES)  # for this process; the default of 131,072 is too small
     lines = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
     while True:
         place = f"{path}, line {lines.line_num + 1}"
         try:
             fields = next(lines, None)
         except csv.Error as error:
-            raise UserError(f"{place}: not CSV, a quote may be left open: {error}") from error
+            raise UserError(f"{place}: not CSV, a quote may be unclosed: {error}") from error
         if fields is None:
             return
         if fields:

@@ -1,4 +1,4 @@
-"""Captioned images of many sizes as batches of one size, whatever files they come from."""
+"""Captioned images of any size, batched by size."""
 
 import hashlib
 import inspect
@@ -29,19 +29,19 @@ T = TypeVar("T")
 
 
 class ImageOptions:
-    """How images are split, cropped and captioned, wherever they come from.
+    """How images are split, cropped and captioned.
 
     Args:
-        image_size: S; a batch has about S**2 pixels an image.
-        mix: kind of caption -> relative frequency; None is 'text' alone.
-        samples: train on so many images only, chosen by their names: a larger number adds to a
-            smaller one. None is all.
-        unit: every side is a multiple of it: the autoencoder's factor times the patch.
-        max_ratio: largest ratio of the sides; 1 makes all batches square.
+        image_size: S; images in a batch have about S**2 pixels each.
+        mix: kind of caption -> relative frequency; None uses 'text' alone.
+        samples: size of a training subset chosen by hash of the names, so that larger subsets
+            contain smaller ones. None uses all images.
+        unit: sides are multiples of it: the autoencoder's downsampling factor times the patch size.
+        max_ratio: largest aspect ratio; 1 makes all batches square.
         crop: 'centre' or 'random'.
-        validation_fraction: share of the images held back for validation, but one at least; an
-            only image is in both splits.
-        seed: of the choice of captions and crops.
+        validation_fraction: fraction of the images held out for validation, at least one image; a
+            single image is in both splits.
+        seed: seed of the choice of captions and crops.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class ImageOptions:
 
 
 class CaptionedImages:
-    """A finite data set of images and captions: one split of files that are open.
+    """A finite data set of images and captions: one split of open `Files`.
 
-    Which images there are, and in which order, depends on the files alone. An image's split is
-    decided by its name, so adding images moves none. What a step sees of one (the caption, the
-    crop) is keyed by (seed, step, index).
+    The images and their order depend on the files alone. An image's split depends only on its
+    name, so adding images does not move others between splits. The caption and the crop that a
+    step sees are keyed by (seed, step, index).
 
     Args:
-        files: where the images are read.
-        options: how they are seen.
+        files: the open files.
+        options: how their images are split, cropped and captioned.
         split: 'train' or 'validation'.
 
     Raises:
@@ -118,20 +118,20 @@ class CaptionedImages:
         """The encoded image and its captions, by kind.
 
         Raises:
-            BadImage: it is not what it was when the files were opened.
+            BadImage: it has changed since the files were opened.
         """
         return self.files.read(int(self._positions[index]))
 
     def image(self, index: int) -> Image:
-        """The whole image, upright: uint8 (h, w, 3)."""
+        """The uncropped image after EXIF rotation: uint8 (h, w, 3)."""
         return self._open(index)[0]
 
     def size_of(self, index: int) -> Size:
-        """Height and width that a sample has in a batch, a size of `buckets`."""
+        """Height and width of a sample in its batch: the size of its bucket."""
         return self.buckets.sizes[self.bucket_of[index]]
 
     def sample(self, index: int, step: int) -> tuple[Image, str]:
-        """What training step `step` sees of a sample: uint8 (*size_of(index), 3), and a caption."""
+        """A sample as training step `step` sees it: uint8 (*size_of(index), 3), and a caption."""
         image, captions = self._open(index)
         position = 0.5
         if self.options.crop == "random":
@@ -140,24 +140,24 @@ class CaptionedImages:
         return fit(image, self.size_of(index), position), self.pick(captions, index, step)
 
     def pick(self, captions: Mapping[str, Sequence[T]], index: int, step: int) -> T:
-        """The caption that step `step` sees of a sample, of all that it has."""
+        """The one of a sample's captions that step `step` sees."""
         return choose(captions, self.mix, generator_for(self.seed, "caption", step, index))
 
     def cacheable(self, index: int) -> tuple[Image, Captions]:
-        """The image as every step sees it, and all captions.
+        """The image, identical at every step, and all its captions.
 
         Raises:
-            UserError: steps see different crops.
+            UserError: crops are random.
         """
         self._expect_centre_crop()
         image, captions = self._open(index)
         return fit(image, self.size_of(index)), captions
 
     def identity(self) -> dict[str, Any]:
-        """All that `cacheable` follows from, as plain data: two of the same give the same.
+        """Plain data that determines `cacheable`: equal identities mean equal images and captions.
 
         Raises:
-            UserError: steps see different crops, or a file is gone.
+            UserError: crops are random, or a file no longer exists.
         """
         self._expect_centre_crop()
         return {
@@ -168,7 +168,7 @@ class CaptionedImages:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells these images from others, wherever they lie and whatever their captions."""
+        """A hash of the images, independent of their location and captions."""
         content = self._digest(lambda position: str(list(self.files.checksum(position))))
         return {"images": len(self), "content": content[:16]}
 
@@ -176,7 +176,7 @@ class CaptionedImages:
         """Images as one uint8 tensor (b, h, w, 3), and captions, as `step` sees them.
 
         Raises:
-            ValueError: the samples are of several sizes; take the indices from `order`.
+            ValueError: the samples differ in size; take the indices from `order`.
         """
         indices = list(indices)
         sizes = {self.size_of(index) for index in indices}
@@ -186,9 +186,9 @@ class CaptionedImages:
         return Batch(images, [caption for _, caption in samples])
 
     def square(self, indices: Iterable[int]) -> Batch:
-        """Images cropped to S x S at their centres, uint8 (b, S, S, 3), and their captions.
+        """Images centre-cropped to S x S, uint8 (b, S, S, 3), and their captions.
 
-        Always the same ones, whatever the step: for metrics that are to be compared.
+        Independent of the step, so that metrics can be compared.
         """
         side, images, chosen = self.options.image_size, [], []
         for index in indices:
@@ -198,18 +198,18 @@ class CaptionedImages:
         return Batch(torch.from_numpy(np.stack(images)), chosen)
 
     def order(self, *, batch_size: int, seed: int) -> BucketedOrder:
-        """The order of training, in global batches of one size each."""
+        """The training order, in global batches of one size each."""
         groups = [f"{height}x{width}" for height, width in self.buckets.sizes]
         return BucketedOrder(
             group_of=self.bucket_of, groups=groups, batch_size=batch_size, seed=seed
         )
 
     def prompts(self) -> list[str]:
-        """Empty: the captions of the validation images are as good as any."""
+        """Empty: captions of validation images serve as prompts."""
         return []
 
     def _digest(self, row: Callable[[int], str]) -> str:
-        """SHA-256 of the names, sizes and `row` of all images, in their order."""
+        """SHA-256 of the names, sizes and `row` of all images, in order."""
         digest = hashlib.sha256()
         for index, position in enumerate(self._positions.tolist()):
             height, width = self.sizes[index]
@@ -223,8 +223,8 @@ class CaptionedImages:
     def _expect_centre_crop(self) -> None:
         if self.options.crop != "centre":
             raise UserError(
-                f"data.crop={self.options.crop} shows another part of an image at each step, so "
-                "its latents cannot be kept: choose data.crop=centre, or latents=from_pixels"
+                f"data.crop={self.options.crop} crops an image differently at each step, so its "
+                "latents cannot be cached: choose data.crop=centre, or latents=from_pixels"
             )
 
     def _open(self, index: int) -> tuple[Image, Captions]:
@@ -244,11 +244,11 @@ class CaptionedImages:
 
 
 def opener(files: type[Files]) -> Callable[..., CaptionedImages]:
-    """A function that opens `files` and views them: what a yaml of the group data/ names.
+    """A function that opens `files` as a data set: the `_target_` of a yaml of the group data/.
 
-    It takes the arguments of `files` and of `ImageOptions` as one list, so that `data.root` and
-    `data.crop` stand side by side in a config; `kinds` follow from `mix`. The options are checked
-    first, since to open many files takes long.
+    It takes the arguments of both `files` and `ImageOptions`, so that `data.root` and `data.crop`
+    stand side by side in a config; `kinds` follows from `mix`. The options are checked first,
+    since opening many files takes long.
 
     Example:
         image_folder = opener(Folder)
@@ -260,28 +260,28 @@ def opener(files: type[Files]) -> Callable[..., CaptionedImages]:
         for name, parameter in inspect.signature(files).parameters.items()
         if name != "kinds"
     }
-    taken = {**of_files, **of_options}
+    parameters = {**of_files, **of_options}
     label, takes_kinds = files.__name__, "kinds" in inspect.signature(files).parameters
 
     def opened(**given: Any) -> CaptionedImages:
         for argument in given:
-            one_of(f"{label} argument", argument, taken)
+            one_of(f"{label} argument", argument, parameters)
         options = ImageOptions(**{key: given[key] for key in given.keys() & of_options.keys()})
         located = {key: given[key] for key in given.keys() & of_files.keys()}
         kinds = {"kinds": options.kinds} if takes_kinds else {}
         return CaptionedImages(files(**located, **kinds), options)
 
-    opened.__signature__ = inspect.Signature(list(taken.values()))  # type: ignore[attr-defined]
+    opened.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     opened.__module__ = files.__module__  # a config may name it where it may name `files`
     opened.__doc__ = f"Open a `{label}` as a data set; see also `ImageOptions`."
     return opened
 
 
 def positions_of(files: Files, options: ImageOptions, split: str) -> list[int]:
-    """The images of a split, as positions in `files`, ascending.
+    """The positions in `files` of the images of a split, ascending.
 
     Raises:
-        UserError: there is none.
+        UserError: the split is empty.
     """
     names = files.names
     hashes = [split_hash(name) for name in names]
@@ -293,18 +293,18 @@ def positions_of(files: Files, options: ImageOptions, split: str) -> list[int]:
     if len(names) == 1:
         kept = [0]
         if split == "validation":
-            log.warning("%s holds one image: validation sees what is trained on", files.place)
+            log.warning("%s has one image: it is used for training and validation", files.place)
     if split == "train" and options.samples is not None:
         kept = sorted(sorted(kept, key=hashes.__getitem__)[: options.samples])
     if not kept:
         raise UserError(
-            f"split {split!r} has none of the {len(names)} images of {files.place}: "
-            f"data.validation_fraction={options.validation_fraction} must be another, such as 0.1"
+            f"split {split!r} has none of the {len(names)} images of {files.place}: change "
+            f"data.validation_fraction={options.validation_fraction}, for example to 0.1"
         )
     return kept
 
 
 def split_hash(name: str) -> int:
-    """A uniform hash of an image's name, in [0, 2^64), that decides its split and the subset."""
+    """A uniform hash of an image's name, in [0, 2^64), that decides its split and subset."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -1,7 +1,7 @@
-"""What is said about a toy scene: the grammar of captions and the list of its words.
+"""Captions of toy scenes: their grammar and vocabulary.
 
-Two styles. Short captions ask for what the six GenEval tasks test and leave the rest free; rich
-ones name all there is to see in at most `MAX_WORDS` words (places go first if that is too much).
+There are two styles. Short captions ask for what the six GenEval tasks test and leave the rest
+free; rich captions describe everything in at most `MAX_WORDS` words, dropping places first.
 
 Source of the tasks: Ghosh et al. 2023, GenEval, Sec. 3.
 """
@@ -41,8 +41,8 @@ MAX_WORDS = 14
 
 
 class Scene(NamedTuple):
-    """What an image shows: one of `TASKS`, the objects in the order of their mention, and for the
-    position task how the first object lies from the second (a key of `RELATIONS`)."""
+    """The content of an image: one of `TASKS`, the objects in order of mention, and for the
+    position task the relation of the first object to the second (a key of `RELATIONS`)."""
 
     task: str
     objects: tuple[Object, ...]
@@ -56,7 +56,7 @@ def plural(shape: str) -> str:
 
 
 def short_caption(scene: Scene) -> str:
-    """What the scene's task asks for and nothing more: "a circle and a square", "two circles"."""
+    """Only what the scene's task asks for: "a circle and a square", "two circles"."""
     first, *rest = scene.objects
     match scene.task:
         case "single_object":
@@ -76,8 +76,8 @@ def rich_caption(
 ) -> str:
     """Everything in the image: "a red circle top left and a blue square bottom right".
 
-    Two objects in one row or column of the grid are described by their relation instead of their
-    places with `relate`, and whenever there is no room or no name for the places.
+    With `relate`, two objects in one row or column of the grid are described by their relation
+    instead of their places; so are any two objects whose places have no name or do not fit.
     """
     ground = f" on {_one(scene.background, 'background')}" if name_background else ""
 
@@ -108,7 +108,7 @@ def words_of(
     backgrounds: Iterable[str],
     max_count: int,
 ) -> list[str]:
-    """Every word a caption can hold, sorted, and a few beside that a reader may want to try."""
+    """Every word that a caption can contain, and a few more worth trying in prompts; sorted."""
     shapes = tuple(shapes)
     phrases = ("a", "an", "and", "at", "on", "background", "centre", *RELATIONS)
     places = tuple(place for grid in PLACES.values() for place in grid)
@@ -118,7 +118,7 @@ def words_of(
 
 
 def vocabulary() -> list[str]:
-    """Every word of any grammar of `Shapes`, for a word-level tokenizer."""
+    """Every word of every possible `Shapes`, for a word-level tokenizer."""
     return words_of(
         shapes=SHAPES,
         colours=COLOURS,
@@ -129,7 +129,7 @@ def vocabulary() -> list[str]:
 
 
 def cell_of(thing: Object, grid: int) -> tuple[int, int]:
-    """The (column, row) of the layout that an object's middle lies in."""
+    """The (column, row) of the layout cell that contains the centre of an object."""
     return int(thing.x * grid), int(thing.y * grid)
 
 
@@ -143,7 +143,7 @@ def _place(thing: Object, grid: int) -> str:
 
 
 def _relation(objects: tuple[Object, ...], grid: int) -> str | None:
-    """How the first of two objects lies from the second; None unless they share a row or column."""
+    """The relation of the first of two objects to the second, if they share a row or column."""
     if len(objects) != 2:
         return None
     (column, row), (other_column, other_row) = (cell_of(thing, grid) for thing in objects)

@@ -1,4 +1,4 @@
-"""What the commands of this room have in common: options, messages and exit codes."""
+"""Options, messages and exit codes shared by the data commands."""
 
 import argparse
 import logging
@@ -12,27 +12,27 @@ from mmdit.streams import guarded
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What decides which images are set aside, and how many decode at once."""
+    """Add the options that all data commands share."""
     option = parser.add_argument
     option("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are set aside")
-    option("--max-bad-fraction", type=float, default=0.02, help="of images set aside; above, stop")
-    option("--threads", type=int, default=8, help="that decode at once")
+    option("--max-bad-fraction", type=float, default=0.02, help="stop if more images are set aside")
+    option("--threads", type=int, default=8, help="threads that decode images")
 
 
 def command(body: Callable[[], None]) -> int:
-    """Run a command; a user's mistake or a failing disk is reported in a line, with exit code 2."""
+    """Run a command; report a user error or a disk failure in one line, with exit code 2."""
     try:
         with guarded():
             logging.basicConfig(format="%(message)s")
             body()
     except (ValueError, OSError) as error:
-        # UserError, or the plain ValueError of an argument; its other kinds are faults of the code.
+        # UserError, or a plain ValueError about an argument; other subclasses are bugs.
         if isinstance(error, ValueError) and type(error) not in (UserError, BadImage, ValueError):
             raise
         trouble = path_trouble(error) if isinstance(error, OSError) else None
         show(f"error: {trouble or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
+        print("stopped: run the same command to continue", file=sys.stderr)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""Which combinations training never shows: held-out kinds, and held-out pairs of kinds."""
+"""Combinations held out of training: kinds of objects, and pairs of kinds."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,15 +10,17 @@ T = TypeVar("T")
 
 
 class Kind(NamedTuple):
-    """What an object is, whatever its size and place."""
+    """The colour and shape of an object, regardless of its size and place."""
 
     colour: str
     shape: str
 
 
 class Composition(NamedTuple):
-    """Kinds that training shows, kinds it never shows, and pairs of shown kinds it never shows
-    together. Lists, so that a draw from them does not depend on the hashing of strings."""
+    """Kinds shown in training, kinds never shown, and pairs of shown kinds never shown together.
+
+    These are lists, so that draws from them do not depend on string hashing.
+    """
 
     kinds: list[Kind]
     held_out_kinds: list[Kind]
@@ -38,11 +40,11 @@ class Composition(NamedTuple):
 def hold_out(
     rng: np.random.Generator, colours: Sequence[str], shapes: Sequence[str], fraction: float
 ) -> Composition:
-    """Hold out about `fraction` of the kinds, then of the pairs of remaining kinds.
+    """Hold out about `fraction` of the kinds, then of the pairs of the remaining kinds.
 
-    Every colour and every shape stays in some remaining kind. Only pairs of two different shapes
-    are held out: each of them can then pose every task of two objects. A fraction above 0 holds
-    out at least one of each.
+    Every colour and every shape stays in some remaining kind. Only pairs of different shapes are
+    held out, since these can pose every task of two objects. A fraction above 0 holds out at least
+    one kind and one pair.
     """
     kinds = [Kind(*names) for names in itertools.product(colours, shapes)]
     wanted = _share(fraction, len(kinds))

@@ -1,4 +1,4 @@
-"""What training asks of a data set: batches of one size, keyed by the step."""
+"""The interface between training and data sets: batches of one size, keyed by the step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
@@ -16,9 +16,9 @@ T = TypeVar("T")
 class Batch(NamedTuple):
     """Samples of one size, on the CPU.
 
-    `extra` is for what only some tasks need, by name and with one row a sample: masks, control
-    images, the other image of a pair. It reaches the network as `Condition.extra`. Sources that
-    keep latents keep images and captions alone, so it needs latents=from_pixels.
+    `extra` holds further tensors by name, with one row per sample, for tasks that need them: masks,
+    control images, the other image of a pair. It reaches the network as `Condition.extra`. Latent
+    caches store images and captions alone, so `extra` requires latents=from_pixels.
     """
 
     images: Tensor  # uint8 (b, h, w, 3)
@@ -27,41 +27,42 @@ class Batch(NamedTuple):
 
 
 class Data(Protocol):
-    """A data set as training sees it: samples of one size in a batch, keyed by the step.
+    """A data set as training sees it: batches of samples of one size, keyed by the step.
 
-    It can be pickled: where several processes train, one opens it and the others receive it.
+    Instances are picklable: in distributed training one process opens the data set and sends it to
+    the others.
     """
 
     @property
     def name(self) -> str:
-        """The kind of data: 'shapes' has scenes that can be judged, 'images' are files."""
+        """The kind of data: 'shapes' (toy scenes, scored by rules) or 'images' (files)."""
 
     def __len__(self) -> int: ...
 
     def view(self, split: str) -> Self:
-        """Another split of the same data, which is not opened again."""
+        """Another split of the same data, without opening it again."""
 
     def batch(self, indices: Sequence[int], step: int = 0) -> Batch:
-        """Samples as a step sees them."""
+        """A batch of samples as step `step` sees them."""
 
     def square(self, indices: Sequence[int]) -> Batch:
-        """The same at S x S, cropped at the centre: for validation, whatever the step."""
+        """A batch centre-cropped to S x S, independent of the step: for validation."""
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         """Sample indices by position, in batches of one size each."""
 
     def prompts(self) -> list[str]:
-        """Prompts worth sampling to watch training; empty for those of the validation images."""
+        """Prompts to sample during training; if empty, captions of validation images are used."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells its images from those of the same config; empty if the config tells all.
+        """Plain data that identifies the images; empty if the config alone determines them.
 
-        A run that is resumed compares it, and not `data.root`.
+        A resumed run compares the fingerprint instead of `data.root`.
         """
 
 
 class CacheableData(Data, Protocol):
-    """A data set without random augmentation, whose latents can be kept."""
+    """A data set without random augmentation, whose latents can be cached."""
 
     @property
     def kinds(self) -> Sequence[str]:
@@ -71,14 +72,14 @@ class CacheableData(Data, Protocol):
         """Height and width of an image in a batch."""
 
     def cacheable(self, index: int) -> tuple[Image, Captions]:
-        """The image as every step sees it, and all captions.
+        """The image, identical at every step, and all its captions.
 
         Raises:
-            UserError: steps see different crops.
+            UserError: crops are random.
         """
 
     def pick(self, captions: Mapping[str, Sequence[T]], index: int, step: int) -> T:
-        """The caption that a step sees of a sample, of all that it has."""
+        """The one of a sample's captions that step `step` sees."""
 
     def identity(self) -> dict[str, Any]:
-        """All that `cacheable` follows from, as plain data."""
+        """Plain data that determines `cacheable`."""

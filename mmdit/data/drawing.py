@@ -1,7 +1,7 @@
-"""Anti-aliased drawing of flat shapes, at any resolution, from signed distances.
+"""Anti-aliased drawing of flat shapes from signed distances, at any resolution.
 
-Lengths are fractions of the image side and y points down, so one list of shapes is the same image
-at 32 and at 64 pixels: only the width of the anti-aliased edge knows about pixels.
+Lengths are fractions of the image side and y points down, so a list of shapes is the same image at
+32 and at 64 pixels: only the width of the anti-aliased edge depends on the resolution.
 """
 
 import math
@@ -32,10 +32,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 
 class Object(NamedTuple):
-    """One shape of an image: names for `shape`, `colour` and `size`, lengths in image sides.
+    """A shape in an image: names of `shape`, `colour` and `size`; lengths as image fractions.
 
-    (x, y) is the middle of the shape's bounding box and `radius` half the box's larger side (the
-    square, which would look bigger than the rest, fills only 0.85 of it).
+    (x, y) is the centre of the shape's bounding box and `radius` half the box's longer side (the
+    square, which would look larger than the others, fills only 0.85 of it).
     """
 
     shape: str
@@ -47,7 +47,7 @@ class Object(NamedTuple):
 
 
 # Signed distances in units of the radius, negative inside. Outside a corner they are lower bounds
-# of the true distance: corners stay sharp, and coverage only reads half a pixel around the edge.
+# of the true distance: corners stay sharp, and coverage depends only on half a pixel at the edge.
 
 
 def _circle(x: Array, y: Array) -> Array:
@@ -69,13 +69,13 @@ def _diamond(x: Array, y: Array) -> Array:
 
 
 def _cross(x: Array, y: Array) -> Array:
-    """Two bars, each 0.36 as thick as it is long."""
+    """Two bars whose thickness is 0.36 of their length."""
     x, y = np.abs(x), np.abs(y)
     return np.minimum(np.maximum(x - 1, y - 0.36), np.maximum(x - 0.36, y - 1))
 
 
 def _star(x: Array, y: Array) -> Array:
-    """The pentagram: the points on the inner side of at least four of its five lines."""
+    """A pentagram: the points on the inner side of at least four of its five lines."""
     angles = np.pi / 2 + 2 * np.pi / 5 * np.arange(5, dtype=np.float32)
     normal_x, normal_y = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     return np.partition(normal_x * x + normal_y * y, 3, axis=0)[3] - math.cos(2 * math.pi / 5)
@@ -92,7 +92,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 
 
 class Window(NamedTuple):
-    """How much of each pixel a shape covers, `coverage` in [0, 1] (h, w), at rows and columns."""
+    """The covered fraction of each pixel, `coverage` in [0, 1] (h, w), at rows and columns."""
 
     rows: slice
     columns: slice
@@ -105,7 +105,7 @@ def _pixel_centres(image_size: int) -> Array:
 
 
 def cover(shape: str, x: float, y: float, radius: float, image_size: int) -> Window:
-    """The coverage of one shape, computed only in the window of pixels it can touch."""
+    """The coverage of one shape, computed only in the window of pixels that it can touch."""
 
     def reach(middle: float) -> slice:
         low, high = (middle - radius) * image_size - 1, (middle + radius) * image_size + 1

@@ -1,6 +1,6 @@
-"""Image files with captions, opened once: what `CaptionedImages` views as train and validation.
+"""Image files with captions, opened once; `CaptionedImages` views them as train and validation.
 
-`Folder` and `TarShards` are two kinds. A third is one class, with `names`, `sizes` and `read`.
+`Folder` and `TarShards` are the two implementations. Another one needs `names`, `sizes`, `read`.
 """
 
 import json
@@ -16,14 +16,15 @@ from mmdit.data.caption_sources import Captions
 
 
 class Files(ABC):
-    """Encoded images and their captions, each decoded once when they were opened.
+    """Encoded images and their captions. Every image is decoded once on opening, to validate it.
 
-    They can be pickled: where several processes train, one opens them and the others receive them.
+    Instances are picklable: in distributed training one process opens them and sends them to the
+    others.
 
     Attributes:
-        place: where they lie, for messages.
-        names: of the images, each once. Their order is that of the data set.
-        sizes: height and width of each in pixels, upright, (n, 2).
+        place: their location, for messages.
+        names: unique image names, in data set order.
+        sizes: height and width of each image in pixels after EXIF rotation, (n, 2).
 
     Example:
         class InMemory(Files):
@@ -49,19 +50,19 @@ class Files(ABC):
         """The encoded image and its captions, by kind.
 
         Raises:
-            BadImage: it is not what it was when the files were opened.
+            BadImage: it has changed since the files were opened.
         """
 
     def checksum(self, index: int) -> tuple[int, int]:
-        """Length in bytes and CRC-32 of an encoded image, as when the files were opened."""
+        """Length in bytes and CRC-32 of an encoded image, as recorded on opening."""
         data, _ = self.read(index)
         return len(data), zlib.crc32(data)
 
     def stamp(self, index: int) -> str:
-        """A text that changes with an image or its captions, wherever they lie.
+        """A string that changes with the image or its captions, but not with their location.
 
         Raises:
-            BadImage: they are gone.
+            BadImage: the image or its captions no longer exist.
         """
         data, captions = self.read(index)
         return json.dumps([len(data), zlib.crc32(data), captions], sort_keys=True)

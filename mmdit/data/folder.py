@@ -28,7 +28,7 @@ from mmdit.registry import describe
 
 log = logger(__name__)
 
-# What looks like an image: formats without a reader here are listed as bad, not overlooked.
+# Image suffixes. Formats that we cannot decode are included, so they are reported, not ignored.
 SUFFIXES = frozenset(
     (
         *(".apng", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
@@ -39,15 +39,15 @@ CHUNK = 1024  # images between two writes of the index
 
 
 class FolderListing:
-    """The files of a folder that are meant as images, by their paths relative to it, sorted.
+    """The image files of a folder: their paths relative to it, sorted.
 
-    Those are the files with an image's suffix, subfolders and links included, and those that the
-    captions speak of. Names that begin with a dot are not looked at. A folder that links lead to
-    too counts once, under its own path if that is below `root`.
+    These are all files with an image suffix, in subfolders and behind links too, and all files
+    that the captions mention. Hidden files are skipped. A folder that is also reached through
+    links is visited once, under its own path if that is below `root`.
 
     Attributes:
         names: relative paths, with slashes.
-        bad: what bears an image's name and cannot be one, with the reason. Not among `names`.
+        bad: paths with an image suffix that cannot be images, with the reason; not in `names`.
 
     Args:
         root: the folder.
@@ -66,7 +66,7 @@ class FolderListing:
 
     @property
     def files(self) -> int:
-        """How many images there could be."""
+        """The number of image files found, usable or not."""
         return len(self.names) + len(self.bad)
 
     def read(self, name: str) -> tuple[bytes, Captions]:
@@ -81,7 +81,7 @@ class FolderListing:
         """The content of an image file alone.
 
         Raises:
-            BadImage: it cannot be read; where it is not there, with the likely cause.
+            BadImage: it cannot be read. If it does not exist, the message has the likely cause.
         """
         try:
             return read_bytes(self.root / name)
@@ -92,7 +92,7 @@ class FolderListing:
         """The captions of an image file alone.
 
         Raises:
-            BadImage: there is none, or it cannot be read.
+            BadImage: it has none, or they cannot be read.
         """
         captions = self._captions(name)
         if not has_caption(captions, self._kinds):
@@ -102,7 +102,7 @@ class FolderListing:
         return captions
 
     def identity(self) -> dict[str, Any]:
-        """Which files there are, as a hash of their names, and where captions come from."""
+        """Plain data that identifies the listing: a hash of the names, and the caption source."""
         names = "\n".join(self.names).encode("utf-8", "surrogatepass")
         return {"files": hashlib.sha256(names).hexdigest()[:16], "captions": self._source}
 
@@ -111,10 +111,10 @@ class FolderListing:
         return Likely(self._walked)
 
     def _walk(self) -> Iterator[str]:
-        """Image files in all folders, each visited once: links between n folders are n! ways."""
+        """Image files in all folders, each visited once: n linked folders have n! paths."""
         visited = set[tuple[int, int]]()
         folders, links = [""], list[str]()
-        while folders or links:  # links last, by name: what they lead to may have its own path
+        while folders or links:  # links last, by name: their target may have a path of its own
             below = folders.pop() if folders else heapq.heappop(links)
             try:
                 status = os.stat(self.root / below)
@@ -122,7 +122,7 @@ class FolderListing:
             except OSError as error:
                 if not isinstance(error, PermissionError) and error.errno not in NOWHERE:
                     raise
-                self.bad[below] = f"is a folder that may not be listed ({error.strerror})"
+                self.bad[below] = f"is a folder that cannot be listed ({error.strerror})"
                 continue
             place = (status.st_dev, status.st_ino)
             if place in visited:
@@ -152,7 +152,7 @@ class FolderListing:
                 yield name
 
     def _not_there(self, name: str, problem: str) -> str:
-        """What is wrong with a name that the captions speak of, and why it may be."""
+        """The problem with a file that the captions mention, and its likely cause."""
         cause = self._likely.cause(name) if name in self._captions.listed else None
         return f"{problem}: {cause}" if cause else problem
 
@@ -160,24 +160,24 @@ class FolderListing:
 class Folder(Files):
     """Images under a folder, each with captions.
 
-    Every file is decoded once when the folder is opened, so that what cannot be used is known
-    before the first step: it is set aside, counted, and listed in `report`. `index` remembers what
-    was decoded; with it, opening an unchanged folder again decodes nothing, and an interrupted
-    opening goes on. Above some hundred thousand images use `mmdit.data.pack`.
+    Every file is decoded once when the folder is opened, so that unusable files are found before
+    the first step: they are set aside, counted, and listed in `report`. With `index`, opening an
+    unchanged folder again decodes nothing, and an interrupted opening continues where it stopped.
+    Above a few hundred thousand images use `mmdit.data.pack`.
 
     Args:
         root: the folder.
         captions: a `Sidecars`, `Table` or `ClassNames`.
         kinds: the kinds of captions to read.
-        max_pixels: of an image; larger ones are set aside.
-        max_bad_fraction: of images set aside, above which opening fails.
-        report: JSON file that lists what was set aside, and why.
-        index: file that remembers sizes and checksums, by name, length and time of change. It is
-            only an accelerator: without it the data set is the same.
-        threads: that decode at once when the folder is opened.
+        max_pixels: largest number of pixels in an image; larger images are set aside.
+        max_bad_fraction: opening fails if a larger fraction of the images is set aside.
+        report: JSON file that lists the images set aside, with reasons.
+        index: file that caches sizes and checksums, keyed by name, length and modification time.
+            It only saves time: the data set is the same without it.
+        threads: number of threads that decode images.
 
     Raises:
-        UserError: no image is left, more than `max_bad_fraction` are bad, or a kind never occurs.
+        UserError: no image is usable, too many are bad, or a kind of caption never occurs.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Folder(Files):
     def read(self, index: int) -> tuple[bytes, Captions]:
         data, captions = self._listing.read(self.names[index])
         if (len(data), zlib.crc32(data)) != self.checksum(index):
-            raise BadImage("its bytes are others")
+            raise BadImage("its content differs")
         return data, captions
 
     def checksum(self, index: int) -> tuple[int, int]:
@@ -222,7 +222,7 @@ class Folder(Files):
         return length, crc32
 
     def stamp(self, index: int) -> str:
-        """As it was when the folder was opened, so that no image is read; but its captions are."""
+        """From the checksum recorded on opening, without reading the image; captions are read."""
         name = self.names[index]
         captions = self._listing.captions(name)
         if status_of(self._listing.root / name) is None:
@@ -236,14 +236,14 @@ image_folder = opener(Folder)
 def scan(
     listing: FolderListing, known: FolderIndex, *, max_pixels: int, threads: int
 ) -> tuple[dict[str, Decoded], dict[str, str], set[str]]:
-    """Decode every file: name -> what the good ones are, name -> reason of the bad, kinds seen."""
+    """Decode every file: the good ones by name, reasons of the bad by name, kinds of captions."""
 
     def look(name: str) -> tuple[Decoded, Captions] | str:
         path = listing.root / name
         try:
             seen = known.get(name, path)
             if seen is None:
-                status = status_of(path)  # before reading: what changes meanwhile is not known
+                status = status_of(path)  # before reading, so a change in between is noticed
                 data = listing.content(name)
                 height, width, _ = decode(data, max_pixels=max_pixels).shape
                 changed = status[1] if status else 0
@@ -284,9 +284,9 @@ def scan(
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except PermissionError:  # of a link; listing it tells why
+    except PermissionError:  # behind a link; listing it reports the reason
         return True
-    except OSError as error:  # if it bears an image's name, reading it tells why
+    except OSError as error:  # if it has an image suffix, reading it reports the reason
         if error.errno not in NOWHERE:
             raise
         return False

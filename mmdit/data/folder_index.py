@@ -1,4 +1,4 @@
-"""What is remembered of image files that were decoded before, so that a folder opens at once."""
+"""A cache of the sizes and checksums of decoded image files, so that a folder opens quickly."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ log = logger(__name__)
 
 
 class Decoded(NamedTuple):
-    """What an image file was when it was decoded.
+    """An image file at the time it was decoded.
 
     Attributes:
-        length, changed: bytes, and the time of change in nanoseconds.
-        height, width: in pixels, upright.
-        crc32: of its bytes.
+        length, changed: size in bytes, and modification time in nanoseconds.
+        height, width: in pixels, after EXIF rotation.
+        crc32: CRC-32 of its bytes.
     """
 
     length: int
@@ -26,11 +26,11 @@ class Decoded(NamedTuple):
 
 
 class FolderIndex:
-    """Images decoded before, one JSON line each: a file that changed is not known.
+    """Images decoded before, one JSON line each. Entries of files that have changed are ignored.
 
     Args:
-        path: the file; None remembers nothing.
-        max_pixels: what was found under another limit is not known.
+        path: the index file; None keeps no index.
+        max_pixels: entries made under a different limit are ignored.
     """
 
     def __init__(self, path: Path | None, max_pixels: int) -> None:
@@ -49,10 +49,10 @@ class FolderIndex:
                 row = json.loads(line)
                 self._rows[row["file"]] = [int(number) for number in row["seen"]]
             except (ValueError, KeyError, TypeError):
-                log.warning("%s: a line that was not written whole is decoded anew", path)
+                log.warning("%s: ignoring an incomplete line; its image is decoded again", path)
 
     def get(self, name: str, path: Path) -> Decoded | None:
-        """What is known of a file that has the length and time of change of then."""
+        """The entry of a file, if its length and modification time have not changed."""
         limit, *seen = self._rows.get(name, [0])
         if limit != self.max_pixels or len(seen) != len(Decoded._fields):
             return None
@@ -63,7 +63,7 @@ class FolderIndex:
         self._new.append({"file": name, "seen": [self.max_pixels, *seen]})
 
     def flush(self) -> None:
-        """Append what is new."""
+        """Append the new entries to the file."""
         if self.path is not None and self._new:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,10 @@ class FolderIndex:
         self._new.clear()
 
     def _give_up(self, path: Path, error: OSError) -> None:
-        """It only saves time: the data set is the same without."""
+        """Go on without the index: it only saves time."""
         log.warning(
-            "index %s cannot be used (%s), so images are decoded at every start: name another file",
+            "index %s cannot be used (%s), so images are decoded at every start: choose another "
+            "file",
             path,
             error.strerror,
         )
@@ -84,9 +85,9 @@ class FolderIndex:
 
 
 def status_of(path: Path) -> tuple[int, int] | None:
-    """Length in bytes and time of change in nanoseconds; None if it cannot be found out."""
+    """Length in bytes and modification time in nanoseconds; None if the file has no status."""
     try:
         status = path.stat()
-    except (OSError, ValueError):  # no file, or a name that none can have
+    except (OSError, ValueError):  # no such file, or an invalid name
         return None
     return status.st_size, status.st_mtime_ns

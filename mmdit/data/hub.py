@@ -1,11 +1,11 @@
-"""Parquet files, or a data set of the hub, as tar shards: `python -m mmdit.data.hub`.
+"""Pack Parquet files or a data set of the hub into tar shards: `python -m mmdit.data.hub`.
 
     python -m mmdit.data.hub rows/train-000.parquet shards --image jpg --text caption
     python -m mmdit.data.hub owner/name shards --split train --image image --text caption
 
-Needs the extra `datasets`. Files that are here are read without a network. Columns are named;
-`--text` takes several, the first is the kind "text", the others are kinds of their own names.
-Images keep the bytes they have in the data set.
+Needs the extra `datasets`. Local files are read without a network. `--text` takes several columns:
+the first has the kind "text", the others are kinds named as the columns. Images are copied, not
+re-encoded.
 """
 
 import argparse
@@ -28,9 +28,9 @@ class Rows:
     """The rows of a map-style data set of the library `datasets`, as candidates for packing.
 
     Args:
-        data: its image column undecoded: {"bytes": ..., "path": ...} or bytes.
+        data: the data set; its image column is undecoded: {"bytes": ..., "path": ...} or bytes.
         image: name of the column of images.
-        texts: kind of caption -> name of its column, of strings or lists of them.
+        texts: kind of caption -> name of its column of strings or lists of strings.
     """
 
     def __init__(self, *, data: Any, image: str, texts: dict[str, str]) -> None:
@@ -50,7 +50,7 @@ class Rows:
             path = image.get("path")
             image = image.get("bytes") or (path and read_bytes(Path(path)))
         if not isinstance(image, bytes):
-            raise BadImage(f"column {self._image!r} holds no image")
+            raise BadImage(f"has no image in column {self._image!r}")
         captions = {}
         for kind, column in self._texts.items():
             value = row[column]
@@ -61,7 +61,7 @@ class Rows:
         return image, captions
 
     def identity(self) -> dict[str, Any]:
-        """The library's own, of files and what was done to them; and the columns."""
+        """The library's fingerprint of the files and their processing, and the columns."""
         return {"rows": self._data._fingerprint, "image": self._image, "text": self._texts}
 
 
@@ -71,29 +71,29 @@ def load_rows(
     """Open Parquet files or a data set of the hub.
 
     Args:
-        source: a Parquet file, a pattern of them such as "rows/{00..09}.parquet", a folder of
-            *.parquet, or the name of a data set of the hub.
-        config: of a data set that has several.
-        split: of a data set of the hub.
+        source: a Parquet file, a pattern such as "rows/{00..09}.parquet", a folder of *.parquet,
+            or the name of a data set of the hub.
+        config: configuration of the data set, if it has several.
+        split: split of a data set of the hub.
         image: column of images.
-        texts: columns of captions; the first is the kind "text".
+        texts: columns of captions; the first has the kind "text".
 
     Raises:
-        UserError: the library is not there, nor are the files, the data set or a column, or two
-            columns would be captions of one kind.
+        UserError: the library is not installed, the files, the data set or a column do not exist,
+            or two columns have the same kind of caption.
     """
     kinds = {"text": texts[0], **{column: column for column in texts[1:]}}
     if len(kinds) < len(texts):
         raise UserError(
-            f"text {', '.join(texts)} must be columns of a kind each: the first is the kind "
-            "'text', so no other may be called so, nor may one come twice"
+            f"text {', '.join(texts)} must be different kinds of captions: the first column has "
+            "the kind 'text', so no other column may be named 'text', nor may one be repeated"
         )
     check_mix(dict.fromkeys(kinds, 1.0))
     try:
         import datasets
     except ImportError as error:
         raise UserError('this needs the extra: pip install "sd3-mmdit[datasets]"') from error
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what is wrong is reported once, here
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors are reported once, here
     files = _parquet_files(source)
     try:
         if files:
@@ -102,43 +102,43 @@ def load_rows(
             data = datasets.load_dataset(source, config, split=split)
     except (MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the library fails in many ways, those of its own sources too
+    except Exception as error:  # the library and its sources can raise anything
         reason = first_line(error)
-        if error.__cause__ is not None:  # of several lines, the reason last
+        if error.__cause__ is not None:  # several lines, with the reason last
             reason = f"{reason}: {' '.join(str(error.__cause__).split())}"
         raise UserError(f"{source} cannot be opened: {reason}") from error
     for column in (image, *texts):
         if column not in data.column_names:
-            known = ", ".join(data.column_names)
-            raise UserError(f"column {column!r} must be one of {known}")
+            columns = ", ".join(data.column_names)
+            raise UserError(f"column {column!r} must be one of {columns}")
     if isinstance(data.features[image], datasets.Image):
         data = data.cast_column(image, datasets.Image(decode=False))
     return Rows(data=data, image=image, texts=kinds)
 
 
 def _parquet_files(source: str) -> list[str]:
-    """Files that `source` names; none if it is the name of a data set."""
+    """The files that `source` names; empty if it is the name of a data set."""
     path = Path(source)
     files: list[Path] = []
     if path.is_dir():
         files = find(path, "*.parquet")
     elif path.suffix == ".parquet":
         files = find(path.parent, path.name)
-    return [glob.escape(str(file)) for file in files]  # the library takes names for patterns
+    return [glob.escape(str(file)) for file in files]  # the library treats names as patterns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command: see the module. Returns the exit code."""
+    """Run the command described in the module's docstring. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mmdit.data.hub", description="Pack Parquet files, or a data set of the hub."
     )
     parser.add_argument("source", help="file or folder of Parquet, or owner/name on the hub")
-    parser.add_argument("out", type=Path, help="folder of shards; the same command goes on")
-    parser.add_argument("--config", help="of a data set of the hub that has several")
-    parser.add_argument("--split", default="train", help="of a data set of the hub")
+    parser.add_argument("out", type=Path, help="folder of shards; run again to continue")
+    parser.add_argument("--config", help="configuration of a data set of the hub")
+    parser.add_argument("--split", default="train", help="split of a data set of the hub")
     parser.add_argument("--image", default="image", help="column of images")
     parser.add_argument("--text", nargs="+", default=["text"], help="columns of captions")
-    parser.add_argument("--per-shard", type=int, default=1000, help="rows that go into one shard")
+    parser.add_argument("--per-shard", type=int, default=1000, help="number of rows per shard")
     add_options(parser)
     given = parser.parse_args(arguments)
 

@@ -1,17 +1,17 @@
-"""A file's bytes to pixels, uint8 RGB (h, w, 3), by one stated policy for every kind of file.
+"""Decoding of image files to uint8 RGB (h, w, 3), with one policy for every kind of file.
 
 | in the file | here |
 |---|---|
-| EXIF orientation | applied, so that pixels are upright; where EXIF cannot be read, as if none |
+| EXIF orientation | applied; ignored if EXIF cannot be read |
 | alpha, a transparent colour | composited on white |
 | palette, 1-bit, grey, CMYK, YCbCr | converted; grey is repeated over the three channels |
 | 12 or 16 bits a channel | scaled to 8 (4095 or 65535 becomes 255), not clipped |
 | grey whose 0 is white | inverted |
 | several frames | the first |
-| ICC profile | ignored: pixels are taken as sRGB |
-| 32-bit integers, floats, LAB | refused: what is white is not defined, or not convertible |
-| 16-bit RGB with a transparent colour | refused: eight bits are read, too few to know it by |
-| more than `max_pixels`, truncated, not an image | refused |
+| ICC profile | ignored: pixels are assumed to be sRGB |
+| 32-bit integers, floats, LAB | rejected: no defined white level, or not convertible |
+| 16-bit RGB with a transparent colour | rejected: only 8 bits are read, too few to identify it |
+| more than `max_pixels`, truncated, not an image | rejected |
 
 Size and colour mode are checked in the header, before anything is decoded.
 """
@@ -30,17 +30,17 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffI
 from mmdit.data.drawing import Image
 from mmdit.errors import UserError, first_line
 
-# What is wrong with a file is reported once, as the reason it is set aside for, or does not matter.
-# For good, since to catch warnings is not safe in threads.
+# A problem with a file is reported once, as the reason for setting it aside, or does not matter.
+# The filter is permanent because catching warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Formats by name, because Pillow would also try readers that start other programs (EPS).
+# An explicit list, because Pillow would also try readers that start other programs (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIX_OF = {
     "BMP": "bmp",
     "GIF": "gif",
     "JPEG": "jpg",
-    "MPO": "jpg",  # what Pillow calls a JPEG file that holds further images
+    "MPO": "jpg",  # Pillow's name for a JPEG file with several images
     "PNG": "png",
     "PPM": "ppm",
     "TIFF": "tif",
@@ -62,66 +62,66 @@ TURNS = {
     7: Pillow.Transpose.TRANSVERSE,
     8: Pillow.Transpose.ROTATE_90,
 }
-# Errors of a path that leads to no file, whatever the state of the disk: links in a circle, a file
-# taken for a folder, a name too long.
+# Errors of a path that cannot exist, as opposed to disk failures: circular links, a file used as a
+# folder, a name that is too long.
 NOWHERE = frozenset((errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG))
 
 
 class BadImage(UserError):
-    """An image that cannot be used; the message is the reason, without the file's name."""
+    """An unusable image; the message is the reason, without the file's name."""
 
 
 class Missing(BadImage):
-    """A file that is not there."""
+    """A file that does not exist."""
 
 
 class TooLarge(BadImage):
-    """An image with more pixels than the limit: under a greater one it may be usable."""
+    """An image with more pixels than the limit; it may be usable under a higher limit."""
 
 
 def read_bytes(path: Path) -> bytes:
     """The content of a regular file of at most `MAX_BYTES`.
 
     Raises:
-        BadImage: nothing is there, it is not a file, has an impossible name, or may not be read.
-        OSError: the disk or the network failed, which is not the image's fault.
+        BadImage: it does not exist, is not a file, has an invalid name, or permission is denied.
+        OSError: the disk or the network failed, which is not a fault of the image.
     """
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise BadImage("is a folder")
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
             raise BadImage("is not a regular file")
         if status.st_size > MAX_BYTES:
             raise BadImage(f"{status.st_size} bytes are more than the limit of {MAX_BYTES}")
         return path.read_bytes()
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise BadImage("a link to nothing") from error
+            raise BadImage("a broken link") from error
         raise Missing("no such file") from error
     except PermissionError as error:
-        raise BadImage("may not be read (permission denied)") from error
+        raise BadImage("cannot be read (permission denied)") from error
     except OSError as error:
         if error.errno not in NOWHERE:
             raise
         raise BadImage(f"its path leads to no file ({error.strerror})") from error
     except BadImage:
         raise
-    except ValueError as error:  # of the name: a zero byte, half of a surrogate pair
-        raise BadImage("has a name that no file can have") from error
+    except ValueError as error:  # in the name: a zero byte, a lone surrogate
+        raise BadImage("has an invalid file name") from error
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
-    """Pixels of an encoded image, upright: uint8 (h, w, 3). The policies are this module's table.
+    """Decode an image to uint8 (h, w, 3), following the table in this module's docstring.
 
     Raises:
-        BadImage: the data is empty, of no known format, truncated or damaged, or of a colour mode
-            without defined range.
-        TooLarge: it has more than `max_pixels` pixels; nothing is decoded then.
+        BadImage: the data is empty, in an unsupported format, truncated or damaged, or in a colour
+            mode without a defined range.
+        TooLarge: it has more than `max_pixels` pixels. This is checked before decoding.
     """
     if not data:
         raise BadImage("is empty")
-    if Pillow.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, of the process
+    if Pillow.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, for the whole process
         Pillow.MAX_IMAGE_PIXELS = max(Pillow.MAX_IMAGE_PIXELS, max_pixels)
     try:
         with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -136,15 +136,15 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(f"is not an image of a known format ({', '.join(FORMATS)})") from error
+        raise BadImage(f"is not an image in a supported format ({', '.join(FORMATS)})") from error
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
         raise TooLarge(f"too many pixels: {first_line(error)}") from error
-    except Exception as error:  # a damaged file makes Pillow's readers fail in any way
+    except Exception as error:  # on damaged files Pillow's readers can raise anything
         raise BadImage(f"truncated or damaged: {first_line(error)}") from error
 
 
 def suffix_of(data: bytes) -> str:
-    """The usual suffix of an image that `decode` takes, by its content: "jpg"."""
+    """The usual suffix of an encoded image, by its content: "jpg"."""
     with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
         return SUFFIX_OF[str(image.format)]
 
@@ -160,7 +160,7 @@ def _is_wide(image: Pillow.Image) -> bool:
 
 
 def _scale_transparent(image: Pillow.Image, *, bits: int) -> None:
-    """Tell the transparent colour as pixels are read: the file has it in its own bits."""
+    """Scale the transparent colour, which the file stores in its own bit depth, to 8 bits."""
     clear = image.info.get("transparency")
     if image.mode == "L" and clear is not None:
         image.info["transparency"] = clear % 2**bits * (255 // (2**bits - 1))
@@ -169,12 +169,12 @@ def _scale_transparent(image: Pillow.Image, *, bits: int) -> None:
 
 
 def _upright(image: Pillow.Image) -> Pillow.Image:
-    """Turned as EXIF says; its pixels are read already, so that only EXIF can fail."""
+    """Apply the EXIF orientation. Pixels are loaded already, so any failure is EXIF's."""
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
-    except Exception:  # damaged EXIF fails in any way
+    except Exception:  # damaged EXIF can raise anything
         return image
     return image if turn is None else image.transpose(turn)
 

@@ -1,7 +1,7 @@
 """Index tar shards before a run starts: `python -m mmdit.data.index shards`.
 
-A run makes the indices that are missing (`mmdit.data.shard_index`); this makes them ahead of it, on
-a machine without a GPU.
+A run creates missing indices itself (`mmdit.data.shard_index`); this command creates them ahead of
+time, for example on a machine without a GPU.
 """
 
 import argparse
@@ -17,14 +17,18 @@ from mmdit.printable import show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command: see the module. Returns the exit code."""
+    """Run the command described in the module's docstring. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mmdit.data.index", description="Index tar shards of captioned images."
     )
     parser.add_argument("root", type=Path, help="folder of tar shards")
-    parser.add_argument("--shards", help="which: cc12m-{000000..000009}.tar; else *.tar")
-    parser.add_argument("--index", type=Path, help="folder of the indices; else beside the shards")
-    parser.add_argument("--report", type=Path, help="JSON file that lists what was set aside")
+    parser.add_argument(
+        "--shards", help="pattern such as cc12m-{000000..000009}.tar (default: *.tar)"
+    )
+    parser.add_argument(
+        "--index", type=Path, help="folder for indices (default: beside the shards)"
+    )
+    parser.add_argument("--report", type=Path, help="JSON file that lists the images set aside")
     add_options(parser)
     given = parser.parse_args(arguments)
 

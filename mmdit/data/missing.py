@@ -1,18 +1,18 @@
-"""Why a file that a table names is not there: what is there instead, and how the names differ."""
+"""Explains why a file listed in a table is missing: finds the likely file and compares names."""
 
 import posixpath
 import unicodedata
 from collections.abc import Iterable
 from urllib.parse import unquote
 
-MOST = 100  # files of one name in many folders that are looked at
+MOST = 100  # candidates kept per file name
 
 
 class Likely:
-    """Finds, among the files of a folder, the one that a name most likely means.
+    """Finds the file of a folder that a wrong name most likely refers to.
 
     Args:
-        names: of all files, relative to the folder, with slashes.
+        names: paths of all files, relative to the folder, with slashes.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -23,9 +23,9 @@ class Likely:
                 alike.append(name)
 
     def cause(self, name: str) -> str | None:
-        """How `name` differs from that of the file it means; None if nothing is like it.
+        """How `name` differs from the name of the likely file; None if there is no such file.
 
-        The words are the same for all names with the same fault, so that they can be counted.
+        Names with the same fault get the same text, so that faults can be counted.
         """
         plain, faults = name, []
         for fault, changed in (
@@ -45,7 +45,7 @@ class Likely:
 
 
 def _likeness(name: str, other: str) -> tuple[int, bool]:
-    """Folders that two paths share at their ends, and whether the suffixes are the same."""
+    """The number of trailing folders that two paths share, and whether the suffixes agree."""
     shared = 0
     for one, two in zip(name.split("/")[-2::-1], other.split("/")[-2::-1], strict=False):
         if _folded(one) != _folded(two):
@@ -59,13 +59,13 @@ def _differences(name: str, meant: str) -> Iterable[str]:
     there, existing = posixpath.split(meant)
     folded, wanted = _folded(folder), _folded(there)
     if folded != wanted and not there:
-        yield f"the folder {folder!r} is too much"
+        yield f"the folder {folder!r} is superfluous"
     elif folded != wanted and folded.endswith(f"/{wanted}"):
-        yield f"the folder {folder[: -len(there) - 1] or '/'!r} is too much"
+        yield f"the folder {folder[: -len(there) - 1] or '/'!r} is superfluous"
     elif folded != wanted and (not folder or wanted.endswith(f"/{folded}")):
         yield f"the folder {there[: len(there) - len(folder)].rstrip('/')!r} is missing"
     elif folded != wanted:
-        yield f"it lies in {there!r}"
+        yield f"it is in {there!r}"
     (stem, suffix), (existing_stem, existing_suffix) = map(posixpath.splitext, (file, existing))
     if _folded(suffix) != _folded(existing_suffix):
         yield f"the suffix there is {existing_suffix!r}"
@@ -75,7 +75,7 @@ def _differences(name: str, meant: str) -> Iterable[str]:
     if any(_composed(one) != _composed(two) for one, two in pairs):
         yield "upper and lower case differ"
     elif any(one != two for one, two in pairs):
-        yield "its accents are encoded otherwise (Unicode NFC and NFD)"
+        yield "its accents are encoded differently (Unicode NFC and NFD)"
 
 
 def _stem(name: str) -> str:
@@ -87,5 +87,5 @@ def _composed(text: str) -> str:
 
 
 def _folded(text: str) -> str:
-    """The same for names that differ in case or in how accents are encoded."""
+    """A key that ignores case and the encoding of accents."""
     return _composed(_composed(text).casefold())

@@ -15,12 +15,12 @@ Order: TypeAlias = Callable[[int, int], list[int]]  # (start, count) -> sample i
 
 
 class ShuffledOrder:
-    """Every index in [0, size) once per epoch, each epoch in an order of its own.
+    """Every index in [0, size) once per epoch, in a new order each epoch.
 
     Args:
         size: number of samples.
-        seed: of the shuffling.
-        stream: tells orders of one seed apart.
+        seed: seed of the shuffling.
+        stream: distinguishes several orders of one seed.
     """
 
     def __init__(self, *, size: int, seed: int, stream: str = "order") -> None:
@@ -44,21 +44,22 @@ class ShuffledOrder:
 
 
 class BucketedOrder:
-    """Batches of one group each; in the long run every sample comes equally often.
+    """Batches of one group each, in which all samples occur equally often in the long run.
 
-    Each group is an endless stream of its samples, every pass in an order of its own. Epoch e takes
-    the whole batches that end between pass e and pass e + 1 of each stream, and shuffles them. What
-    does not fill a batch waits for the next epoch: none is dropped, none is preferred, and after
-    any number of epochs fewer than `batch_size` samples of a group are waiting.
+    Each group is an endless stream of its samples, reshuffled on every pass. Epoch e consists of
+    the full batches that end between pass e and pass e + 1 of each stream, shuffled. Samples that
+    do not fill a batch are carried over to the next epoch, so none is dropped or preferred, and
+    fewer than `batch_size` samples of a group are carried over at any time.
 
-    `order(start, count)` takes global positions, as `ShuffledOrder` does: batch g lies at
-    g * batch_size. So any split of it over processes or accumulation steps is the same batch.
+    `order(start, count)` takes global positions, as `ShuffledOrder` does: batch g starts at
+    g * batch_size. So it is the same batch however it is split over processes and accumulation
+    steps.
 
     Args:
         group_of: the group of each sample, (n,), as an index into `groups`.
-        groups: names of the groups; those without samples do no harm.
-        batch_size: samples of a global batch. A group with fewer repeats samples in one batch.
-        seed: of the shuffling.
+        groups: names of the groups; they may be empty.
+        batch_size: global batch size. A smaller group repeats samples within a batch.
+        seed: seed of the shuffling.
     """
 
     def __init__(
@@ -83,20 +84,20 @@ class BucketedOrder:
         found: list[int] = []
         while count > 0:
             batch, offset = divmod(start, self.batch_size)
-            taken = min(count, self.batch_size - offset)
+            size = min(count, self.batch_size - offset)
             name, number = self._batch(batch)
-            within = self._streams[name](number * self.batch_size + offset, taken)
+            within = self._streams[name](number * self.batch_size + offset, size)
             found += self._members[name][within].tolist()
-            start, count = start + taken, count - taken
+            start, count = start + size, count - size
         return found
 
     def group(self, batch: int) -> str:
-        """The name of the group of global batch number `batch`."""
+        """The name of the group of global batch `batch`."""
         return self._batch(batch)[0]
 
     def _batch(self, batch: int) -> tuple[str, int]:
         """The group of a global batch, and the number of the batch in the group's stream."""
-        # The first epoch that begins after `batch`: batches come at most one epoch's worth late.
+        # An upper bound on the epoch: batches are at most one epoch's worth late.
         most = (batch + len(self._members) + 1) * self.batch_size // self._size + 2
         epoch = bisect.bisect_right(range(most), batch, key=self._begin) - 1
         if epoch != self._epoch:
@@ -116,9 +117,9 @@ class BucketedOrder:
         return sum(map(len, self._members.values()))
 
     def _done(self, name: str, epochs: int) -> int:
-        """Batches of a group that are full after a number of passes."""
+        """The number of full batches of a group after a number of passes."""
         return epochs * len(self._members[name]) // self.batch_size
 
     def _begin(self, epoch: int) -> int:
-        """Batches of all groups before an epoch."""
+        """The number of batches of all groups before an epoch."""
         return sum(self._done(name, epoch) for name in self._members)

@@ -1,10 +1,9 @@
-"""A folder of captioned images as tar shards: `python -m mmdit.data.pack photos shards`.
+"""Pack a folder of captioned images into tar shards: `python -m mmdit.data.pack photos shards`.
 
-Images keep their bytes: nothing is encoded again. Each is decoded once, and what cannot be used is
-set aside, counted and listed in set_aside.json. Shard i holds the usable ones of the i-th
-`per_shard` files by name, so what was written before an interruption stays as it is: the same
-command goes on, and refuses a folder that has changed. A sample's .json tells the name of its file,
-so order and splits are the folder's.
+Images are copied, not re-encoded. Each is decoded once; unusable images are set aside, counted and
+listed in set_aside.json. Shard i contains the usable images of the i-th `per_shard` files by name,
+so finished shards survive an interruption: the same command continues, and rejects a folder that
+has changed. A sample's .json has the name of its file, so order and splits are those of the folder.
 """
 
 import argparse
@@ -45,11 +44,11 @@ from mmdit.data.tar import state_of
 from mmdit.errors import UserError
 from mmdit.printable import printable, show
 
-LOCK = ".lock"  # held by the process that writes into a folder
+LOCK = ".lock"  # held by the process that writes to the folder
 
 
 class Candidates(Protocol):
-    """What may be packed, in a fixed order. `bad`: what is known to be unusable, with reasons."""
+    """Images to pack, in a fixed order. `bad` has names known to be unusable, with reasons."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -61,11 +60,11 @@ class Candidates(Protocol):
         """The encoded image and its captions by kind. Raises BadImage."""
 
     def identity(self) -> Mapping[str, Any]:
-        """Which candidates there are and how they are read, as plain data: what -> particulars."""
+        """Plain data that identifies the candidates and how they are read."""
 
 
 class Checked(NamedTuple):
-    """An image that was decoded, with what a shard says of it."""
+    """A decoded image, with the data that a shard stores about it."""
 
     name: str
     data: bytes
@@ -83,20 +82,20 @@ def pack(
     max_bad_fraction: float = 0.02,
     threads: int = 8,
 ) -> None:
-    """Write shards of `source` into the folder `out`, or go on with them.
+    """Pack `source` into shards in the folder `out`, or continue an interrupted packing.
 
     Args:
-        source: what to pack.
+        source: the images to pack.
         out: a new folder, or one where this packing was interrupted.
-        kinds: of captions, that the source reads.
-        per_shard: files of the source that go into one shard.
-        max_pixels: of an image; larger ones are set aside.
-        max_bad_fraction: share of files set aside, above which packing stops.
-        threads: that decode at once.
+        kinds: the kinds of captions that the source reads.
+        per_shard: number of source files per shard.
+        max_pixels: largest number of pixels in an image; larger images are set aside.
+        max_bad_fraction: packing stops if a larger fraction of the files is set aside.
+        threads: number of threads that decode images.
 
     Raises:
-        UserError: `out` holds shards of something else or of what has changed since, another
-            process packs into it, or too many images are bad.
+        UserError: `out` has shards from another source or from files that have changed since,
+            another process is packing into it, or too many images are bad.
     """
     expect(per_shard >= 1, "per_shard", per_shard, "must be at least 1")
     expect(threads >= 1, "threads", threads, "must be at least 1")
@@ -133,51 +132,51 @@ def pack(
             tar = out / f"shard-{start // per_shard:06d}.tar"
             finished = record.finished(tar)
             if finished is None:
-                aside = _pack_shard(tar, source, some, start, max_pixels, pool, bar.update)
-                record.add(tar, aside)
+                bad_of_shard = _pack_shard(tar, source, some, start, max_pixels, pool, bar.update)
+                record.add(tar, bad_of_shard)
             else:
-                index, aside = finished
+                index, bad_of_shard = finished
                 _check_shard(out, index, source, some, start, max_pixels, pool, bar.update)
-            bad.update(aside)
+            bad.update(bad_of_shard)
             if len(bad) > max_bad_fraction * files:
-                report()  # which stops here: the rest would not make it better
+                report()  # raises, since the remaining files cannot lower the count
         report()
         record.complete()
 
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Keep other processes from packing into `out`, which is made if it is not there.
+    """Lock `out` against other packing processes; create it if it does not exist.
 
     Raises:
-        UserError: another process does, or the folder holds something else than shards.
+        UserError: another process is packing into it, or it contains other files than shards.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} must be a folder")
     out.mkdir(parents=True, exist_ok=True)
     others = any(path.suffix != ".tmp" and path.name != LOCK for path in out.iterdir())
     if others and not (out / PACKED).is_file():
-        raise UserError(f"{out} must be a new or empty folder, or hold shards to go on with")
+        raise UserError(f"{out} must be a new or empty folder, or have shards to continue")
     with (out / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process packs into {out}: wait for it, or choose another folder"
+                f"another process is packing into {out}: wait for it, or choose another folder"
             ) from error
         clear(out)
         yield
 
 
 class Record:
-    """What is packed into a folder, and how far: the file pack.json in it.
+    """The settings and progress of a packing: the file pack.json in its folder.
 
     Args:
         out: the folder.
-        settings: of the packing.
+        settings: the settings of the packing.
 
     Raises:
-        UserError: it is packed otherwise.
+        UserError: the folder was packed with different settings.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, object]) -> None:
@@ -189,9 +188,9 @@ class Record:
             self._write(complete=False)
 
     def finished(self, tar: Path) -> tuple[ShardIndex, dict[str, str]] | None:
-        """The index of a shard that was written before, and name -> reason of what was set aside.
+        """The index of a finished shard, and the reasons of the images set aside, by name.
 
-        None if there is no such shard, or not as it was written.
+        None if the shard does not exist or has changed.
         """
         shard = self._shards.get(tar.name)
         if shard is None or not tar.is_file() or tar.stat().st_size != shard["bytes"]:
@@ -202,12 +201,12 @@ class Record:
         return index, shard["bad"]
 
     def add(self, tar: Path, bad: Mapping[str, str]) -> None:
-        """Note a shard that is written."""
+        """Record a finished shard."""
         self._shards[tar.name] = {"bytes": tar.stat().st_size, "bad": bad}
         self._write(complete=False)
 
     def complete(self) -> None:
-        """Note that no more shards come."""
+        """Record that all shards are finished."""
         self._write(complete=True)
 
     def _read(self, out: Path) -> dict[str, dict[str, Any]]:
@@ -225,7 +224,7 @@ class Record:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self._path} is damaged: choose another folder") from error
         if differing:
-            raise _otherwise(out, "; ".join(differing))
+            raise _packed_differently(out, "; ".join(differing))
         return shards
 
     def _write(self, *, complete: bool) -> None:
@@ -233,9 +232,9 @@ class Record:
         write_atomically(self._path, json.dumps(record, indent=1).encode())
 
 
-def _otherwise(out: Path, what: str) -> UserError:
+def _packed_differently(out: Path, what: str) -> UserError:
     return UserError(
-        f"{out} holds shards packed otherwise ({what}): choose another folder, or move it away"
+        f"{out} has shards packed differently ({what}): choose another folder, or move it away"
     )
 
 
@@ -249,10 +248,10 @@ def _check_shard(
     pool: Executor,
     progress: Callable[[int], object],
 ) -> None:
-    """Compare a shard with what it would be packed from now, by checksums.
+    """Compare a finished shard with its source as it is now, by checksums.
 
     Raises:
-        UserError: an image or its captions are others.
+        UserError: an image or its captions have changed.
     """
     packed = {sample.key: sample for sample in index.samples}
 
@@ -260,22 +259,22 @@ def _check_shard(
         name, sample = names[number - start], packed.get(_key(number))
         try:
             data, captions = source.read(name)
-            if sample is None:  # its bytes are kept nowhere: whether it is usable is all there is
+            if sample is None:  # not stored, so only its usability can be compared
                 decode(data, max_pixels=max_pixels)
         except BadImage as error:
             return None if sample is None else f"{name} {error}"
         if sample is None:
-            return f"{name} was set aside then and is usable now"
+            return f"{name} was set aside before and is usable now"
         if sample.image[1:] != (len(data), zlib.crc32(data)):
-            return f"the image {name} is another"
+            return f"the image {name} has changed"
         texts = {kind: zlib.crc32(text) for kind, text in _texts(captions).items()}
         if texts != {kind: span.crc32 for kind, span in sample.texts.items()}:
-            return f"the captions of {name} are others"
+            return f"the captions of {name} have changed"
         return None
 
     for what in pool.map(difference, range(start, start + len(names))):
         if what is not None:
-            raise _otherwise(out, what)
+            raise _packed_differently(out, what)
         progress(1)
 
 
@@ -285,7 +284,7 @@ def _key(number: int) -> str:
 
 
 def _texts(captions: Captions) -> dict[str, bytes]:
-    """What is written of captions, by kind."""
+    """The contents of the caption files, by kind."""
     return {kind: "\n".join(texts).encode() for kind, texts in captions.items() if texts}
 
 
@@ -298,7 +297,7 @@ def _pack_shard(
     pool: Executor,
     progress: Callable[[int], object],
 ) -> dict[str, str]:
-    """Write one tar file and its index; name -> reason of what was set aside."""
+    """Write one tar file and its index; return the reasons of the images set aside, by name."""
     bad: dict[str, str] = {}
     sizes: dict[str, Size] = {}
 
@@ -329,9 +328,9 @@ def _pack_shard(
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Checked]]) -> None:
-    """Write samples, by key, as a tar file, whole or not at all.
+    """Write samples, by key, to a tar file, atomically.
 
-    The same samples give the same bytes: no member has a time or an owner.
+    Equal samples give equal bytes: members have no times or owners.
     """
     with whole_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for key, sample in samples:
@@ -347,7 +346,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Checked]]) -> None:
 
 
 def pack_as_asked(source: Candidates, kinds: Sequence[str], given: argparse.Namespace) -> None:
-    """`pack` with the options of a command, and what to do with the shards."""
+    """Run `pack` with the options of a command, and print how to train on the shards."""
     pack(
         source,
         given.out,
@@ -361,22 +360,22 @@ def pack_as_asked(source: Candidates, kinds: Sequence[str], given: argparse.Name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command: see the module. Returns the exit code."""
+    """Run the command described in the module's docstring. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mmdit.data.pack", description="Pack a folder of captioned images."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path, help="folder of shards; the same command goes on")
+    parser.add_argument("out", type=Path, help="folder of shards; run again to continue")
     choices = ("sidecars", "table", "class_names")
     parser.add_argument("--captions", choices=choices, default="sidecars")
-    parser.add_argument("--suffix", nargs="+", help="for sidecars: others than .txt")
-    parser.add_argument("--table", help="for table: another file than metadata.jsonl or .csv")
+    parser.add_argument("--suffix", nargs="+", help="for sidecars: suffixes instead of .txt")
+    parser.add_argument("--table", help="for table: the file (default: metadata.jsonl or .csv)")
     parser.add_argument("--template", default="a photo of a {}", help="for class_names")
     parser.add_argument("--names", help="for class_names: JSON file {folder: class}")
     parser.add_argument(
         "--kinds", nargs="+", default=["text"], help="kinds of captions: text synthetic"
     )
-    parser.add_argument("--per-shard", type=int, default=1000, help="files that go into one shard")
+    parser.add_argument("--per-shard", type=int, default=1000, help="number of files per shard")
     add_options(parser)
     given = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""Files by a pattern with braces and wildcards: `cc12m-{000000..000009}.tar`, `*.tar`."""
+"""File patterns with braces and wildcards: `cc12m-{000000..000009}.tar`, `*.tar`."""
 
 import re
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ log = logger(__name__)
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
-MOST = 1_000_000  # names of one pattern
+MOST = 1_000_000  # names from one pattern
 LIKE_SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """All that braces stand for: `{a,b}` is a and b, `{08..10}` is 08, 09 and 10.
+    """Expand braces: `{a,b}` to a and b, `{08..10}` to 08, 09 and 10.
 
     Raises:
-        UserError: braces of another kind, left open, or of more than a million names.
+        UserError: a brace is unmatched or malformed, or stands for more than a million names.
     """
     found = BRACES.search(pattern)
     if found is None:
         if "{" in pattern or "}" in pattern:
-            raise UserError(f"pattern {pattern!r} has a brace without its other half")
+            raise UserError(f"pattern {pattern!r} has an unmatched brace")
         yield pattern
         return
     for choice in _choices(pattern, found.group(1)):
@@ -32,15 +32,15 @@ def expand(pattern: str) -> Iterator[str]:
 
 
 def find(root: Path, pattern: str) -> list[Path]:
-    """Files below `root`, sorted; names that begin with a dot are not looked at.
+    """The files below `root` that match a pattern, sorted; hidden files are skipped.
 
     Args:
         root: the folder.
-        pattern: relative to it, with slashes; braces as in `expand`, wildcards as in a shell. A
-            file of just this name is meant itself.
+        pattern: relative to it, with slashes; braces as in `expand`, wildcards as in a shell. If
+            a file of exactly this name exists, it is the only match.
 
     Raises:
-        UserError: a file that the pattern names is not there, or none is.
+        UserError: a file that the pattern names does not exist, or nothing matches.
     """
     if not root.is_dir():
         raise UserError(f"root {str(root)!r} must be a folder")
@@ -59,11 +59,11 @@ def find(root: Path, pattern: str) -> list[Path]:
     if missing:
         more = " and more" if len(missing) > 3 else ""
         raise UserError(
-            f"{root} has no {', '.join(missing[:3])}{more}: {len(missing)} files that the pattern "
-            f"{pattern!r} names are not there"
+            f"{root} has no {', '.join(missing[:3])}{more}: {len(missing)} files of the pattern "
+            f"{pattern!r} are missing"
         )
     if not found:
-        raise UserError(f"{root} holds no {pattern}")
+        raise UserError(f"{root} has no files that match {pattern}")
     for path in found:
         if not path.is_file():
             raise UserError(f"{path} must be a regular file")
@@ -71,10 +71,10 @@ def find(root: Path, pattern: str) -> list[Path]:
 
 
 def find_shards(root: Path) -> list[Path]:
-    """All *.tar of a folder, sorted. A warning names what looks like a shard and is not among them.
+    """All *.tar of a folder, sorted. Warns about other files that look like shards.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     others = sorted(
         path.relative_to(root).as_posix()
@@ -84,9 +84,9 @@ def find_shards(root: Path) -> list[Path]:
         if path.is_file() and (path.parent != root or path.suffix != ".tar")
     )
     hint = (
-        f"not read, though they look like shards: {', '.join(others[:3])}"
-        f"{' and more' if len(others) > 3 else ''} (uncompressed *.tar of the folder itself are, "
-        "or those that data.shards='*/*.tar' names)"
+        f"ignoring files that look like shards: {', '.join(others[:3])}"
+        f"{' and more' if len(others) > 3 else ''} (only uncompressed *.tar directly in the folder "
+        "are read, or those that match data.shards='*/*.tar')"
     )
     try:
         shards = find(root, "*.tar")
@@ -108,6 +108,8 @@ def _choices(pattern: str, inside: str) -> Iterator[str]:
         raise UserError(f"pattern {pattern!r}: braces must be like {{000..009}} or {{a,b}}")
     first, last = ends.groups()
     if not 0 <= int(last) - int(first) < MOST:
-        raise UserError(f"pattern {pattern!r}: {{{inside}}} must run upwards, to {MOST} at most")
+        raise UserError(
+            f"pattern {pattern!r}: {{{inside}}} must be ascending, with at most {MOST} names"
+        )
     for number in range(int(first), int(last) + 1):
         yield f"{number:0{len(first)}d}"

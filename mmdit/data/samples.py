@@ -1,4 +1,4 @@
-"""Samples of a tar file: which members belong together, and what they hold."""
+"""Samples of a tar file: groups its members by key and reads their captions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from mmdit.data.folder import SUFFIXES
 from mmdit.data.images import BadImage
 from mmdit.data.tar import Member, Span
 
-ORIGIN = "packed_from"  # key of a sample's .json: the name of the file that was packed
+ORIGIN = "packed_from"  # key in a sample's .json: the name of the file it was packed from
 
 Measure: TypeAlias = Callable[[str, bytes], Size]  # key and image -> height, width
 
@@ -19,12 +19,12 @@ class Sample(NamedTuple):
     """One usable sample of a tar file.
 
     Attributes:
-        key: its members' name up to the first dot.
-        origin: name of the file it was packed from, if it says so.
-        height, width: of the image in pixels, upright.
-        image: where the image lies.
-        texts: where the captions of a kind lie, one a line.
-        table: where the .json lies.
+        key: name of its members up to the first dot.
+        origin: name of the file it was packed from, if recorded.
+        height, width: of the image in pixels, after EXIF rotation.
+        image: span of the image.
+        texts: spans of the caption files by kind, one caption per line.
+        table: span of the .json.
         columns: the kinds of captions in the .json.
     """
 
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(cls, row: list[Any]) -> "Sample":
-        """Turns round what JSON makes of a sample: a list of its attributes."""
+        """The inverse of JSON's view of a sample, which is a list of its attributes."""
         key, origin, height, width, image, texts, table, columns = row
         return cls(
             key=key,
@@ -59,10 +59,10 @@ class Sample(NamedTuple):
 
 
 def group(members: Sequence[Member]) -> dict[str, list[Member]]:
-    """Members by the name up to the first dot of its last part, in the order of the file.
+    """Members by key (the path up to the first dot of the file name), in file order.
 
-    Those of one sample need not follow each other. Names that begin with a dot or have none, and
-    WebDataset's own notes (`__name__`), are not looked at.
+    The members of a sample need not be adjacent. Hidden files, names without a dot, and
+    WebDataset's own metadata (`__name__`) are skipped.
     """
     groups: dict[str, list[Member]] = {}
     for member in members:
@@ -74,13 +74,13 @@ def group(members: Sequence[Member]) -> dict[str, list[Member]]:
 
 
 def look(path: Path, key: str, members: Sequence[Member], measure: Measure) -> Sample:
-    """What the members of one key hold; all captions are read, whichever are used later.
+    """Read the members of one key as a sample, with all its captions, whichever are used later.
 
     Args:
         path: the tar file.
-        key: their name up to the first dot.
-        members: all of that key.
-        measure: gives the size of an image.
+        key: name of the members up to the first dot.
+        members: all members of the key.
+        measure: returns the size of an image.
 
     Raises:
         BadImage: there is not exactly one image, or a member cannot be read.
@@ -88,7 +88,7 @@ def look(path: Path, key: str, members: Sequence[Member], measure: Measure) -> S
     by_suffix: dict[str, Member] = {}
     for member in members:
         suffix = member.name[len(key) :]
-        if suffix.endswith(".TXT"):  # counts like .txt, as beside images of a folder
+        if suffix.endswith(".TXT"):  # read like .txt, as in a folder of images
             suffix = f"{suffix[:-4]}.txt"
         if suffix in by_suffix:
             raise BadImage(f"has two {suffix} under one key")

@@ -1,8 +1,8 @@
 """Captioned toy images drawn on the fly: a world small enough to learn on a laptop.
 
 Each sample is a pure function of (seed, split, index). It follows one of the six tasks of GenEval
-(Ghosh et al. 2023), and some combinations never occur in training, so that a model can be asked
-whether it composes or remembers.
+(Ghosh et al. 2023). Some combinations never occur in training, to test whether a model composes or
+memorizes.
 """
 
 import bisect
@@ -38,15 +38,15 @@ SPLITS = ("train", "validation", "held_out")
 PAIR_TASKS = ("two_object", "position", "colour_attribution")
 DEFAULT_SIZES = {"medium": (0.16, 0.20)}
 DEFAULT_WEIGHTS = dict(zip(TASKS, (1.0, 1.0, 1.0, 1.0, 2.0, 2.0), strict=True))
-# Half a pixel at 32 pixels: two objects stay a whole pixel apart, so they can be distinguished.
+# Half a pixel at 32 pixels: two objects are a pixel apart, so that they can be distinguished.
 MARGIN = 1 / 64
-INDICES = 1 << 56  # indices of one split (and task): room for 32 such spaces below 2**61
+INDICES = 1 << 56  # indices per split (and task): 32 such spaces fit below 2**61
 
 T = TypeVar("T")
 
 
 class Sample(NamedTuple):
-    """An image, uint8 (h, w, 3), with its caption and the scene both were made from."""
+    """An image, uint8 (h, w, 3), with its caption and the scene that both describe."""
 
     image: Image
     caption: str
@@ -69,17 +69,17 @@ class Shapes:
     Args:
         split: 'train', 'validation' or 'held_out'.
         image_size: side in pixels, a multiple of 32.
-        seed: of everything random, the choice of what is held out included.
+        seed: seed of everything random, including the choice of held-out combinations.
         shapes, colours: names known to `mmdit.data.drawing`, at least two of each.
         sizes: name -> (least, greatest) radius. Captions name sizes only if there are several.
-        backgrounds: colours of the ground. Captions name them only if there are several.
-        grid: rows and columns of the layout.
-        jitter: greatest offset of an object from its cell's centre, along x and along y.
-        max_count: most objects of the counting task; `grid**2` by default.
-        task_weights: task -> relative frequency; a task left out has none.
-        rich_fraction: share of captions that name everything instead of just what the task asks.
+        backgrounds: background colours. Captions name them only if there are several.
+        grid: number of rows and of columns of the layout.
+        jitter: largest offset of an object from its cell's centre, along x and along y.
+        max_count: largest number of objects in the counting task; `grid**2` by default.
+        task_weights: task -> relative frequency; tasks that are not listed do not occur.
+        rich_fraction: fraction of rich captions, which describe everything.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
-        samples: size of the training set; indices beyond it are valid.
+        samples: size of the training set; larger indices are valid too.
 
     Raises:
         ValueError: an argument is out of range, or the arguments do not fit each other.
@@ -146,15 +146,15 @@ class Shapes:
         return Sample(self.render(scene), caption, scene)
 
     def scene(self, index: int) -> Scene:
-        """The scene of a sample, not drawn."""
+        """The scene of a sample, without rendering it."""
         return self._draw(None, index)[0]
 
     def caption(self, index: int) -> str:
-        """The caption of a sample, without drawing it."""
+        """The caption of a sample, without rendering it."""
         return self._draw(None, index)[1]
 
     def scene_for_task(self, task: str, index: int) -> Scene:
-        """The `index`-th scene of this split for one task, from a stream of its own.
+        """The `index`-th scene of this split for one task, from a separate random stream.
 
         Raises:
             ValueError: the task is unknown, or cannot be posed in this dataset.
@@ -168,22 +168,22 @@ class Shapes:
         return draw(scene.objects, scene.background, self.image_size)
 
     def __len__(self) -> int:
-        """Training sees so many; there are more, of which evaluations may take any."""
+        """The number of training samples; evaluations may use larger indices."""
         return self.samples
 
     def batch(self, indices: Iterable[int], step: int = 0) -> Batch:
-        """Images as one uint8 tensor (b, h, w, 3), and their captions; the same at every step."""
+        """Images as one uint8 tensor (b, h, w, 3), and captions; the same at every step."""
         del step
         samples = [self[index] for index in indices]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         return Batch(images, [sample.caption for sample in samples])
 
     def square(self, indices: Iterable[int]) -> Batch:
-        """The same: these images are square as they are."""
+        """The same as `batch`: the images are square."""
         return self.batch(indices)
 
     def order(self, *, batch_size: int, seed: int) -> ShuffledOrder:
-        """The order of training; batches of any size, since all images have one."""
+        """The training order. The batch size does not matter, since all images have one size."""
         del batch_size
         return ShuffledOrder(size=self.samples, seed=seed)
 
@@ -193,25 +193,25 @@ class Shapes:
         return self.image_size, self.image_size
 
     def cacheable(self, index: int) -> tuple[Image, Captions]:
-        """The image, which is the same at every step, and its caption."""
+        """The image, identical at every step, and its caption."""
         sample = self[index]
         return sample.image, {"text": (sample.caption,)}
 
     def pick(self, captions: Mapping[str, Sequence[T]], index: int, step: int) -> T:
-        """The caption that step `step` sees of a sample, of all that it has: its only one."""
+        """The caption of a sample; it has only one."""
         del index, step
         return captions["text"][0]
 
     def identity(self) -> dict[str, Any]:
-        """All that `cacheable` follows from, as plain data: two of the same give the same."""
+        """Plain data that determines `cacheable`: equal identities give equal images, captions."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Nothing: all follows from the arguments."""
+        """Empty: the config alone determines the images."""
         return {}
 
     def prompts(self) -> list[str]:
-        """Four short captions of each task, of scenes of this split."""
+        """Four short captions for each task, of scenes in this split."""
         return [short_caption(self.scene_for_task(task, i)) for task in TASKS for i in range(4)]
 
     def view(self, split: str) -> "Shapes":
@@ -261,7 +261,7 @@ class Shapes:
         placed = zip(kinds, sizes, cells, strict=True)
         objects = tuple(self._place(rng, kind, size, cell) for kind, size, cell in placed)
         scene = Scene(task, objects, relation, _pick(rng, self.backgrounds))
-        # The words are drawn last: rich_fraction changes no scene.
+        # The caption is drawn last, so that rich_fraction does not change scenes.
         rich, relate = rng.random() < self.rich_fraction, rng.random() < 0.5
         if not rich:
             return scene, short_caption(scene)
@@ -292,7 +292,7 @@ class Shapes:
         return [free.pop(int(rng.random() * len(free))) for _ in range(count)]
 
     def _aligned_cells(self, rng: np.random.Generator, relation: str) -> list[tuple[int, int]]:
-        """Cells of one column or row, the first `relation` the second."""
+        """Two cells in one column or row that satisfy `relation`."""
         x, y = RELATIONS[relation]
         line = _pick(rng, range(self.grid))
         low, high = _pick(rng, tuple(itertools.combinations(range(self.grid), 2)))
@@ -300,7 +300,7 @@ class Shapes:
         return [(step, line) if x else (line, step) for step in along]
 
     def _choices_of(self, task: str) -> list[tuple[Kind, ...]]:
-        """The kinds, one or two, that this split may show for a task; none if it has no room."""
+        """The kinds, one or two, that this split may show for a task; empty if there is no room."""
         room = {"counting": self.max_count}.get(task, self.grid)
         if room < 2 and task in ("counting", *PAIR_TASKS):
             return []
@@ -316,7 +316,7 @@ class Shapes:
     def _require(self, task: str) -> None:
         if not self._choices[task]:
             raise ValueError(
-                f"task {task!r} has nothing to show in split {self.split!r} with grid {self.grid}, "
+                f"task {task!r} is impossible in split {self.split!r} with grid {self.grid}, "
                 f"max_count {self.max_count} and held_out_fraction {self.held_out_fraction}: "
                 "enlarge them, or leave the task out of task_weights"
             )
@@ -335,7 +335,7 @@ class Shapes:
         for field, names in (("shapes", self.shapes), ("colours", self.colours)):
             expect(len(names) >= 2, field, names, "must name at least two")
         both = set(self.colours) & set(self.backgrounds)
-        expect(not both, "backgrounds", self.backgrounds, "must share no colour with colours")
+        expect(not both, "backgrounds", self.backgrounds, "must not share a colour with colours")
         expect(bool(self.backgrounds), "backgrounds", self.backgrounds, "must name at least one")
 
         size, most = self.image_size, self.max_count

@@ -1,10 +1,10 @@
-"""What lies where in tar shards, so that each sample is one seek away.
+"""Indices of tar shards, so that reading a sample takes one seek.
 
-An uncompressed tar file holds samples in WebDataset's layout: members of one sample share the name
-up to the first dot. One is an image; `.txt` and `.<kind>.txt` are captions, one a line, and so are
-the strings in `.json`. Each image is decoded once, what cannot be used is noted with the reason,
-and the index is written beside the tar file, as JSON lines. It follows from the tar file alone: who
-loses it makes it again.
+An uncompressed tar file contains samples in WebDataset's layout: the members of a sample share
+their name up to the first dot. One is an image; `.txt` and `.<kind>.txt` are captions, one per
+line, and so are the strings in `.json`. Each image is decoded once, unusable samples are recorded
+with the reason, and the index is written beside the tar file as JSON lines. It depends on the tar
+file alone, so it can be deleted and is created again.
 """
 
 import hashlib
@@ -27,15 +27,17 @@ from mmdit.printable import logger, printable
 log = logger(__name__)
 
 PROTOCOL = "mmdit-shard-index-3"
-AT_ONCE = 64  # samples in memory
+AT_ONCE = 64  # samples in memory at a time
 
 
 class ShardIndex(NamedTuple):
-    """The samples of a tar file in its order, and the keys of those set aside with the reason.
+    """The samples of a tar file in file order, and the keys of unusable ones with the reason.
 
     Attributes:
-        state: length and end of the tar file, by which it is known again.
-        limit: pixels above which an image was refused; None if none was.
+        state: length and CRC of the end of the tar file, to detect changes (`state_of`).
+        limit: the limit on pixels that excluded an image; None if it excluded none.
+        bad: key -> reason of each unusable sample.
+        samples: the usable samples.
     """
 
     state: tuple[int, int]
@@ -44,7 +46,7 @@ class ShardIndex(NamedTuple):
     samples: Sequence[Sample]
 
     def save(self, path: Path) -> None:
-        """Write a header and one line for each sample; the file appears whole or not at all."""
+        """Write a header and one line per sample, atomically."""
         lines = [json.dumps(sample) + "\n" for sample in self.samples]
         header = {
             "protocol": PROTOCOL,
@@ -58,20 +60,20 @@ class ShardIndex(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex | None":
-        """None if there is none, or none that `save` wrote whole."""
+        """Read an index; None if it does not exist, is damaged, or has another protocol."""
         try:
             with path.open(encoding="ascii") as file:
                 header, lines = json.loads(file.readline()), list(file)
             if header["protocol"] != PROTOCOL:
-                raise ValueError("it is of another protocol")
+                raise ValueError("it has another protocol")
             if header["samples"] != len(lines) or header["sha256"] != _sha256(lines):
-                raise ValueError("it is not as it was written")
+                raise ValueError("it is damaged")
             samples = [Sample.of(json.loads(line)) for line in lines]
             return cls((*header["state"],), header["limit"], header["bad"], samples)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s cannot be used, and is made again: %s", path, first_line(error))
+            log.warning("%s cannot be used and is created again: %s", path, first_line(error))
             return None
 
 
@@ -87,21 +89,21 @@ def index_shards(
     max_pixels: int = MAX_PIXELS,
     threads: int = 8,
 ) -> Iterator[tuple[str, ShardIndex]]:
-    """The name, relative to `root`, and the index of each tar file, known or made now.
+    """Yield the name, relative to `root`, and the index of each tar file; create missing indices.
 
-    An index is made anew when its tar file has another length or end, and when it leaves out images
-    that `max_pixels` allows. What was indexed before an interruption is not indexed again.
+    An index is created again if its tar file has changed, or if it excludes images that
+    `max_pixels` allows. Shards indexed before an interruption are not indexed again.
 
     Args:
         paths: tar files below `root`.
         root: the folder.
-        folder: where the indices lie; else each beside its tar file.
-        max_pixels: of an image; larger ones are set aside.
-        threads: that decode at once.
+        folder: folder of the indices; by default each is beside its tar file.
+        max_pixels: largest number of pixels in an image; larger images are set aside.
+        threads: number of threads that decode images.
 
     Raises:
-        UserError: tar files are compressed, cut off or damaged. How much of them is lost cannot be
-            known, so no limit on images set aside could be kept. Raised at the end, with all.
+        UserError: tar files are compressed, truncated or damaged. The number of images lost in
+            them is unknown, so the limit on bad images cannot apply. Raised once, at the end.
     """
     damaged: list[str] = []
     total = sum(path.stat().st_size for path in paths)
@@ -135,7 +137,7 @@ def index_shards(
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of a tar file lies: beside it."""
+    """The path of the index of a tar file: beside it."""
     return tar.with_suffix(".index.jsonl")
 
 
@@ -147,17 +149,17 @@ def make_index(
     measure: Measure | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> ShardIndex:
-    """Look through a tar file.
+    """Index a tar file.
 
     Args:
         path: the tar file.
-        max_pixels: of an image; larger ones are set aside.
-        pool: of threads that decode.
-        measure: gives the size of an image that was decoded before; else it is decoded.
-        progress: called with the bytes that were looked through.
+        max_pixels: largest number of pixels in an image; larger images are set aside.
+        pool: thread pool that decodes images.
+        measure: returns the known size of an image; by default images are decoded.
+        progress: called with the number of bytes read since the last call.
 
     Raises:
-        UserError: it is compressed, cut off, damaged or changes meanwhile.
+        UserError: it is compressed, truncated or damaged, or changes while it is read.
     """
 
     def decoded(_: str, data: bytes) -> Size:
@@ -175,7 +177,7 @@ def make_index(
     names = list(groups)
     bad: dict[str, str] = {}
     samples, limit = [], None
-    # Only some at a time, so that an interruption does not wait for all.
+    # In small portions, so that an interruption does not wait for all.
     for start in range(0, len(groups), AT_ONCE):
         keys = names[start : start + AT_ONCE]
         for key, seen in zip(keys, pool.map(looked, keys), strict=True):
@@ -187,22 +189,22 @@ def make_index(
         if progress is not None:
             progress(sum(member.length for key in keys for member in groups[key]))
     if state_of(path) != state:
-        raise UserError(f"{path} changes while it is read: wait until it is written")
+        raise UserError(f"{path} changed while it was read: wait until it is complete")
     return ShardIndex(state, limit, bad, samples)
 
 
 def _is_of(index: ShardIndex, path: Path, max_pixels: int) -> bool:
-    """Whether it tells all of the tar file as it is now that `max_pixels` allows."""
+    """Whether an index matches the tar file as it is now, and has all that `max_pixels` allows."""
     return index.state == state_of(path) and (index.limit is None or index.limit >= max_pixels)
 
 
 def _save(index: ShardIndex, target: Path) -> None:
     try:
         index.save(target)
-    except OSError as error:  # a folder that is only read: the data set is the same without
+    except OSError as error:  # a read-only folder: the index only saves time
         log.warning(
-            "%s cannot be written (%s), so the shard is looked through at every start: give "
-            "another folder for indices",
+            "%s cannot be written (%s), so the shard is indexed at every start: choose another "
+            "folder for indices",
             target,
             first_line(error),
         )

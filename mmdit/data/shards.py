@@ -1,8 +1,8 @@
-"""Captioned images in tar shards, WebDataset's layout, read at any position.
+"""Captioned images in tar shards in WebDataset's layout, with random access.
 
-The library `webdataset` reads such shards as a stream: its order follows from shards, workers and a
-shuffle buffer. Here the order of training is a pure function of (seed, position), for any number of
-processes, so each shard has an index (`mmdit.data.shard_index`) and a sample is one seek.
+The library `webdataset` streams such shards, so its order depends on shards, workers and a shuffle
+buffer. Here the training order is a pure function of (seed, position) for any number of processes:
+each shard has an index (`mmdit.data.shard_index`), and reading a sample takes one seek.
 """
 
 import json
@@ -25,32 +25,32 @@ from mmdit.data.shard_index import index_path, index_shards
 from mmdit.data.tar import Span
 from mmdit.errors import UserError
 
-PACKED = "pack.json"  # what `mmdit.data.pack` notes beside the shards it writes
+PACKED = "pack.json"  # the record that `mmdit.data.pack` writes beside its shards
 
 
 class TarShards(Files):
     """Tar shards below a folder, each sample an image with captions.
 
-    Captions of the kind "text" are the lines of `.txt`, those of another kind of `.<kind>.txt`;
-    where there is no such member, the string or list of strings of that name in `.json`.
+    Captions of the kind "text" are the lines of `.txt`, those of another kind the lines of
+    `.<kind>.txt`; without such a member, the string or list of strings under that key in `.json`.
 
-    Samples are in the order of the shards' names, and within a shard in its own. A folder of images
-    and the shards packed from it are the same data set: same names, order, splits and images.
+    Samples are ordered by shard name, then by position in the shard. A folder of images and the
+    shards packed from it are the same data set: same names, order, splits and images.
 
     Args:
         root: the folder.
-        shards: which of its files, such as "cc12m-{000000..000009}.tar"; else all that were packed
-            there, or all *.tar.
+        shards: pattern of the shards, such as "cc12m-{000000..000009}.tar"; by default all shards
+            that were packed there, or all *.tar.
         kinds: the kinds of captions to read.
-        max_pixels: of an image; larger ones are set aside.
-        max_bad_fraction: of images set aside, above which opening fails.
-        report: JSON file that lists what was set aside, and why.
-        index: folder for the indices of the shards; else each lies beside its shard.
-        threads: that decode at once where a shard has no index.
+        max_pixels: largest number of pixels in an image; larger images are set aside.
+        max_bad_fraction: opening fails if a larger fraction of the images is set aside.
+        report: JSON file that lists the images set aside, with reasons.
+        index: folder for the indices of the shards; by default each is beside its shard.
+        threads: number of threads that decode the images of shards without an index.
 
     Raises:
-        UserError: a shard is missing, cut off or damaged, packing has not finished, no image is
-            left, more than `max_bad_fraction` are bad, or a kind never occurs.
+        UserError: a shard is missing, truncated or damaged, packing has not finished, no image is
+            usable, too many are bad, or a kind of caption never occurs.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TarShards(Files):
         self._index = Path(index) if index else None
         self.shards = find(self.place, shards) if shards else _all_shards(self.place)
         names, sizes, bad, found = list[str](), list[Size](), dict[str, str](), set[str]()
-        # As arrays: millions of samples as objects would fill the memory of every worker.
+        # Arrays, since millions of sample objects would fill the memory of every worker.
         shard_of, images = array("q"), array("q")
         captions = {kind: array("q") for kind in kinds}
         indices = index_shards(
@@ -112,7 +112,7 @@ class TarShards(Files):
         path = self.shards[self._shard_of[index]]
         captions = {}
         try:
-            # Opened anew each time: no descriptor to share between processes or to run out of.
+            # Opened for each read: no descriptor to share between processes or to run out of.
             with path.open("rb") as file:
                 for kind, spans in self._captions.items():
                     *span, in_table = spans[index].tolist()
@@ -123,11 +123,11 @@ class TarShards(Files):
                         captions[kind] = lines_of(data, kind)
                 return Span(*self._images[index].tolist()).read(file), captions
         except FileNotFoundError as error:
-            raise BadImage(f"{path} is gone") from error
+            raise BadImage(f"{path} no longer exists") from error
         except BadImage as error:
             beside = self._index / path.relative_to(self.place) if self._index else path
             raise BadImage(
-                f"{error}: if {path} was replaced, move its index elsewhere: {index_path(beside)}"
+                f"{error}: if {path} was replaced, delete its index {index_path(beside)}"
             ) from error
 
     def checksum(self, index: int) -> tuple[int, int]:
@@ -135,9 +135,9 @@ class TarShards(Files):
         return length, crc32
 
     def stamp(self, index: int) -> str:
-        """From the index alone: it has the checksums of captions, too."""
+        """From the index alone, which also has the checksums of the captions."""
         spans = [self._images[index], *(spans[index] for spans in self._captions.values())]
-        # Where in a shard it lies does not matter.
+        # The offset within the shard does not matter.
         return json.dumps([span[1:].tolist() for span in spans])
 
 
@@ -145,7 +145,7 @@ tar_shards = opener(TarShards)
 
 
 def _unusable(sample: Sample, kinds: Sequence[str], max_pixels: int) -> str | None:
-    """Why a sample that is whole cannot be used here."""
+    """Why an intact sample cannot be used here, or None."""
     if sample.height * sample.width > max_pixels:
         size = f"{sample.width} x {sample.height}"
         return f"{size} pixels are more than the limit of {max_pixels}"
@@ -155,10 +155,10 @@ def _unusable(sample: Sample, kinds: Sequence[str], max_pixels: int) -> str | No
 
 
 def _all_shards(root: Path) -> list[Path]:
-    """The shards that were packed into a folder, or all that it holds.
+    """The shards that were packed into a folder, or all its *.tar.
 
     Raises:
-        UserError: packing has not finished, a shard is missing, or there is none.
+        UserError: packing has not finished, a shard is missing, or there are no shards.
     """
     packed = root / PACKED
     if not packed.is_file():
@@ -170,16 +170,16 @@ def _all_shards(root: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{packed} is damaged: name the shards as shards='*.tar'") from error
     if not complete:
-        raise UserError(f"{root} is not packed to the end: give the same command again")
+        raise UserError(f"packing {root} has not finished: run the same command again")
     for name, length in lengths.items():
         path = root / name
         if not path.is_file() or path.stat().st_size != length:
-            raise UserError(f"{path} must be there with {length} bytes, as it was packed")
+            raise UserError(f"{path} is missing or changed: it was packed with {length} bytes")
     return [root / name for name in lengths]
 
 
 def _caption_span(sample: Sample, kind: str) -> tuple[int, ...]:
-    """Offset, length, CRC, and whether a .json lies there; zeros where there is no caption."""
+    """Offset, length, CRC, and 1 if the span is a .json; zeros if there is no caption."""
     if kind in sample.texts:
         return *sample.texts[kind], 0
     if kind in sample.columns and sample.table:

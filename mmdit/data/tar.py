@@ -1,4 +1,4 @@
-"""Members of an uncompressed tar file, and where their contents lie in it."""
+"""Members of an uncompressed tar file, with the offsets of their contents."""
 
 import os
 import tarfile
@@ -10,7 +10,7 @@ from mmdit.data.images import MAX_BYTES, BadImage
 from mmdit.errors import UserError, first_line
 
 TAIL = 2**16
-MAX_EXTENDED = 2**20  # bytes of a header that holds a long name, or attributes
+MAX_EXTENDED = 2**20  # bytes of an extended header (long names, attributes)
 EXTENDED = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
@@ -24,7 +24,7 @@ COMPRESSED = {
 
 
 class Span(NamedTuple):
-    """Where the content of a member lies in its tar file, and its CRC."""
+    """The position of a member's content in its tar file, and its CRC-32."""
 
     offset: int
     length: int
@@ -34,16 +34,16 @@ class Span(NamedTuple):
         """The content.
 
         Raises:
-            BadImage: it is not what it was when the span was noted.
+            BadImage: it has changed since it was indexed.
         """
         data = _read(file, self.offset, self.length)
         if len(data) != self.length or zlib.crc32(data) != self.crc32:
-            raise BadImage("its bytes in the shard are others than when it was indexed")
+            raise BadImage("its content in the shard has changed since it was indexed")
         return data
 
 
 class Member(NamedTuple):
-    """An entry of a tar file. `problem`: why it has no content, such as being a link."""
+    """An entry of a tar file. `problem` says why it has no content, e.g. because it is a link."""
 
     name: str
     offset: int
@@ -51,10 +51,10 @@ class Member(NamedTuple):
     problem: str | None
 
     def read(self, file: BinaryIO) -> tuple[Span, bytes]:
-        """Where its content lies, and the content.
+        """The span of its content, and the content.
 
         Raises:
-            BadImage: it has none, or more than `MAX_BYTES`.
+            BadImage: it has no content, is truncated, or is larger than `MAX_BYTES`.
         """
         if self.problem:
             raise BadImage(f"{self.name} {self.problem}")
@@ -62,26 +62,26 @@ class Member(NamedTuple):
             raise BadImage(f"{self.length} bytes are more than the limit of {MAX_BYTES}")
         data = _read(file, self.offset, self.length)
         if len(data) != self.length:
-            raise BadImage(f"{self.name} is cut off")
+            raise BadImage(f"{self.name} is truncated")
         return Span(self.offset, self.length, zlib.crc32(data)), data
 
 
 def read_members(path: Path) -> list[Member]:
-    """All entries of a tar file but the folders, in its order.
+    """All entries of a tar file except folders, in file order.
 
-    Names are as they stand in the file, without a leading "./"; bytes that are not UTF-8 become
-    surrogates, as in the names of files.
+    Names are those in the file without a leading "./"; bytes that are not UTF-8 become surrogates,
+    as in file names.
 
     Raises:
-        UserError: it is compressed, cut off or damaged: `tarfile` alone would pass over all that
-            comes after a damaged header.
+        UserError: it is compressed, truncated or damaged. (`tarfile` alone would silently skip
+            everything after a damaged header.)
     """
     found, length = [], path.stat().st_size
     try:
         with tarfile.open(path, "r:", encoding="utf-8", tarinfo=_Entry) as tar:
             for entry in tar:
-                # Extended headers state sizes, too. A negative one would lead back for ever; that
-                # of a file with holes counts them.
+                # Extended headers also state sizes. A negative one would loop forever; the size
+                # of a sparse file includes its holes.
                 left = length - entry.offset_data
                 if entry.size < 0 or (entry.isreg() and not entry.issparse() and entry.size > left):
                     raise tarfile.ReadError(_wrong_size(entry, f"and {left} are left in the file"))
@@ -89,16 +89,16 @@ def read_members(path: Path) -> list[Member]:
                     found.append(_member(entry))
             end = tar.offset
     except RecursionError as error:
-        raise UserError(f"{path}: thousands of extended headers follow each other") from error
+        raise UserError(f"{path} is damaged: thousands of consecutive extended headers") from error
     except (tarfile.TarError, ValueError, OverflowError) as error:
         problem = _compression(path) or first_line(error)
-        raise UserError(f"{path} must be a whole, uncompressed tar file: {problem}") from error
+        raise UserError(f"{path} must be a complete, uncompressed tar file: {problem}") from error
     _check_end(path, end)
     return found
 
 
 def state_of(path: Path) -> tuple[int, int]:
-    """Length and CRC of the last bytes: change when entries are added, stay when it is copied."""
+    """Length, and CRC of the last bytes: changes when entries are added, not when it is copied."""
     with path.open("rb") as file:
         length = os.fstat(file.fileno()).st_size
         tail = _read(file, max(0, length - TAIL), TAIL)
@@ -106,7 +106,7 @@ def state_of(path: Path) -> tuple[int, int]:
 
 
 class _Entry(tarfile.TarInfo):
-    """An entry whose header is refused before anything is read or sought by the size it states."""
+    """An entry whose stated size is validated before it is used to read or seek."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -123,17 +123,17 @@ def _wrong_size(entry: tarfile.TarInfo, why: str) -> str:
 
 
 def _compression(path: Path) -> str | None:
-    """What is wrong with a file that begins as a compressed one."""
+    """The error message for a compressed file, or None."""
     with path.open("rb") as file:
         head = file.read(8)
-    known = (name for magic, name in COMPRESSED.items() if head.startswith(magic))
-    return next((f"it is compressed ({name}), so decompress it first" for name in known), None)
+    formats = (name for magic, name in COMPRESSED.items() if head.startswith(magic))
+    return next((f"it is compressed ({name}), so decompress it first" for name in formats), None)
 
 
 def _member(entry: tarfile.TarInfo) -> Member:
     problem = None
     if entry.issparse():
-        problem = "is stored with holes"
+        problem = "is a sparse file"
     elif entry.issym() or entry.islnk():
         problem = "is a link"
     elif not entry.isreg():
@@ -142,18 +142,18 @@ def _member(entry: tarfile.TarInfo) -> Member:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Two blocks of zeros end a tar file, and nothing but zeros follows."""
+    """Check that a tar file ends in a block of zeros followed by nothing but zeros."""
     with path.open("rb") as file:
         file.seek(end)
         mark, rest = file.read(tarfile.BLOCKSIZE), file.read(2**20)
     if not mark:
-        raise UserError(f"{path} must be a whole tar file: it has no end mark, so it was cut off")
+        raise UserError(f"{path} must be a complete tar file: it has no end mark, so is truncated")
     if any(mark):
-        raise UserError(f"{path} must be a whole tar file: byte {end} begins no entry")
+        raise UserError(f"{path} must be a complete tar file: no entry starts at byte {end}")
     if any(rest):
-        raise UserError(f"{path} must be one tar file: another one follows its end mark")
+        raise UserError(f"{path} must be a single tar file: more data follows its end mark")
 
 
 def _read(file: BinaryIO, offset: int, length: int) -> bytes:
-    """Without moving the file's position, so that threads may share it."""
+    """Read without moving the file's position, so that threads can share it."""
     return os.pread(file.fileno(), length, offset)

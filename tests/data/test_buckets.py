@@ -33,17 +33,17 @@ def test_a_ratio_of_one_leaves_the_square():
 
 
 @SETS
-def test_a_picture_goes_to_the_nearest_log_ratio(image_size, unit, max_ratio):
+def test_an_image_gets_the_nearest_log_ratio(image_size, unit, max_ratio):
     buckets = Buckets(image_size=image_size, unit=unit, max_ratio=max_ratio)
-    pictures = np.random.default_rng(0).integers(1, 2000, (500, 2))
-    for (height, width), found in zip(pictures, buckets.of(pictures), strict=True):
+    sizes = np.random.default_rng(0).integers(1, 2000, (500, 2))
+    for (height, width), found in zip(sizes, buckets.of(sizes), strict=True):
         distances = [abs(math.log(width / height) - math.log(w / h)) for h, w in buckets.sizes]
         assert distances[found] == pytest.approx(min(distances), abs=1e-12)
     assert list(buckets.of(buckets.sizes)) == list(range(len(buckets.sizes)))
 
 
 @pytest.mark.parametrize("position", [0.0, 0.3, 0.5, 1.0])
-def test_the_window_is_the_largest_of_its_shape_inside_the_picture(position):
+def test_the_window_is_the_largest_of_its_shape_inside_the_image(position):
     rng = np.random.default_rng(1)
     for height, width, rows, columns in rng.integers(1, 3000, (300, 4)).tolist():
         left, top, right, bottom = window((height, width), (rows, columns), position)
@@ -55,13 +55,13 @@ def test_the_window_is_the_largest_of_its_shape_inside_the_picture(position):
         )
 
 
-def test_fit_changes_no_plain_picture():
+def test_fit_keeps_a_plain_image_unchanged():
     for height, width in ((9, 40), (40, 9), (1, 500), (700, 700)):
         plain = np.full((height, width, 3), (10, 128, 250), np.uint8)
         assert (fit(plain, (32, 48), 0.7) == (10, 128, 250)).all()
 
 
-def test_fit_leaves_a_picture_of_the_right_size_as_it_is():
+def test_fit_keeps_an_image_of_the_right_size_unchanged():
     image = noise(32, 48)
     assert np.array_equal(fit(image, (32, 48)), image)
 
@@ -79,7 +79,7 @@ def test_reduction_does_not_alias():
     assert np.abs(inner - 127.5).max() < 4
 
 
-def test_an_extreme_picture_needs_no_huge_one(monkeypatch):
+def test_an_extreme_aspect_ratio_needs_no_huge_image(monkeypatch):
     sides = []
     resize = Image.Image.resize
     monkeypatch.setattr(

@@ -22,7 +22,7 @@ def opened(folder, split="train", **arguments) -> CaptionedImages:
     return image_folder(**{"root": str(folder), **PLAIN, **arguments}).view(split)
 
 
-def test_pictures_are_known_by_their_content_wherever_they_lie(tmp_path):
+def test_images_are_identified_by_content_not_by_location(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         for i in range(4):
@@ -50,7 +50,7 @@ def test_of_a_small_set_one_image_is_held_back(tmp_path):
 def test_so_many_samples_are_a_part_of_more(tmp_path):
     for i in range(40):
         (tmp_path / f"{i:02d}.png").write_bytes(encoded(noise(4, 4)))
-        (tmp_path / f"{i:02d}.txt").write_text(f"picture {i}")
+        (tmp_path / f"{i:02d}.txt").write_text(f"image {i}")
     every = opened(tmp_path, mix=None, validation_fraction=0.3)
     parts = [opened(tmp_path, samples=n, validation_fraction=0.3).names for n in (5, 12, 100)]
     assert [len(names) for names in parts] == [5, 12, len(every)]
@@ -81,11 +81,11 @@ def thousand(tmp_path, photo):
         path = root / f"{i % 7}" / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(good)
-        path.with_suffix(".txt").write_text(f"picture {i}")
+        path.with_suffix(".txt").write_text(f"image {i}")
     contents = {
         "truncated.png": encoded(noise(40, 40))[:1500],
         "empty.jpg": b"",
-        "text.png": b"I am no picture",
+        "text.png": b"I am not an image",
         "bomb.png": bomb(),
         "float.tiff": encoded(np.zeros((4, 4), np.float32), "TIFF"),
         "silent.png": good,
@@ -110,7 +110,7 @@ def thousand(tmp_path, photo):
         "silent.png": "has no caption",
         "latin.png": "its caption latin.txt is not UTF-8",
         "folder.png": "is a folder",
-        "link.png": "a link to nothing",
+        "link.png": "a broken link",
         "pipe.png": "not a regular file",
     }
 
@@ -141,7 +141,7 @@ def test_too_many_bad_ones_stop_the_run_and_are_listed(thousand, tmp_path):
 
 def test_a_file_that_may_not_be_read_is_listed(tmp_path, photo, monkeypatch):
     for i in range(3):
-        photo(tmp_path / f"{i}.png", "told")
+        photo(tmp_path / f"{i}.png", "a caption")
 
     def guarded(path):  # to the superuser no mode of a file is a hindrance
         if path.name == "1.png":
@@ -153,11 +153,11 @@ def test_a_file_that_may_not_be_read_is_listed(tmp_path, photo, monkeypatch):
     report = tmp_path / "report.json"
     assert len(opened(tmp_path, max_bad_fraction=0.5, report=str(report))) == 2
     [entry] = json.loads(report.read_text())["images"]
-    assert entry == {"file": "1.png", "reason": "may not be read (permission denied)"}
+    assert entry == {"file": "1.png", "reason": "cannot be read (permission denied)"}
 
 
 def test_other_failures_of_the_disk_set_nothing_aside(tmp_path, photo, monkeypatch):
-    photo(tmp_path / "0.png", "told")
+    photo(tmp_path / "0.png", "a caption")
 
     def failing(path):
         raise OSError(5, "Input/output error")
@@ -170,7 +170,7 @@ def test_other_failures_of_the_disk_set_nothing_aside(tmp_path, photo, monkeypat
 def test_the_index_saves_decoding_and_changes_nothing(tmp_path, photo, monkeypatch):
     root, index = tmp_path / "photos", tmp_path / "index.jsonl"
     for i in range(6):
-        photo(root / f"{i}.png", "told", width=8 + i)
+        photo(root / f"{i}.png", "a caption", width=8 + i)
     first = opened(root, index=str(index), threads=1)
     decoded = []
     decode = mmdit.data.folder.decode
@@ -181,8 +181,8 @@ def test_the_index_saves_decoding_and_changes_nothing(tmp_path, photo, monkeypat
     old = json.loads(lines[0]) | {"seen": [8, 1, 2]}  # as written before there were checksums
     odd = [{"file": "1.png", "seen": 5}, {"file": "2.png", "seen": ["x"]}, [1]]
     index.write_text("\n".join([*map(json.dumps, [old, *odd]), *lines[2:], '{"file": "half a li']))
-    photo(root / "3.png", "told", width=20)
-    photo(root / "7.png", "told")
+    photo(root / "3.png", "a caption", width=20)
+    photo(root / "7.png", "a caption")
     second = opened(root, index=str(index), threads=1)
     assert decoded == [(root / f"{i}.png").read_bytes() for i in (0, 1, 3, 7)]
     assert list(second.names) == [*first.names, "7.png"]
@@ -190,10 +190,12 @@ def test_the_index_saves_decoding_and_changes_nothing(tmp_path, photo, monkeypat
 
 
 @pytest.mark.parametrize("index", ["a.png/index.jsonl", "folder"])
-def test_an_index_that_cannot_be_written_is_told_once(tmp_path, photo, caplog, monkeypatch, index):
+def test_an_index_that_cannot_be_written_is_logged_once(
+    tmp_path, photo, caplog, monkeypatch, index
+):
     monkeypatch.setattr(mmdit.data.folder, "CHUNK", 1)
     for name in ("a.png", "b.png"):
-        photo(tmp_path / name, "told")
+        photo(tmp_path / name, "a caption")
     (tmp_path / "folder").mkdir()
     assert len(opened(tmp_path, index=str(tmp_path / index))) == 2
     [record] = caplog.records
@@ -201,14 +203,14 @@ def test_an_index_that_cannot_be_written_is_told_once(tmp_path, photo, caplog, m
 
 
 def test_a_report_that_cannot_be_written_is_named(tmp_path, photo):
-    photo(tmp_path / "a.png", "told")
+    photo(tmp_path / "a.png", "a caption")
     with pytest.raises(UserError, match=r"report .*a\.png/report\.json cannot be written: "):
         opened(tmp_path, report=str(tmp_path / "a.png" / "report.json"))
 
 
 def test_links_to_folders_are_followed_and_circles_end(tmp_path, photo):
-    photo(tmp_path / "elsewhere" / "b.png", "told")
-    photo(tmp_path / "photos" / "a.png", "told")
+    photo(tmp_path / "elsewhere" / "b.png", "a caption")
+    photo(tmp_path / "photos" / "a.png", "a caption")
     (tmp_path / "photos" / "there").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "back").symlink_to(tmp_path / "photos")
     assert list(opened(tmp_path / "photos").names) == ["a.png", "there/b.png"]
@@ -216,10 +218,10 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path, photo):
 
 def test_a_folder_that_many_ways_lead_to_counts_once_by_its_own_path(tmp_path, photo):
     for i in range(12):
-        photo(tmp_path / "photos" / f"{i:02d}" / "a.png", "told")
+        photo(tmp_path / "photos" / f"{i:02d}" / "a.png", "a caption")
         for j in range(12):
             (tmp_path / "photos" / f"{i:02d}" / f"link{j}").symlink_to(f"../{j:02d}")
-    photo(tmp_path / "elsewhere" / "b.png", "told")
+    photo(tmp_path / "elsewhere" / "b.png", "a caption")
     for name in ("z", "0", "05/z"):
         (tmp_path / "photos" / name).symlink_to(tmp_path / "elsewhere")
     expected = sorted(["0/b.png", *(f"{i:02d}/a.png" for i in range(12))])
@@ -229,7 +231,7 @@ def test_a_folder_that_many_ways_lead_to_counts_once_by_its_own_path(tmp_path, p
 def test_odd_names_set_aside_one_image_each(tmp_path, photo):
     long = f"{'b' * 251}.png"  # whose sidecar of another kind would have too long a name
     for name in ("a.png", long):
-        photo(tmp_path / name, "told")
+        photo(tmp_path / name, "a caption")
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.synthetic.txt").write_text("made")
@@ -238,7 +240,7 @@ def test_odd_names_set_aside_one_image_each(tmp_path, photo):
     data = opened(tmp_path, mix={"text": 1, "synthetic": 1}, **arguments)
     assert list(data.names) == ["a.png", long]
     names = ["a.png", "a.png/b.png", f"{'c' * 300}.png"]
-    rows = [json.dumps({"file_name": name, "text": "told"}) for name in names]
+    rows = [json.dumps({"file_name": name, "text": "a caption"}) for name in names]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     assert list(opened(tmp_path, captions=Table(), **arguments).names) == ["a.png"]
     reasons = {e["file"]: e["reason"] for e in json.loads(report.read_text())["images"]}
@@ -299,7 +301,7 @@ def test_tables_give_columns_and_lines_add_up(tmp_path, photo, kind):
 def test_names_that_no_file_can_have_are_listed(tmp_path, photo):
     photo(tmp_path / "a.png", None)
     names = ["a.png", "zero\0.png", "half\ud800.png", "../out.png", ""]
-    rows = [json.dumps({"file_name": name, "text": "told"}) for name in names]
+    rows = [json.dumps({"file_name": name, "text": "a caption"}) for name in names]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     report = tmp_path / "report.json"
     data = opened(
@@ -312,8 +314,8 @@ def test_names_that_no_file_can_have_are_listed(tmp_path, photo):
     assert list(data.names) == ["a.png"]
     reasons = {e["file"]: e["reason"] for e in json.loads(report.read_text())["images"]}
     assert reasons == {
-        "zero\0.png": "has a name that no file can have",
-        "half\ud800.png": "has a name that no file can have",
+        "zero\0.png": "has an invalid file name",
+        "half\ud800.png": "has an invalid file name",
         "../out.png": "lies outside of the folder",
         ".": "is a folder",
     }
@@ -338,21 +340,21 @@ def test_kinds_come_as_often_as_the_mix_says_and_every_caption_occurs(tmp_path, 
     (tmp_path / "a.synthetic.txt").write_text("made")
     photo(tmp_path / "b.png", "alone")  # has no synthetic caption: always its own
     data = opened(tmp_path, mix={"text": 0.5, "synthetic": 0.5})
-    told = [data.batch([0, 1], step).captions for step in range(400)]
-    assert np.mean([first == "made" for first, _ in told]) == pytest.approx(0.5, abs=0.08)
-    assert {first for first, _ in told} == {"one", "two", "three", "made"}
-    assert {second for _, second in told} == {"alone"}
+    found = [data.batch([0, 1], step).captions for step in range(400)]
+    assert np.mean([first == "made" for first, _ in found]) == pytest.approx(0.5, abs=0.08)
+    assert {first for first, _ in found} == {"one", "two", "three", "made"}
+    assert {second for _, second in found} == {"alone"}
 
 
 def test_what_a_step_sees_is_keyed_by_seed_step_and_sample(tmp_path, photo):
     for i in range(4):
         photo(tmp_path / f"{i}.png", "one\ntwo\nthree", height=40, width=70, seed=i)
     data, same, other = (opened(tmp_path, seed=seed) for seed in (0, 0, 1))
-    images, told, _ = data.batch([0, 1, 2, 3], step=5)
+    images, texts, _ = data.batch([0, 1, 2, 3], step=5)
     assert images.shape == (4, *data.size_of(0), 3)
     for i in (3, 1):  # alone, in another order, by another process
         alone, caption, _ = same.batch([i], step=5)
-        assert np.array_equal(alone[0], images[i]) and caption == [told[i]]
+        assert np.array_equal(alone[0], images[i]) and caption == [texts[i]]
     differing = [data.batch([0, 1, 2, 3], 6)[0], other.batch([0, 1, 2, 3], 5)[0]]
     assert all(not np.array_equal(images, else_) for else_ in differing)
 
@@ -376,13 +378,13 @@ def test_what_is_kept_gives_what_every_step_sees(tmp_path, photo):
     assert captions == {"text": ("one", "two"), "synthetic": ("made",)}
     numbered = {"text": range(2), "synthetic": range(2, 3)}
     for step in range(50):
-        pictures, told, _ = data.batch([0], step)
-        assert np.array_equal(pictures[0], image)
-        assert data.pick(captions, 0, step) == told[0]
-        assert ["one", "two", "made"][data.pick(numbered, 0, step)] == told[0]
+        images, texts, _ = data.batch([0], step)
+        assert np.array_equal(images[0], image)
+        assert data.pick(captions, 0, step) == texts[0]
+        assert ["one", "two", "made"][data.pick(numbered, 0, step)] == texts[0]
 
 
-def test_the_identity_tells_pictures_captions_and_sizes(tmp_path, photo):
+def test_the_identity_depends_on_images_captions_and_sizes(tmp_path, photo):
     photo(tmp_path / "a.png", "one", seed=1)
     photo(tmp_path / "b.png", "two", seed=2)
 
@@ -418,7 +420,7 @@ def turned(orientation: int) -> bytes:
 def test_the_identity_tells_files_of_one_length_and_size_apart(tmp_path, contents):
     before, after = contents
     assert len(before) == len(after)
-    (tmp_path / "a.txt").write_text("told")
+    (tmp_path / "a.txt").write_text("a caption")
     options = {"crop": "centre", "index": str(tmp_path / "index")}
     (tmp_path / "a.jpg").write_bytes(before)
     data = opened(tmp_path, **options)
@@ -426,12 +428,12 @@ def test_the_identity_tells_files_of_one_length_and_size_apart(tmp_path, content
     assert opened(tmp_path, **options).identity() == first
     (tmp_path / "a.jpg").write_bytes(after)
     assert opened(tmp_path, **options).identity() != first
-    with pytest.raises(UserError, match=r"a\.jpg has changed .*: its bytes are others"):
+    with pytest.raises(UserError, match=r"a\.jpg has changed .*: its content differs"):
         data.batch([0])
 
 
 def test_the_identity_of_a_file_that_is_gone_is_refused(tmp_path, photo):
-    path = photo(tmp_path / "a.png", "told")
+    path = photo(tmp_path / "a.png", "a caption")
     data = opened(tmp_path, crop="centre")
     path.unlink()
     with pytest.raises(UserError, match=r"a\.png has changed .*: no such file"):
@@ -450,18 +452,18 @@ def test_random_crops_cannot_be_kept(tmp_path, photo):
 
 def test_splits_share_no_image_and_lose_none(tmp_path, photo):
     for i in range(60):
-        photo(tmp_path / f"{i}.png", "told")
+        photo(tmp_path / f"{i}.png", "a caption")
     parts = [opened(tmp_path, split=s, validation_fraction=0.3) for s in ("train", "validation")]
     names = [set(part.names) for part in parts]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 60
-    photo(tmp_path / "new.png", "told")
+    photo(tmp_path / "new.png", "a caption")
     later = set(opened(tmp_path, split="validation", validation_fraction=0.3).names)
     assert names[1] <= later  # an image that is added moves no other
 
 
 def test_a_batch_of_several_sizes_is_refused(tmp_path, photo):
-    photo(tmp_path / "a.png", "told", width=32)
-    photo(tmp_path / "b.png", "told", height=32)
+    photo(tmp_path / "a.png", "a caption", width=32)
+    photo(tmp_path / "b.png", "a caption", height=32)
     data = opened(tmp_path)
     with pytest.raises(ValueError, match="must be of one size"):
         data.batch([0, 1])
@@ -471,9 +473,9 @@ def test_a_batch_of_several_sizes_is_refused(tmp_path, photo):
 
 
 def test_an_image_that_changes_later_is_named(tmp_path, photo):
-    path = photo(tmp_path / "a.png", "told")
+    path = photo(tmp_path / "a.png", "a caption")
     data = opened(tmp_path)
-    photo(path, "told", width=50)
+    photo(path, "a caption", width=50)
     with pytest.raises(UserError, match=r"a\.png has changed"):
         data.batch([0])
     path.unlink()
@@ -488,7 +490,7 @@ def test_an_image_that_changes_later_is_named(tmp_path, photo):
         ({"split": "trian"}, "did you mean 'train'"),
         ({"crop": "center"}, "did you mean 'centre'"),
         ({"mix": {"text": 0}}, "mix .* must not all be zero"),
-        ({"mix": {"text": 1, "../x": 1}}, "must be a plain word"),
+        ({"mix": {"text": 1, "../x": 1}}, "must be an identifier"),
         ({"mix": {"text": 1, "synthetic": 1}}, "no image of .* has a caption of .* 'synthetic'"),
         ({"captions": Table()}, "has no metadata.jsonl and metadata.csv"),
         ({"captions": ClassNames(), "mix": {"label": 1}}, "mix label must be text"),
@@ -498,7 +500,7 @@ def test_an_image_that_changes_later_is_named(tmp_path, photo):
     ],
 )
 def test_mistakes_are_named(tmp_path, photo, arguments, message):
-    photo(tmp_path / "a.png", "told")
+    photo(tmp_path / "a.png", "a caption")
     with pytest.raises(ValueError, match=message):
         opened(tmp_path, **arguments)
 
@@ -537,8 +539,8 @@ GOOD_ROWS = b"file_name,text\na.png,one\n"
         (b"file_name,text,text\n", "one column 'text'; its columns are file_name, text, text"),
         (GOOD_ROWS + b"b.png,a cat, a dog\n", "line 3: has 3 fields, not 2 .* in quotes"),
         (GOOD_ROWS + b"\nb.png\n", "line 4: has 1 fields, not 2"),
-        (GOOD_ROWS + b'b.png,"two\nc.png,three\n', "line 3: not CSV, a quote may be left open"),
-        (GOOD_ROWS + b'b.png,"two\nc.png,"three"\n', "line 3: not CSV, a quote may be left open"),
+        (GOOD_ROWS + b'b.png,"two\nc.png,three\n', "line 3: not CSV, a quote may be unclosed"),
+        (GOOD_ROWS + b'b.png,"two\nc.png,"three"\n', "line 3: not CSV, a quote may be unclosed"),
         (GOOD_ROWS + "b.png,Käse\n".encode("latin-1"), r"metadata\.csv, line 3: must be UTF-8"),
         (GOOD_ROWS.decode().encode("utf-16"), "line 1: must be UTF-8"),
     ],
@@ -584,5 +586,5 @@ def test_a_template_has_one_place_for_the_class(template):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="has no images"):
         opened(tmp_path)

@@ -76,7 +76,7 @@ def parquet(tmp_path, monkeypatch):
         rows = {
             "image": [{"bytes": encoded(noise(8, 8, i)), "path": f"{i}.png"} for i in numbers],
             "jpg": [encoded(noise(8, 8, i), "JPEG") for i in numbers],
-            "caption": [f"told {i}" for i in numbers],
+            "caption": [f"caption {i}" for i in numbers],
             "more": [[f"made {i}", "twice"] for i in numbers],
         }
         write_rows(folder / f"rows-{file}.parquet", rows)
@@ -96,7 +96,7 @@ def test_parquet_files_become_shards_without_network(
     for i in range(10):
         image, captions = data.read(i)
         assert image == encoded(noise(8, 8, i))
-        assert captions == {"text": (f"told {i}",), "more": (f"made {i}", "twice")}
+        assert captions == {"text": (f"caption {i}",), "more": (f"made {i}", "twice")}
     assert hub.main(command) == 0  # all is done: goes on to nothing
     assert hub.main([*command, "--image", "jpg"]) == 2
     assert "image 'image' then, 'jpg' now" in capsys.readouterr().err
@@ -106,7 +106,7 @@ def test_one_parquet_file_with_images_as_plain_bytes(parquet, tmp_path):
     file, out = parquet / "rows-1.parquet", tmp_path / "out"
     assert hub.main([str(file), str(out), "--image", "jpg", "--text", "caption"]) == 0
     data = opened(out, {"text": 1})
-    assert len(data) == 5 and data.read(0)[1] == {"text": ("told 5",)}
+    assert len(data) == 5 and data.read(0)[1] == {"text": ("caption 5",)}
     assert data.read(0)[0][:2] == b"\xff\xd8"
 
 
@@ -133,11 +133,14 @@ def test_columns_of_the_librarys_own_type_keep_their_bytes(parquet, tmp_path):
         (["rows"], "column 'text' must be one of image, jpg, caption, more"),
         (["rows", "--text", "caption", "--image", "img"], "column 'img' must be one of"),
         (["rows/none.parquet"], r"rows has no none.parquet"),
-        (["empty"], "empty holds no *.parquet"),
+        (["empty"], "empty has no files that match *.parquet"),
         (["junk.parquet"], "junk.parquet cannot be opened"),
-        (["none.parquet", "--text", "caption", "text"], "text caption, text must be columns of a"),
-        (["none.parquet", "--text", "a", "b", "b"], "text a, b, b must be columns of a kind each"),
-        (["none.parquet", "--text", "a", "a-b"], "mix 'a-b' must be a plain word"),
+        (
+            ["none.parquet", "--text", "caption", "text"],
+            "text caption, text must be different kinds",
+        ),
+        (["none.parquet", "--text", "a", "b", "b"], "text a, b, b must be different kinds"),
+        (["none.parquet", "--text", "a", "a-b"], "mix 'a-b' must be an identifier"),
         (["differing"], "because column names don't match"),
     ],
 )
@@ -152,8 +155,8 @@ def test_mistakes_end_in_a_line_and_exit_code_2(
         write_rows(tmp_path / "differing" / f"{column}.parquet", {column: ["one"]})
     source, *options = arguments
     assert hub.main([source, "out", *options]) == 2
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    found = capsys.readouterr().err
+    assert message in found and "Traceback" not in found
     assert not (tmp_path / "out").exists()
 
 
@@ -177,6 +180,6 @@ def test_a_data_set_of_the_hub_is_asked_for_by_name_config_and_split(tmp_path, m
     command = ["owner/name", str(tmp_path / "out"), "--config", "small", "--split", "test"]
     assert hub.main(command) == 2
     assert asked == [(("owner/name", "small"), {"split": "test"})]
-    told = capsys.readouterr().err
-    assert "error: owner/name cannot be opened: Dataset 'owner/name' doesn't exist" in told
-    assert "and so on" not in told
+    found = capsys.readouterr().err
+    assert "error: owner/name cannot be opened: Dataset 'owner/name' doesn't exist" in found
+    assert "and so on" not in found

@@ -1,4 +1,4 @@
-"""What a folder lacks is said with its likely cause, and each cause is counted."""
+"""What a folder lacks is reported with its likely cause, and each cause is counted."""
 
 import json
 import logging
@@ -22,10 +22,10 @@ THERE = ["a.jpg", "train/b.JPG", "train/deep/c d.png", COMPOSED, "x/0.png", "y/0
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
-        ("photos/a.jpg", "the folder 'photos' is too much"),
-        ("/data/photos/a.jpg", "the folder '/data/photos' is too much"),
-        ("../photos/a.jpg", "the folder '../photos' is too much"),
-        ("photos/train/b.JPG", "the folder 'photos' is too much"),
+        ("photos/a.jpg", "the folder 'photos' is superfluous"),
+        ("/data/photos/a.jpg", "the folder '/data/photos' is superfluous"),
+        ("../photos/a.jpg", "the folder '../photos' is superfluous"),
+        ("photos/train/b.JPG", "the folder 'photos' is superfluous"),
         ("b.JPG", "the folder 'train' is missing"),
         ("deep/c d.png", "the folder 'train' is missing"),
         ("train/b.jpg", "upper and lower case differ"),
@@ -36,10 +36,13 @@ THERE = ["a.jpg", "train/b.JPG", "train/deep/c d.png", COMPOSED, "x/0.png", "y/0
         ("C:\\photos\\a.jpg", "it has backslashes instead of slashes; the folder 'C:/photos' is"),
         ("train/deep/c%20d.png", "it is URL-encoded"),
         ("a.jpg ", "it has spaces around it"),
-        (unicodedata.normalize("NFD", COMPOSED), "its accents are encoded otherwise (Unicode NFC"),
-        ("other/c d.png", "it lies in 'train/deep'"),
+        (
+            unicodedata.normalize("NFD", COMPOSED),
+            "its accents are encoded differently (Unicode NFC",
+        ),
+        ("other/c d.png", "it is in 'train/deep'"),
         ("y/0.jpg", "the suffix there is '.png'"),
-        ("new/y/0.png", "the folder 'new' is too much"),
+        ("new/y/0.png", "the folder 'new' is superfluous"),
         ("z.jpg", None),
         ("", None),
         ("..", None),
@@ -77,7 +80,7 @@ def opened(root: Path, split: str = "train", **options) -> CaptionedImages:
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_a_table_whose_names_are_not_there_is_told_why(tmp_path, photo, absolute) -> None:
+def test_a_table_whose_names_are_not_there_gets_the_cause(tmp_path, photo, absolute) -> None:
     for i in range(4):
         photo(tmp_path / f"{i}.png", None, seed=i)
     prefix = tmp_path if absolute else "photos"
@@ -86,37 +89,35 @@ def test_a_table_whose_names_are_not_there_is_told_why(tmp_path, photo, absolute
     what = "lies outside of the folder" if absolute else "no such file"
     with pytest.raises(UserError) as refusal:
         opened(tmp_path, captions=Table())
-    told = f"{prefix}/0.png: {what}: the folder {str(prefix)!r} is too much (4 files)"
-    assert told in str(refusal.value)
+    found = f"{prefix}/0.png: {what}: the folder {str(prefix)!r} is superfluous (4 files)"
+    assert found in str(refusal.value)
     assert "0.png: has no caption of the kind text (4 files)" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("suffix", "told"),
+    ("suffix", "found"),
     [
         (
             ".caption",
-            "but one with .caption: data.captions.suffix=.caption, or --suffix .caption where",
+            "but one with .caption: read it with data.captions.suffix=.caption (when packing",
         ),
         (
             ".png.txt",
-            "but one with .png.txt: data.captions.suffix=.png.txt, or --suffix .png.txt where",
+            "but one with .png.txt: read it with data.captions.suffix=.png.txt (when packing",
         ),
-        (".json", "but one with .json: make a metadata.jsonl of them (3 files)"),
-        (None, "there is no file with the suffix .txt beside it (3 files)"),
+        (".json", "but one with .json: convert these to a metadata.jsonl (3 files)"),
+        (None, "no file with the suffix .txt beside it (3 files)"),
     ],
 )
-def test_captions_of_other_programs_are_offered(tmp_path, photo, suffix, told) -> None:
+def test_captions_of_other_programs_are_offered(tmp_path, photo, suffix, found) -> None:
     for i in range(3):
         photo(tmp_path / f"{i}.png", None, seed=i)
         if suffix:
             (tmp_path / f"{i}{suffix}").write_text("a photo")
     with pytest.raises(UserError) as refusal:
         opened(tmp_path)
-    assert "has no caption of the kind text: there is no file with the suffix .txt" in str(
-        refusal.value
-    )
-    assert told in str(refusal.value)
+    assert "has no caption of the kind text: no file with the suffix .txt" in str(refusal.value)
+    assert found in str(refusal.value)
     if suffix and suffix != ".json":
         data = opened(tmp_path, captions=Sidecars(suffix=suffix))
         assert data.read(0)[1] == {"text": ("a photo",)}
@@ -142,14 +143,14 @@ def test_a_suffix_that_makes_no_sense_is_refused(suffix) -> None:
         Sidecars(suffix=suffix)
 
 
-def test_one_image_is_in_both_splits_and_this_is_said(tmp_path, photo, caplog) -> None:
+def test_one_image_is_in_both_splits_and_a_warning_is_logged(tmp_path, photo, caplog) -> None:
     photo(tmp_path / "a.png", "a photo")
     for fraction in (0.0, 0.01, 0.9):
         for split in ("train", "validation"):
             data = opened(tmp_path, split=split, validation_fraction=fraction)
             assert list(data.names) == ["a.png"]
         assert caplog.messages == [
-            f"{tmp_path} holds one image: validation sees what is trained on"
+            f"{tmp_path} has one image: it is used for training and validation"
         ]
         caplog.clear()
     assert data.order(batch_size=4, seed=0)(3, 6) == [0] * 6
@@ -161,8 +162,8 @@ def test_several_captions_of_an_image_are_noted(tmp_path, photo, caplog) -> None
     with caplog.at_level(logging.INFO):
         opened(tmp_path)
     assert any(
-        "images with several captions (each line of a .txt is one): 2;" in told
-        for told in caplog.messages
+        "images with several captions (each line of a .txt is one): 2;" in found
+        for found in caplog.messages
     )
 
 

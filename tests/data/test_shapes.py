@@ -153,16 +153,16 @@ def in_relation(scene: Scene, relation: str) -> bool:
 
 
 def assert_places_are_true(scene: Scene, caption: str, grid: int) -> None:
-    """Each half of "... and ..." that names a side of the picture is about an object on it."""
+    """Each half of "... and ..." that names a side of the image is about an object on it."""
     last = grid - 1
     for thing, phrase in zip(scene.objects, caption.split(" and "), strict=True):
         column, row = cell_of(thing, grid)
         sides = {"left": column == 0, "right": column == last, "top": row == 0,
                  "bottom": row == last}  # fmt: skip
-        told = [side for side in sides if side in phrase.split()]
-        assert all(sides[side] for side in told)
-        if told:
-            assert len(told) == sum(sides.values())
+        found = [side for side in sides if side in phrase.split()]
+        assert all(sides[side] for side in found)
+        if found:
+            assert len(found) == sum(sides.values())
 
 
 def test_the_position_task_is_true_and_every_relation_occurs():
@@ -217,7 +217,7 @@ def test_coverage_has_the_shapes_area_at_any_size_and_place(shape):
         assert window.coverage.sum() / size**2 == pytest.approx(area * 0.04, rel=0.05)
 
 
-def test_a_larger_picture_is_the_same_scene():
+def test_a_larger_image_is_the_same_scene():
     small, large = (Shapes(split="train", image_size=size, **VARIED) for size in (32, 64))
     for index in range(50):
         assert small[index][1:] == large[index][1:]
@@ -236,9 +236,9 @@ def test_colours_and_background_are_drawn():
 
 def test_a_batch_is_its_samples():
     data = Shapes(split="validation")
-    images, told, _ = data.batch([3, 0, 9])
+    images, texts, _ = data.batch([3, 0, 9])
     assert images.dtype == torch.uint8 and images.shape == (3, 32, 32, 3)
-    for image, caption, index in zip(images, told, (3, 0, 9), strict=True):
+    for image, caption, index in zip(images, texts, (3, 0, 9), strict=True):
         assert np.array_equal(image.numpy(), data[index].image)
         assert caption == data[index].caption
 
@@ -252,21 +252,21 @@ def test_a_batch_is_its_samples():
         ({"shapes": ("circle", "sqare")}, "'sqare' must be one of .*did you mean 'square'"),
         ({"shapes": ("circle",)}, "must name at least two"),
         ({"colours": ("red", "red")}, "must not repeat"),
-        ({"colours": ("red", "white")}, "backgrounds .* must share no colour"),
+        ({"colours": ("red", "white")}, "backgrounds .* must not share a colour"),
         ({"backgrounds": ()}, "backgrounds .* must name at least one"),
         ({"sizes": {"huge": (0.2, 0.3)}}, r"sizes\['huge'\] .* objects could touch"),
         ({"sizes": {"odd": (0.2, 0.1)}}, r"sizes\['odd'\]"),
         ({"grid": 3}, "objects could touch"),
-        ({"grid": 1}, "'two_object' has nothing to show .* grid 1"),
+        ({"grid": 1}, "'two_object' is impossible .* grid 1"),
         ({"jitter": 0.06}, "objects could touch"),
         ({"max_count": 5}, "max_count 5 must be from 1 to 4"),
-        ({"max_count": 1}, "'counting' has nothing to show"),
+        ({"max_count": 1}, "'counting' is impossible"),
         ({"task_weights": {"counting": -1}}, r"task_weights\['counting'\] -1 must be at least 0"),
         ({"task_weights": {"counting": 0}}, "task_weights .* must not all be zero"),
         ({"task_weights": {"count": 1}}, "did you mean 'counting'"),
         ({"rich_fraction": 1.5}, r"rich_fraction 1.5 must be in \[0, 1\]"),
         ({"held_out_fraction": 0.6}, "held_out_fraction 0.6"),
-        ({"split": "held_out", "held_out_fraction": 0}, "nothing to show in split 'held_out'"),
+        ({"split": "held_out", "held_out_fraction": 0}, "is impossible in split 'held_out'"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, message):
@@ -298,9 +298,9 @@ def test_bad_indices_and_tasks_are_refused():
 def test_what_is_kept_gives_what_every_step_sees():
     data = Shapes(split="train")
     image, captions = data.cacheable(7)
-    images, told, _ = data.batch([7], step=3)
+    images, texts, _ = data.batch([7], step=3)
     assert np.array_equal(images[0], image) and image.shape[:2] == data.size_of(7)
-    assert data.pick(captions, 7, 3) == told[0]
+    assert data.pick(captions, 7, 3) == texts[0]
 
 
 def test_the_identity_tells_arguments():

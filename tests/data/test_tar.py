@@ -38,7 +38,7 @@ def test_every_cut_is_noticed(tmp_path):
     end = -(-content // 512) * 512  # where the end mark begins
     for length in (*range(0, content, 256), end):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"0\.tar must be a whole"):
+        with pytest.raises(UserError, match=r"0\.tar must be a complete"):
             read_members(path)
     path.write_bytes(whole[: end + 1024])  # the end mark without what is padded to a record
     assert len(read_members(path)) == len(MEMBERS)
@@ -49,7 +49,7 @@ def test_a_damaged_header_does_not_hide_what_follows(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[read_members(path)[4].offset - 512] ^= 1
     path.write_bytes(whole)
-    with pytest.raises(UserError, match=r"byte \d+ begins no entry"):
+    with pytest.raises(UserError, match=r"no entry starts at byte \d+"):
         read_members(path)
 
 
@@ -117,7 +117,7 @@ def test_an_extended_header_of_absurd_size_is_not_read(tmp_path, kind, size):
 def test_extended_headers_without_end_are_refused(tmp_path):
     path = tmp_path / "0.tar"
     path.write_bytes((sized(b"L", 2) + b"x".ljust(512, b"\0")) * 3000 + bytes(1024))
-    with pytest.raises(UserError, match=r"0\.tar: thousands of extended headers"):
+    with pytest.raises(UserError, match=r"0\.tar is damaged: thousands of consecutive"):
         read_members(path)
 
 
@@ -142,7 +142,7 @@ def test_a_negative_length_does_not_lead_in_a_circle(tmp_path):
 def test_two_tar_files_in_one_are_refused(tmp_path):
     path = tar_of(tmp_path / "0.tar", MEMBERS)
     path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(UserError, match="another one follows its end mark"):
+    with pytest.raises(UserError, match="more data follows its end mark"):
         read_members(path)
 
 
@@ -175,5 +175,5 @@ def test_a_span_of_other_bytes_is_refused(tmp_path):
     with path.open("rb") as file:
         assert Span(3, 4, zlib.crc32(b"tent")).read(file) == b"tent"
         for span in (Span(3, 4, 0), Span(3, 9, zlib.crc32(b"tent"))):
-            with pytest.raises(BadImage, match="others than when"):
+            with pytest.raises(BadImage, match="has changed since it was indexed"):
                 span.read(file)
