@@ -3,13 +3,12 @@
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from sentencepiece import SentencePieceTrainer
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
@@ -26,15 +25,14 @@ from mmdit.published import published_objective
 from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.t5_tokenizer import t5_tokenizer_in
-from tests import variants
+from tests import references, variants
+from tests.references import GoldenCase
 
 # Tests run two at a time, and so do the processes that they start: one thread for each. Threads
 # that wait for each other's cores would make a test many times slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 # Laws of whatever is registered
@@ -68,43 +66,10 @@ guidance, schedule, profile = _variant("guidance"), _variant("schedule"), _varia
 backbone = _variant("backbone")
 
 
-class GoldenCase(NamedTuple):
-    """One file of ../shared/golden, described in its README."""
-
-    config: dict[str, Any]
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    weights: dict[str, Tensor]  # the original key, its prefix stripped; float32
-
-    def check(self, name: str, actual: Tensor) -> None:
-        tolerance = self.config["tolerance"]["float32"]
-        torch.testing.assert_close(actual, self.outputs[name], rtol=0, atol=tolerance)
-
-
 @pytest.fixture
 def golden() -> Callable[[str], GoldenCase]:
-    """`golden(name)`: a case, or a skipped test where ../shared is absent."""
-
-    def load(name: str) -> GoldenCase:
-        path = SHARED / "golden" / f"{name}.safetensors"
-        if not path.is_file():
-            pytest.skip(f"no golden case at {path}")
-        with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["config"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        prefix = config.get("weights_prefix", "")
-        return GoldenCase(
-            config,
-            _below("inputs.", tensors),
-            _below("outputs.", tensors),
-            {k: v.float() for k, v in _below(f"weights.{prefix}", tensors).items()},
-        )
-
-    return load
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    """`golden(name)`: a case of tests/golden."""
+    return references.case
 
 
 @pytest.fixture
@@ -158,18 +123,22 @@ MERGES = ["c a", "ca t</w>", "r e", "re d</w>", "' s</w>", "! !</w>"]
 SENTENCES = ["a photo of a red cat", "two blue cats, one dog", "the dog's red ball!", "a cat reads"]
 
 
-@pytest.fixture(scope="session")
-def clip_files(tmp_path_factory) -> Path:
-    """A folder with vocab.json and merges.txt: 520 tokens, of which 518 start and 519 end."""
-    folder = tmp_path_factory.mktemp("clip")
+def write_clip_files(folder: Path, merges: Sequence[str]) -> Path:
+    """vocab.json and merges.txt: each byte, alone and at the end of a word, and each merge."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # an exclamation mark comes first
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
-    tokens += [merge.replace(" ", "") for merge in MERGES]
+    tokens += [merge.replace(" ", "") for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_files(tmp_path_factory) -> Path:
+    """A folder with vocab.json and merges.txt: 520 tokens, of which 518 start and 519 end."""
+    return write_clip_files(tmp_path_factory.mktemp("clip"), MERGES)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Every key of the published files is used, and every tensor comes back bit for bit."""
 
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +24,9 @@ from mmdit.checkpoints.values import bits, is_finite, same
 from mmdit.errors import UserError
 from mmdit.models.controlnet import ParallelControlNet
 from mmdit.models.mmdit import MMDiT
+from tests import references
 
 TINY = ["mmdit", "mmdit_qk_norm", "mmditx", "autoencoder", "clip_l", "clip_g", "t5", "controlnet"]
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn}
 
@@ -74,10 +73,7 @@ class Manifest(Archive):
     """A published file of which only the header is there; its tensors are on meta."""
 
     def __init__(self, name: str) -> None:
-        path = SHARED / f"{name}.json"
-        if not path.is_file():
-            pytest.skip(f"no manifest at {path}")
-        content = json.loads(path.read_text())
+        content = references.table("manifests")[name]
         self.name, self.paths, self.metadata = Path(name), [], {}
         self.infos = {key: Info(tuple(shape), dtype) for key, (shape, dtype) in content.items()}
         self.read: list[str] = []
@@ -147,9 +143,7 @@ def test_the_tables_correspond_as_those_of_diffusers(manifest, name):
         if f.kind == kind
     }
     theirs, other = ours["original"], ours["diffusers"]
-    for key, translated, transform in json.loads(
-        (SHARED / f"correspondence_{name}.json").read_text()
-    ):
+    for key, translated, transform in references.table("correspondences")[name]:
         key = key and key.removeprefix(theirs.prefix)
         if transform == "eye":
             assert key is None and translated == other.format.identity

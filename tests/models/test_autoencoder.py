@@ -6,6 +6,7 @@ import yaml
 
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder, Posterior
+from tests.references import cases
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "autoencoder"
 TINY = {"latent_channels": 4, "width": 32, "multipliers": (1, 2), "blocks": 1}
@@ -163,7 +164,7 @@ def test_impossible_arguments_are_named(mistake, message):
 # Parity
 
 
-@pytest.mark.parametrize("name", ["vae_a", "vae_b", "vae_eps"])
+@pytest.mark.parametrize("name", cases("vae_a", "vae_b", "vae_eps"))
 @torch.no_grad()
 def test_encoder_and_decoder_match_the_reference(golden, load_original, name):
     case = golden(name)

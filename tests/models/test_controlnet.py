@@ -1,9 +1,7 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from mmdit.errors import UserError
@@ -19,8 +17,7 @@ from mmdit.models.controlnet import (
 )
 from mmdit.models.mmdit import MMDiT
 from mmdit.registry import build, describe
-
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+from tests import references
 
 TINY = {
     "depth": 4,
@@ -81,14 +78,10 @@ def test_parameters_of_the_public_control_nets():
 
 @pytest.mark.parametrize("control_type", CONTROL_RANGES)
 def test_every_key_of_the_public_files_has_its_place(load_original, control_type):
-    path = SHARED / "checkpoints" / f"sd3.5_large_controlnet_{control_type}.json"
-    if not path.is_file():
-        pytest.skip(f"no inventory at {path}")
+    manifest = references.table("manifests")[f"sd3.5_large_controlnet_{control_type}"]
     with torch.device("meta"):
         net = ControlNet(**PUBLIC, control_type=control_type)
-        tensors = {
-            key: torch.empty(shape) for key, (shape, _) in json.loads(path.read_text()).items()
-        }
+        tensors = {key: torch.empty(shape) for key, (shape, _) in manifest.items()}
     del tensors["control_type"]
     load_original(net, tensors)
 
@@ -397,10 +390,7 @@ def test_control_net_matches_the_reference(golden, load_original):
         pooled_width=theirs["pooled_dim"],
         control_type=list(CONTROL_RANGES)[theirs["control_type"]],
     )
-    prefix = theirs["weights_prefix"]
-    with safe_open(SHARED / "golden" / "mmdit_controlnet_8b.safetensors", "pt") as file:
-        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-        tensors = {key.removeprefix(prefix): file.get_tensor(key).float() for key in keys}
+    tensors = dict(case.control_weights)
     assert tensors.pop("control_type").item() == theirs["control_type"]
     load_original(net, tensors)
 

@@ -8,6 +8,7 @@ import yaml
 from mmdit.errors import UserError
 from mmdit.models.mmdit import JointBlock, LastJointBlock, MMDiT
 from mmdit.nn.embeddings import centre_crop, position_table, sinusoid
+from tests.references import cases
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 FILES = [
@@ -240,8 +241,8 @@ def of_case(case) -> MMDiT:
     )
 
 
-PLAIN = ["mmdit_plain", "mmdit_plain_deep", "mmdit_qknorm"]
-DUAL = ["mmditx", "mmditx_deep", "mmdit_eps"]
+PLAIN = cases("mmdit_plain", "mmdit_plain_deep", "mmdit_qknorm")
+DUAL = cases("mmditx", "mmditx_deep", "mmdit_eps")
 
 
 @pytest.mark.parametrize("name", PLAIN + DUAL)
@@ -286,17 +287,6 @@ def test_every_size_of_latent_matches_the_reference(golden, load_original):
         positions = centre_crop(model.positions, *model.grid(height, width))
         case.check(name.replace("x", "pos"), positions[None])
         case.check(name.replace("x", "v"), model(z_t[..., :height, :width], *rest))
-
-
-@torch.no_grad()
-def test_skipped_blocks_match_the_reference(golden, load_original):
-    case = golden("mmdit_skip_layers")
-    model = of_case(case)
-    load_original(model, case.weights)
-    whole = [case.inputs[name] for name in ("x", "sigma", "y", "context")]
-    for layers in case.config["call"]["skip_lists"]:
-        name = "_".join(str(i) for i in layers) or "none"
-        case.check(f"v_skip_{name}", model.skipping(layers)(*whole))
 
 
 def test_skipping_shares_the_weights_and_leaves_the_network_as_it_was(randomize):

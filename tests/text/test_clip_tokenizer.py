@@ -160,43 +160,18 @@ def test_files_of_other_tokenizers_are_refused(clip_files, t5_files, tmp_path):
     assert "no BPE merges" in refusal(path, None)
 
 
-# The published files
-
-
-def test_ids_match_the_reference(published):
-    tokenizer = clip_tokenizer_in(published / "tokenizers" / "clip", pad_with_end=True)
-    cases = json.loads((published / "tokenizers" / "golden_ids.json").read_text(encoding="utf-8"))
-    assert len(cases) == 100
-    ids = tokenizer([case["prompt"] for case in cases]).tolist()
-    assert ids == [case["clip77"] for case in cases]
-
-
-def test_ids_match_diffusers_and_where_they_differ_from_the_reference(published):
-    folder = published / "tokenizers" / "clip"
-    clip_l = clip_tokenizer_in(folder, pad_with_end=True)
-    clip_g = clip_tokenizer_in(folder, pad_with_end=False)
-    golden = json.loads((published / "golden" / "tokenizers.json").read_text(encoding="utf-8"))
-    for case in golden["cases"]:
-        prompt = case["prompt"]
-        row_l, row_g = clip_l([prompt])[0].tolist(), clip_g([prompt])[0].tolist()
-        assert row_l == case["diffusers"]["l"]
-        if "(" not in prompt:  # a weight or an escape to the reference
-            assert row_l == case["stability"]["l"]
-            assert row_g == case["stability"]["g"]
-        if "!" not in prompt:  # padding to diffusers
-            assert row_g == case["diffusers"]["g"]
+# Many prompts, with a vocabulary learned from them
 
 
 @pytest.mark.parametrize("pad_with_end", [True, False])
-def test_transformers_gives_the_published_files_the_same_ids(published, tmp_path, pad_with_end):
+def test_transformers_gives_the_same_ids(learned_clip_files, prompts, tmp_path, pad_with_end):
     transformers = pytest.importorskip("transformers")
-    tokenizer = clip_tokenizer_in(
-        published / "tokenizers" / "clip", pad_with_end=pad_with_end, length=77
-    )
+    tokenizer = clip_tokenizer_in(learned_clip_files, pad_with_end=pad_with_end, length=77)
     tokenizer.save(tmp_path)
     peer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    cases = json.loads((published / "tokenizers" / "golden_ids.json").read_text(encoding="utf-8"))
     # With id 0 for padding, an exclamation mark is padding there.
-    prompts = [case["prompt"] for case in cases if pad_with_end or "!" not in case["prompt"]]
+    prompts = [prompt for prompt in prompts if pad_with_end or "!" not in prompt]
     theirs = peer(prompts, padding="max_length", truncation=True, return_tensors="pt")
     assert torch.equal(theirs.input_ids, tokenizer(prompts))
+    used = tokenizer(prompts).unique()
+    assert (used >= 512).sum() > 150  # ids of merges
