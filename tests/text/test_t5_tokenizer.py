@@ -132,7 +132,7 @@ def test_transformers_gives_the_same_ids(learned_t5_files, prompts, tmp_path):
 
 
 def test_sentencepiece_gives_ordinary_prompts_the_same_ids(learned_t5_files, prompts):
-    """Stacked accents and names of special tokens come out differently; aaaa splits in many ways."""
+    """Stacked accents and special tokens come out differently; aaaa splits in many ways."""
     tokenizer = t5_tokenizer_in(learned_t5_files, length=256)
     peer = SentencePieceProcessor(model_file=str(learned_t5_files / "spiece.model"))
     ordinary = [p for p in prompts if p.isascii() and "<" not in p and len(set(p)) > 1]
