@@ -42,7 +42,7 @@ def register(cls: type[T]) -> type[T]:
         cls._description = {"class": cls.__name__}  # type: ignore[attr-defined]
         return cls
     original = cls.__init__
-    signature = inspect.signature(original)
+    signature = _signature(cls)
 
     @functools.wraps(original)
     def remember(self: Any, **arguments: Any) -> None:
@@ -61,8 +61,19 @@ def register(cls: type[T]) -> type[T]:
         plain = {name: _plain(value) for name, value in bound.arguments.items() if name != "self"}
         self._description = {"class": cls.__name__, **plain}
 
+    remember.__signature__ = signature  # type: ignore[attr-defined]
     cls.__init__ = remember  # type: ignore[method-assign]
     return cls
+
+
+def _signature(cls: type) -> inspect.Signature:
+    """The arguments of a constructor. Its `**shared` stands for those of the next class above."""
+    own = inspect.signature(cls.__init__)  # type: ignore[misc]
+    named = {n: p for n, p in own.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    if named.keys() == own.parameters.keys():
+        return own
+    above = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
+    return own.replace(parameters=[*({**_signature(above).parameters, **named}).values()])
 
 
 def _check(cls: str, name: str, value: Any, annotation: Any) -> None:

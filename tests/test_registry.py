@@ -72,6 +72,19 @@ def test_a_subclass_describes_itself_not_its_parent(monkeypatch):
     assert describe(Wider(factor=1.5)) == {"class": "Wider", "factor": 1.5}
 
 
+def test_a_subclass_takes_the_arguments_of_the_class_above_as_its_own(monkeypatch):
+    monkeypatch.setattr(registry, "_classes", {})
+
+    @register
+    class Wider(Shift):
+        def __init__(self, *, factor: float = 2.0, **shared: float) -> None:
+            super().__init__(**shared)
+
+    assert describe(Wider(alpha=3.0)) == {"class": "Wider", "alpha": 3.0, "factor": 2.0}
+    with pytest.raises(UserError, match="Wider has no argument 'alhpa'; did you mean 'alpha'"):
+        Wider(alhpa=3.0)
+
+
 def test_an_unknown_class_is_named_with_its_nearest_neighbour():
     with pytest.raises(UserError, match=r"'LogitNormall'.*did you mean 'LogitNormal'"):
         build({"class": "LogitNormall"})

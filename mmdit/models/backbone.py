@@ -8,8 +8,8 @@ how.
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Required, Self, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,26 @@ class Backbone(Network, ABC):
         """As `nn.Module.compile`, in place, but block by block: equal blocks share one graph."""
 
 
+class Shared(TypedDict, total=False):
+    """Arguments of every `PatchBackbone`; a subclass hands them on and names only its own."""
+
+    depth: Required[int]
+    width: Required[int]
+    num_heads: Required[int]
+    mlp_ratio: float
+    qk_norm: bool
+    latent_channels: int
+    patch_size: int
+    context_width: int
+    pooled_width: int
+    position_size: int
+    position_grid: int
+    position_base: int
+
+
+K = TypeVar("K", bound=Block)
+
+
 class PatchBackbone(Backbone):
     """A backbone of Figure 4: its tokens are patches of the latent, with positions.
 
@@ -102,15 +122,16 @@ class PatchBackbone(Backbone):
 
     Args:
         depth: number of blocks.
-        width: of the tokens.
-        num_heads: attention heads.
+        width: channels of a token; the paper's models have 64 * depth.
+        num_heads: attention heads; the paper's models have `depth`, each of size 64.
+        mlp_ratio: hidden width of the MLPs over `width`.
+        qk_norm: RMSNorm on queries and keys (SD3.5; against the growth of logits, Fig. 5).
         latent_channels: channels c of the latent.
         patch_size: side of the square patches p.
         context_width: width of c_ctxt.
         pooled_width: width p of c_vec.
         position_size, position_grid, position_base: side of the stored position table, side of the
             grid at training resolution and span of coordinates, in patches (`position_table`).
-        patched_channels: channels of what is cut into patches, where that is not the latent.
 
     Raises:
         UserError: a count is not positive; `width` does not split into `num_heads`, or into the
@@ -127,14 +148,15 @@ class PatchBackbone(Backbone):
         depth: int,
         width: int,
         num_heads: int,
-        latent_channels: int,
-        patch_size: int,
-        context_width: int,
-        pooled_width: int,
-        position_size: int,
-        position_grid: int,
-        position_base: int,
-        patched_channels: int | None = None,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        latent_channels: int = 16,
+        patch_size: int = 2,
+        context_width: int = 4096,
+        pooled_width: int = 2048,
+        position_size: int = 192,
+        position_grid: int = 64,
+        position_base: int = 16,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -148,8 +170,9 @@ class PatchBackbone(Backbone):
             raise UserError(f"{name}: width {width} must be divisible by 4 (2D sin-cos positions)")
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.context_width, self.pooled_width = context_width, pooled_width
-        self.width = width
-        channels = latent_channels if patched_channels is None else patched_channels
+        self.depth, self.width, self.num_heads = depth, width, num_heads
+        self.mlp_ratio, self.qk_norm = mlp_ratio, qk_norm
+        channels = self.patched_channels(latent_channels, width)
         self.patch_values = patch_size**2 * channels
         self._position = {"size": position_size, "grid": position_grid, "base": position_base}
 
@@ -158,6 +181,15 @@ class PatchBackbone(Backbone):
         self.timestep_embedding = VectorEmbedding(256, width)
         self.pooled_embedding = VectorEmbedding(pooled_width, width)
         self.context_embedding = nn.Linear(context_width, width)
+
+    def block(self, cls: Callable[..., K]) -> K:
+        """A new block of the sizes of this network."""
+        return cls(self.width, self.num_heads, self.mlp_ratio, qk_norm=self.qk_norm)
+
+    @staticmethod
+    def patched_channels(latent_channels: int, width: int) -> int:
+        """Channels of what is cut into patches: the latent, unless a subclass says otherwise."""
+        return latent_channels
 
     @staticmethod
     def width_unit(num_heads: int) -> int:

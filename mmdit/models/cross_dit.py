@@ -3,10 +3,12 @@
 The text is the same for every block: image tokens ask, text tokens are never changed.
 """
 
+from typing import Unpack
+
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.models.backbone import PatchBackbone
+from mmdit.models.backbone import PatchBackbone, Shared
 from mmdit.models.blocks import AttentionInput, Block, OutputLayer, Stream, attention_flops
 from mmdit.nn.attention import Heads, attention
 from mmdit.nn.modulation import modulate
@@ -58,43 +60,18 @@ class CrossBlock(Stream, Block):
 class CrossDiT(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
-    Args: those of `MMDiT`, but for `dual_attention`.
+    Args: those of `PatchBackbone`.
     """
 
     def __init__(
         self,
-        *,
-        depth: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        latent_channels: int = 16,
-        patch_size: int = 2,
-        context_width: int = 4096,
-        pooled_width: int = 2048,
-        qk_norm: bool = False,
-        position_size: int = 192,
-        position_grid: int = 64,
-        position_base: int = 16,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            depth=depth,
-            width=width,
-            num_heads=num_heads,
-            latent_channels=latent_channels,
-            patch_size=patch_size,
-            context_width=context_width,
-            pooled_width=pooled_width,
-            position_size=position_size,
-            position_grid=position_grid,
-            position_base=position_base,
-        )
+        super().__init__(**shared)
         # Nothing else would keep the scale of the text, which the blocks see as it is.
-        self.text_norm = LayerNorm(width)
-        self.blocks = nn.ModuleList(
-            CrossBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth)
-        )
-        self.output = OutputLayer(width, self.patch_values)
+        self.text_norm = LayerNorm(self.width)
+        self.blocks = nn.ModuleList(self.block(CrossBlock) for _ in range(self.depth))
+        self.output = OutputLayer(self.width, self.patch_values)
         if not self.positions.is_meta:  # where there is nothing to fill
             self.reset_parameters()
 

@@ -4,10 +4,12 @@ Peebles & Xie 2023, whose classes are text here: the tokens of the text stand be
 image, and every layer treats both alike.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
-from mmdit.models.backbone import PatchBackbone
+from mmdit.models.backbone import PatchBackbone, Shared
 from mmdit.models.blocks import Block, OutputLayer, Stream, attention_flops
 from mmdit.nn.attention import attention
 from mmdit.nn.modulation import modulate
@@ -35,41 +37,16 @@ class DiTBlock(Stream, Block):
 class DiT(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
-    Args: those of `MMDiT`, but for `dual_attention`.
+    Args: those of `PatchBackbone`.
     """
 
     def __init__(
         self,
-        *,
-        depth: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        latent_channels: int = 16,
-        patch_size: int = 2,
-        context_width: int = 4096,
-        pooled_width: int = 2048,
-        qk_norm: bool = False,
-        position_size: int = 192,
-        position_grid: int = 64,
-        position_base: int = 16,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            depth=depth,
-            width=width,
-            num_heads=num_heads,
-            latent_channels=latent_channels,
-            patch_size=patch_size,
-            context_width=context_width,
-            pooled_width=pooled_width,
-            position_size=position_size,
-            position_grid=position_grid,
-            position_base=position_base,
-        )
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth)
-        )
-        self.output = OutputLayer(width, self.patch_values)
+        super().__init__(**shared)
+        self.blocks = nn.ModuleList(self.block(DiTBlock) for _ in range(self.depth))
+        self.output = OutputLayer(self.width, self.patch_values)
         if not self.positions.is_meta:  # where there is nothing to fill
             self.reset_parameters()
 

@@ -5,11 +5,12 @@ over both sequences. Timestep and pooled text steer every block through adaLN-ze
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import PatchBackbone
+from mmdit.models.backbone import PatchBackbone, Shared
 from mmdit.models.blocks import (
     AttentionInput,
     Block,
@@ -158,69 +159,34 @@ class LastJointBlock(Block):
 class MMDiT(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
-    Args:
-        depth: number of joint blocks.
-        width: of both token streams; the paper's models have 64 * depth.
-        num_heads: attention heads; the paper's models have `depth`, each of size 64.
-        mlp_ratio: hidden width of the MLPs over `width`.
-        latent_channels: channels c of the latent.
-        patch_size: side of the square patches p.
-        context_width: width of c_ctxt.
-        pooled_width: width p of c_vec.
-        qk_norm: RMSNorm on queries and keys (SD3.5; against the growth of logits, Fig. 5).
+    Args: those of `PatchBackbone`, and
         dual_attention: indices of the blocks with a second attention among image tokens only;
             0 to 12 in SD3.5 Medium (MMDiT-X).
-        position_size, position_grid, position_base: side of the stored position table, side of the
-            grid at training resolution and span of coordinates, in patches (`position_table`).
 
     Raises:
-        UserError: `width` does not split into `num_heads`, or into the four parts of a position;
-            `dual_attention` names a block that is not there, or the last.
+        UserError: as for `PatchBackbone`; `dual_attention` names a block that is not there, or the
+            last.
     """
 
     def __init__(
         self,
         *,
-        depth: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        latent_channels: int = 16,
-        patch_size: int = 2,
-        context_width: int = 4096,
-        pooled_width: int = 2048,
-        qk_norm: bool = False,
         dual_attention: Sequence[int] = (),
-        position_size: int = 192,
-        position_grid: int = 64,
-        position_base: int = 16,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            depth=depth,
-            width=width,
-            num_heads=num_heads,
-            latent_channels=latent_channels,
-            patch_size=patch_size,
-            context_width=context_width,
-            pooled_width=pooled_width,
-            position_size=position_size,
-            position_grid=position_grid,
-            position_base=position_base,
-        )
-        if not all(0 <= i < depth - 1 for i in dual_attention):
+        super().__init__(**shared)
+        if not all(0 <= i < self.depth - 1 for i in dual_attention):
             raise UserError(
                 f"MMDiT: dual_attention {list(dual_attention)} must name blocks before the last, "
-                f"from 0 to {depth - 2}"
+                f"from 0 to {self.depth - 2}"
             )
         dual = set(dual_attention)
         self.blocks = nn.ModuleList(
-            (DualAttentionBlock if i in dual else JointBlock)(
-                width, num_heads, mlp_ratio, qk_norm=qk_norm
-            )
-            for i in range(depth - 1)
+            self.block(DualAttentionBlock if i in dual else JointBlock)
+            for i in range(self.depth - 1)
         )
-        self.last_block = LastJointBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm)
-        self.output = OutputLayer(width, self.patch_values)
+        self.last_block = self.block(LastJointBlock)
+        self.output = OutputLayer(self.width, self.patch_values)
         if not self.positions.is_meta:  # where there is nothing to fill
             self.reset_parameters()
 

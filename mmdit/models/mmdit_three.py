@@ -3,10 +3,12 @@
 Everything else is the MM-DiT of two sets, which the paper found to be hardly worse.
 """
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import PatchBackbone
+from mmdit.models.backbone import PatchBackbone, Shared
 from mmdit.models.blocks import (
     Block,
     OutputLayer,
@@ -95,52 +97,28 @@ class LastThreeStreamBlock(Block):
 class MMDiTThree(PatchBackbone):
     """The velocity (or another prediction) of a noised latent, given text.
 
-    Args: those of `MMDiT`, but for `dual_attention`, and
+    Args: those of `PatchBackbone`, and
         clip_length: tokens of c_ctxt that are CLIP's, and come first; the others are T5's.
 
     Raises:
-        UserError: as for `MMDiT`; `clip_length` is not positive.
+        UserError: as for `PatchBackbone`; `clip_length` is not positive.
     """
 
     def __init__(
         self,
         *,
-        depth: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        latent_channels: int = 16,
-        patch_size: int = 2,
-        context_width: int = 4096,
-        pooled_width: int = 2048,
-        qk_norm: bool = False,
         clip_length: int = 77,
-        position_size: int = 192,
-        position_grid: int = 64,
-        position_base: int = 16,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            depth=depth,
-            width=width,
-            num_heads=num_heads,
-            latent_channels=latent_channels,
-            patch_size=patch_size,
-            context_width=context_width,
-            pooled_width=pooled_width,
-            position_size=position_size,
-            position_grid=position_grid,
-            position_base=position_base,
-        )
+        super().__init__(**shared)
         if clip_length < 1:
             raise UserError(f"MMDiTThree: clip_length {clip_length} must be at least 1")
         self.clip_length = clip_length
         # CLIP's tokens go through `context_embedding`.
-        self.t5_embedding = nn.Linear(context_width, width)
-        self.blocks = nn.ModuleList(
-            ThreeStreamBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth - 1)
-        )
-        self.last_block = LastThreeStreamBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm)
-        self.output = OutputLayer(width, self.patch_values)
+        self.t5_embedding = nn.Linear(self.context_width, self.width)
+        self.blocks = nn.ModuleList(self.block(ThreeStreamBlock) for _ in range(self.depth - 1))
+        self.last_block = self.block(LastThreeStreamBlock)
+        self.output = OutputLayer(self.width, self.patch_values)
         if not self.positions.is_meta:  # where there is nothing to fill
             self.reset_parameters()
 

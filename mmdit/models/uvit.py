@@ -7,7 +7,7 @@ first ones saw (skip connections).
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmdit.checks import at_least_one
 from mmdit.errors import UserError
-from mmdit.models.backbone import PatchBackbone
+from mmdit.models.backbone import PatchBackbone, Shared
 from mmdit.models.blocks import OutputLayer
 from mmdit.models.dit import DiTBlock
 from mmdit.nn.modulation import Modulation, modulate
@@ -69,66 +69,41 @@ class UViT(PatchBackbone):
     Channels double where the resolution drops: the convolutions have half of `width`, in as many
     groups (GroupNorm) as there are heads, which makes 32 channels each for heads of 64.
 
-    Args: those of `MMDiT`, but for `dual_attention`, and
+    Args: those of `PatchBackbone`, and
         depth: number of transformer blocks, which are those that `skipping` counts.
         patch_size: factor by which the sides of the feature maps shrink before the transformer.
         conv_blocks: residual blocks before the transformer, and as many after it.
 
     Raises:
-        UserError: as for `MMDiT`; `width` is odd, or its half does not split into groups.
+        UserError: as for `PatchBackbone`; half of `width` does not split into groups.
     """
 
     def __init__(
         self,
         *,
-        depth: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        latent_channels: int = 16,
-        patch_size: int = 2,
-        context_width: int = 4096,
-        pooled_width: int = 2048,
-        qk_norm: bool = False,
         conv_blocks: int = 2,
-        position_size: int = 192,
-        position_grid: int = 64,
-        position_base: int = 16,
+        **shared: Unpack[Shared],
     ) -> None:
-        at_least_one("UViT", num_heads=num_heads, conv_blocks=conv_blocks)
-        if width % (2 * num_heads):
+        super().__init__(**shared)
+        at_least_one("UViT", conv_blocks=conv_blocks)
+        width, heads = self.width, self.num_heads
+        if width % (2 * heads):
             raise UserError(
-                f"UViT: width {width} must be divisible by {2 * num_heads}: its convolutions have "
-                f"width/2 channels, which GroupNorm splits into as many groups as num_heads, "
-                f"{num_heads}"
+                f"UViT: width {width} must be divisible by {2 * heads}: its convolutions have "
+                f"width/2 channels, which GroupNorm splits into {heads} groups, as num_heads says"
             )
         channels = width // 2
-        super().__init__(
-            depth=depth,
-            width=width,
-            num_heads=num_heads,
-            latent_channels=latent_channels,
-            patch_size=patch_size,
-            context_width=context_width,
-            pooled_width=pooled_width,
-            position_size=position_size,
-            position_grid=position_grid,
-            position_base=position_base,
-            patched_channels=channels,
-        )
-        self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(self.latent_channels, channels, 3, padding=1)
         self.down = nn.ModuleList(
-            ConvolutionBlock(channels, channels, width, num_heads) for _ in range(conv_blocks)
+            ConvolutionBlock(channels, channels, width, heads) for _ in range(conv_blocks)
         )
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth)
-        )
-        self.output = OutputLayer(width, self.patch_values)
+        self.blocks = nn.ModuleList(self.block(DiTBlock) for _ in range(self.depth))
+        self.output = OutputLayer(self.width, self.patch_values)
         self.up = nn.ModuleList(
-            ConvolutionBlock(2 * channels, channels, width, num_heads) for _ in range(conv_blocks)
+            ConvolutionBlock(2 * channels, channels, width, heads) for _ in range(conv_blocks)
         )
-        self.norm_out = nn.GroupNorm(num_heads, channels, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(heads, channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, self.latent_channels, 3, padding=1)
         if not self.positions.is_meta:  # where there is nothing to fill
             self.reset_parameters()
 
@@ -151,6 +126,11 @@ class UViT(PatchBackbone):
         for block in self.up:
             h = block(torch.cat([h, seen.pop()], dim=1), y)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    @staticmethod
+    def patched_channels(latent_channels: int, width: int) -> int:
+        """Channels of the feature maps, which are cut into patches in place of the latent."""
+        return width // 2
 
     @staticmethod
     def width_unit(num_heads: int) -> int:

@@ -1,13 +1,15 @@
 """Laws that hold for every backbone of Figure 4, whatever its way of joining text and image."""
 
+import inspect
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import with_qk_norm
+from mmdit.models.backbone import PatchBackbone, Shared, with_qk_norm
 from mmdit.models.blocks import AttentionInput
 from mmdit.models.cross_dit import CrossDiT
 from mmdit.models.dit import DiT
@@ -27,7 +29,7 @@ KNOWN = {
     "dit": Tiny(DiT),
     "cross_dit": Tiny(CrossDiT),
     "uvit": Tiny(UViT, {"conv_blocks": 2}),
-    "mmdit": Tiny(MMDiT),
+    "mmdit": Tiny(MMDiT, {"dual_attention": []}),
     "mmdit_x": Tiny(MMDiT, {"dual_attention": [0]}),
     "mmdit_three": Tiny(MMDiTThree, {"clip_length": 3}),
 }
@@ -314,3 +316,22 @@ def test_the_units_of_width_are_possible_widths():
             model = cls(**{**SIZES, "width": unit, "num_heads": num_heads})
             assert isinstance(model, nn.Module)
             assert unit % (2 * num_heads if cls is UViT else num_heads) == 0
+
+
+# Arguments
+
+
+def test_shared_arguments_are_those_of_the_base_class():
+    arguments = dict(inspect.signature(PatchBackbone.__init__).parameters)
+    del arguments["self"]
+    assert {name: p.annotation for name, p in arguments.items()} == get_type_hints(Shared)
+    required = {name for name, p in arguments.items() if p.default is p.empty}
+    assert required == Shared.__required_keys__
+
+
+@each_known
+def test_a_backbone_takes_what_all_take_and_its_own(backbone):
+    arguments = inspect.signature(backbone.cls).parameters
+    assert arguments.keys() == {*get_type_hints(Shared), *backbone.own}
+    assert {p.kind for p in arguments.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert describe(backbone()).keys() == {"class", *arguments}

@@ -86,8 +86,11 @@ def test_the_sides_shrink_by_the_patch(randomize, patch_size):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"width": 33, "num_heads": 3}, r"width 33 must be divisible by 6: its convolutions have"),
-        ({"width": 36, "num_heads": 4}, r"width 36 must be divisible by 8: .* groups as num_heads"),
+        ({"width": 36, "num_heads": 12}, r"width 36 must be divisible by 24: its convolution"),
+        (
+            {"width": 36, "num_heads": 4},
+            r"width 36 must be divisible by 8: .* 4 groups, as num_heads",
+        ),
         ({"num_heads": 0}, "num_heads 0 must be at least 1"),
         ({"conv_blocks": 0}, "conv_blocks 0 must be at least 1"),
     ],
