@@ -1,4 +1,4 @@
-"""Images to the latents that are trained on: from pixels, from memory, from a cache."""
+"""Sources of latents for training: encoded at every step, kept in memory, or cached on disk."""
 
 from mmdit.latents.sources import FromCache, FromMemory, FromPixels
 

@@ -1,7 +1,6 @@
-"""Pictures and captions as the network sees them: encoded, and rounded to half precision.
+"""Encoding of images and captions for training, rounded to half precision.
 
-What is encoded at every step, kept in memory or read from a cache passes through here, so that it
-is the same.
+All sources (pixels, memory, cache) encode through this module, so that they give equal values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,23 +24,23 @@ from mmdit.pipeline import from_pixels
 from mmdit.precision import Autocast
 from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenIds
 
-# Of latents and of what frozen encoders say, wherever they come from (App. E.1).
+# The dtype of latents and of frozen encoders' embeddings, whatever the source (App. E.1).
 HALF = torch.bfloat16
-AT_ONCE = 2**20  # pixels that the autoencoder encodes at once
-IMAGES = 256  # and pictures
+AT_ONCE = 2**20  # largest number of pixels per batch of the autoencoder
+IMAGES = 256  # largest number of images per batch
 
 
 class Encoded(NamedTuple):
-    """A sample of a data set, encoded."""
+    """An encoded sample of a data set."""
 
     number: int  # its index in the data set
     latent: Tensor  # normalized, in half precision, on the CPU (c, h, w)
-    captions: Captions  # all of them
+    captions: Captions  # all captions of the image
 
 
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, images: Tensor, autocast: Autocast) -> Tensor:
-    """Pictures, uint8 (b, h, w, 3) -> normalized latents (b, c, h, w) in half precision."""
+    """Encode images, uint8 (b, h, w, 3), to normalized latents (b, c, h, w) in half precision."""
     device = autoencoder.device
     with autocast():
         pixels = from_pixels(images.to(device, non_blocking=True))
@@ -56,13 +55,17 @@ def encode_each(
     autocast: Autocast,
     threads: int,
 ) -> Iterator[Encoded]:
-    """Samples of a data set, encoded in batches of one size, and so not in order.
+    """Encode samples of a data set in batches of one size; so they are not yielded in order.
 
     Args:
-        threads: that read pictures while others are encoded.
+        data: the data set.
+        indices: the samples to encode.
+        autoencoder: encodes the images.
+        autocast: precision of the encoder.
+        threads: number of threads that read images while others are encoded.
 
     Raises:
-        UserError: a picture has changed, or is another one at each step.
+        UserError: an image has changed on disk, or crops are random.
         NotFinite: a latent is NaN or infinite.
     """
     batches = batches_of(data, indices)
@@ -74,13 +77,13 @@ def encode_each(
             images = torch.from_numpy(np.stack([image for image, _ in samples]))
             with memory_for("encoding", images):
                 latents = encode(autoencoder, images, autocast).cpu()
-            expect_finite("the autoencoder's encoder", latents)  # they will be kept
+            expect_finite("the autoencoder's encoder", latents)  # before they are stored
             for index, latent, (_, captions) in zip(batch, latents, samples, strict=True):
                 yield Encoded(index, latent, captions)
 
 
 def memory_for(doing: str, images: Tensor) -> AbstractContextManager[None]:
-    """A UserError where the autoencoder has no memory for so many images (n, h, w, 3) at once."""
+    """Raise a UserError if the autoencoder runs out of memory for images (n, h, w, 3)."""
     count, height, width = images.shape[:3]
     return enough_memory(
         f"{doing} {count} images of {width} x {height}",
@@ -89,7 +92,7 @@ def memory_for(doing: str, images: Tensor) -> AbstractContextManager[None]:
 
 
 def batches_of(data: CacheableData, indices: Sequence[int]) -> list[list[int]]:
-    """Indices in batches of pictures of one size, and of `AT_ONCE` pixels or less."""
+    """Batch indices by image size, with at most `AT_ONCE` pixels and `IMAGES` images per batch."""
     groups: dict[Size, list[int]] = {}
     for index in indices:
         groups.setdefault(data.size_of(index), []).append(index)
@@ -101,22 +104,22 @@ def batches_of(data: CacheableData, indices: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def say(text: TextConditioner, ids: TokenIds) -> Encodings:
-    """What frozen encoders say of captions, in half precision."""
+def encode_text(text: TextConditioner, ids: TokenIds) -> Encodings:
+    """The embeddings of captions by frozen encoders, in half precision."""
     return Encodings(
         *(Encoding(*(part.to(HALF) for part in encoding)) for encoding in text.encodings(ids))
     )
 
 
 def condition(text: TextConditioner, read: TokenIds | Encodings, kept: Tensor) -> Condition:
-    """The condition of captions that a source has read.
+    """The network's condition for captions read from a source.
 
     Args:
         text: the encoders.
-        read: the captions' ids, or what frozen encoders said of them.
-        kept: which encoders speak, bool (b, 3).
+        read: token ids, or precomputed embeddings of frozen encoders.
+        kept: bool (b, 3), False where an encoder is dropped.
     """
     if isinstance(read, Encodings):
         return text.join(read, kept)
-    # Encoders that are trained run as one module, which may be spread over processes.
-    return text.join(say(text, read), kept) if text.frozen else text(read, kept)
+    # Trained encoders run as one module, which may be sharded over processes.
+    return text.join(encode_text(text, read), kept) if text.frozen else text(read, kept)

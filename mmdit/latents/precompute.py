@@ -1,4 +1,4 @@
-"""Encode a data set once, into a cache: by all processes of a run, and on after an interruption."""
+"""Encode a data set into a cache, with all processes of a run; resumable after an interruption."""
 
 import contextlib
 import signal
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mmdit.data.dataset import CacheableData
 from mmdit.errors import UserError
 from mmdit.latents.cache import Cache, Samples, texts_of
-from mmdit.latents.encoding import HALF, Encoded, encode_each, say
+from mmdit.latents.encoding import HALF, Encoded, encode_each, encode_text
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.out_of_memory import enough_memory
 from mmdit.precision import Autocast
@@ -31,11 +31,11 @@ from mmdit.text.conditioning import (
 )
 
 log = logger(__name__)
-CAPTIONS = 64  # that the encoders read at once
+CAPTIONS = 64  # captions per batch of the text encoders
 
 
 class Unfinished(Exception):
-    """A signal asked to stop; the shards that are finished stay."""
+    """A signal stopped the precomputation; finished shards remain."""
 
     def __init__(self, cache: Cache, number: int) -> None:
         super().__init__(f"{signal.Signals(number).name}; finished shards stay in {cache.folder}")
@@ -43,14 +43,14 @@ class Unfinished(Exception):
 
 
 class Precomputation:
-    """How a data set is encoded.
+    """Encodes a data set into a cache.
 
     Args:
-        data: pictures that are the same at every step.
-        autoencoder: frozen.
-        text: what its encoders say is kept if they are frozen.
+        data: a data set without random augmentation.
+        autoencoder: the frozen autoencoder.
+        text: the text encoders; their embeddings are cached if they are frozen.
         autocast: precision of the encoders.
-        threads: that read pictures.
+        threads: number of threads that read images.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Precomputation:
         self.autocast, self.threads = autocast, threads
 
     def identity(self) -> dict[str, Any]:
-        """All that latents and encoded captions follow from.
+        """Plain data that determines latents and text embeddings: the cache's identity.
 
         Raises:
-            UserError: pictures are not the same at every step.
+            UserError: crops are random.
         """
         device = self.autoencoder.device.type
         with self.autocast():
@@ -78,51 +78,51 @@ class Precomputation:
                 if torch.is_autocast_enabled(device)
                 else torch.float32
             )
-        said: dict[str, Any] = dict.fromkeys(Encodings._fields)
+        encoders: dict[str, Any] = dict.fromkeys(Encodings._fields)
         if self.text.frozen:
-            encoders = zip(Encodings._fields, self.text.encoders, strict=True)
-            said = {name: identity_of(encoder) for name, encoder in encoders}
+            named = zip(Encodings._fields, self.text.encoders, strict=True)
+            encoders = {name: identity_of(encoder) for name, encoder in named}
         return {
             "data set": self.data.identity(),
             "autoencoder": {
-                "weights": weights_hash(self.autoencoder),  # scale and shift are among them
+                "weights": weights_hash(self.autoencoder),  # includes scale and shift
                 "architecture": config_hash(describe(self.autoencoder)),
             },
             "precision": {"computed": str(computed), "kept": str(HALF)},
-            **said,
+            **encoders,
         }
 
     def __call__(self, cache: Cache, processes: Processes) -> None:
-        """Make the shards that are missing.
+        """Write the missing shards.
 
         Raises:
-            Unfinished: SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
-            UserError: a picture has changed, a shard is damaged, or the disk is full or cannot be
-                written.
+            Unfinished: on SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
+            UserError: an image has changed, a shard is damaged, or the disk is full or not
+                writable.
         """
         with contextlib.ExitStack() as held:
             holds = processes.main and not cache.completed
             if holds:
                 with _writing(cache):
-                    # What RunFolder would tell of a folder that cannot be made is for runs.
+                    # RunFolder would report a failure to create the folder as one of a run.
                     cache.folder.mkdir(parents=True, exist_ok=True)
                     (cache.folder / ".lock").touch()
-                    # Another run that makes it, too, is waited for.
+                    # Wait for another run that is writing the same cache.
                     held.callback(RunFolder(cache.folder, wait=True).close)
                     cache.begin()
             found = (cache.facts, cache.missing() if holds else [])
             cache.facts, missing = processes.broadcast(found)
             if missing:
-                log.info("making %d shards of %d in %s", len(missing), len(cache), cache.folder)
-            self._make(cache, missing[processes.rank :: processes.world_size], processes.main)
+                log.info("writing %d of %d shards to %s", len(missing), len(cache), cache.folder)
+            self._write(cache, missing[processes.rank :: processes.world_size], processes.main)
             processes.barrier()
             if holds:
                 with _writing(cache):
                     cache.complete()
         processes.barrier()
 
-    def _make(self, cache: Cache, numbers: Sequence[int], shown: bool) -> None:
-        """Make these shards."""
+    def _write(self, cache: Cache, numbers: Sequence[int], shown: bool) -> None:
+        """Encode and write the shards of these numbers, with a progress bar if `shown`."""
         bar = tqdm(
             total=sum(len(cache.indices(number)) for number in numbers),
             desc="precomputing",
@@ -150,23 +150,23 @@ class Precomputation:
                 raise Unfinished(cache, signals.received)
         ordered = [found[index] for index in cache.indices(number)]
         captions = [sample.captions for sample in ordered]
-        said: dict[str, Tensor] = {}
+        embeddings: dict[str, Tensor] = {}
         if self.text.frozen:
             texts = texts_of(captions, cache.kinds)
             parts = []
             for start in range(0, len(texts), CAPTIONS):
-                parts.append(self._said(texts[start : start + CAPTIONS]))
+                parts.append(self._embeddings(texts[start : start + CAPTIONS]))
                 if signals.received is not None:
                     raise Unfinished(cache, signals.received)
-            said = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return Samples([sample.latent for sample in ordered], captions, said)
+            embeddings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Samples([sample.latent for sample in ordered], captions, embeddings)
 
-    def _said(self, texts: list[str]) -> dict[str, Tensor]:
-        """What present encoders say, by `<encoder>.hidden` and `<encoder>.pooled`."""
-        what, advice = f"reading {len(texts)} captions", "precision=bf16, text_device=cpu"
+    def _embeddings(self, texts: list[str]) -> dict[str, Tensor]:
+        """Outputs of the encoders that are present: `<encoder>.hidden` and `<encoder>.pooled`."""
+        what, advice = f"encoding {len(texts)} captions", "precision=bf16, text_device=cpu"
         with enough_memory(what, f"{advice} or text.use_t5=false"), self.autocast():
-            encodings = say(self.text, self.text.tokenize(texts))
-        expect_finite_encodings(encodings)  # they will be kept
+            encodings = encode_text(self.text, self.text.tokenize(texts))
+        expect_finite_encodings(encodings)  # before they are stored
         return {
             f"{name}.{part}": tensor.cpu()
             for name, encoder in zip(Encodings._fields, self.text.encoders, strict=True)
@@ -177,19 +177,19 @@ class Precomputation:
 
 @contextlib.contextmanager
 def _writing(cache: Cache) -> Iterator[None]:
-    """Tell what to do where a cache cannot be written."""
+    """Turn an OSError while writing a cache into a UserError that says what to do."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cache {cache.folder} could not be written ({error}); shards that are finished stay. "
-            "The same command goes on when there is space and the folder can be written to; "
-            "latents.folder=<folder> makes the cache elsewhere"
+            f"cache {cache.folder} could not be written ({error}); finished shards remain. Free "
+            "space or make the folder writable, then run the same command to continue; or choose "
+            "another folder with latents.folder=<folder>"
         ) from error
 
 
 def identity_of(encoder: TextEncoder | AbsentEncoder) -> dict[str, Any]:
-    """All that an encoder's words follow from."""
+    """Plain data that determines the embeddings of an encoder."""
     if isinstance(encoder, AbsentEncoder):
         return {**describe(encoder)}
     return {

@@ -1,4 +1,4 @@
-"""Where the latents and texts of a step come from: pixels encoded at each step, or once."""
+"""Sources of the latents and texts of a training step: encoded at each step, or once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +27,10 @@ log = logger(__name__)
 
 
 class Read(NamedTuple):
-    """Samples as a source reads them, on the CPU."""
+    """Samples read from a source, on the CPU."""
 
-    x: Tensor  # pixels, or latents
-    text: TokenIds | Encodings  # or what frozen encoders said of it
+    x: Tensor  # pixels or latents
+    text: TokenIds | Encodings  # token ids, or cached embeddings of frozen encoders
     extra: dict[str, Tensor] = {}  # noqa: RUF012  # as in `Batch`; never written to
 
 
@@ -38,29 +38,29 @@ class Source(Protocol):
     """Latents and texts for `FlowTask`."""
 
     def prepare(self, processes: Processes) -> None:
-        """Make what is read from: by all processes of a run, once, before the first step."""
+        """Encode the data set if needed. All processes call this once, before the first step."""
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         """Sample indices by position."""
 
     def read(self, step: int, indices: Sequence[int]) -> Read:
-        """What step `step` sees of these samples; may run in a loader's worker."""
+        """Samples as step `step` sees them; may run in a worker of the loader."""
 
     def latent_shape(self, x: Tensor) -> tuple[int, int, int]:
-        """(c, h, w) of each latent that `latents` makes of x."""
+        """The shape (c, h, w) of each latent in `latents(x)`."""
 
     def latents(self, x: Tensor) -> Tensor:
-        """Normalized latents (b, c, h, w), float32, where the model is."""
+        """Normalized latents (b, c, h, w), float32, on the model's device."""
 
 
 class FromPixels:
-    """Pictures are read and encoded at every step: crops and captions may change with it.
+    """Reads and encodes images at every step, so crops may be random.
 
     Args:
-        data: captioned pictures.
-        autoencoder: frozen; on the device of the model.
-        text: reads captions.
-        autocast: precision of the encoder.
+        data: captioned images.
+        autoencoder: the frozen autoencoder, on the model's device.
+        text: tokenizes captions.
+        autocast: precision of the autoencoder.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class FromPixels:
         self.data, self.autoencoder, self.text, self.autocast = data, autoencoder, text, autocast
 
     def prepare(self, processes: Processes) -> None:
-        """Nothing: pictures are read when they are needed."""
+        """Does nothing: images are read when needed."""
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.data.order(batch_size=batch_size, seed=seed)
@@ -88,7 +88,7 @@ class FromPixels:
 
 
 class _Kept:
-    """What sources share that keep the latents of pictures that never change."""
+    """Base of sources that store latents, which requires images without augmentation."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class _Kept:
     ) -> None:
         self.data, self.autoencoder, self.text, self.autocast = data, autoencoder, text, autocast
         self.device = autoencoder.device
-        data.cacheable(0)  # refuses images that change with the step, before anything is trained
+        data.cacheable(0)  # raises if crops are random, before training starts
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.data.order(batch_size=batch_size, seed=seed)
@@ -114,7 +114,7 @@ class _Kept:
 
 
 class FromMemory(_Kept):
-    """Pictures are encoded once, their latents kept in memory, by each process for itself.
+    """Encodes images once and keeps the latents in memory, separately in each process.
 
     Args:
         data, autoencoder, text, autocast: as in `FromPixels`.
@@ -143,21 +143,20 @@ class FromMemory(_Kept):
 
 
 class FromCache(_Kept):
-    """Pictures are encoded once, their latents kept on disk (App. E.1), and so are the words of
-    text encoders that are not trained.
+    """Encodes images once and caches the latents on disk, with the embeddings of frozen encoders.
 
-    What is read is what is encoded at each step, but for the last bit of values whose sums in
-    float32 depend on the batch. All captions of a picture are kept, and each encoder's words for
-    itself: which caption a step sees, and which encoders are dropped, is drawn as ever.
+    Values equal those encoded at every step, except for the last bit where float32 sums depend on
+    the batch. All captions of an image are cached, with separate embeddings of each encoder, so the
+    caption that a step sees and the dropped encoders are drawn as without a cache (App. E.1).
 
     Args:
         data, autoencoder, text, autocast: as in `FromPixels`.
-        folder: of the cache; made if it is not there. None is one in `root` that is named by all
-            that the cache follows from.
-        root: where that is.
-        shard_size: samples of a file.
-        threads: that read pictures while the cache is made.
-        verify: compare the whole cache with its hashes first. What is read is compared anyway.
+        folder: folder of the cache, created if needed. None uses a folder in `root` named by the
+            hash of the cache's identity.
+        root: parent of the default folder.
+        shard_size: number of samples per file.
+        threads: number of threads that read images while the cache is written.
+        verify: check the SHA-256 of all shards first. Samples are verified anyway when read.
     """
 
     def __init__(
@@ -174,8 +173,8 @@ class FromCache(_Kept):
         verify: bool = False,
     ) -> None:
         super().__init__(data=data, autoencoder=autoencoder, text=text, autocast=autocast)
-        named = isinstance(folder, str | Path | None)
-        expect(named, "latents.folder", folder, "must be the name of a folder, or null")
+        is_name = isinstance(folder, str | Path | None)
+        expect(is_name, "latents.folder", folder, "must be the name of a folder, or null")
         expect(isinstance(root, str | Path), "latents.root", root, "must be the name of a folder")
         expect_whole("latents.shard_size", shard_size, 1)
         expect_whole("latents.threads", threads, 1)
@@ -184,11 +183,11 @@ class FromCache(_Kept):
         self.threads, self.verify = threads, verify
 
     def prepare(self, processes: Processes) -> None:
-        """Make the cache, or what it lacks.
+        """Write the cache, or its missing shards.
 
         Raises:
-            Unfinished: a signal asked to stop.
-            UserError: the folder holds a cache that was made otherwise, or is damaged.
+            Unfinished: a signal stopped the precomputation.
+            UserError: the folder has a different cache, or one that is damaged.
         """
         precompute = Precomputation(
             data=self.data,
@@ -197,7 +196,7 @@ class FromCache(_Kept):
             autocast=self.autocast,
             threads=self.threads,
         )
-        # Hashing large encoders takes a while: one process does.
+        # Hashing large encoders takes a while, so only one process does it.
         identity = processes.broadcast(precompute.identity() if processes.main else {})
         folder = Path(self.folder or Path(self.root) / f"cache-{config_hash(identity)}")
         with processes.main_first():
@@ -220,31 +219,34 @@ class FromCache(_Kept):
             self.cache.caption(index, self.data.pick(self.cache.captions(index), index, step))
             for index in indices
         ]
-        if not captions[0].said:
+        if not captions[0].embeddings:
             return Read(latents, self.text.tokenize([caption.text for caption in captions]))
-        said = {name: torch.stack([c.said[name] for c in captions]) for name in captions[0].said}
-        for words in said.values():
-            self._expect_finite(words, indices)
-        return Read(latents, self._encodings(said, len(indices)))
+        embeddings = {
+            name: torch.stack([caption.embeddings[name] for caption in captions])
+            for name in captions[0].embeddings
+        }
+        for values in embeddings.values():
+            self._expect_finite(values, indices)
+        return Read(latents, self._encodings(embeddings, len(indices)))
 
-    def _expect_finite(self, kept: Tensor, indices: Sequence[int]) -> None:
-        """Refuse NaN and infinite values in a cache, as earlier versions may have written them."""
-        if not is_finite(kept):
-            bad = [i for i, values in zip(indices, kept, strict=True) if not is_finite(values)]
+    def _expect_finite(self, stored: Tensor, indices: Sequence[int]) -> None:
+        """Reject NaN and infinite values, which earlier versions may have cached."""
+        if not is_finite(stored):
+            bad = [i for i, values in zip(indices, stored, strict=True) if not is_finite(values)]
             raise NotFinite(
-                f"cache {self.cache.folder}: what it keeps of samples {bad[:10]} is NaN or "
-                "infinite. It was made in too low a precision or with damaged weights: delete that "
+                f"cache {self.cache.folder}: values of samples {bad[:10]} are NaN or infinite. The "
+                "cache was made in too low a precision or with damaged weights: delete that "
                 "folder, and it is made again from the images"
             )
 
-    def _encodings(self, said: dict[str, Tensor], batch: int) -> Encodings:
-        """What was kept, and zeros where an encoder is absent or pools nothing."""
-        nothing = torch.zeros((), dtype=HALF)
+    def _encodings(self, embeddings: dict[str, Tensor], batch: int) -> Encodings:
+        """The cached embeddings, and zeros where an encoder is absent or has no pooled output."""
+        zero = torch.zeros((), dtype=HALF)
         return Encodings(
             *(
                 Encoding(
-                    said.get(f"{name}.hidden", nothing.expand(batch, e.length, e.width)),
-                    said.get(f"{name}.pooled", nothing.expand(batch, e.pooled_width)),
+                    embeddings.get(f"{name}.hidden", zero.expand(batch, e.length, e.width)),
+                    embeddings.get(f"{name}.pooled", zero.expand(batch, e.pooled_width)),
                 )
                 for name, e in zip(Encodings._fields, self.text.encoders, strict=True)
             )

@@ -9,7 +9,7 @@ import torch
 
 import mmdit.latents.cache
 from mmdit.errors import UserError
-from mmdit.latents.cache import Cache, Samples, Shard, differences, texts_of
+from mmdit.latents.cache import Cache, Samples, Shard, identity_differences, texts_of
 
 KINDS = ("synthetic", "text")
 IDENTITY = {"autoencoder": {"weights": "1" * 64}, "data set": {"images": 5}, "t5": None}
@@ -67,9 +67,9 @@ def test_what_was_written_is_read_at_any_position(cache):
         for i, ((_, text), (_, number)) in enumerate(zip(kept, found, strict=True)):
             caption = cache.caption(index, number)
             assert caption.text == text
-            assert caption.said.keys() == written.said.keys()
-            for name, part in written.said.items():
-                assert torch.equal(caption.said[name], part[before + i]), name
+            assert caption.embeddings.keys() == written.embeddings.keys()
+            for name, part in written.embeddings.items():
+                assert torch.equal(caption.embeddings[name], part[before + i]), name
 
 
 def test_an_interrupted_cache_goes_on_at_the_first_shard_that_is_not_there(tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_shard_of_another_cache_is_refused(cache, tmp_path):
     assert cache.path(0).stat().st_size == size
     damaged = opened(cache.folder)
     assert damaged.missing() == []
-    with pytest.raises(UserError, match=r"shard-00000\.safetensors .* made otherwise: move this"):
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors .* another cache: delete the"):
         damaged.latent(0)
 
 
@@ -166,7 +166,7 @@ def test_shards_that_changed_places_are_refused(cache):
             json.dumps({"bytes": path.stat().st_size, "sha256": ""})
         )
     swapped = opened(cache.folder)
-    for index, told in ((0, "shard 0 of 3, and is shard 1 of 3 of this"), (2, "1 of 3, and is sh")):
+    for index, told in ((0, "shard 0 of 3, but is shard 1 of 3 of this"), (2, "1 of 3, but is sh")):
         with pytest.raises(UserError, match=told):
             swapped.latent(index)
 
@@ -177,7 +177,7 @@ def test_any_flipped_bit_of_a_header_is_noticed(cache):
     for position in range(8 + int.from_bytes(whole[:8], "little")):
         flipped = bytes([whole[position] ^ (1 << position % 8)])
         path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
-        with pytest.raises(UserError, match=r"shard-00000\.safetensors .* move this file"):
+        with pytest.raises(UserError, match=r"shard-00000\.safetensors .* delete it to have"):
             read_all(opened(cache.folder))
 
 
@@ -206,7 +206,7 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(cache):
 def test_folders_and_files_that_are_no_cache_are_refused(tmp_path, cache):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else than a cache"):
+    with pytest.raises(UserError, match="is not a cache and not empty"):
         opened(tmp_path / "other")
     facts = json.loads((cache.folder / "cache.json").read_text())
     changes = [
@@ -284,7 +284,7 @@ def test_a_kill_while_a_cache_is_completed_is_made_good(tmp_path, monkeypatch, b
 
 
 def test_more_shards_than_are_held_open(cache, monkeypatch):
-    monkeypatch.setattr(mmdit.latents.cache, "OPEN", 1)
+    monkeypatch.setattr(mmdit.latents.cache, "MAX_OPEN_SHARDS", 1)
     read_all(cache)
     read_all(cache)
 
@@ -296,7 +296,7 @@ def test_the_shard_that_was_used_least_recently_is_closed(cache, monkeypatch):
         opened.append(int(path.stem[-5:]))
         return Shard(path, *arguments)
 
-    monkeypatch.setattr(mmdit.latents.cache, "OPEN", 2)
+    monkeypatch.setattr(mmdit.latents.cache, "MAX_OPEN_SHARDS", 2)
     monkeypatch.setattr(mmdit.latents.cache, "Shard", watched)
     for index in (0, 2, 1, 4, 0, 4, 2):  # shards 0 1 0 2 0 2 1
         cache.latent(index)
@@ -314,8 +314,8 @@ def test_a_shard_held_open_takes_no_file_descriptor(cache):
 
 def test_differences_name_what_and_its_particulars():
     same = {"a": {"x": 1, "y": [1, 2]}, "b": None}
-    assert differences(same, same) == []
-    assert differences(same, {"a": {"x": 1, "y": [1, 3]}, "b": None}) == [
+    assert identity_differences(same, same) == []
+    assert identity_differences(same, {"a": {"x": 1, "y": [1, 3]}, "b": None}) == [
         "another a (y: [1, 2], not [1, 3])"
     ]
-    assert differences(same, {**same, "b": "z"}) == ["another b (null, not z)"]
+    assert identity_differences(same, {**same, "b": "z"}) == ["another b (null, not z)"]

@@ -1,4 +1,4 @@
-"""Training on a folder of pictures, from pixels and from a cache, as a user does it."""
+"""Training on a folder of images, from pixels and from a cache, as a user does it."""
 
 import errno
 import multiprocessing
@@ -40,14 +40,14 @@ PUBLIC = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_published) -> Path:
-    """A folder to work in: pictures, and tiny public models."""
+    """A folder to work in: images, and tiny public models."""
     shapes, folder = Shapes(split="train"), tmp_path_factory.mktemp("work")
     (folder / "tiny").symlink_to(tiny_published)
     (folder / "photos").mkdir()
     for i in range(32):
         height, width = SIDES[i % 4]
-        picture = Image.fromarray(shapes[i].image).resize((width, height))
-        picture.save(folder / "photos" / f"{i:02d}.png")
+        image = Image.fromarray(shapes[i].image).resize((width, height))
+        image.save(folder / "photos" / f"{i:02d}.png")
         (folder / "photos" / f"{i:02d}.txt").write_text(shapes.caption(100 + i))
         (folder / "photos" / f"{i:02d}.synthetic.txt").write_text(shapes.caption(200 + i))
     return folder
@@ -90,13 +90,13 @@ def models(request, folder) -> tuple[str, ...]:
 
 def test_losses_from_a_cache_are_those_from_pixels(folder, models):
     from_cache = ("latents=from_cache", "latents.shard_size=7", f"latents.root=made{len(models)}")
-    told = train(folder, *models, *from_cache, "until=cache").stdout
-    assert "making 4 shards of 4" in told
+    output = train(folder, *models, *from_cache, "until=cache").stdout
+    assert "writing 4 of 4 shards" in output
     words = (f"run=runs/cache{len(models)}", "training.workers=2")
     if models:
         words += ("text_device=cpu",)
-    told = train(folder, *models, *from_cache, *words).stdout
-    assert "making" not in told and "in the cache made" in told
+    output = train(folder, *models, *from_cache, *words).stdout
+    assert "writing" not in output and "in the cache made" in output
     ours, theirs = (losses(folder / "runs" / f"{s}{len(models)}") for s in ("cache", "pixels"))
     assert len(theirs) == 4
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -113,9 +113,9 @@ def test_a_cache_of_another_autoencoder_is_refused(folder):
     made = (*PUBLIC, "latents=from_cache", "latents.folder=mine", "until=cache")
     train(folder, *made)
     other = made[:3] + made[5:]  # the toy's own
-    told = train(folder, *other, code=2).stderr
-    assert "mine was made with another autoencoder (" in told
-    assert "name another folder" in told
+    output = train(folder, *other, code=2).stderr
+    assert "mine was made with another autoencoder (" in output
+    assert "choose another folder" in output
 
 
 class Making(Precomputation):
@@ -140,8 +140,8 @@ def test_a_full_disk_is_told_and_finished_shards_stay(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        told = "could not be written .*No space left.* shards that are finished stay.* latents.fol"
-        with pytest.raises(UserError, match=rf"^cache {tmp_path} {told}"):
+        output = "could not be written .*No space left.* finished shards remain.* latents.fol"
+        with pytest.raises(UserError, match=rf"^cache {tmp_path} {output}"):
             Making()(cache(), Processes())
     assert cache().missing() == [2]
     assert not list(tmp_path.glob("*.tmp"))
@@ -176,27 +176,27 @@ def test_a_cache_is_completed_only_by_who_holds_it(tmp_path):
     assert cache.completed
 
 
-def test_a_run_goes_on_with_its_own_pictures_wherever_they_lie(folder):
+def test_a_run_goes_on_with_its_own_images_wherever_they_are(folder):
     shutil.copytree(folder / "photos", folder / "few")
     train(folder, "latents=from_pixels", "run=runs/few", "data.root=few", "training.steps=2")
     (folder / "few").rename(folder / "moved")
     goes_on = ("latents=from_pixels", "resume=runs/few", "data.root=moved", "training.steps=3")
-    told = train(folder, *goes_on).stdout
-    assert "reusing the autoencoder" not in told and "training the autoencoder" not in told
+    output = train(folder, *goes_on).stdout
+    assert "reusing the autoencoder" not in output and "training the autoencoder" not in output
     for path in sorted((folder / "moved").glob("0*.*"))[:6]:
         path.unlink()
-    told = train(folder, *goes_on[:3], "training.steps=4", code=2).stderr
-    assert "config differs: data.found.content was" in told and "data.found.images was" in told
+    output = train(folder, *goes_on[:3], "training.steps=4", code=2).stderr
+    assert "config differs: data.found.content was" in output and "data.found.images was" in output
 
 
-def test_scores_of_shapes_are_refused_for_other_pictures(folder):
-    told = train(folder, "metrics=study", "latents=from_pixels", code=2).stderr
-    assert told.startswith("metrics: its CLIP and its prompts are those of data=shapes")
+def test_scores_of_shapes_are_refused_for_other_images(folder):
+    output = train(folder, "metrics=study", "latents=from_pixels", code=2).stderr
+    assert output.startswith("metrics: its CLIP and its prompts are those of data=shapes")
 
 
 def test_encoders_that_are_trained_stay_with_the_network(folder):
-    told = train(folder, "text_device=cpu", code=2).stderr
-    assert told.startswith("text_device=cpu is for encoders that are not trained")
+    output = train(folder, "text_device=cpu", code=2).stderr
+    assert output.startswith("text_device=cpu is for encoders that are not trained")
 
 
 def test_only_stages_that_there_are_can_be_stopped_at():
@@ -222,9 +222,9 @@ def test_sigterm_leaves_finished_shards_and_two_processes_make_the_rest(folder):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "finished shards stay in shapes" in told and "the same command" in told
+    assert "finished shards stay in shapes" in output and "the same command" in output
     made = {p: p.stat().st_mtime_ns for p in folder.glob("shapes/*.safetensors")}
     assert 2 <= len(made) < 100
 

@@ -52,8 +52,8 @@ def photos(tmp_path_factory) -> Path:
     shapes, folder = Shapes(split="train"), tmp_path_factory.mktemp("photos")
     for i in range(26):
         height, width = SIDES[i % 4]
-        picture = Image.fromarray(shapes[i].image).resize((width, height))
-        picture.save(folder / f"{i:02d}.png")
+        image = Image.fromarray(shapes[i].image).resize((width, height))
+        image.save(folder / f"{i:02d}.png")
         told = [shapes.caption(100 + i), shapes.caption(200 + i)]
         (folder / f"{i:02d}.txt").write_text("\n".join(told))
         if i % 5:
@@ -281,13 +281,13 @@ def test_a_cache_made_with_other_weights_is_refused(photos, tmp_path, change, to
     folder = tmp_path / "mine"
     source_of(FromCache, pipe, data, folder=str(folder))
     change(pipe)
-    with pytest.raises(UserError, match=rf"mine was made with {told}.*name another folder"):
+    with pytest.raises(UserError, match=rf"mine was made with {told}.*choose another folder"):
         source_of(FromCache, pipe, data, folder=str(folder))
     # Without a folder of its own, each has another.
     assert folder_of(source_of(FromCache, pipe, data, root=tmp_path)).parent == tmp_path
 
 
-def test_a_cache_of_other_pictures_or_precision_is_refused(photos, tmp_path):
+def test_a_cache_of_other_images_or_precision_is_refused(photos, tmp_path):
     pipe, folder = pipeline(frozen=False), str(tmp_path / "mine")
     source_of(FromCache, pipe, opened(photos), folder=folder)
     for others in ({"image_size": 64}, {"max_ratio": 1.0}, {"mix": {"text": 1.0}}):
@@ -341,12 +341,12 @@ def test_a_cache_that_holds_values_that_are_not_finite_is_refused(
     def damaged(index, *more):
         found = read(index, *more)
         if index == 4:
-            tensor = found if part == "latent" else found.said["t5.hidden"]
+            tensor = found if part == "latent" else found.embeddings["t5.hidden"]
             tensor.view(-1)[3] = float("nan")
         return found
 
     monkeypatch.setattr(source.cache, part, damaged)
-    with pytest.raises(NotFinite, match=r"samples \[4\] is NaN or infinite.*delete that folder"):
+    with pytest.raises(NotFinite, match=r"samples \[4\] are NaN or infinite.*delete that folder"):
         source.read(0, [0, 4])
 
 
@@ -354,7 +354,7 @@ def test_a_cache_that_holds_values_that_are_not_finite_is_refused(
 
 
 class Counting(CaptionedImages):
-    """Counts the pictures that are read, and may do something at one of them."""
+    """Counts the images that are read, and may do something at one of them."""
 
     seen = 0
     at: int | None = None
@@ -383,7 +383,7 @@ def test_a_signal_stops_and_finished_shards_are_not_made_again(photos, tmp_path)
     assert len(made) == 2
     before, data.seen, data.at = [path.read_bytes() for path in made], 0, None
     source = source_of(FromCache, pipe, data, folder=str(tmp_path / "cache"), shard_size=3)
-    assert data.seen == 26 - 14 + 1  # one to see that pictures last
+    assert data.seen == 26 - 14 + 1  # one to see that images are cacheable
     assert [path.read_bytes() for path in made] == before
     unbroken = source_of(FromCache, pipe, data, folder=str(tmp_path / "other"), shard_size=7)
     for path in sorted(folder_of(source).glob("*.safetensors")):
