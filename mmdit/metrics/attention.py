@@ -1,10 +1,9 @@
-"""How a network attends: the largest logit and the entropy of each block's attention (Fig. 5).
+"""Attention statistics: the largest logit and the entropy of each block's attention (Fig. 5).
 
 Logits that grow and entropies that collapse, in the last blocks first, announce the divergence of
 finetuning at high resolution in bfloat16 that QK-normalization prevents (Sec. 5.3.2). All networks
-here attend through one function, `mmdit.nn.attention.attention`: while a network is watched,
-another one stands in its place, which looks at what passes and hands it on. Unwatched, nothing is
-different.
+here attend through one function, `mmdit.nn.attention.attention`. While a network is watched, that
+function is replaced by one that records statistics and calls the original.
 """
 
 import math
@@ -27,13 +26,13 @@ LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32
 
 
 class BlockAttention(NamedTuple):
-    """What was seen of one block, over all heads, queries, samples and calls.
+    """Statistics of one block over all heads, queries, samples and calls.
 
     Attributes:
         block: name of the module whose forward pass called attention, as in `named_modules`.
-        max_logit: the largest, scaled and with its bias, as the softmax takes it.
-        entropy: mean, in nats: from 0, each query attending to one key, to log n, to all n alike.
-        normalized_entropy: mean of entropy / log n, in [0, 1]; 0 where there is one key only.
+        max_logit: the largest input of the softmax, with scale and bias.
+        entropy: mean, in nats: 0 if each query attends to one key, log n if to all n keys equally.
+        normalized_entropy: mean of entropy / log n, in [0, 1]; 0 if there is only one key.
     """
 
     block: str
@@ -43,22 +42,22 @@ class BlockAttention(NamedTuple):
 
 
 class AttentionRecord:
-    """What a watched network's attention has been like, block by block."""
+    """Attention statistics of a watched network, by block."""
 
     def __init__(self) -> None:
-        # (largest logit, sum of entropies, sum of normalized ones) and how many, of each call. They
-        # stay on their device until they are asked for: a watched GPU need not wait.
+        # (largest logit, sum of entropies, sum of normalized ones) and query count of each call.
+        # They stay on their device until they are needed, to avoid synchronizing a GPU.
         self._calls: dict[str, list[tuple[Tensor, int]]] = {}
 
     def add(self, block: str, statistics: Tensor, queries: int) -> None:
-        """A call of attention: (max, sum of entropies, sum of normalized ones) over its queries."""
+        """Record a call: (max, sum of entropies, sum of normalized ones) over its queries."""
         self._calls.setdefault(block, []).append((statistics, queries))
 
     def blocks(self) -> list[BlockAttention]:
-        """Each block's figures, in the order in which they were first called.
+        """The statistics of each block, in order of their first call.
 
         Raises:
-            ValueError: nothing has passed yet.
+            ValueError: the network has not run yet.
         """
         if not self._calls:
             raise ValueError("no attention was seen: run the watched network first")
@@ -66,9 +65,9 @@ class AttentionRecord:
 
 
 def last_blocks(blocks: Sequence[BlockAttention], count: int = 5) -> BlockAttention:
-    """The mean of the last blocks' figures; the paper averages over five (Fig. 5).
+    """Statistics averaged over the last blocks; the paper averages over five (Fig. 5).
 
-    Of a network of fewer blocks, all of them; the name says how many they were.
+    A network with fewer blocks is averaged over all. The result's name has the number of blocks.
     """
     last = blocks[-count:]
     means = (sum(b[i] for b in last) / len(last) for i in (1, 2, 3))  # type: ignore[misc]
@@ -77,10 +76,11 @@ def last_blocks(blocks: Sequence[BlockAttention], count: int = 5) -> BlockAttent
 
 @contextmanager
 def watched(network: nn.Module) -> Iterator[AttentionRecord]:
-    """Record how the blocks of `network` attend; what it computes stays the same, bit for bit.
+    """Record the attention statistics of `network`, without changing its outputs.
 
-    A compiled network runs as it is written meanwhile, for a graph has no place to look into.
+    A compiled network runs eagerly meanwhile, since a graph cannot be observed.
 
+    Example:
         with watched(pipeline.mmdit) as record:
             pipeline("a red circle")
         last_blocks(record.blocks())
@@ -90,7 +90,7 @@ def watched(network: nn.Module) -> Iterator[AttentionRecord]:
     door = room.attention
 
     def watched_door(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        if running:  # else it is another network that attends
+        if running:  # else the call comes from another network
             record.add(running[-1], *attention_statistics(q, k, **options))
         return door(q, k, v, **options)
 
@@ -105,14 +105,14 @@ def watched(network: nn.Module) -> Iterator[AttentionRecord]:
 
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
-    # Modules hold the function under names of their own, by `from mmdit.nn.attention import ...`.
+    # Modules that did `from mmdit.nn.attention import attention` have their own reference to it.
     held = [
         (names, name)
         for names in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
         for name, value in list(names.items())
         if value is door
     ]
-    # Nothing is compiled where the compiler was never imported, and importing it takes seconds.
+    # Importing the compiler takes seconds; if it is not imported, nothing is compiled.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
     try:
         for names, name in held:
@@ -137,11 +137,11 @@ def attention_statistics(
 ) -> tuple[Tensor, int]:
     """(largest logit, sum of entropies, sum of normalized ones) and the number of queries.
 
-    In float32 whatever the dtype of q and k, some queries at a time.
+    Computed in at least float32 whatever the dtype of q and k, in chunks of queries.
 
     Args:
-        q, k: (b, n, h, d), as `mmdit.nn.attention.attention` takes them.
-        bias, causal, scale: as there.
+        q, k: (b, n, h, d), as in `mmdit.nn.attention.attention`.
+        bias, causal, scale: as in `mmdit.nn.attention.attention`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if bias is not None:
@@ -179,14 +179,17 @@ def attention_at(
     seed: int,
     batch_size: int = 64,
 ) -> list[BlockAttention]:
-    """How each block of the transformer attends to noised pictures, over some times t.
+    """Attention statistics of each block of the transformer on noised images at several times t.
 
-    The noise of a sample is that of `validation_loss`: two evaluations differ by the weights only.
+    The noise is that of `validation_loss`, so two evaluations differ only by the weights.
 
     Args:
-        latents: normalized, (n, c, h, w).
-        captions: n of them.
-        levels: of t.
+        pipeline: the pipeline with the transformer.
+        latents: normalized latents (n, c, h, w).
+        captions: their n captions.
+        levels: values of t in [0, 1].
+        seed: seed of the noise.
+        batch_size: number of samples per batch.
     """
     shape, device = tuple(latents.shape[1:]), latents.device
     with watched(pipeline.mmdit) as record:

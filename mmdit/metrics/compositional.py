@@ -1,8 +1,8 @@
-"""Compositional accuracy: what is in a picture, read from its pixels, against what was asked.
+"""Compositional accuracy: compares the objects detected in an image with those in its prompt.
 
-No learned detector. Each pixel is explained as a mix of the background and one colour of the
-palette; connected pixels of more object than background are one object, its colour by vote, its
-shape the one whose drawing of the same area and centre of mass overlaps best.
+The detector is not learned. Each pixel is explained as a mix of the background and one colour of
+the palette. A connected region of mostly object pixels is one object; its colour is the majority of
+its pixels', its shape the one whose drawing of equal area and centroid overlaps it best.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,11 @@ from mmdit.data.shapes import Shapes
 Array: TypeAlias = NDArray[np.floating[Any]]
 Mask: TypeAlias = NDArray[np.bool_]
 
-SHARE = 0.25  # of the leading colour's votes: with fewer, a colour is no object of its own
+SHARE = 0.25  # of the leading colour's votes: a colour with fewer is not a separate object
 
 
 class Detection(NamedTuple):
-    """One object seen; lengths in image sides, (x, y) its centre of mass, y down."""
+    """A detected object; lengths as fractions of the image side, (x, y) its centroid, y down."""
 
     shape: str
     colour: str
@@ -41,9 +41,9 @@ def detect(
     background: str,
     least_area: float = 0.01,
 ) -> list[Detection]:
-    """The objects in a picture (h, w, 3) uint8, by the names of a palette and of shapes.
+    """Detect the objects in an image (h, w, 3) uint8, given the possible shapes and colours.
 
-    Specks below `least_area`, a fraction of the picture, are no objects.
+    Regions below `least_area`, a fraction of the image, are ignored.
     """
     coverage, error = _explain(image, colours, background)
     label = error.argmin(axis=-1)
@@ -56,7 +56,7 @@ def detect(
         for colour in elected:
             for part in components(blob & (owner == colour)):
                 if part.mean() >= least_area:
-                    # Two pixels around: the soft edge belongs to the object, its neighbours do not.
+                    # Two pixels wider: include the soft edge, but not neighbouring objects.
                     reach = _soften(_soften(part.astype(np.float32))) > 0
                     own = np.where(reach & (part | ~foreground), coverage[..., colour], 0)
                     found.append(_recognize(own, colours[colour], shapes))
@@ -64,8 +64,10 @@ def detect(
 
 
 def _surrounded(label: NDArray[np.intp]) -> Mask:
-    """Pixels whose four neighbours have their label: not the edges, which can look like a third
-    colour (half black on white is grey)."""
+    """Pixels whose four neighbours have the same label.
+
+    Edges are excluded because they can look like a third colour (half black on white is grey).
+    """
     padded = np.pad(label, 1, mode="edge")
     around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
     same: Mask = np.logical_and.reduce([neighbour == label for neighbour in around])
@@ -73,7 +75,7 @@ def _surrounded(label: NDArray[np.intp]) -> Mask:
 
 
 def _elect(votes: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The colours of one blob: usually one, more where objects touch."""
+    """The colours of a region: usually one, more if objects touch."""
     counts = np.bincount(votes)
     return np.flatnonzero(counts >= max(1.0, SHARE * counts.max()))
 
@@ -86,35 +88,35 @@ def _explain(image: Image, colours: Sequence[str], background: str) -> tuple[Arr
     offsets = image.astype(np.float32) - ground
     coverage = (offsets @ directions.T / lengths).clip(0, 1)
     error = np.square(offsets[..., None, :] - coverage[..., None] * directions).sum(axis=-1)
-    # Grey may be half black on white: of two explanations, prefer the pixel that is all object.
+    # Grey may also be half black on white: prefer the explanation with full coverage.
     return coverage, error + 0.05 * np.square(1 - coverage) * lengths
 
 
 def components(mask: Mask) -> list[Mask]:
-    """The 4-connected regions of a mask, by spreading the greatest label until nothing changes."""
+    """The 4-connected regions of a mask, by propagating the largest label until convergence."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(labels, 1)
         around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
         spread = np.where(mask, np.maximum.reduce((labels, *around)), 0)
-        # A label is the number of a pixel of the region: jump to the label found there.
+        # A label is the index of a pixel in the region, so jump to the label of that pixel.
         spread = np.append(0, spread)[spread]
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]
         labels = spread
 
 
-def _soften(picture: Array) -> Array:
+def _soften(coverage: Array) -> Array:
     """One pass of the binomial blur (1, 2, 1) / 4 along both axes."""
-    padded = np.pad(picture, 1)
+    padded = np.pad(coverage, 1)
     rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4
 
 
 def _recognize(coverage: Array, colour: str, shapes: Sequence[str]) -> Detection:
-    """The shape whose drawing of the same area and centre of mass overlaps best.
+    """The shape whose drawing of equal area and centroid overlaps best.
 
-    Drawings are tried sharp and blurred, or a blurred square would pass for a circle.
+    Drawings are tried both sharp and blurred; otherwise a blurred square would match a circle.
     """
     size = coverage.shape[0]
     centres = (np.arange(size) + 0.5) / size
@@ -142,14 +144,14 @@ def _recognize(coverage: Array, colour: str, shapes: Sequence[str]) -> Detection
 
 
 def matches(scene: Scene, found: Sequence[Detection]) -> bool:
-    """Whether a picture shows what the short caption of `scene` asks for, and nothing else.
+    """Whether the detected objects are exactly those in the short caption of `scene`.
 
-    Judged by the short caption whichever caption the picture was made from: sizes, places and
-    colours that it does not name are free.
+    The short caption is the criterion even if the image was generated from a rich caption: sizes,
+    places and colours that it does not name are free.
 
-    The number of objects is exact. Shapes are always asked for; colours in the tasks colours,
-    position and colour attribution; the place of the first object from the second in position,
-    where the offset along the relation's axis must have its sign and be the larger one.
+    The number of objects and their shapes must match; so must colours in the tasks colours,
+    position and colour attribution. In the position task, the offset from the second object to the
+    first must point in the direction of the relation, and be larger along its axis than across.
     """
     coloured = scene.task in ("colours", "position", "colour_attribution")
 
@@ -169,9 +171,9 @@ def matches(scene: Scene, found: Sequence[Detection]) -> bool:
 
 
 def judge(data: Shapes, scenes: Sequence[Scene], images: Tensor) -> list[bool]:
-    """`matches` of each picture (n, h, w, 3) uint8 with its scene, by the palette of `data`.
+    """Whether each image (n, h, w, 3) uint8 matches its scene, with shapes and colours of `data`.
 
-    Anything of at least a quarter of the area of the smallest object of `data` is an object.
+    A region counts as an object from a quarter of the area of the smallest object of `data`.
     """
     least_radius = min(least for least, _ in data.sizes.values())
     least_area = min(area_and_centroid(shape)[0] for shape in data.shapes) * least_radius**2 / 4

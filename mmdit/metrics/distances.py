@@ -1,7 +1,7 @@
-"""How far two sets of features lie apart: Frechet and kernel distance, and the CLIP score.
+"""Distances between two sets of features (Frechet and kernel distance), and the CLIP score.
 
-The paper's FID (Sec. 5.1) is the Frechet distance of CLIP-L/14 image features, not of Inception's,
-so its values compare with one another only.
+The paper's FID (Sec. 5.1) is the Frechet distance of CLIP-L/14 image features, not of Inception
+features, so its values are not comparable with the usual FID.
 """
 
 import torch
@@ -11,12 +11,12 @@ from mmdit.errors import UserError
 
 
 class Moments:
-    """Mean and covariance of features that come in parts; the same as of all at once.
+    """Mean and covariance of features, accumulated batch by batch in float64.
 
-    Parts are merged by the update of Chan et al. 1979, which subtracts no large sums, in float64.
+    Batches are merged by the update of Chan et al. 1979, which avoids cancellation.
 
     Args:
-        width: of the features.
+        width: dimension of the features.
     """
 
     def __init__(self, width: int) -> None:
@@ -25,10 +25,10 @@ class Moments:
         self._scatter = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, features: Tensor) -> None:
-        """Take in features (n, d).
+        """Add features (n, d).
 
         Raises:
-            UserError: they are no matrix of this width, or not finite.
+            UserError: they are not a matrix of this width, or not finite.
         """
         part = checked(features, "features")
         if part.shape[1] != len(self.mean):
@@ -44,10 +44,10 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased, (d, d) float64.
+        """The unbiased covariance, (d, d) float64.
 
         Raises:
-            UserError: there were fewer than two samples.
+            UserError: there are fewer than two samples.
         """
         if self.count < 2:
             raise UserError(f"{self.count} samples have no covariance: at least 2 are needed")
@@ -55,20 +55,20 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of features (n, d) all at once."""
+        """The moments of features (n, d)."""
         moments = cls(checked(features, "features").shape[1])
         moments.add(features)
         return moments
 
 
 def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
-    """Squared Frechet distance of the Gaussians that share the moments of two sets of features.
+    """Squared Frechet distance between Gaussians fitted to two sets of features.
 
     |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)   (Dowson and Landau 1982)
 
-    With n <= d samples a covariance is singular. The distance is defined all the same, but its bias
-    is then large: it falls as n grows, so that only sets of the same size compare (the paper's
-    are of tens of thousands).
+    With n <= d samples a covariance is singular. The distance is still defined but has a large
+    bias, which decreases with n: compare only sets of equal size (the paper's have tens of
+    thousands of samples).
 
     Args:
         a, b: features (n, d), or their moments.
@@ -79,12 +79,12 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     first, second = (x if isinstance(x, Moments) else Moments.of(x) for x in (a, b))
     if first.mean.shape != second.mean.shape:
         raise UserError(
-            f"features are {len(first.mean)} and {len(second.mean)} wide: they must be of one kind"
+            f"features are {len(first.mean)} and {len(second.mean)} wide: they must be equally wide"
         )
     shift = (first.mean - second.mean).square().sum()
     covariances = first.covariance, second.covariance
     root = matrix_root(covariances[0])
-    # tr (AB)^1/2 as a symmetric problem: its eigenvalues are real, where AB's come out complex.
+    # tr (AB)^1/2 as a symmetric problem, whose computed eigenvalues are real, unlike those of AB.
     product = root @ covariances[1] @ root
     shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     spread = covariances[0].trace() + covariances[1].trace() - 2 * shared
@@ -92,9 +92,9 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
 
 
 def matrix_root(matrix: Tensor) -> Tensor:
-    """The symmetric root of a symmetric matrix (d, d) without negative eigenvalues.
+    """The symmetric square root of a positive semidefinite matrix (d, d).
 
-    Those that rounding makes negative count as zero.
+    Eigenvalues that are negative by rounding are set to zero.
     """
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -103,10 +103,10 @@ def matrix_root(matrix: Tensor) -> Tensor:
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """Squared maximum mean discrepancy, the unbiased estimate: KID (Binkowski et al. 2018, Eq. 4).
 
-    Its expectation does not depend on the number of samples, unlike the Frechet distance's; for two
-    sets of one distribution it is zero, so that single values may lie below. The kernel is the
-    cubic one, (x . y / d + 1)^3. Binkowski et al. average over random subsets of 1000; here every
-    pair is used, once.
+    Unlike that of the Frechet distance, its expectation does not depend on the number of samples.
+    It is zero for two sets from one distribution, so estimates can be negative. The kernel is
+    cubic, (x . y / d + 1)^3. Binkowski et al. average over random subsets of 1000; here all pairs
+    are used.
 
     Args:
         a, b: features (n, d) and (m, d).
@@ -117,7 +117,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     first, second = checked(a, "a"), checked(b, "b")
     if first.shape[1] != second.shape[1]:
         raise UserError(
-            f"features are {first.shape[1]} and {second.shape[1]} wide: they must be of one kind"
+            f"features are {first.shape[1]} and {second.shape[1]} wide: they must be equally wide"
         )
     for features in (first, second):
         if len(features) < 2:
@@ -127,29 +127,29 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _mean_of_others(features: Tensor) -> float:
-    """Mean kernel of pairs of different samples of one set."""
+    """The mean kernel over pairs of different samples of one set."""
     n, width = features.shape
     themselves = _cubic(features.square().sum(1), width).sum().item()
     return (_total(features, features) - themselves) / (n * (n - 1))
 
 
 def _total(a: Tensor, b: Tensor) -> float:
-    """Sum of the kernel over all pairs, a thousand rows at a time to spare memory."""
+    """The sum of the kernel over all pairs, a thousand rows at a time to save memory."""
     return sum(_cubic(part @ b.T, a.shape[1]).sum().item() for part in a.split(1000))
 
 
 def _cubic(products: Tensor, width: int) -> Tensor:
-    """The kernel (x . y / d + 1)^3 of pairs with these products."""
+    """The kernel (x . y / d + 1)^3, given the products x . y."""
     return (products / width + 1) ** 3
 
 
 def clip_score(image: Tensor, text: Tensor) -> float:
-    """Mean cosine of each picture with its own prompt, in [-1, 1], as in the paper's tables.
+    """Mean cosine similarity of images with their prompts, in [-1, 1], as in the paper's tables.
 
-    There it is about 0.25. Others multiply it by 100, or by 2.5 and cut it off at zero.
+    The paper's values are about 0.25. Others multiply by 100, or by 2.5 and clamp at zero.
 
     Args:
-        image, text: features (n, d), of any length.
+        image, text: features (n, d), of any norm.
 
     Raises:
         UserError: shapes that differ, no samples, or values that are not finite.
@@ -158,7 +158,7 @@ def clip_score(image: Tensor, text: Tensor) -> float:
     if first.shape != second.shape or not len(first):
         raise UserError(
             f"features of images {tuple(first.shape)} and of texts {tuple(second.shape)} must have "
-            "the same shape and at least one row: each picture is compared with its own prompt"
+            "the same shape and at least one row: each image is compared with its own prompt"
         )
     return torch.cosine_similarity(first, second, dim=1).mean().item()
 
@@ -167,7 +167,7 @@ def checked(features: Tensor, name: str) -> Tensor:
     """A set of features in float64 on the CPU.
 
     Raises:
-        UserError: no matrix (n, d), or not finite.
+        UserError: it is not a matrix (n, d), or not finite.
     """
     if features.ndim != 2:
         raise UserError(f"{name} {tuple(features.shape)} must be features (n, d)")

@@ -1,4 +1,4 @@
-"""What each text encoder is worth: a pipeline in which only some of them speak (App. B.2)."""
+"""Ablation of text encoders: pipelines that use only some of them (App. B.2)."""
 
 import copy
 import itertools
@@ -8,19 +8,20 @@ from mmdit.pipeline import Pipeline
 from mmdit.text.conditioning import ENCODERS, AbsentEncoder, TextConditioner, TextEncoder
 
 SUBSETS = [  # all three first, none last
-    tuple(kind for kind, speaks in zip(ENCODERS, speaking, strict=True) if speaks)
-    for speaking in itertools.product((True, False), repeat=3)
+    tuple(kind for kind, used in zip(ENCODERS, mask, strict=True) if used)
+    for mask in itertools.product((True, False), repeat=3)
 ]
 
 
-def speaking(
+def with_encoders(
     pipeline: Pipeline, kept: Collection[str], *, empty_prompt: str | None = None
 ) -> Pipeline:
-    """The same pipeline, weights shared, in which the encoders not kept contribute zeros.
+    """A view of a pipeline with shared weights, in which encoders not in `kept` give zeros.
 
     Args:
-        kept: of `ENCODERS`.
-        empty_prompt: 'zeros' or 'encoded', as in `TextConditioner`; None leaves it as it is.
+        pipeline: the pipeline.
+        kept: the encoders to use, from `ENCODERS`.
+        empty_prompt: 'zeros' or 'encoded', as in `TextConditioner`; None keeps the pipeline's.
     """
     text = pipeline.text
     parts: dict[str, TextEncoder | AbsentEncoder] = {

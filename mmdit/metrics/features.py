@@ -1,4 +1,4 @@
-"""CLIP as a measuring instrument: its towers from public weights or from a run of ours."""
+"""CLIP features for metrics: both towers of CLIP, from public weights or from a run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,20 +34,20 @@ def load_clip_features(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> CLIPPair:
-    """Both towers of CLIP, in eval mode; the paper measures with CLIP-L/14 (Sec. 5.1).
+    """Load both towers of CLIP, in eval mode; the paper uses CLIP-L/14 (Sec. 5.1).
 
     Args:
-        source: a file or folder of public weights with both towers, like
-            openai/clip-vit-large-patch14; or a run of ours that trained a `CLIPPair`, its
-            checkpoint folder or a file exported from one.
-        weights: 'ema' or 'raw', of a run.
+        source: a file or folder of public weights with both towers, such as
+            openai/clip-vit-large-patch14; or a run that trained a `CLIPPair`, one of its checkpoint
+            folders, or a file exported from it.
+        weights: 'ema' or 'raw', for a run.
         tokenizer: folder of the public tokenizer's files; None looks beside the weights.
-        dtype: of the weights; None keeps the file's.
-        device: where it goes; None is the CPU.
-        allow_pickle, verify: of public weights, as in `mmdit.load_mmdit`.
+        dtype: dtype of the weights; None keeps the file's.
+        device: device of the model; None is the CPU.
+        allow_pickle, verify: for public weights, as in `mmdit.load_mmdit`.
 
     Raises:
-        UserError: nothing of the kind is there, it is damaged, or it is another kind of model.
+        UserError: `source` does not exist, is damaged, or is another kind of model.
     """
     where = None if device is None else available(device)
     path = Path(source).expanduser()
@@ -55,7 +55,7 @@ def load_clip_features(
         file = find_weights(path, weights)
         pair = load_model(file)
         if not isinstance(pair, CLIPPair):
-            raise UserError(f"{file} holds a {type(pair).__name__}, not a CLIPPair")
+            raise UserError(f"{file} is a {type(pair).__name__}, not a CLIPPair")
         return pair.to(dtype=dtype, device=where)
     place = Place(source, allow_pickle=allow_pickle, verify=verify)
     archive, folder = place.weights_of("clip_image")
@@ -74,32 +74,33 @@ def load_clip_features(
 def towers(
     archive: Archive, config: dict[str, Any], **options: Any
 ) -> tuple[CLIPTextModel, CLIPImageModel]:
-    """Both halves of a public CLIP.
+    """The text and image towers of a public CLIP.
 
     Args:
-        config: its config.json, which tells what shapes do not; empty if there is none.
+        archive: the weights.
+        config: its config.json, for what tensor shapes do not determine; empty if there is none.
         options: `dtype` and `verify` of `mmdit.checkpoints.public.load`.
 
     Raises:
-        UserError: a half is missing or does not fit, or has an activation that ours has not.
+        UserError: a tower is missing or does not fit, or has an unsupported activation.
     """
-    told = {half: config.get(f"{half}_config") or {} for half in ("text", "vision")}
-    activation = told["vision"].get("hidden_act", "quick_gelu")
+    configs = {half: config.get(f"{half}_config") or {} for half in ("text", "vision")}
+    activation = configs["vision"].get("hidden_act", "quick_gelu")
     if activation != "quick_gelu":
         raise UserError(
-            f"{archive.name}: config.json: vision_config.hidden_act is {activation!r}; CLIP's own "
-            "image towers have 'quick_gelu', and no other is known here"
+            f"{archive.name}: config.json: vision_config.hidden_act is {activation!r}; only "
+            "'quick_gelu', the activation of CLIP's own image towers, is supported"
         )
     heads = {
         half: {"num_heads": part["num_attention_heads"]}
-        for half, part in told.items()
+        for half, part in configs.items()
         if "num_attention_heads" in part
     }
     hints = heads.get("text", {})
-    if "hidden_act" in told["text"]:
-        hints = {**hints, "activation": told["text"]["hidden_act"]}
-    reading = archive.without("vision_model.", "visual_projection.")  # which read no text
-    text = load(reading, "clip_l", layout="diffusers", hints=hints, **options)
+    if "hidden_act" in configs["text"]:
+        hints = {**hints, "activation": configs["text"]["hidden_act"]}
+    text_part = archive.without("vision_model.", "visual_projection.")
+    text = load(text_part, "clip_l", layout="diffusers", hints=hints, **options)
     image = load(archive, "clip_image", hints=heads.get("vision", {}), **options)
     assert isinstance(text, CLIPTextModel) and isinstance(image, CLIPImageModel)
     return text, image
@@ -107,9 +108,11 @@ def towers(
 
 @torch.no_grad()
 def in_batches(features: Callable[[Items], Tensor], items: Items, *, size: int = 64) -> Tensor:
-    """Features of many pictures or prompts, `size` at a time to spare memory: (n, d), on the CPU.
+    """Features (n, d) of many images or prompts, on the CPU, computed in batches to save memory.
 
-    `in_batches(pair.image_features, pixels)`, `in_batches(pair.text_features, prompts)`.
+    Example:
+        in_batches(pair.image_features, pixels)
+        in_batches(pair.text_features, prompts)
 
     Raises:
         UserError: there are no items, or `size` is not positive.

@@ -1,4 +1,4 @@
-"""How many operations a network takes, counted by running it on shapes alone."""
+"""The number of floating-point operations of a network, counted by running it on meta tensors."""
 
 import torch
 from torch import nn
@@ -13,16 +13,17 @@ from mmdit.models.backbone import Backbone
 def counted_flops(
     network: Backbone, *, height: int, width: int, text_length: int, batch: int = 1
 ) -> int:
-    """Operations of one forward pass, exactly: what `Backbone.flops` says in closed form.
+    """Operations of one forward pass, counted exactly; `Backbone.flops` is the closed form.
 
-    Products, convolutions and attention are counted, two operations for each multiply-add. Nothing
-    is computed and no memory is used, however large the network: its tensors have shapes only.
+    Counts matrix products, convolutions and attention, with two operations per multiply-add.
+    Nothing is computed and no memory is used, since the tensors have shapes only.
 
     Args:
-        network: on any device; it is left as it is. What else it reads has a latent's shape.
-        height, width: of the latent.
-        text_length: tokens of c_ctxt.
-        batch: samples, on which the count is linear.
+        network: the network, on any device; it is not modified. Its further inputs (`reads`) are
+            assumed to have the shape of the latent.
+        height, width: size of the latent.
+        text_length: number of tokens in c_ctxt.
+        batch: batch size; the count is proportional to it.
     """
     shapes = {name: tensor.to("meta") for name, tensor in tensors_of(network).items()}
     with torch.device("meta"):
@@ -33,7 +34,7 @@ def counted_flops(
             torch.empty(batch, text_length, network.context_width),
         )
         extra = {name: torch.empty_like(inputs[0]) for name in network.reads}
-    # The counter does not see into the fused attention of a CPU: it would count nothing there.
+    # The counter cannot see into a CPU's fused attention and would count zero for it.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         functional_call(network, shapes, inputs, extra)
     return int(counter.get_total_flops())

@@ -1,9 +1,9 @@
-"""Pictures in the layout that GenEval's evaluator reads (Ghosh et al. 2023).
+"""Images in the layout that GenEval's evaluator reads (Ghosh et al. 2023).
 
-<folder>/00000/metadata.jsonl         line 0 of evaluation_metadata.jsonl: what is to be seen
-<folder>/00000/samples/0000.png ...   pictures for its prompt
+<folder>/00000/metadata.jsonl         line 0 of evaluation_metadata.jsonl: the expected objects
+<folder>/00000/samples/0000.png ...   images for its prompt
 
-The evaluator is no part of this project: it needs an object detector, and classes that it knows.
+The evaluator is not a part of this project: it needs an object detector and the classes it knows.
 """
 
 import io
@@ -20,17 +20,17 @@ from mmdit.atomic import claim, write_atomically
 from mmdit.data.captions import RELATIONS, Scene, short_caption
 from mmdit.errors import UserError
 
-Metadata = dict[str, Any]  # tag, include, prompt, and what else a line holds
+Metadata = dict[str, Any]  # tag, include, prompt, and other keys
 
 TAGS = {"colours": "colors", "colour_attribution": "color_attr"}  # the others are the same
 LARGEST = 1 << 24  # bytes; the official file has 0.1 MB
 
 
 def scene_metadata(scene: Scene) -> Metadata:
-    """What the short caption of a toy scene asks for, in GenEval's words.
+    """The content of a toy scene's short caption in GenEval's format.
 
-    `include` clauses must all be met, no `exclude` clause may be. A position names the index of
-    the clause it is relative to, so that the second object comes first.
+    All `include` clauses must be met, and no `exclude` clause. A position has the index of the
+    clause it is relative to, so the second object comes first.
     """
     first, *rest = scene.objects
     coloured = scene.task in ("colours", "position", "colour_attribution")
@@ -56,11 +56,13 @@ def read_metadata(path: Path) -> list[Metadata]:
     """The lines of an evaluation_metadata.jsonl.
 
     Raises:
-        UserError: it is not there, has no lines, or has one that the evaluator could not read.
+        UserError: it does not exist, is empty, or has a line that the evaluator could not read.
     """
     try:
         if path.stat().st_size > LARGEST:
-            raise UserError(f"metadata={path} is larger than {LARGEST} bytes: it is no such list")
+            raise UserError(
+                f"metadata={path} is larger than {LARGEST} bytes: it is not a metadata list"
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"metadata={path} cannot be read as UTF-8 text: {error}") from error
@@ -75,12 +77,12 @@ def checked(text: str, where: str) -> Metadata:
     """One line of metadata.
 
     Raises:
-        UserError: it is no JSON, or not of the form that the evaluator reads.
+        UserError: it is not JSON, or not in the format that the evaluator reads.
     """
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON: {error}") from None
+        raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(line, dict):
         raise UserError(f"{where} must be a JSON object with tag, include and prompt")
     for key in ("tag", "prompt"):
@@ -88,7 +90,7 @@ def checked(text: str, where: str) -> Metadata:
             raise UserError(f"{where}: {key} {line.get(key)!r} must be a text")
     include, exclude = line.get("include"), line.get("exclude", [])
     if not isinstance(include, list) or not include:
-        raise UserError(f"{where}: include {include!r} must be a list of what is to be seen")
+        raise UserError(f"{where}: include {include!r} must be a list of expected objects")
     if not isinstance(exclude, list):
         raise UserError(f"{where}: exclude {exclude!r} must be a list")
     for name, clauses in (("include", include), ("exclude", exclude)):
@@ -99,7 +101,7 @@ def checked(text: str, where: str) -> Metadata:
 
 
 def _fault(clause: Any, index: int) -> str | None:
-    """What is wrong with a clause; a position may only name one before it."""
+    """The problem with a clause, or None; a position may only refer to an earlier clause."""
     if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
         return f"{clause!r} must be an object with a class"
     count = clause.get("count")
@@ -119,15 +121,15 @@ def _fault(clause: Any, index: int) -> str | None:
 
 
 class GenEvalFolder:
-    """A folder of GenEval's layout, filled prompt by prompt; what is there is not painted again.
+    """A folder in GenEval's layout, filled prompt by prompt; existing images are kept.
 
     Args:
-        path: made if it is not there.
-        settings: what the pictures follow from. It is kept in geneval.json, so that pictures of
-            two models or seeds never stand side by side.
+        path: the folder, created if needed.
+        settings: the settings that determine the images. They are stored in geneval.json, so that
+            images of different models or seeds are never mixed.
 
     Raises:
-        UserError: the folder holds pictures of other settings, or other things.
+        UserError: the folder has images with different settings, or other files.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -142,44 +144,44 @@ class GenEvalFolder:
         if old is None:
             if any(re.fullmatch(r"\d+", item.name) for item in path.iterdir()):
                 raise UserError(
-                    f"out={path} has numbered folders, but no geneval.json that says what they are "
-                    "of: choose another out="
+                    f"out={path} has numbered folders but no geneval.json that describes them: "
+                    "choose another out="
                 )
             if claim(kept, json.dumps(wanted, indent=1).encode()):
                 return
-            old = json.loads(kept.read_text())  # of a process that began at the same moment
+            old = json.loads(kept.read_text())  # written by a concurrent process
         if old != wanted:
             if not isinstance(old, dict):
                 raise UserError(f"{kept} is damaged: choose another out=")
             key = next(key for key in (*wanted, *old) if old.get(key) != wanted.get(key))
             raise UserError(
-                f"out={path} holds pictures of {key} {old.get(key)!r}, not {wanted.get(key)!r}: "
+                f"out={path} has images with {key} {old.get(key)!r}, not {wanted.get(key)!r}: "
                 "choose another out=, or the same settings"
             )
 
     def missing(self, index: int, metadata: Metadata, samples: int) -> list[int]:
-        """The numbers of the pictures that prompt `index` still lacks; its folder is made.
+        """Create the folder of prompt `index`; return the numbers of its missing images.
 
         Raises:
             UserError: the folder is that of another prompt, or its metadata is damaged.
         """
         folder = self._folder(index)
-        said = folder / "metadata.jsonl"
-        if said.is_file():
-            old = checked(said.read_text(encoding="utf-8", errors="replace"), str(said))
+        file = folder / "metadata.jsonl"
+        if file.is_file():
+            old = checked(file.read_text(encoding="utf-8", errors="replace"), str(file))
             if old != metadata:
                 raise UserError(
-                    f"{said} is of the prompt {old['prompt']!r}, not {metadata['prompt']!r}: "
+                    f"{file} has the prompt {old['prompt']!r}, not {metadata['prompt']!r}: "
                     "choose another out="
                 )
         else:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
-            write_atomically(said, json.dumps(metadata).encode())
-        return [i for i in range(samples) if not self._picture(index, i).is_file()]
+            write_atomically(file, json.dumps(metadata).encode())
+        return [i for i in range(samples) if not self._image(index, i).is_file()]
 
     def write(self, index: int, sample: int, pixels: Tensor) -> None:
-        """One picture, uint8 (h, w, 3); it appears whole or not at all."""
-        path = self._picture(index, sample)
+        """Write one image, uint8 (h, w, 3), atomically."""
+        path = self._image(index, sample)
         path.parent.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()
         Image.fromarray(pixels.cpu().numpy()).save(data, format="PNG")
@@ -188,5 +190,5 @@ class GenEvalFolder:
     def _folder(self, index: int) -> Path:
         return self.path / f"{index:05d}"
 
-    def _picture(self, index: int, sample: int) -> Path:
+    def _image(self, index: int, sample: int) -> Path:
         return self._folder(index) / "samples" / f"{sample:04d}.png"

@@ -1,6 +1,6 @@
-"""How far a picture travels from noise to data: the length of its path (Table 6).
+"""The length of an image's sampling path from noise to data (Table 6).
 
-The straighter the paths, the fewer steps follow them; larger models have shorter ones (Sec. 5.3).
+Straighter paths need fewer steps; larger models have shorter paths (Sec. 5.3).
 """
 
 import torch
@@ -12,15 +12,14 @@ from mmdit.flow.solvers import VelocityFunction
 
 
 class MeasuredVelocity:
-    """A velocity that adds up the path it is followed along: sum of ||v(z_i, t_i)|| (t_i - t_i+1).
+    """A velocity that measures the length of the path, sum of ||v(z_i, t_i)|| (t_i - t_i+1).
 
-    The norm is that of all values of a picture's latent. Only the steps of the grid count, not what
-    a solver asks between them, and of several questions at one time the last: the one from which
-    the next step starts, where a guess was tried before.
+    The norm is over an image's latent. Only evaluations at times of the grid count, not a solver's
+    intermediate ones; of several at one time the last counts, from which the next step starts.
 
     Args:
-        velocity: what is followed.
-        grid: the falling times of the solver, (n + 1,).
+        velocity: the velocity.
+        grid: the solver's decreasing times, (n + 1,).
     """
 
     def __init__(self, velocity: VelocityFunction, grid: Tensor) -> None:
@@ -36,10 +35,10 @@ class MeasuredVelocity:
         return v
 
     def lengths(self) -> Tensor:
-        """Of each picture's path, (b,).
+        """The length of each image's path, (b,).
 
         Raises:
-            ValueError: it has not been followed along the whole grid.
+            ValueError: sampling has not reached the end of the grid.
         """
         if missing := len(self._steps) - len(self._lengths):
             raise ValueError(f"{missing} of {len(self._steps)} steps were not made")
@@ -47,10 +46,10 @@ class MeasuredVelocity:
 
 
 class MeasuredGuidance(Guidance):
-    """A guidance whose every picture's path is measured; it paints what `inner` does.
+    """A guidance that measures the path of every image, and samples exactly as `inner` does.
 
     Args:
-        inner: the guidance that is followed.
+        inner: the guidance to measure.
     """
 
     def __init__(self, *, inner: Guidance) -> None:
@@ -67,5 +66,5 @@ class MeasuredGuidance(Guidance):
         return velocity
 
     def lengths(self) -> Tensor:
-        """Of the paths of all pictures painted so far, in their order, (n,), on the CPU."""
+        """The path lengths of all images sampled so far, in order, (n,), on the CPU."""
         return torch.cat([velocity.lengths().cpu() for velocity in self._followed])

@@ -1,4 +1,4 @@
-"""How faithfully an autoencoder gives images back."""
+"""Reconstruction metrics of autoencoders: PSNR and SSIM."""
 
 import math
 
@@ -15,22 +15,22 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(images: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over a batch of uint8 images; infinite where equal."""
+    """Peak signal-to-noise ratio in dB over a batch of uint8 images; infinite if equal."""
     error = (wide(images) - wide(truth)).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
 def ssim(images: Tensor, truth: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004, Eq. 13), at most 1, which is equality.
+    """Structural similarity (Wang et al. 2004, Eq. 13); at most 1, reached by equal images.
 
-    A Gaussian window of 11 x 11 pixels slides where it fits whole. The value is the mean over its
-    places, the channels (the paper had luminance alone) and the batch. Images keep their size.
+    An 11 x 11 Gaussian window takes all positions inside the image. The value is the mean over
+    positions, channels (the paper uses luminance alone) and the batch. Images are not downscaled.
 
     Args:
         images, truth: uint8 (b, h, w, c).
 
     Raises:
-        UserError: shapes that differ, or images smaller than the window.
+        UserError: the shapes differ, or images are smaller than the window.
     """
     if images.shape != truth.shape:
         raise UserError(f"images {tuple(images.shape)} must have the shape {tuple(truth.shape)}")
@@ -50,7 +50,7 @@ def ssim(images: Tensor, truth: Tensor) -> float:
 
 
 def _windowed(images: Tensor) -> Tensor:
-    """Means under the window, one axis after the other: (n, 1, h, w) to (n, 1, h - 10, w - 10)."""
+    """Windowed means, one axis after the other: (n, 1, h, w) to (n, 1, h - 10, w - 10)."""
     offsets = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
     weights = (-(offsets**2) / (2 * SIGMA**2)).exp()
     weights = weights / weights.sum()

@@ -21,16 +21,18 @@ def validation_loss(
     seed: int,
     batch_size: int = 64,
 ) -> list[float]:
-    """Mean loss at each t of `LEVELS`, all encoders speaking.
+    """Mean loss at each t of `LEVELS`, without dropping text encoders.
 
-    The noise of a sample is keyed by (seed, its index), the same at every level and evaluation, so
-    that two evaluations differ by the weights only. The paper reports the mean of the first seven:
-    at t = 1 there is nothing but noise.
+    The noise of a sample is keyed by (seed, index) and the same at every level and evaluation, so
+    two evaluations differ only by the weights. The paper reports the mean of the first seven,
+    since the input at t = 1 is pure noise.
 
     Args:
-        latents: normalized, (n, c, h, w).
-        captions: n of them.
-        batch_size: samples at a time; it changes no more than the rounding.
+        pipeline: the pipeline with the network and its objective.
+        latents: normalized latents (n, c, h, w).
+        captions: their n captions.
+        seed: seed of the noise.
+        batch_size: number of samples per batch; it only affects rounding.
     """
     shape, device = tuple(latents.shape[1:]), latents.device
     losses: list[list[Tensor]] = [[] for _ in LEVELS]

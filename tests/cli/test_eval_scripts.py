@@ -296,7 +296,7 @@ def test_geneval_paints_the_official_list(run, folder):
     kept = (folder / "pictures" / "00000" / "metadata.jsonl").read_text()
     assert json.loads(kept) == line
     (folder / "list.jsonl").write_text("{")
-    assert "line 1 is no JSON" in run("geneval", "metadata=list.jsonl", "out=other", code=2)
+    assert "line 1 is not JSON" in run("geneval", "metadata=list.jsonl", "out=other", code=2)
     assert not (folder / "other").exists()
 
 

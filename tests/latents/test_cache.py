@@ -177,7 +177,7 @@ def test_any_flipped_bit_of_a_header_is_noticed(cache):
     for position in range(8 + int.from_bytes(whole[:8], "little")):
         flipped = bytes([whole[position] ^ (1 << position % 8)])
         path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
-        with pytest.raises(UserError, match=r"shard-00000\.safetensors .* delete it to have"):
+        with pytest.raises(UserError, match=r"shard-00000\.safetensors .* to have it made again"):
             read_all(opened(cache.folder))
 
 

@@ -128,7 +128,7 @@ class Making(Precomputation):
         return Samples([torch.ones(4, 2, 2)], [{"text": ("a circle",)}], {})
 
 
-def test_a_full_disk_is_told_and_finished_shards_stay(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_finished_shards_stay(tmp_path, monkeypatch):
     def cache(folder=tmp_path):
         return Cache(folder, identity={}, samples=3, kinds=["text"], shard_size=1)
 

@@ -13,7 +13,7 @@ SHAPE_NAMES = ("circle", "square", "triangle")
 COLOUR_NAMES = ("red", "green", "blue", "yellow", "purple", "cyan")
 
 
-def scenes_and_pictures(data: Shapes, task: str, count: int) -> tuple[list[Scene], torch.Tensor]:
+def scenes_and_images(data: Shapes, task: str, count: int) -> tuple[list[Scene], torch.Tensor]:
     scenes = [data.scene_for_task(task, index) for index in range(count)]
     return scenes, torch.from_numpy(np.stack([data.render(scene) for scene in scenes]))
 
@@ -39,15 +39,15 @@ def thing(shape: str, colour: str, x: float, y: float) -> Object:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("image_size", "count"), [(32, 100), (64, 40), (96, 20)])
-def test_true_pictures_are_right(task, image_size, count):
+def test_true_images_are_right(task, image_size, count):
     data = Shapes(split="validation", image_size=image_size)
-    assert np.mean(judge(data, *scenes_and_pictures(data, task, count))) >= 0.99
+    assert np.mean(judge(data, *scenes_and_images(data, task, count))) >= 0.99
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_true_pictures_stay_right_under_noise_and_blur(task):
+def test_true_images_stay_right_under_noise_and_blur(task):
     data = Shapes(split="held_out")
-    scenes, images = scenes_and_pictures(data, task, 30)
+    scenes, images = scenes_and_images(data, task, 30)
     for worse in (noisy(images), blurred(images), noisy(blurred(images))):
         assert np.mean(judge(data, scenes, worse)) >= 0.99
 
@@ -61,13 +61,13 @@ def test_every_shape_colour_size_and_background_is_told_apart():
         sizes={"small": (0.08, 0.10), "large": (0.16, 0.20)},
         backgrounds=("white", "black", "grey"),
     )
-    assert np.mean(judge(data, *scenes_and_pictures(data, "colour_attribution", 60))) >= 0.99
+    assert np.mean(judge(data, *scenes_and_images(data, "colour_attribution", 60))) >= 0.99
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_pictures_of_other_prompts_are_right_only_by_chance(task):
+def test_images_of_other_prompts_are_right_only_by_chance(task):
     data = Shapes(split="validation")
-    scenes, images = scenes_and_pictures(data, task, 80)
+    scenes, images = scenes_and_images(data, task, 80)
     # Two prompts of three shapes, or of three shapes and three numbers, often agree.
     chance = {"single_object": 1 / 3, "two_object": 1 / 3, "counting": 1 / 9}.get(task, 1 / 18)
     assert np.mean(judge(data, scenes, images.roll(40, 0))) <= chance + 0.17
@@ -82,7 +82,7 @@ def test_a_detection_says_where_and_how_large():
         assert found.y == pytest.approx(0.6, abs=0.06)  # a triangle's mass lies below its middle
 
 
-def test_an_empty_picture_and_a_speck_hold_nothing():
+def test_an_empty_image_and_a_speck_have_no_objects():
     image = draw([], "white", 32)
     assert look(image) == []
     image[5:8, 5:8] = 0

@@ -6,7 +6,7 @@ from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import LogitNormal
-from mmdit.metrics.encoders import SUBSETS, speaking
+from mmdit.metrics.encoders import SUBSETS, with_encoders
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
@@ -68,7 +68,7 @@ def test_silence_is_what_training_drops(kept, pipeline):
     flags = torch.tensor([[kind in kept for kind in ENCODERS]]).expand(3, 3)
     whole = pipeline.text
     expected = whole(whole.tokenize(PROMPTS), flags)
-    view = speaking(pipeline, kept, empty_prompt="encoded")
+    view = with_encoders(pipeline, kept, empty_prompt="encoded")
     condition = view.text.encode(PROMPTS)
     assert all(torch.equal(a, b) for a, b in zip(condition[:2], expected[:2], strict=True))
 
@@ -76,7 +76,7 @@ def test_silence_is_what_training_drops(kept, pipeline):
 @torch.no_grad()
 def test_the_pipeline_itself_stays_as_it_was(pipeline):
     before, text = pipeline.text.encode(PROMPTS), pipeline.text
-    view = speaking(pipeline, ("t5",), empty_prompt="encoded")
+    view = with_encoders(pipeline, ("t5",), empty_prompt="encoded")
     assert pipeline.text is text
     assert pipeline.text.empty_prompt == "zeros" != view.text.empty_prompt
     after = pipeline.text.encode(PROMPTS)
@@ -85,11 +85,11 @@ def test_the_pipeline_itself_stays_as_it_was(pipeline):
     assert not view.text.training
 
 
-def test_all_kept_paints_the_same_and_none_kept_the_same_for_every_prompt(pipeline):
+def test_all_kept_samples_the_same_and_none_kept_the_same_for_every_prompt(pipeline):
     options = {"seeds": [0, 0, 0], "steps": 2, "guidance": 3.0}
     plain = pipeline(PROMPTS, **options)
-    assert torch.equal(speaking(pipeline, ENCODERS)(PROMPTS, **options), plain)
-    silent = speaking(pipeline, ())(PROMPTS, **options)
+    assert torch.equal(with_encoders(pipeline, ENCODERS)(PROMPTS, **options), plain)
+    silent = with_encoders(pipeline, ())(PROMPTS, **options)
     assert torch.equal(silent[0], silent[2])
     assert torch.equal(silent[1], plain[1])  # the empty prompt is all zeros anyway
     assert not torch.equal(plain[0], plain[2])

@@ -17,7 +17,7 @@ from mmdit.text.tokenizers import CLIPWordTokenizer
 PROMPTS = ["a photo of a red cat", "two blue cats", ""]
 
 
-def pictures(count: int = 3) -> torch.Tensor:
+def pixels(count: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, 40, 32, 3), generator=generator, dtype=torch.uint8)
 
@@ -64,9 +64,9 @@ def test_features_match_transformers(public):
     theirs = peer(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pixel_values=processor(list(pictures().numpy()), return_tensors="pt").pixel_values,
+        pixel_values=processor(list(pixels().numpy()), return_tensors="pt").pixel_values,
     )
-    images, texts = pair.image_features(pictures()), pair.text_features(PROMPTS)
+    images, texts = pair.image_features(pixels()), pair.text_features(PROMPTS)
     assert error(images, theirs.image_embeds) < 1e-5
     assert error(texts, theirs.text_embeds) < 1e-5
     assert error(images @ texts.T * pair.scale, theirs.logits_per_image) < 1e-5
@@ -77,9 +77,9 @@ def test_features_match_transformers(public):
 def test_embeddings_match_transformers_before_normalization(public):
     folder, peer = public
     pair = load_clip_features(folder / "model.safetensors", tokenizer=folder)
-    values = clip_pixels(pictures(), 32)
+    values = clip_pixels(pixels(), 32)
     theirs = peer.visual_projection(peer.vision_model(pixel_values=values).pooler_output)
-    assert error(pair.image_embeddings(pictures()), theirs) < 1e-5
+    assert error(pair.image_embeddings(pixels()), theirs) < 1e-5
 
 
 def test_dtype_is_that_asked_for(public):
@@ -132,13 +132,13 @@ def test_a_pair_of_ours_is_read_from_its_file(tmp_path, randomize):
     pair = randomize(CLIPPair(text=text, image=image), 0)
     save_module(tmp_path / "ema.safetensors", pair)
     again = load_clip_features(tmp_path / "ema.safetensors")
-    assert torch.equal(again.image_features(pictures()), pair.image_features(pictures()))
+    assert torch.equal(again.image_features(pixels()), pair.image_features(pixels()))
 
 
 def test_another_module_of_ours_is_refused(tmp_path):
     image = CLIPImageModel(width=8, depth=1, num_heads=1, image_size=8, patch_size=8)
     save_module(tmp_path / "x.safetensors", image)
-    with pytest.raises(UserError, match="holds a CLIPImageModel, not a CLIPPair"):
+    with pytest.raises(UserError, match="is a CLIPImageModel, not a CLIPPair"):
         load_clip_features(tmp_path / "x.safetensors")
 
 

@@ -86,8 +86,8 @@ def test_an_official_list_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no JSON"),
-        ("[" * 100_000, "line 2 is no JSON"),
+        ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ("[]", "must be a JSON object"),
         ('{"tag": "x", "include": [{"class": "a", "count": 1}]}', "prompt None"),
         ('{"include": [{"class": "a", "count": 1}], "prompt": "a"}', "tag None"),
@@ -127,7 +127,7 @@ def test_files_that_are_no_list_are_refused(tmp_path):
             read_metadata(tmp_path / name)
 
 
-def picture(value: int) -> torch.Tensor:
+def plain_image(value: int) -> torch.Tensor:
     return torch.full((8, 6, 3), value, dtype=torch.uint8)
 
 
@@ -137,7 +137,7 @@ def test_the_layout_is_what_the_official_evaluator_walks_through(tmp_path):
     for index, line in enumerate(LINES):
         assert folder.missing(index, json.loads(line), 2) == [0, 1]
         for sample in range(2):
-            folder.write(index, sample, picture(10 * index + sample))
+            folder.write(index, sample, plain_image(10 * index + sample))
     numbered = sorted(path for path in out.iterdir() if path.is_dir())
     assert [path.name for path in numbered] == ["00000", "00001", "00002", "00003"]
     for index, path in enumerate(numbered):
@@ -150,17 +150,17 @@ def test_the_layout_is_what_the_official_evaluator_walks_through(tmp_path):
             assert image.getpixel((0, 0)) == (10 * index + 1,) * 3
 
 
-def test_what_is_there_is_not_painted_again(tmp_path):
+def test_what_is_there_is_not_generated_again(tmp_path):
     metadata = json.loads(LINES[0])
     first = GenEvalFolder(tmp_path, SETTINGS)
     first.missing(0, metadata, 3)
-    first.write(0, 1, picture(1))
+    first.write(0, 1, plain_image(1))
     again = GenEvalFolder(tmp_path, SETTINGS)
     assert again.missing(0, metadata, 3) == [0, 2]
     assert again.missing(0, metadata, 4) == [0, 2, 3]
 
 
-def test_pictures_of_two_settings_or_prompts_are_not_mixed(tmp_path):
+def test_images_of_two_settings_or_prompts_are_not_mixed(tmp_path):
     folder = GenEvalFolder(tmp_path, SETTINGS)
     folder.missing(0, json.loads(LINES[0]), 1)
     with pytest.raises(UserError, match="weights_sha256 'ab', not 'cd'"):
@@ -168,7 +168,7 @@ def test_pictures_of_two_settings_or_prompts_are_not_mixed(tmp_path):
     with pytest.raises(UserError, match="a photo of a bench"):
         folder.missing(0, json.loads(LINES[1]), 1)
     (tmp_path / "00000" / "metadata.jsonl").write_text('{"tag":')
-    with pytest.raises(UserError, match="is no JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         folder.missing(0, json.loads(LINES[0]), 1)
     (tmp_path / "geneval.json").unlink()
     with pytest.raises(UserError, match="no geneval"):

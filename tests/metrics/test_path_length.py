@@ -72,7 +72,7 @@ def test_a_path_that_was_not_followed_to_its_end_has_no_length():
 
 
 class Constant:
-    """The same velocity for each picture and condition: its pooled text."""
+    """The same velocity for each image and condition: its pooled text."""
 
     def __call__(self, z: Tensor, t: float, condition: Condition) -> Tensor:
         return condition.c_vec[:, :, None, None].expand_as(z)

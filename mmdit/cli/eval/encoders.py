@@ -32,7 +32,7 @@ from mmdit.cli.eval.subject import (
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
-from mmdit.metrics.encoders import SUBSETS, speaking
+from mmdit.metrics.encoders import SUBSETS, with_encoders
 from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.pipeline import Pipeline, to_latents
 from mmdit.text.conditioning import EMPTY_PROMPTS, ENCODERS, NAMES
@@ -66,9 +66,9 @@ def job(config: DictConfig, text: Verbatim) -> None:
     usual = subject.pipe.text.empty_prompt
     for kept in SUBSETS:
         with subject.autocast():
-            loss = measured_loss(speaking(subject.pipe, kept), validation, config)
+            loss = measured_loss(with_encoders(subject.pipe, kept), validation, config)
         for empty in EMPTY_PROMPTS if kept == ENCODERS else (usual,):
-            view = speaking(subject.pipe, kept, empty_prompt=empty)
+            view = with_encoders(subject.pipe, kept, empty_prompt=empty)
             options = {"steps": report["steps"], "guidance": instantiate(config.guide)}
             with subject.autocast():
                 samples = generate(view, prompts.texts, config, label=name_of(kept), **options)
