@@ -259,8 +259,8 @@ def config_of(kind: str, module: nn.Module) -> Config:
     raise UserError(f"{kind} has no config.json")
 
 
-# What diffusers and transformers want to read besides, and we do not.
-HABITS: dict[str, Config] = {
+# Fields that diffusers and transformers expect in config.json and we do not use.
+REQUIRED_FIELDS: dict[str, Config] = {
     "mmdit": {"_diffusers_version": VERSION, "sample_size": 128},
     "controlnet": {
         "_diffusers_version": VERSION,
@@ -310,7 +310,7 @@ def write_model(
             "use the single-file layout"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    config: Config = {**HABITS[kind], **config_of(kind, module)}
+    config: Config = {**REQUIRED_FIELDS[kind], **config_of(kind, module)}
     if "_class_name" not in config:  # transformers' way to say it
         config["architectures"] = [CLASSES[kind]]
         config["torch_dtype"] = str(module.compute_dtype).removeprefix("torch.")
@@ -360,5 +360,5 @@ def write_folder(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Sorted and indented, as the libraries write it."""
+    """Write JSON sorted and indented, as the libraries do."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -153,7 +153,7 @@ def load_into(
     if too_large:
         raise UserError(explain_infinite(match.archive.name, too_large, torch.float16))
     if dtype is None:
-        tell_of_mixture(match.archive.name, stored, dtypes)
+        warn_of_mixed_dtypes(match.archive.name, stored, dtypes)
     for name in format.constants:
         value = torch.tensor(float(describe(module)[name]), dtype=torch.float64)
         tensors[name] = value.to(at_least_float32(compute_dtype))
@@ -179,10 +179,10 @@ def common_dtype(stored: Mapping[str, Tensor], format: Format) -> torch.dtype:
     return votes.most_common(1)[0][0]
 
 
-def tell_of_mixture(
+def warn_of_mixed_dtypes(
     name: object, stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Note that tensors of several dtypes were made one, which loses digits or takes memory."""
+    """Warn that tensors of several dtypes were converted, which loses digits or takes memory."""
     changed = {d for key, d in dtypes.items() if computed_in(stored[key], None) != d}
     if changed:
         there = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a backward pass keeps, and what it computes again."""
+"""Activation checkpointing: which activations are kept, and which are recomputed."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,8 +15,8 @@ from torch.utils.checkpoint import (
 from mmdit.engine.optimizers import HIDDEN
 from mmdit.errors import UserError
 
-# What is dear to compute again and small to keep: products and attention.
-DEAR = (
+# Products and attention: expensive to recompute, cheap to store.
+SAVED_OPS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -27,20 +27,20 @@ DEAR = (
 )
 
 
-def _keep_dear(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    dear = operation in DEAR
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    saved = operation in SAVED_OPS
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 ACTIVATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, _keep_dear)},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, _policy)},
     "full": {},
 }
 
 
 def recompute(module: nn.Module, activations: str) -> None:
-    """Let the blocks of a module compute activations again in the backward pass.
+    """Let the blocks of a module recompute activations in the backward pass.
 
     Args:
         module: what is trained; its copies for the moving average must have been made.

@@ -1,6 +1,6 @@
 """The convolutional variational autoencoder of latent diffusion (Rombach et al. 2022), 16 channels.
 
-Its latents are the normalized ones: the autoencoder owns scale and shift, nobody else applies them.
+Latents are normalized: the autoencoder applies scale and shift, and no other code does.
 """
 
 from collections.abc import Sequence
@@ -203,8 +203,8 @@ class Autoencoder(Network):
         widths = [width * multiplier for multiplier in multipliers]
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(widths) - 1)
-        # Channels last, a CPU's convolutions need no copies. But GroupNorm then is slow where its
-        # groups are thin, and so is its backward pass: training keeps the layout it is given.
+        # With channels last, convolutions on a CPU need no copies. But GroupNorm and its backward
+        # pass are then slow for groups of few channels: training keeps the layout it is given.
         self.memory_format = torch.channels_last if width >= 128 else torch.contiguous_format
         self.encoder = Encoder(3, widths, blocks, latent_channels)
         self.decoder = Decoder(3, widths, blocks, latent_channels)
@@ -248,7 +248,7 @@ class Autoencoder(Network):
         self.decoder.compile(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):  # what .to(), .cuda() and .half() go through
-        """Scale and shift stay float32 at least, whatever the weights become.
+        """Keep scale and shift in at least float32, whatever the dtype of the weights.
 
         1.5305 is 1.53125 in bfloat16, and in float64 it is itself again.
         """

@@ -1,8 +1,7 @@
-"""What a pipeline asks of a network, and what the backbones of Figure 4 have in common.
+"""The interface of a pipeline's network, and what the backbones of Figure 4 share.
 
-Each of those makes tokens of latent and text, lets blocks act on them, steered by timestep and
-pooled text, and reads the prediction off the final image tokens. A subclass says in one `forward`
-how.
+A backbone embeds latent and text as tokens, applies blocks that timestep and pooled text modulate,
+and maps the final image tokens to the prediction. Its `forward` shows the whole order in one place.
 """
 
 import copy
@@ -33,10 +32,10 @@ class Backbone(Network, ABC):
     """The velocity (or another prediction) of a noised latent, given text.
 
     Attributes:
-        reads: what `forward` takes besides text, by the names of `Condition.extra`; a pipeline
-            refuses to sample without it, or with anything else.
+        reads: arguments of `forward` besides text, by their names in `Condition.extra`; a pipeline
+            samples only with exactly these.
         latent_channels: channels c of the latent.
-        patch_size: what the sides of a latent are a multiple of.
+        patch_size: the sides of a latent are multiples of it.
         context_width: width of c_ctxt.
         pooled_width: width p of c_vec.
     """
@@ -69,11 +68,11 @@ class Backbone(Network, ABC):
     @property
     @abstractmethod
     def layers(self) -> list[Block]:
-        """All blocks in order, as `skipping` counts them."""
+        """All blocks in order; `skipping` uses their indices."""
 
     @abstractmethod
     def skipping(self, layers: Collection[int]) -> Self:
-        """The same network, weights shared, with some blocks passed by (skip-layer guidance).
+        """A view of this network, of the same weights, without some blocks (skip-layer guidance).
 
         Raises:
             UserError: there is no block of that index.
@@ -81,9 +80,10 @@ class Backbone(Network, ABC):
 
     @abstractmethod
     def flops(self, *, height: int, width: int, text_length: int) -> int:
-        """Operations of one forward pass of one sample, in closed form; training takes three times.
+        """Operations of one forward pass of one sample; a training step takes three times as many.
 
-        Matrix products, convolutions and attention, two for each multiply-add, as is customary.
+        Counts matrix products, convolutions and attention in closed form, with the customary two
+        operations for each multiply-add.
 
         Args:
             height, width: of the latent.
@@ -193,33 +193,33 @@ class PatchBackbone(Backbone):
 
     @staticmethod
     def width_unit(num_heads: int) -> int:
-        """What a width has to be a multiple of: of the heads, and of the parts of a position."""
+        """Smallest valid width; all others are multiples of it."""
         return math.lcm(num_heads, 4)
 
     def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
-        """y, by which timestep and pooled text steer every block: (b,), (b, p) -> (b, d)."""
+        """Embedding y of timestep and pooled text, by which blocks are modulated: (b, d)."""
         time = self.timestep_embedding(self.cast(sinusoid(t)))
         return time + self.pooled_embedding(self.cast(c_vec))
 
     def text_tokens(self, c_ctxt: Tensor) -> Tensor:
-        """Text of the encoders (b, l, context_width) in the width of the network: (b, l, d)."""
+        """Project text states (b, l, context_width) to the width of the network: (b, l, d)."""
         return self.context_embedding(self.cast(c_ctxt))
 
     def image_tokens(self, z: Tensor) -> Tensor:
-        """Patches of a latent (b, c, h, w), with their positions: (b, n, d)."""
+        """Embed the patches of a latent (b, c, h, w) and add their positions: (b, n, d)."""
         positions = centre_crop(self.positions, *self.grid(*z.shape[-2:]))
         x = self.patch_embedding(z.to(self.compute_dtype))
         return x + positions.to(x.dtype)
 
     def prediction(self, x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
-        """What the final image tokens (b, n, d) say of a latent: (b, c, height, width)."""
+        """Map the final image tokens (b, n, d) to the prediction (b, c, height, width)."""
         rows, columns = self.grid(height, width)
         x = self.output(x, y)
         return unpatchify(x, rows=rows, columns=columns, patch_size=self.patch_size)
 
     @property
     def layers(self) -> list[Block]:
-        # The last block, where it is of another kind, lies in `last_block`.
+        # A last block of another class is stored in `last_block`.
         last = [self._modules["last_block"]] if "last_block" in self._modules else []
         return [*self.blocks, *last]
 
@@ -274,7 +274,7 @@ class PatchBackbone(Backbone):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As in DiT, which the paper follows; the position table is computed anew."""
+        """Initialize as in DiT, which the paper follows, and recompute the position table."""
         self.positions.copy_(position_table(self.positions.shape[-1], **self._position))
         reset_as_in_dit(self)
         # The untrained network predicts zero: the loss starts at E||target||^2.
@@ -285,10 +285,10 @@ B = TypeVar("B", bound=PatchBackbone)
 
 
 def with_qk_norm(model: B) -> B:
-    """A copy with RMSNorm on queries and keys, its weights one, and all other weights the same.
+    """Copy a model and add RMSNorm with unit weights to its queries and keys.
 
-    For finetuning a model that was trained without at high resolution (Fig. 5, Sec. 5.3.2). It is
-    another network at once: training has to go on before it is of use.
+    For finetuning at high resolution a model that was trained without it (Fig. 5, Sec. 5.3.2). The
+    copy computes something else from the start, so it has to be trained further before use.
 
     Raises:
         UserError: the model has QK-norm already.

@@ -1,4 +1,4 @@
-"""What blocks of the backbones are made of: attention, streams, the output layer, their start."""
+"""Building blocks of the backbones: attention, streams, the output layer, initialization."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from mmdit.nn.norms import LayerNorm, RMSNorm
 
 
 class AttentionInput(QKV):
-    """Q, K and V of one stream, with RMSNorm on Q and K per head where `qk_norm` asks."""
+    """Q, K and V of one stream, with RMSNorm on Q and K per head if `qk_norm` is set."""
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__(width, num_heads)
@@ -36,12 +36,12 @@ def joint_attention(*streams: Heads) -> tuple[Tensor, ...]:
 
 
 def attention_flops(queries: int, keys: int, width: int) -> int:
-    """Of Q K^T and of the weighted sum of V, over all heads."""
+    """Operations of Q K^T and of the weighted sum of V, over all heads."""
     return 2 * (2 * queries * keys * width)
 
 
 class Stream(nn.Module):
-    """What one modality owns in a block: everything but the attention itself (Fig. 2b)."""
+    """The layers of one modality in a block: everything but the attention itself (Fig. 2b)."""
 
     modulation_parts = 6  # shift, scale and gate, of attention and of the MLP
 
@@ -58,23 +58,23 @@ class Stream(nn.Module):
         self.mlp = MLP(width, self.hidden, tanh_gelu)
 
     def token_flops(self, tokens: int) -> int:
-        """Of all its layers: modulation once, Q, K, V, output and MLP for each token."""
+        """Operations of all layers: modulation once; Q, K, V, output and MLP for each token."""
         d = self.width
         return 2 * self.modulation_parts * d**2 + tokens * 2 * (4 * d**2 + 2 * d * self.hidden)
 
 
 class Block(nn.Module, ABC):
-    """A layer of a backbone: tokens, and the vector y that steers it, to tokens."""
+    """A layer of a backbone: maps tokens to tokens, modulated by the vector y."""
 
-    returns: ClassVar[tuple[int, ...]]  # which of its arguments come back changed
+    returns: ClassVar[tuple[int, ...]]  # indices of the arguments that it returns, changed
 
     @abstractmethod
     def flops(self, image_tokens: int, text_tokens: int) -> int:
-        """Of one forward pass of one sample; see `Backbone.flops`."""
+        """Operations of one forward pass of one sample; see `Backbone.flops`."""
 
 
 class SkippedBlock(Block):
-    """Stands where a block was left out: what it would have changed comes back as it is."""
+    """Takes the place of a skipped block, and returns unchanged what the block would change."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -104,14 +104,14 @@ class OutputLayer(nn.Module):
 
 @torch.no_grad()
 def reset_as_in_dit(network: nn.Module) -> None:
-    """Initialization of DiT (Peebles & Xie 2023), of all but a network's last linear layer."""
+    """Initialize all but a network's last linear layer as in DiT (Peebles & Xie 2023)."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     for module in network.modules():
         if isinstance(module, AttentionInput):
-            # As thirds of one matrix, which they are in DiT.
+            # As thirds of one matrix, as in DiT.
             for part in (module.q, module.k, module.v):
                 nn.init.xavier_uniform_(part.weight, gain=0.5**0.5)
         elif isinstance(module, RMSNorm):

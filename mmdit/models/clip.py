@@ -1,4 +1,4 @@
-"""CLIP's text tower, as SD3 reads it: penultimate states and a pooled vector (App. B.2)."""
+"""CLIP's text tower as SD3 uses it: penultimate states and a pooled vector (App. B.2)."""
 
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class CLIPOutput(NamedTuple):
-    """What the text tower says of a prompt."""
+    """Output of the text tower."""
 
     hidden: Tensor  # (b, n, d): penultimate layer, without the final LayerNorm
-    pooled: Tensor  # (b, p): final state at the end-of-text token, projected where a projection is
+    pooled: Tensor  # (b, p): final state at the end-of-text token, projected if the model does so
 
 
 class CLIPLayer(nn.Module):
-    """Pre-norm transformer layer, causal where it reads text."""
+    """Pre-norm transformer layer; causal in the text tower."""
 
     causal = True
 

@@ -1,4 +1,4 @@
-"""CLIP's image tower, by which pictures are compared with prompts (CLIP score, Sec. 5.1)."""
+"""CLIP's image tower, for comparing images with prompts (CLIP score, Sec. 5.1)."""
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ from mmdit.models.clip import CLIPLayer, QuickGELU
 from mmdit.nn.network import Network
 from mmdit.registry import register
 
-# Of the pixels in [0, 1] that CLIP was trained on, per channel.
+# Statistics per channel of the pixels in [0, 1] that CLIP was trained on.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class CLIPImageLayer(CLIPLayer):
-    """Pre-norm transformer layer in which every patch sees every other."""
+    """Pre-norm transformer layer in which every patch attends to all others."""
 
     causal = False
 
@@ -34,7 +34,7 @@ class CLIPImageModel(Network):
         projection_width: of the space shared with the text tower.
 
     Raises:
-        UserError: a size that does not divide as it must.
+        UserError: `width` or `image_size` is not divisible as required.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class CLIPImageModel(Network):
                 f"{self.image_size}), as `clip_pixels` makes them"
             )
         patches = rearrange(self.patch_embedding(self.cast(images)), "b d h w -> b (h w) d")
-        whole = repeat(self.class_embedding, "d -> b 1 d", b=len(images))
-        x = torch.cat([whole, patches], dim=1) + self.position_embedding
+        class_token = repeat(self.class_embedding, "d -> b 1 d", b=len(images))
+        x = torch.cat([class_token, patches], dim=1) + self.position_embedding
         x = self.first_norm(x)
         for layer in self.layers:
             x = layer(x)
@@ -106,7 +106,7 @@ class CLIPImageModel(Network):
 
 
 def clip_pixels(pixels: Tensor, size: int = 224) -> Tensor:
-    """Pictures as CLIP's image tower expects them.
+    """Resize, crop and normalize images for CLIP's image tower.
 
     The shorter side is resized to `size` by Pillow's bicubic filter, the middle square cut out,
     and every channel normalized: what CLIP was trained with, and what published scores use.
@@ -124,11 +124,11 @@ def clip_pixels(pixels: Tensor, size: int = 224) -> Tensor:
     left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
     squares = [
         np.asarray(
-            Image.fromarray(picture)
+            Image.fromarray(image)
             .resize(resized, Image.Resampling.BICUBIC)
             .crop((left, top, left + size, top + size))
         )
-        for picture in pixels.cpu().numpy()
+        for image in pixels.cpu().numpy()
     ]
     values = torch.from_numpy(np.stack(squares)).to(pixels.device).float() / 255
     mean, std = values.new_tensor(PIXEL_MEAN), values.new_tensor(PIXEL_STD)

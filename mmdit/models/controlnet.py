@@ -1,7 +1,7 @@
-"""ControlNets: a second network reads a control image and adds to the image tokens of an MMDiT.
+"""ControlNets: a second network that reads a control image and adds to an MMDiT's image tokens.
 
 Published by Stability AI for SD3.5 Large (blur, canny, depth). The idea is Zhang et al. 2023's: the
-base model stays as it is, and a control net that is not trained yet changes nothing.
+base model is unchanged, and an untrained control net has no effect.
 """
 
 import copy
@@ -22,13 +22,13 @@ from mmdit.nn.embeddings import PatchEmbedding, VectorEmbedding, sinusoid
 from mmdit.nn.network import Network
 from mmdit.registry import describe, register
 
-# In the order of `control_type` in the public files. Factor and offset of pixels in [0, 1]: what
-# the autoencoder is shown. Canny edges leave [-1, 1] (0.5 to 128): the public weights expect it.
+# Factor and offset that map pixels in [0, 1] to the autoencoder's input, in the order of
+# `control_type` in the public files. Canny edges leave [-1, 1] (0.5 to 128), as those files expect.
 CONTROL_RANGES = {"blur": (2.0, -1.0), "canny": (127.5, 0.5), "depth": (2.0, -1.0)}
 
 
 def control_pixels(pixels: Tensor, control_type: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A control image as the autoencoder is to see it: uint8 (b, h, w, 3) -> (b, 3, h, w).
+    """Map control images to the autoencoder's input: uint8 (b, h, w, 3) -> (b, 3, h, w).
 
     Raises:
         UserError: `control_type` is not one of `CONTROL_RANGES`.
@@ -39,7 +39,7 @@ def control_pixels(pixels: Tensor, control_type: str, dtype: torch.dtype = torch
 
 
 def check_control_type(control_type: str) -> None:
-    """Raises a UserError where there is no such type of control image."""
+    """Raise UserError if there is no such type of control image."""
     if control_type not in CONTROL_RANGES:
         raise UserError(f"control_type {control_type!r} must be one of {', '.join(CONTROL_RANGES)}")
 
@@ -48,8 +48,7 @@ def check_control_type(control_type: str) -> None:
 class ControlNet(Network):
     """Residuals for the image tokens of an MMDiT, as in SD3.5 Large: each block follows the last.
 
-    It reads the tokens that the base model makes of the latent, positions included, and no text
-    but the pooled one.
+    It reads the base model's tokens of the latent, positions included, and only the pooled text.
 
     Args:
         depth: number of blocks, and of residuals (19 in the public ones).
@@ -117,7 +116,7 @@ class ControlNet(Network):
         return residuals
 
     def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
-        """y, by which timestep and pooled text steer every block: (b,), (b, p) -> (b, d)."""
+        """Embedding y of timestep and pooled text, by which blocks are modulated: (b, d)."""
         time = self.timestep_embedding(self.cast(sinusoid(t)))
         return time + self.pooled_embedding(self.cast(c_vec))
 
@@ -138,7 +137,7 @@ class ControlNet(Network):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As in DiT; the residuals of an untrained control net are zero."""
+        """Initialize as in DiT; the residuals of an untrained control net are zero."""
         reset_as_in_dit(self)
         for parameter in self.to_residuals.parameters():
             nn.init.zeros_(parameter)
@@ -146,7 +145,7 @@ class ControlNet(Network):
 
 @register
 class ParallelControlNet(ControlNet):
-    """Residuals for an MMDiT, each from a block that sees the same tokens, not its predecessor's.
+    """Residuals for an MMDiT, from blocks that all see the same tokens, side by side.
 
     The reference's other control net, made for the 2B model; no public weights of it are known. It
     embeds the latent itself, without positions, and the base model's embedding of the pooled text.
@@ -191,12 +190,12 @@ class ParallelControlNet(ControlNet):
         ]
 
     def flops(self, base: MMDiT, tokens: int) -> int:
-        """As `ControlNet.flops`, and what it embeds the base model's pooled text by."""
+        """`ControlNet.flops`, and those of the embedding of the base model's pooled text."""
         return super().flops(base, tokens) + 2 * 2 * self.width**2
 
 
 class NoControl(nn.Module):
-    """Stands where a control net was left out: adds nothing after any block."""
+    """Takes the place of a skipped control net: adds nothing after any block."""
 
     blocks = ()
 
@@ -247,9 +246,9 @@ PLACEMENTS: dict[str, Callable[[Sequence[Tensor], int], list[Tensor]]] = {
 
 @register
 class ControlledMMDiT(Backbone):
-    """An MMDiT that follows a control image: a network for a pipeline, as the MMDiT itself is.
+    """An MMDiT that follows a control image, for use in a pipeline like the MMDiT itself.
 
-    It holds two networks and has no weights of its own, so that it is cheap to make. The control
+    It holds two networks and has no weights of its own, so it is cheap to create. The control
     image comes with each call, as the text does: the latent of `control_pixels`, one for each
     sample, is what `forward` takes as `control`, and `Condition.extra` carries it there.
 
@@ -355,7 +354,7 @@ class ControlledMMDiT(Backbone):
         return self.base.layers
 
     def skipping(self, layers: Collection[int]) -> Self:
-        """The weaker network of skip-layer guidance: as in the reference, it is not controlled."""
+        """The weaker network of skip-layer guidance; as in the reference, it is not controlled."""
         view = copy.copy(self)
         view._modules = {"base": self.base.skipping(layers), "control_net": NoControl()}
         return view

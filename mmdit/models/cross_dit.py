@@ -1,6 +1,6 @@
-"""CrossDiT: a DiT over the image, which reads the text by cross-attention (Fig. 4).
+"""CrossDiT: a DiT over the image with cross-attention to the text (Fig. 4).
 
-The text is the same for every block: image tokens ask, text tokens are never changed.
+Image tokens attend to text tokens, which are the same for every block.
 """
 
 from typing import Unpack
@@ -17,7 +17,7 @@ from mmdit.registry import register
 
 
 class CrossAttentionInput(AttentionInput):
-    """Q of the image, K and V of the text."""
+    """Queries from the image, keys and values from the text."""
 
     def forward(self, x: Tensor, c: Tensor) -> Heads:  # type: ignore[override]
         """x (b, n, d), c (b, l, d)."""
@@ -46,8 +46,8 @@ class CrossBlock(Stream, Block):
 
         attended = attention(*self.attention_in(modulate(self.norm1(x), shift1, scale1)))
         x = x + gate1 * self.attention_out(attended)
-        asking = modulate(self.cross_norm(x), cross_shift, cross_scale)
-        x = x + cross_gate * self.cross_out(attention(*self.cross_in(asking, c)))
+        queries = modulate(self.cross_norm(x), cross_shift, cross_scale)
+        x = x + cross_gate * self.cross_out(attention(*self.cross_in(queries, c)))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
     def flops(self, image_tokens: int, text_tokens: int) -> int:
@@ -68,7 +68,7 @@ class CrossDiT(PatchBackbone):
         **shared: Unpack[Shared],
     ) -> None:
         super().__init__(**shared)
-        # Nothing else would keep the scale of the text, which the blocks see as it is.
+        # The blocks do not normalize the text, so its scale is fixed here.
         self.text_norm = LayerNorm(self.width)
         self.blocks = nn.ModuleList(self.block(CrossBlock) for _ in range(self.depth))
         self.output = OutputLayer(self.width, self.patch_values)

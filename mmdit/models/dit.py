@@ -1,7 +1,7 @@
 """DiT with text in its sequence: one shared set of weights for all tokens (Fig. 4).
 
-Peebles & Xie 2023, whose classes are text here: the tokens of the text stand before those of the
-image, and every layer treats both alike.
+Peebles & Xie 2023, with text in place of classes: text tokens precede image tokens, and every layer
+treats both alike.
 """
 
 from typing import Unpack

@@ -1,7 +1,7 @@
-"""Backbones of the same size: what makes a comparison of architectures fair (Fig. 4).
+"""Backbones of equal size, for a fair comparison of architectures (Fig. 4).
 
-Depth and heads stay. The width goes where the cost comes nearest to the reference's; widths come in
-coarse steps, and the hidden width of the MLPs takes up what is left.
+Depth and heads are kept. The width is chosen so that the cost comes nearest to the reference's;
+since widths come in coarse steps, the hidden width of the MLPs makes up the rest.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from mmdit.models.backbone import PatchBackbone
 from mmdit.registry import build, describe
 
 MEASURES = ("params", "flops")
-TOLERANCE = 0.02  # of the reference's cost: what is further away is no match
+TOLERANCE = 0.02  # largest relative difference from the reference's cost
 
 
 class Match(NamedTuple):
-    """The sizes at which a network costs what another does.
+    """The sizes at which a network costs as much as another.
 
     Attributes:
         width, mlp_ratio: what to build it with.
@@ -40,13 +40,13 @@ def matched(
     width: int,
     text_length: int,
 ) -> Match:
-    """Width and `mlp_ratio` at which `network` costs what `reference` does.
+    """Find the width and `mlp_ratio` at which `network` costs as much as `reference`.
 
     Args:
-        network: all else is kept of it, and half to twice its `mlp_ratio` is tried. Neither network
+        network: all else about it is kept; half to twice its `mlp_ratio` is tried. Neither network
             is changed; both may be on the meta device, where all the trials are.
         reference: the network to be matched.
-        by: 'params', or 'flops' as `Backbone.flops` tells them.
+        by: 'params', or 'flops' as `Backbone.flops` counts them.
         height, width: of the latents at which operations are compared.
         text_length: tokens of c_ctxt, likewise.
 
@@ -95,8 +95,8 @@ def nearest(cost: Callable[[int], int], target: int) -> int:
 def fitted_ratio(cost: Callable[[float], int], width: int, configured: float, target: int) -> float:
     """The `mlp_ratio`, from half to twice the configured one, at which the cost is `target`.
 
-    The cost grows by the same amount with each hidden unit. Four digits tell all hidden widths of
-    networks up to a width of five thousand apart.
+    The cost grows by the same amount with each hidden unit. Four digits distinguish all hidden
+    widths of networks up to a width of five thousand.
     """
     hidden = round(configured * width)
     now = cost(hidden / width)

@@ -1,7 +1,7 @@
 """MM-DiT, the joint-attention transformer of Stable Diffusion 3 (Sec. 4, Fig. 2).
 
-Text and image are two streams of tokens, each with its own weights, which meet in one attention
-over both sequences. Timestep and pooled text steer every block through adaLN-zero modulation.
+Text and image are two streams of tokens, each with its own weights, joined in one attention over
+both sequences. Timestep and pooled text modulate every block (adaLN-zero).
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ class DualAttentionBlock(Block):
 
 
 class LastTextStream(nn.Module):
-    """The text stream of the last block: it is read by the image and goes no further."""
+    """The text stream of the last block: the image attends to it, and it ends there."""
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""MM-DiT with three sets of weights: image, CLIP's tokens and T5's each have their own (Fig. 4).
+"""MM-DiT with three sets of weights: one each for image, CLIP and T5 tokens (Fig. 4).
 
-Everything else is the MM-DiT of two sets, which the paper found to be hardly worse.
+Otherwise it is the MM-DiT of two sets, which the paper found hardly worse.
 """
 
 from typing import Unpack
@@ -37,33 +37,33 @@ class ThreeStreamBlock(Block):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """clip (b, k, d), t5 (b, l, d), x (b, n, d), y (b, d) -> clip, t5, x."""
         streams, tokens = (self.clip, self.t5, self.image), (clip, t5, x)
-        asking, modulations = [], []
+        heads, modulations = [], []
         for stream, own in zip(streams, tokens, strict=True):
             shift1, scale1, gate1, *of_mlp = stream.modulation(y)
-            asking.append(stream.attention_in(modulate(stream.norm1(own), shift1, scale1)))
+            heads.append(stream.attention_in(modulate(stream.norm1(own), shift1, scale1)))
             modulations.append((gate1, *of_mlp))
 
         changed = []
-        attended = joint_attention(*asking)
-        for stream, own, found, modulation in zip(
+        attended = joint_attention(*heads)
+        for stream, own, part, modulation in zip(
             streams, tokens, attended, modulations, strict=True
         ):
             gate1, shift2, scale2, gate2 = modulation
-            own = own + gate1 * stream.attention_out(found)
+            own = own + gate1 * stream.attention_out(part)
             own = own + gate2 * stream.mlp(modulate(stream.norm2(own), shift2, scale2))
             changed.append(own)
         clip, t5, x = changed
         return clip, t5, x
 
     def flops(self, image_tokens: int, text_tokens: int) -> int:
-        # A token of CLIP costs what one of T5 costs: how they are shared out does not matter.
+        # CLIP and T5 tokens cost the same, so the split between them does not matter.
         text = self.clip.token_flops(0) + self.t5.token_flops(text_tokens)
         n = image_tokens + text_tokens
         return text + self.image.token_flops(image_tokens) + attention_flops(n, n, self.image.width)
 
 
 class LastThreeStreamBlock(Block):
-    """The last block: the texts are read by the image and stop after attention."""
+    """The last block: the image attends to the texts, which stop after attention."""
 
     returns = (2,)
 
@@ -133,7 +133,7 @@ class MMDiTThree(PatchBackbone):
         return self.prediction(x, y, *z_t.shape[-2:])
 
     def texts(self, c_ctxt: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of CLIP (b, k, d) and of T5 (b, l - k, d), from c_ctxt (b, l, context_width).
+        """Split c_ctxt (b, l, context_width) into tokens of CLIP (b, k, d) and T5 (b, l - k, d).
 
         Raises:
             UserError: there are no tokens of T5.

@@ -1,4 +1,4 @@
-"""What a latent of SD3's autoencoder roughly shows, without decoding it."""
+"""A rough preview of latents of SD3's autoencoder, without decoding them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from mmdit.dtypes import wide
 from mmdit.errors import UserError
 
 # Red, green and blue of each of the 16 channels, as published with the reference sampler: a linear
-# fit, good for watching a picture while it is painted.
+# fit, good enough to watch an image while it is generated.
 RGB_OF_CHANNELS = (
     *((-0.0645, 0.0177, 0.1052), (0.0028, 0.0312, 0.0650), (0.1848, 0.0762, 0.0360)),
     *((0.0944, 0.0360, 0.0889), (0.0897, 0.0506, -0.0364), (-0.0020, 0.1203, 0.0284)),
@@ -19,7 +19,7 @@ RGB_OF_CHANNELS = (
 
 
 def latent_preview(latent: Tensor) -> Tensor:
-    """Pictures of an eighth of the size, at the cost of one small product.
+    """Preview images of an eighth of the size, for the cost of one small product.
 
     For the published autoencoder only: other autoencoders have other channels.
 

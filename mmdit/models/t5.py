@@ -16,7 +16,7 @@ from mmdit.registry import register
 
 
 def relative_buckets(offset: Tensor, *, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
-    """Bucket of each relative position key - query, for an encoder that looks both ways.
+    """Bucket of each relative position key - query, for a bidirectional encoder.
 
     Half of the buckets serve each direction; the nearer half of those count single steps, the
     rest grow logarithmically up to `max_distance`.
@@ -49,16 +49,16 @@ class RelativePositionBias(nn.Module):
         return rearrange(self.embedding(buckets), "q k h -> 1 h q k")
 
 
-def roomy(dtype: torch.dtype) -> torch.dtype:
-    """float32 for float16, which the values of T5 outgrow within a few layers; else `dtype`."""
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 in place of float16, which T5's residual stream overflows; otherwise `dtype`."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 class T5Layer(nn.Module):
     """Pre-norm self-attention without scaling, then a gated MLP; no biases anywhere.
 
-    It computes in the dtype of `bias`, but keeps the stream and the hidden values of the MLP, and
-    with them the weight of `down`, in float32 where that is float16.
+    It computes in the dtype of `bias`. If that is float16, the residual stream, the hidden values
+    of the MLP and the weight of `down` are float32.
     """
 
     def __init__(self, width: int, num_heads: int, head_width: int, hidden: int) -> None:
@@ -76,7 +76,7 @@ class T5Layer(nn.Module):
         q, k, v = self.attention_in(self.norm1(x).to(bias.dtype))
         x = x + self.attention_out(attention(q, k, v, bias=bias.to(q.dtype), scale=1.0))
         normed = self.norm2(x).to(bias.dtype)
-        hidden = roomy(bias.dtype)
+        hidden = stream_dtype(bias.dtype)
         gate, up = tanh_gelu(self.gate(normed)).to(hidden), self.up(normed).to(hidden)
         return x + self.down(gate * up)
 
@@ -117,7 +117,7 @@ class T5Encoder(Network):
     def forward(self, ids: Tensor) -> Tensor:  # (b, n) int64 -> (b, n, d)
         position = torch.arange(ids.shape[1], device=ids.device)
         bias = self.position_bias(position).to(self.compute_dtype)
-        x = self.token_embedding(ids).to(roomy(self.compute_dtype))
+        x = self.token_embedding(ids).to(stream_dtype(self.compute_dtype))
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)

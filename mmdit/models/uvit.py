@@ -1,9 +1,8 @@
 """UViT: a transformer in the middle of a convolutional U-Net (Fig. 4).
 
-"simple diffusion", Hoogeboom et al. 2023: convolutions where there are many pixels, attention where
-there are few. Residual blocks at the resolution of the latent; patches of what they make of it are
-the tokens of a DiT, beside those of the text; and residual blocks again, which also see what the
-first ones saw (skip connections).
+"simple diffusion", Hoogeboom et al. 2023: convolutions at high resolution, attention at low.
+Residual blocks at the resolution of the latent are followed by a DiT, whose tokens are the text and
+patches of the feature maps, and by residual blocks with skip connections from the first ones.
 """
 
 import math
@@ -70,7 +69,7 @@ class UViT(PatchBackbone):
     groups (GroupNorm) as there are heads, which makes 32 channels each for heads of 64.
 
     Args: those of `PatchBackbone`, and
-        depth: number of transformer blocks, which are those that `skipping` counts.
+        depth: number of transformer blocks; `skipping` uses their indices.
         patch_size: factor by which the sides of the feature maps shrink before the transformer.
         conv_blocks: residual blocks before the transformer, and as many after it.
 
@@ -121,7 +120,7 @@ class UViT(PatchBackbone):
         x = torch.cat([c, self.image_tokens(h)], dim=1)
         for block in self.blocks:
             x = block(x, y)
-        h = self.prediction(x[:, c.shape[1] :], y, *z_t.shape[-2:])  # of feature maps, here
+        h = self.prediction(x[:, c.shape[1] :], y, *z_t.shape[-2:])  # feature maps
 
         for block in self.up:
             h = block(torch.cat([h, seen.pop()], dim=1), y)
@@ -162,7 +161,7 @@ class UViT(PatchBackbone):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As in DiT, convolutions as its linear layers."""
+        """Initialize as in DiT, convolutions like linear layers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
@@ -170,4 +169,4 @@ class UViT(PatchBackbone):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.GroupNorm):
                 module.reset_parameters()
-        super().reset_parameters()  # which closes the last of them
+        super().reset_parameters()  # zeroes the last one

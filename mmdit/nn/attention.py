@@ -1,4 +1,4 @@
-"""The one door to attention: every network here calls `attention`."""
+"""Attention: the one function that every network calls."""
 
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ class Heads(NamedTuple):
 
 
 class QKV(nn.Module):
-    """Tokens to queries, keys and values, split into heads.
+    """Queries, keys and values of tokens, split into heads.
 
-    Three matrices rather than one fused: public files store them either way, and both are then
-    used where they lie in the file, uncopied (thirds of a fused matrix are contiguous rows). The
-    products take equally long.
+    Three matrices rather than a fused one: public files store either, and both can then be used in
+    place, without a copy (thirds of a fused matrix are contiguous rows). The products take equally
+    long.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ def attention(
     Args:
         q, k, v: (b, n, h, d).
         bias: added to the logits, broadcastable to (b, h, n, n).
-        causal: each position sees itself and what precedes it.
+        causal: each position attends to itself and to earlier ones.
         scale: of the logits; 1/sqrt(d) when None.
 
     Returns:
@@ -66,21 +66,21 @@ def attention(
     else:
         half = on_cpu and not q.requires_grad and q.element_size() < 4
         if half and keys % 32 and (keys < 512 or keys % 2):
-            k, v, bias = _filled_up(k, v, bias=bias, causal=causal)
+            k, v, bias = _padded(k, v, bias=bias, causal=causal)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
     return rearrange(out, "b h n d -> b n (h d)")
 
 
-def _filled_up(
+def _padded(
     k: Tensor, v: Tensor, *, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys up to the next multiple of 32, and the bias by which nobody sees the new ones.
+    """Pad keys and values to a multiple of 32 keys, with a bias that masks the padding.
 
-    On a CPU the fused kernel stumbles over a remainder of keys in bfloat16: 333 take 3.4 times as
-    long as 352. From 512 on, the bias takes as much time as the remainder of an even number.
+    On a CPU the fused kernel is slow for other numbers of keys in bfloat16: 333 take 3.4 times as
+    long as 352. From 512 keys on, for even numbers, the bias would cost as much as it saves.
     """
     missing = -k.shape[-2] % 32
-    if not causal:  # where the new ones lie in everybody's future
+    if not causal:  # causal attention never sees the padding, which comes last
         bias = k.new_zeros(1, 1, 1, k.shape[-2]) if bias is None else bias
         bias = F.pad(bias, (0, missing), value=float("-inf"))
     k, v = (F.pad(part, (0, 0, 0, missing)) for part in (k, v))
@@ -90,10 +90,10 @@ def _filled_up(
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
-    """The same, written out: on a CPU the fused kernel's bfloat16 backward is five times slower.
+    """Attention written out: on a CPU the fused kernel's bfloat16 backward pass is slower.
 
-    At 48 tokens, that is; 1.8 times at 410, and no slower from a thousand on, where all the
-    probabilities, which it does not keep, would need much memory.
+    Five times slower at 48 tokens, 1.8 times at 410, and no slower from a thousand on. There the
+    probabilities, which the fused kernel does not keep, would need much memory.
     """
     logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if bias is not None:

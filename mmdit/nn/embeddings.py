@@ -1,4 +1,4 @@
-"""How numbers, positions and patches become vectors."""
+"""Embeddings of timesteps, positions and patches."""
 
 import math
 
@@ -11,8 +11,8 @@ def sinusoid(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tenso
     """Sinusoidal embedding of 1000 t, cosines first; float32 always.
 
     In bfloat16 only about half of the thousand timesteps would stay distinct. In float64 the angles
-    would differ by 1e-5 from those that every implementation computes and all weights were trained
-    with: comparing networks in float64 finds faults only if this is the same number on both sides.
+    would differ by 1e-5 from those of other implementations, with which all weights were trained,
+    and comparisons of networks in float64 would no longer be exact.
 
     Args:
         t: (b,), in [0, 1] as a rule; an F-prediction gives log(b_t) / 4 in its place, which may be
@@ -30,7 +30,7 @@ def sinusoid(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tenso
 
 
 class VectorEmbedding(nn.Module):
-    """Linear, SiLU, Linear: of the timestep's sinusoid and of the pooled text alike (Fig. 2a)."""
+    """Linear, SiLU, Linear; embeds the timestep's sinusoid and the pooled text (Fig. 2a)."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class VectorEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping p x p patches of the latent, each to one token, row by row."""
+    """Embed non-overlapping p x p patches of the latent as tokens, row by row."""
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class PatchEmbedding(nn.Module):
 
 
 def unpatchify(x: Tensor, *, rows: int, columns: int, patch_size: int) -> Tensor:
-    """(b, rows*columns, p*p*c) -> (b, c, rows*p, columns*p)."""
+    """Assemble patches: (b, rows*columns, p*p*c) -> (b, c, rows*p, columns*p)."""
     p = patch_size
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def tanh_gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form (Hendrycks & Gimpel 2016): x (1 + tanh u) / 2, u = u(x, x^3)."""
     if torch.compiler.is_compiling():
-        # The same number, for (1 + tanh u) / 2 = sigmoid(2u): what a compiler makes of it is twice
-        # as fast on a CPU. Uncompiled, it would be one pass over memory for each operation.
+        # The same value, since (1 + tanh u) / 2 = sigmoid(2u), but twice as fast once compiled for
+        # a CPU. Uncompiled, each operation would be one pass over memory.
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x * x))
     return F.gelu(x, approximate="tanh")
 

@@ -1,4 +1,4 @@
-"""adaLN-zero: timestep and pooled text speak to every block through scale, shift and gate."""
+"""adaLN-zero: timestep and pooled text give every block its shifts, scales and gates."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Modulation(nn.Module):
     """`parts` vectors of size `width`, as a linear function of SiLU(y) (Fig. 2b).
 
-    Starts at zero, so that a fresh block is the identity (its gates are closed).
+    Initialized to zero, so that a new block is the identity (its gates are closed).
     """
 
     def __init__(self, width: int, parts: int) -> None:

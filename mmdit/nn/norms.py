@@ -1,4 +1,4 @@
-"""Normalizations. Statistics are taken in float32 at least, whatever the dtype of the input."""
+"""Normalizations. Statistics are computed in at least float32, whatever the input's dtype."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from mmdit.dtypes import wide
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm without affine parameters, eps 1e-6: the adaLN of DiT supplies scale and shift."""
+    """LayerNorm without affine parameters, eps 1e-6: adaLN supplies scale and shift."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -19,9 +19,9 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; of Q and K per head when `qk_norm` asks (Sec. 5.3.2).
+    """x / rms(x) * weight over the last axis; of Q and K per head with `qk_norm` (Sec. 5.3.2).
 
-    The mean square is taken in float32 at least: its error in bfloat16 reaches the logits.
+    The mean square is computed in at least float32: a bfloat16 error would reach the logits.
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:

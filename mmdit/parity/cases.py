@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoints.building import Unfilled
-from mmdit.checkpoints.folders import HABITS, config_of
+from mmdit.checkpoints.folders import REQUIRED_FIELDS, config_of
 from mmdit.checkpoints.public import exported
 from mmdit.engine.optimizers import adamw
 from mmdit.nn.network import Network
@@ -75,7 +75,7 @@ def twin(kind: str, model: Network) -> nn.Module:
     import diffusers
     import transformers
 
-    config = {**HABITS[kind], **config_of(kind, model)}
+    config = {**REQUIRED_FIELDS[kind], **config_of(kind, model)}
     tensors = {key: tensor.clone() for key, tensor in exported(model, "diffusers")}
     peer: Any
     with torch.device("meta"), Unfilled():

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.checkpoints.diagnosis import NAMES
-from mmdit.checkpoints.folders import HABITS, SUBFOLDERS, config_of, read_config
+from mmdit.checkpoints.folders import REQUIRED_FIELDS, SUBFOLDERS, config_of, read_config
 from mmdit.checkpoints.locate import Place, layout_of, load_model
 from mmdit.checkpoints.public import find
 from mmdit.cli.eval.results import write_new
@@ -174,7 +174,7 @@ def run_ours(kind: str, source: Path, config: DictConfig) -> tuple[Inputs, Confi
     """The inputs, the peer's config.json, and what our model computes of the inputs."""
     side, dtype = SIDES[kind], DTYPES[config.dtype]
     model = load_model(source, kind)
-    peer_config = {**HABITS[kind], **config_of(kind, model)}
+    peer_config = {**REQUIRED_FIELDS[kind], **config_of(kind, model)}
     if source.is_dir():
         peer_config |= read_config(Place(source).weights_of(kind)[1])
     drawn = side.inputs(model, config, generator_for(config.seed, "inputs", kind))
