@@ -67,13 +67,14 @@ def register(cls: type[T]) -> type[T]:
 
 
 def _signature(cls: type) -> inspect.Signature:
-    """The arguments of a constructor. Its `**shared` stands for those of the next class above."""
-    own = inspect.signature(cls.__init__)  # type: ignore[misc]
-    named = {n: p for n, p in own.parameters.items() if p.kind is not p.VAR_KEYWORD}
-    if named.keys() == own.parameters.keys():
-        return own
-    above = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
-    return own.replace(parameters=[*({**_signature(above).parameters, **named}).values()])
+    """The arguments of a constructor; `**shared` stands for those of the constructor above it."""
+    first, *above = (base for base in cls.__mro__ if "__init__" in vars(base))
+    own = inspect.signature(first.__init__)  # type: ignore[misc]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: p for name, p in own.parameters.items() if p.kind not in variadic}
+    if above and named.keys() != own.parameters.keys():
+        named = {**_signature(above[0]).parameters, **named}
+    return own.replace(parameters=[*named.values()])
 
 
 def _check(cls: str, name: str, value: Any, annotation: Any) -> None:

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 from omegaconf import OmegaConf
+from torch import nn
 
 from mmdit import registry
 from mmdit.errors import UserError
@@ -83,6 +84,17 @@ def test_a_subclass_takes_the_arguments_of_the_class_above_as_its_own(monkeypatc
     assert describe(Wider(alpha=3.0)) == {"class": "Wider", "alpha": 3.0, "factor": 2.0}
     with pytest.raises(UserError, match="Wider has no argument 'alhpa'; did you mean 'alpha'"):
         Wider(alhpa=3.0)
+
+
+def test_a_module_without_a_constructor_can_be_registered(monkeypatch):
+    monkeypatch.setattr(registry, "_classes", {})
+
+    @register
+    class Silent(nn.Module):
+        """It has the constructor of `nn.Module`, which takes anything."""
+
+    assert describe(Silent()) == {"class": "Silent"}
+    assert type(build(describe(Silent()))) is Silent
 
 
 def test_an_unknown_class_is_named_with_its_nearest_neighbour():
