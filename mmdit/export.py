@@ -14,7 +14,7 @@ from mmdit.checkpoints.building import expect_finite_weights
 from mmdit.errors import UserError, path_trouble
 from mmdit.printable import show
 from mmdit.published import save_diffusers, save_single_file, with_tokenizers
-from mmdit.runs.checkpoint import WEIGHTS, description_of, find_weights, load_model, load_weights
+from mmdit.runs.checkpoint import WEIGHTS, read_weights
 from mmdit.runs.native import save_tensors
 from mmdit.streams import guarded
 
@@ -35,23 +35,20 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
         UserError: nothing is there, it is damaged or has NaN, it has no such layout, or `out`
             cannot be written.
     """
-    path = find_weights(source, weights)
-    if path.is_file():
+    if source.is_file():
         raise UserError(f"{source} is a file already: give a run folder or a checkpoint folder")
     if form != "diffusers" and out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors")
-    native = form == "native"
-    tensors = load_weights(path) if native else {}
-    expect_finite_weights(tensors, path)
-    model = None if native else load_model(path)
+    opened = read_weights(source, weights)
     try:
-        if model is None:
-            description = with_tokenizers(description_of(path), source, asked=False)
-            save_tensors(out, tensors, {"description": description})
+        if form == "native":
+            expect_finite_weights(opened.tensors, opened.path)
+            description = with_tokenizers(opened.description, source, asked=False)
+            save_tensors(out, opened.tensors, {"description": description})
         elif form == "single_file":
-            save_single_file(model, out)
+            save_single_file(opened.module(), out)
         else:
-            save_diffusers(model, out)
+            save_diffusers(opened.module(), out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from error
     return out

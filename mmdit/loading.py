@@ -1,13 +1,24 @@
-"""Whatever can be opened: runs of this project, and public weights, whole or part by part."""
+"""Whatever can be opened: runs of this project, and public weights, whole or part by part.
 
+>>> source = open_source("runs/shapes-001")
+>>> pipe, digest = source.pipeline(), source.sha256
+>>> vae = open_source("sd3.5_medium.safetensors").part("autoencoder")
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from mmdit.checkpoints.archive import open_file, split_part
-from mmdit.checkpoints.locate import load_model, local
+from mmdit.checkpoints.archive import split_part
+from mmdit.checkpoints.folders import SUBFOLDERS, TOKENIZERS
+from mmdit.checkpoints.hashes import content_of
+from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import find, own_description
 from mmdit.devices import available
 from mmdit.dtypes import expect_computable
@@ -17,18 +28,259 @@ from mmdit.models.backbone import Backbone
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet
-from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
-from mmdit.published import (
-    load_published,
-    with_tokenizers,
-    without,
-)
-from mmdit.runs import checkpoint as runs
-from mmdit.runs.checkpoint import is_native
-from mmdit.runs.native import Change
-from mmdit.text.conditioning import TextEncoder
+from mmdit.published import load_published, models_of, with_tokenizers, without
+from mmdit.runs.checkpoint import is_native, read_weights
+from mmdit.text.conditioning import ENCODERS
+
+M = TypeVar("M", bound=nn.Module)
+PIPELINE = ("mmdit", "autoencoder", *ENCODERS)
+
+
+class Source(ABC):
+    """Weights that were found: read once, verified once, whatever is made of them.
+
+    Attributes:
+        name: what reports call it.
+        path: file or folder of the weights.
+    """
+
+    name: str
+    path: Path
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """What reports identify the weights by, in hexadecimal."""
+
+    @abstractmethod
+    def pipeline(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        use_clip_l: bool = True,
+        use_clip_g: bool = True,
+        use_t5: bool = True,
+        tokenizers: str | Path | None = None,
+        **public: Any,
+    ) -> Pipeline:
+        """A text-to-image model, in eval mode on the CPU; arguments as of `load_pipeline`."""
+
+    @abstractmethod
+    def part(
+        self, kind: str, expected: type[M], *, dtype: torch.dtype | None = None, **hints: Any
+    ) -> M:
+        """One model, in eval mode on the CPU.
+
+        Args:
+            kind: 'mmdit', 'autoencoder', 'clip_l', 'clip_g', 't5', 'controlnet' or 'clip_image'.
+            expected: its class.
+            dtype: of its weights; None keeps the file's.
+            hints: what the shapes of public weights do not tell, as `num_heads`.
+
+        Raises:
+            UserError: there is none, or it is another kind of model.
+        """
+
+    @abstractmethod
+    def only_clip(self) -> str:
+        """The one CLIP text tower that is there, 'clip_l' or 'clip_g'.
+
+        Raises:
+            UserError: both are.
+        """
+
+
+class Run(Source):
+    """Weights that this project trained: a run, a checkpoint, or a file exported from one.
+
+    Args:
+        source: its folder or file.
+        weights: 'ema' or 'raw'.
+    """
+
+    def __init__(self, source: Path, weights: str) -> None:
+        self.weights = read_weights(source, weights)
+        self.path, self.name = self.weights.path, str(self.weights.path)
+        self._given = source
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tensors: the same for a checkpoint and what was exported from it."""
+        return self.weights.sha256
+
+    def module(self, tokenizers: str | Path | None = None) -> nn.Module:
+        """What was trained: a pipeline, an autoencoder or another module.
+
+        Args:
+            tokenizers: their folder, where an older version noted no more than their paths; None
+                looks beside the weights.
+        """
+        asked, beside = tokenizers is not None, self._given
+        folder = Path(tokenizers or (beside if beside.is_dir() else beside.parent)).expanduser()
+        return self.weights.module(
+            lambda described: with_tokenizers(described, folder, asked=asked)
+        )
+
+    def pipeline(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        use_clip_l: bool = True,
+        use_clip_g: bool = True,
+        use_t5: bool = True,
+        tokenizers: str | Path | None = None,
+        **public: Any,
+    ) -> Pipeline:
+        self._refuse(public)
+        module = self.module(tokenizers)
+        if not isinstance(module, Pipeline):
+            raise self._another(module, "a text-to-image pipeline")
+        used = zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True)
+        without(module, [kind for kind, use in used if not use])
+        return module.to(dtype=dtype)
+
+    def part(
+        self, kind: str, expected: type[M], *, dtype: torch.dtype | None = None, **hints: Any
+    ) -> M:
+        self._refuse(hints)
+        module = self.module()
+        if isinstance(module, Pipeline):
+            found = models_of(module).get(kind)
+            if found is None:
+                raise UserError(f"{self._given} was trained without {kind}")
+            module = found
+        if not isinstance(module, expected):
+            name = expected.__name__
+            raise self._another(module, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
+        return module.to(dtype=dtype)
+
+    def only_clip(self) -> str:
+        module = self.module()
+        found = [kind for kind in models_of(module) if kind in ("clip_l", "clip_g")]
+        if len(found) > 1:
+            raise _two_towers(str(self._given))
+        if not found:
+            raise UserError(f"{self._given} was trained without clip_l and clip_g")
+        return found[0]
+
+    def _another(self, module: nn.Module, asked: str) -> UserError:
+        return UserError(f"{self.name} holds a {type(module).__name__}, not {asked}")
+
+    def _refuse(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            if value:
+                raise _for_public_ones(self._given, name)
+
+
+class Public(Source):
+    """Weights of others: a file, a folder, a model on the hub, or a preset.
+
+    Args:
+        source: as in `Place`.
+        kinds: the models that will be asked for; of a repository on the hub, no others are fetched.
+        allow_pickle, verify: as in `load_mmdit`.
+    """
+
+    def __init__(
+        self, source: str | Path, kinds: Sequence[str], *, allow_pickle: bool, verify: bool
+    ) -> None:
+        folders = [
+            names[kind] for names in (SUBFOLDERS, TOKENIZERS) for kind in kinds if kind in names
+        ]
+        self.options = {"allow_pickle": allow_pickle, "verify": verify}
+        self.place = Place(source, [*folders, "scheduler"], **self.options)
+        self.path, self.name = self.place.path, str(source)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the file; of a folder, of the names and hashes of its files."""
+        path = split_part(self.path)[0]
+        if path.is_file():
+            return content_of(path)
+        files = sorted(path.rglob("*.safetensors"))
+        lines = [f"{content_of(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def pipeline(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        use_clip_l: bool = True,
+        use_clip_g: bool = True,
+        use_t5: bool = True,
+        tokenizers: str | Path | None = None,
+        **public: Any,
+    ) -> Pipeline:
+        used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
+        return load_published(
+            self.place, self.name, used=used, dtype=dtype, tokenizers=tokenizers, **public
+        )
+
+    def part(
+        self, kind: str, expected: type[M], *, dtype: torch.dtype | None = None, **hints: Any
+    ) -> M:
+        given = {name: hint for name, hint in hints.items() if hint is not None}
+        module = self.place.load(kind, dtype=dtype, **given)
+        assert isinstance(module, expected), type(module)
+        return module
+
+    def only_clip(self) -> str:
+        path = self.path
+        both = all((path / SUBFOLDERS[kind]).is_dir() for kind in ("clip_l", "clip_g"))
+        if split_part(path)[0].suffix == ".safetensors":
+            archive = self.place.weights_of("clip_l")[0]
+            matches = {kind: find(archive, kind) for kind in ("clip_l", "clip_g")}
+            prefixed = [kind for kind, match in matches.items() if match and match.prefix]
+            if len(prefixed) == 1:
+                return prefixed[0]
+            both = len(prefixed) == 2
+            # In a file of its own: by its width, or by what our header says.
+            bare = [kind for kind, match in matches.items() if match and not match.prefix]
+            own = [kind for kind in bare if own_description(archive, kind)]
+            if not prefixed and len(one := own or bare) == 1:
+                return one[0]
+        if both:
+            raise _two_towers(self.name)
+        return "clip_g" if (path / SUBFOLDERS["clip_g"]).is_dir() else "clip_l"
+
+
+def _for_public_ones(source: str | Path, argument: str) -> UserError:
+    return UserError(f"{source} is a model of this project: {argument} is for public ones")
+
+
+def _two_towers(name: str) -> UserError:
+    return UserError(f"{name} holds two CLIP towers: say which='clip_l' or which='clip_g'")
+
+
+def open_source(
+    source: str | Path,
+    kinds: Sequence[str] = PIPELINE,
+    *,
+    weights: str = "ema",
+    allow_pickle: bool = False,
+    verify: bool = True,
+) -> Source:
+    """Find weights, whoever wrote them.
+
+    Args:
+        source: as in `load_pipeline`.
+        kinds: the models that will be asked for; of a repository on the hub, no others are fetched.
+        weights: 'ema' or 'raw', of a run.
+        allow_pickle, verify: of public weights, as in `load_mmdit`. A run's are always verified.
+
+    Raises:
+        UserError: nothing is there, it is damaged, or an argument does not apply to it.
+    """
+    path = Path(source).expanduser()
+    if is_native(path):
+        if allow_pickle:
+            raise _for_public_ones(source, "allow_pickle")
+        return Run(path, weights)
+    if weights != "ema":
+        raise UserError(f"{source} is not a run of this project: it has no weights={weights}")
+    return Public(source, kinds, allow_pickle=allow_pickle, verify=verify)
 
 
 def load_pipeline(
@@ -60,9 +312,13 @@ def load_pipeline(
         dtype: of the weights; None keeps the file's.
         device: where it goes, as 'cuda' or 'auto'; None is the CPU.
         use_clip_l, use_clip_g, use_t5: an encoder that is left out contributes zeros.
-        preset, t5_length, autoencoder, encoders, tokenizers, allow_pickle, verify: of public
-            weights: see `mmdit.published.load_published`. A run's are always verified. `tokenizers`
-            can be given for a run, too, where an older version noted no more than their paths.
+        preset: of public weights, how they are sampled; told from the architecture and the
+            source's name when None.
+        t5_length: of public weights, tokens that T5 reads; the preset's when None.
+        autoencoder, encoders: of public weights, where these are, when not in `source`.
+        tokenizers: folder of `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`, when not in `source`;
+            for a run, too, where an older version noted no more than their paths.
+        allow_pickle, verify: of public weights, as in `load_mmdit`. A run's are always verified.
 
     Raises:
         UserError: nothing of the kind is there, it is damaged, or it is another kind of model; an
@@ -70,44 +326,34 @@ def load_pipeline(
     """
     place = None if device is None else available(device)  # before gigabytes are read
     expect_computable(dtype)
-    used: dict[str, Any] = {"use_clip_l": use_clip_l, "use_clip_g": use_clip_g, "use_t5": use_t5}
-    for name, use in used.items():
+    used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
+    for kind, use in used.items():
         if not isinstance(use, bool):
-            raise UserError(f"{name}={use!r} must be True or False")
-    public: dict[str, Any] = {"preset": preset, "t5_length": t5_length, "autoencoder": autoencoder}
-    public |= {"encoders": encoders, "allow_pickle": allow_pickle}
-    if is_native(source):
-        _not_for_runs(source, **public)
-        path = runs.find_weights(Path(source).expanduser(), weights)
-        module = runs.load_model(path, _tokenizers_from(Path(source).expanduser(), tokenizers))
-        if not isinstance(module, Pipeline):
-            raise UserError(f"{path} holds a {type(module).__name__}, not a text-to-image pipeline")
-        without(module, [name.removeprefix("use_") for name, use in used.items() if not use])
-        module.to(dtype=dtype)
-    else:
-        _not_for_public(source, weights)
-        module = load_published(
-            source, dtype=dtype, tokenizers=tokenizers, verify=verify, **used, **public
-        )
-    return module.to(device=place)
+            raise UserError(f"use_{kind}={use!r} must be True or False")
+    kinds = ["mmdit", "autoencoder", *(kind for kind, use in used.items() if use)]
+    opened = open_source(source, kinds, weights=weights, allow_pickle=allow_pickle, verify=verify)
+    pipeline = opened.pipeline(
+        dtype=dtype,
+        **{f"use_{kind}": use for kind, use in used.items()},
+        tokenizers=tokenizers,
+        preset=preset,
+        t5_length=t5_length,
+        autoencoder=autoencoder,
+        encoders=encoders,
+    )
+    return pipeline.to(device=place)
 
 
-def _tokenizers_from(source: Path, named: str | Path | None) -> Change:
-    """What to do for a run that lacks its tokenizers: take them from beside it, or as named."""
-    own = source if source.is_dir() else source.parent
-    folder = own if named is None else Path(named).expanduser()
-    return lambda description: with_tokenizers(description, folder, asked=named is not None)
-
-
-def _not_for_runs(source: str | Path, **given: Any) -> None:
-    for name, value in given.items():
-        if value:
-            raise UserError(f"{source} is a model of this project: {name} is for public ones")
-
-
-def _not_for_public(source: str | Path, weights: str) -> None:
-    if weights != "ema":
-        raise UserError(f"{source} is no run of this project: it has no weights={weights}")
+def _part(
+    source: str | Path,
+    kind: str,
+    expected: type[M],
+    dtype: torch.dtype | None,
+    rules: dict[str, Any],
+    **hints: Any,
+) -> M:
+    expect_computable(dtype)  # before anything is looked for
+    return open_source(source, [kind], **rules).part(kind, expected, dtype=dtype, **hints)
 
 
 def load_mmdit(
@@ -130,16 +376,9 @@ def load_mmdit(
         verify: compare files with the hashes that are known of them, and look for NaN in large ones
             too. False opens 10 GB some ten seconds sooner, and damage unseen.
     """
-    if is_native(source):
-        _not_for_runs(source, num_heads=num_heads, allow_pickle=allow_pickle)
-        return load_pipeline(source, weights=weights, dtype=dtype).mmdit
-    _not_for_public(source, weights)
-    hints = {} if num_heads is None else {"num_heads": num_heads}
-    module = load_model(
-        source, "mmdit", dtype=dtype, allow_pickle=allow_pickle, verify=verify, **hints
-    )
-    assert isinstance(module, MMDiT)
-    return module
+    rules = {"weights": weights, "allow_pickle": allow_pickle, "verify": verify}
+    backbone: type[Any] = Backbone  # abstract: a run may have trained any
+    return _part(source, "mmdit", backbone, dtype, rules, num_heads=num_heads)
 
 
 def load_autoencoder(
@@ -151,22 +390,8 @@ def load_autoencoder(
     verify: bool = True,
 ) -> Autoencoder:
     """The autoencoder alone, of a text-to-image model or of a run that trained one."""
-    expect_computable(dtype)
-    if is_native(source):
-        _not_for_runs(source, allow_pickle=allow_pickle)
-        path = runs.find_weights(Path(source).expanduser(), weights)
-        module = runs.load_model(path, _tokenizers_from(Path(source).expanduser(), None))
-        if isinstance(module, Pipeline):
-            module = module.autoencoder
-        if not isinstance(module, Autoencoder):
-            raise UserError(f"{path} holds a {type(module).__name__}, not an autoencoder")
-        return module.to(dtype=dtype)
-    _not_for_public(source, weights)
-    public = load_model(
-        source, "autoencoder", dtype=dtype, allow_pickle=allow_pickle, verify=verify
-    )
-    assert isinstance(public, Autoencoder)
-    return public
+    rules = {"weights": weights, "allow_pickle": allow_pickle, "verify": verify}
+    return _part(source, "autoencoder", Autoencoder, dtype, rules)
 
 
 def load_clip(
@@ -190,53 +415,11 @@ def load_clip(
     """
     if which not in (None, "clip_l", "clip_g"):
         raise UserError(f"which={which} must be clip_l or clip_g")
-    if is_native(source):
-        _not_for_runs(source, allow_pickle=allow_pickle)
-        kinds = ["clip_l", "clip_g"] if which is None else [which]
-        towers = _encoders_of_run(source, kinds, weights=weights, dtype=dtype)
-        if len(towers) > 1:
-            raise UserError(f"{source} holds two CLIP towers: say which='clip_l' or which='clip_g'")
-        assert isinstance(towers[0], CLIPTextModel)
-        return towers[0]
-    _not_for_public(source, weights)
-    if which is None:
-        which = _only_clip(source)
-    module = load_model(source, which, dtype=dtype, allow_pickle=allow_pickle, verify=verify)
-    assert isinstance(module, CLIPTextModel)
-    return module
-
-
-def _encoders_of_run(
-    source: str | Path, kinds: Sequence[str], *, weights: str, dtype: torch.dtype | None
-) -> list[CLIPTextModel | T5Encoder]:
-    text = load_pipeline(source, weights=weights, dtype=dtype).text
-    found = [getattr(text, kind) for kind in kinds]
-    models = [encoder.model for encoder in found if isinstance(encoder, TextEncoder)]
-    if not models:
-        raise UserError(f"{source} was trained without {' and '.join(kinds)}")
-    return models
-
-
-def _only_clip(source: str | Path) -> str:
-    path = local(source, ["text_encoder", "text_encoder_2"])
-    both = path.is_dir() and (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir()
-    if split_part(path)[0].suffix == ".safetensors":
-        archive = open_file(path)
-        matches = {kind: find(archive, kind) for kind in ("clip_l", "clip_g")}
-        prefixed = [kind for kind, match in matches.items() if match and match.prefix]
-        if len(prefixed) == 1:
-            return prefixed[0]
-        both = len(prefixed) == 2
-        # In a file of its own: by its width, or by what our header says.
-        bare = [kind for kind, match in matches.items() if match and not match.prefix]
-        own = [kind for kind in bare if own_description(archive, kind)]
-        if not prefixed and len(one := own or bare) == 1:
-            return one[0]
-    if both:
-        raise UserError(f"{source} holds two CLIP towers: say which='clip_l' or which='clip_g'")
-    if path.is_dir() and (path / "text_encoder_2").is_dir():
-        return "clip_g"
-    return "clip_l"
+    expect_computable(dtype)
+    kinds = ["clip_l", "clip_g"] if which is None else [which]
+    opened = open_source(source, kinds, weights=weights, allow_pickle=allow_pickle, verify=verify)
+    kind = opened.only_clip() if which is None else which
+    return opened.part(kind, CLIPTextModel, dtype=dtype)
 
 
 def load_clip_image(
@@ -247,9 +430,8 @@ def load_clip_image(
     verify: bool = True,
 ) -> CLIPImageModel:
     """CLIP's image tower, as in openai/clip-vit-large-patch14: `(b, 3, 224, 224) -> (b, p)`."""
-    module = load_model(source, "clip_image", dtype=dtype, allow_pickle=allow_pickle, verify=verify)
-    assert isinstance(module, CLIPImageModel)
-    return module
+    rules = {"allow_pickle": allow_pickle, "verify": verify}
+    return _part(source, "clip_image", CLIPImageModel, dtype, rules)
 
 
 def load_t5(
@@ -265,15 +447,8 @@ def load_t5(
     Args:
         source, weights, dtype, allow_pickle, verify: as in `load_mmdit`.
     """
-    if is_native(source):
-        _not_for_runs(source, allow_pickle=allow_pickle)
-        (t5,) = _encoders_of_run(source, ["t5"], weights=weights, dtype=dtype)
-        assert isinstance(t5, T5Encoder)
-        return t5
-    _not_for_public(source, weights)
-    module = load_model(source, "t5", dtype=dtype, allow_pickle=allow_pickle, verify=verify)
-    assert isinstance(module, T5Encoder)
-    return module
+    opened = open_source(source, ["t5"], weights=weights, allow_pickle=allow_pickle, verify=verify)
+    return opened.part("t5", T5Encoder, dtype=dtype)
 
 
 def load_controlnet(
@@ -289,9 +464,5 @@ def load_controlnet(
     Args:
         control_type: 'blur', 'canny' or 'depth'; None takes what the file tells.
     """
-    hints = {} if control_type is None else {"control_type": control_type}
-    module = load_model(
-        source, "controlnet", dtype=dtype, allow_pickle=allow_pickle, verify=verify, **hints
-    )
-    assert isinstance(module, ControlNet)
-    return module
+    rules = {"allow_pickle": allow_pickle, "verify": verify}
+    return _part(source, "controlnet", ControlNet, dtype, rules, control_type=control_type)

@@ -16,7 +16,7 @@ from mmdit.checkpoints.folders import (
     write_folder,
     write_model,
 )
-from mmdit.checkpoints.locate import load_model, local
+from mmdit.checkpoints.locate import Place, local
 from mmdit.checkpoints.places import replacing
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
@@ -43,73 +43,63 @@ log = logger("mmdit")
 
 
 def load_published(
-    source: str | Path,
+    place: Place,
+    source: str,
     *,
+    used: Mapping[str, bool],
     preset: str | None = None,
     dtype: torch.dtype | None = None,
-    use_clip_l: bool = True,
-    use_clip_g: bool = True,
-    use_t5: bool = True,
     t5_length: int | None = None,
     autoencoder: str | Path | None = None,
     encoders: str | Path | None = None,
     tokenizers: str | Path | None = None,
-    allow_pickle: bool = False,
-    verify: bool = True,
 ) -> Pipeline:
     """A pipeline from public weights, in eval mode on the CPU.
 
     Args:
-        source: single file, folder in diffusers' layout, hub id, or the name of a preset.
+        place: where the network is, and all that is not said to be elsewhere.
+        source: what the user called it.
+        used: for each kind of text encoder, whether it is loaded; otherwise it contributes zeros.
         preset: name in `PRESETS`; told from the architecture and the source's name when None.
         dtype: of all weights; None keeps the files'.
-        use_clip_l, use_clip_g, use_t5: an encoder left out contributes zeros, and is not loaded.
         t5_length: tokens that T5 reads; the preset's when None.
-        autoencoder: where it is, when not in `source`.
-        encoders: where the text encoders are, when not in `source`.
-        tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not in `source`.
-        allow_pickle: read .ckpt and .pt files, tensors only.
-        verify: compare files with the hashes that are known of them, and look for NaN in large ones
-            too. False opens 10 GB some ten seconds sooner, and damage unseen.
+        autoencoder: where it is, when not at `place`.
+        encoders: where the text encoders are, when not at `place`.
+        tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not at `place`.
 
     Raises:
         UserError: a part is missing, damaged, or does not fit the others.
     """
     if preset is not None and preset not in PRESETS:
         raise UserError(f"preset={preset} must be one of {', '.join(PRESETS)}")
-    if str(source) in PRESETS and not Path(source).exists():
-        preset = preset or str(source)
-    used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
-    wanted = ["mmdit", "autoencoder", *(kind for kind, use in used.items() if use)]
-    folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[k] for k in wanted[2:]]
-    path = local(source, [*folders, "scheduler"])
-    root = path if path.is_dir() else path.parent
+    if source in PRESETS and not Path(source).exists():
+        preset = preset or source
+    path, used = place.path, dict(used)
     if encoders is None and path.is_dir():
         for kind in [kind for kind in read_index(path, ENCODERS) if used[kind]]:
             log.info("%s was saved without %s: it contributes zeros", path, kind)
             used[kind] = False
+    wanted = [kind for kind in ENCODERS if used[kind]]
+    root = path if path.is_dir() else path.parent
+    words = root if tokenizers is None else local(tokenizers, [TOKENIZERS[k] for k in wanted])
 
-    load: dict[str, Any] = {"dtype": dtype, "allow_pickle": allow_pickle, "verify": verify}
-    mmdit = load_model(path, "mmdit", **load)
+    mmdit = place.load("mmdit", dtype=dtype)
     assert isinstance(mmdit, MMDiT)
-    name = chosen_preset(mmdit, str(source), preset)
-    chosen = PRESETS[name]
+    chosen = PRESETS[chosen_preset(mmdit, source, preset)]
     try:
-        vae = load_model(path if autoencoder is None else autoencoder, "autoencoder", **load)
+        elsewhere = place if autoencoder is None else place.like(autoencoder, ["vae"])
+        vae = elsewhere.load("autoencoder", dtype=dtype)
     except UserError as error:
         raise UserError(f"{error}. (Elsewhere: autoencoder=<file or folder>)") from None
     assert isinstance(vae, Autoencoder)
-    text = load_text(
-        mmdit,
-        used,
-        t5_length=chosen.t5_length if t5_length is None else t5_length,
-        encoders=path if encoders is None else local(encoders, folders),
-        tokenizers=root if tokenizers is None else local(tokenizers, folders),
-        load=load,
-    )
+    length = chosen.t5_length if t5_length is None else t5_length
+    folders = [SUBFOLDERS[kind] for kind in wanted]
+    at = place if encoders is None else place.like(encoders, folders)
+    parts = load_encoders(at, used, t5_length=length, tokenizers=words, dtype=dtype)
+    three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, length)}
     return Pipeline(
         mmdit=mmdit,
-        text=text,
+        text=TextConditioner(**three, empty_prompt="encoded"),
         autoencoder=vae,
         objective=published_objective(stored_shift(root, chosen.shift)),
         image_size=min(1024, vae.factor * mmdit.longest_side),
@@ -157,27 +147,6 @@ def chosen_preset(mmdit: MMDiT, source: str, asked: str | None) -> str:
     return chosen
 
 
-def load_text(
-    mmdit: MMDiT,
-    used: Mapping[str, bool],
-    *,
-    t5_length: int,
-    encoders: Path,
-    tokenizers: Path,
-    load: Mapping[str, Any],
-) -> TextConditioner:
-    """The encoders that are used, and zeros for the others.
-
-    Raises:
-        UserError: an encoder or a tokenizer that is used is not there.
-    """
-    parts = load_encoders(
-        used, t5_length=t5_length, encoders=encoders, tokenizers=tokenizers, load=load
-    )
-    three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, t5_length)}
-    return TextConditioner(**three, empty_prompt="encoded")
-
-
 def frozen_text(
     *,
     source: str,
@@ -198,7 +167,7 @@ def frozen_text(
         use_clip_l, use_clip_g, use_t5: an encoder left out contributes zeros of its published size.
         t5_length: tokens that T5 reads.
         dropout: see `TextConditioner`.
-        allow_pickle, verify: see `load_published`.
+        allow_pickle, verify: as in `mmdit.load_mmdit`.
 
     Raises:
         UserError: an encoder or a tokenizer that is used is not there.
@@ -206,15 +175,10 @@ def frozen_text(
     used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
     wanted = [kind for kind, use in used.items() if use]
     folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[kind] for kind in wanted]
-    path = local(source, folders)
-    beside = path if path.is_dir() else path.parent
-    parts = load_encoders(
-        used,
-        t5_length=t5_length,
-        encoders=path,
-        tokenizers=local(tokenizers, folders) if tokenizers else beside,
-        load={"allow_pickle": allow_pickle, "verify": verify},
-    )
+    place = Place(source, folders, allow_pickle=allow_pickle, verify=verify)
+    beside = place.path if place.path.is_dir() else place.path.parent
+    words = local(tokenizers, folders) if tokenizers else beside
+    parts = load_encoders(place, used, t5_length=t5_length, tokenizers=words)
     three: dict[str, Any] = {
         "clip_l": AbsentEncoder(width=768, pooled_width=768, length=77),
         "clip_g": AbsentEncoder(width=1280, pooled_width=1280, length=77),
@@ -227,12 +191,12 @@ def frozen_text(
 
 
 def load_encoders(
+    place: Place,
     used: Mapping[str, bool],
     *,
     t5_length: int,
-    encoders: Path,
     tokenizers: Path,
-    load: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, TextEncoder]:
     """The encoders that are used, by kind.
 
@@ -242,7 +206,7 @@ def load_encoders(
     parts: dict[str, TextEncoder] = {}
     for kind in (kind for kind in ENCODERS if used[kind]):
         try:
-            model = load_model(encoders, kind, **load)
+            model = place.load(kind, dtype=dtype)
         except UserError as error:
             raise UserError(
                 f"{error}. (Elsewhere: text.encoders=<folder or file>; to do without it: "
@@ -262,7 +226,7 @@ def load_encoders(
             log.warning(
                 "%s: CLIP-L's pooled vector goes through a projection that is not the identity, as "
                 "diffusers applies it; single files and SD3's reference know none",
-                encoders,
+                place.path,
             )
         parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
     return parts

@@ -19,9 +19,9 @@ FLOORS = [
     {"models"},
     {"text", "checkpoints", "request"},
     {"pipeline", "runs"},
-    {"metrics", "published"},
+    {"published"},
     {"loading"},
-    {"latents"},
+    {"metrics", "latents"},
     {"engine"},
     {"study", "parity", "export"},
     {"mmdit"},  # the package's own __init__.py: what users import

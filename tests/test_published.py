@@ -459,7 +459,7 @@ def test_what_does_not_apply_to_a_source_is_refused(run, tiny):
         with pytest.raises(UserError, match=f"this project: {name} is for public ones"):
             loader(run, **argument)
     for loader in (mmdit.load_pipeline, mmdit.load_mmdit, mmdit.load_autoencoder, mmdit.load_t5):
-        with pytest.raises(UserError, match="is no run of this project: it has no weights=raw"):
+        with pytest.raises(UserError, match="is not a run of this project: it has no weights=raw"):
             loader(tiny, weights="raw")
     with pytest.raises(UserError, match="use_t5='no' must be True or False"):
         mmdit.load_pipeline(tiny, use_t5="no")

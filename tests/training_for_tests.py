@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mmdit.engine.loggers import read_metrics
-from mmdit.runs.checkpoint import checkpoints_in, load_weights
+from mmdit.runs.checkpoint import checkpoints_in
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = (
@@ -81,7 +81,7 @@ def losses(run_folder: Path) -> dict[float, float]:
 
 def tensors(run_folder: Path, name: str = "raw") -> dict[str, torch.Tensor]:
     """Of the newest checkpoint."""
-    return load_weights(checkpoints_in(run_folder)[-1].verified(name))
+    return checkpoints_in(run_folder)[-1].read(name).tensors
 
 
 def assert_same_run(resumed: Path, unbroken: Path) -> None:

@@ -154,6 +154,11 @@ class Place:
         self._archives: dict[Path, Archive] = {}
         self._verified: set[Path] = set()
 
+    def like(self, source: str | Path, folders: Sequence[str] = ()) -> "Place":
+        """Another place, whose files are opened by the same rules."""
+        rules = {"allow_pickle": self.allow_pickle, "verify": self.verify}
+        return Place(source, folders, **rules)
+
     def _opened(self, path: Path) -> Archive:
         if path not in self._archives:
             pickle = self.allow_pickle and path == self.path
@@ -166,8 +171,15 @@ class Place:
         """The archive in which a model of this kind is to be found, and the folder it lies in.
 
         Raises:
-            UserError: no weights are there, or more than one candidate.
+            UserError: no weights are there, more than one candidate, or one that is damaged.
         """
+        archive, folder = self._find(kind)
+        if self.verify and not self._verified.issuperset(archive.paths):
+            archive.verify()
+            self._verified.update(archive.paths)
+        return archive, folder
+
+    def _find(self, kind: str) -> tuple[Archive, Path]:
         path = self.path
         file = split_part(path)[0]
         if file.exists() and not (file.is_file() or file.is_dir()):
@@ -231,9 +243,6 @@ class Place:
         """
         expect_computable(dtype)
         archive, folder = self.weights_of(kind)
-        if self.verify and not self._verified.issuperset(archive.paths):
-            archive.verify()
-            self._verified.update(archive.paths)
         layout = layout_of(archive, folder)
         config = read_config(folder, kind) if layout else {}
         with torch.device("cpu"):  # also where other networks are built on meta, to be counted
@@ -266,23 +275,3 @@ def layout_of(archive: Archive, folder: Path) -> str | None:
     """'diffusers' for the weights of a folder with a config.json; None for any other file."""
     named = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
     return "diffusers" if named and (folder / "config.json").is_file() else None
-
-
-def load_model(
-    source: str | Path,
-    kind: str,
-    *,
-    dtype: torch.dtype | None = None,
-    allow_pickle: bool = False,
-    verify: bool = True,
-    **hints: Any,
-) -> Network:
-    """One model from a file, a folder or the hub; see `Place`.
-
-    Raises:
-        UserError: nothing of the kind is there, or it does not fit.
-    """
-    expect_computable(dtype)
-    folders = [SUBFOLDERS[kind]] if kind in SUBFOLDERS else []
-    place = Place(source, folders, allow_pickle=allow_pickle, verify=verify)
-    return place.load(kind, dtype=dtype, **hints)

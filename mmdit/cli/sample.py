@@ -1,7 +1,6 @@
 """Paint with a trained model or public weights: see `python sample.py --help`."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,21 +14,18 @@ from tqdm import tqdm
 import mmdit
 from mmdit.cli.images import described_png, fitted, open_image, slug
 from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.subject import Subject, open_subject
 from mmdit.cli.values import seed_of, whole
-from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition, joined
 from mmdit.models.controlnet import ControlledMMDiT
 from mmdit.models.mmdit import MMDiT
 from mmdit.plots import LARGEST_GRID, Thumbnails, png
-from mmdit.precision import Autocast, autocast, chosen_dtype
+from mmdit.precision import Autocast
 from mmdit.printable import logger, printable, show
 from mmdit.registry import describe
 from mmdit.request import Request, real
-from mmdit.runs.checkpoint import find_weights, hash_of_weights, newest_finished
 from mmdit.runs.files import NumberedFiles
-from mmdit.runs.status import mend
-from mmdit.text.conditioning import ENCODERS
 
 log = logger("mmdit.sample")
 MOST_IMAGES = 1_000_000  # per prompt
@@ -48,9 +44,15 @@ def job(config: DictConfig, text: Verbatim) -> None:
     image, control = (open_image(text, name) for name in ("image", "control"))
     check(config, text, image)
     out = make_folder(Path(text.get("out") or "samples"))
-    device = available(config.device)
-    source = find_source(text.get("checkpoint"), config)
-    pipe, precision = load(source, config, text, device)
+    subject = open_subject(
+        config,
+        text,
+        hash_public=False,
+        t5_length=config.text.t5_length,
+        allow_pickle=config.allow_pickle,
+        verify=config.verify,
+    )
+    pipe, precision = subject.pipe, subject.autocast
     if "controlnet" in text:
         pipe.mmdit = controlled(pipe, config, text)
     if config.compile:
@@ -60,7 +62,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
     with precision():
         options = options_of(pipe, config, image, control)
-    facts = facts_of(pipe, config, text, options, source)
+    facts = facts_of(subject, config, text, options)
     wanted = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
     count = len(prompts) * config.num_images
     with tqdm(total=count * steps_of(pipe, options), unit="step", disable=None) as bar:
@@ -132,13 +134,10 @@ def options_of(
 
 
 def facts_of(
-    pipe: mmdit.Pipeline,
-    config: DictConfig,
-    text: Verbatim,
-    options: dict[str, Any],
-    source: Path | str,
+    subject: Subject, config: DictConfig, text: Verbatim, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What the metadata of every image says: all that reproduces it, but prompt and seed."""
+    pipe = subject.pipe
     control = {"control_strength": config.control_strength} if "control" in text else {}
     return {
         "negative_prompt": text.get("negative_prompt", ""),
@@ -154,8 +153,8 @@ def facts_of(
         "text": OmegaConf.to_container(config.text),
         "t5_length": pipe.text.t5.length,
         "given": {key: value for key, value in text.items() if "prompt" not in key},
-        "weights": str(source),
-        "weights_sha256": hash_of_weights(source) if isinstance(source, Path) else None,
+        "weights": subject.facts["weights"],
+        "weights_sha256": subject.facts["weights_sha256"],
         "versions": {"mmdit": mmdit.__version__, "torch": torch.__version__},
         **control,
     }
@@ -272,47 +271,6 @@ def make_folder(out: Path) -> Path:
     except OSError as error:
         raise UserError(f"out={out} cannot be made a folder: {error}") from error
     return out
-
-
-def find_source(checkpoint: str | None, config: DictConfig) -> Path | str:
-    """What to paint with: weights of this project, or the name of public weights."""
-    path = Path(checkpoint).expanduser() if checkpoint else newest_finished(Path(config.runs))
-    if path is None:
-        raise UserError(
-            f"there is no finished run in {config.runs}/: train one with `python train.py`, "
-            "or give checkpoint=<run folder, file or hub id>"
-        )
-    looked_for = ("*.safetensors", "adapter_config.json")  # of a LoRA, which is named as such
-    places = [
-        f"{folder}{name}" for name in looked_for for folder in ("", "*/")
-    ]  # not all of a disk
-    holds_none = path.is_dir() and not any(any(path.glob(place)) for place in places)
-    if checkpoint and not mmdit.is_native(path) and not holds_none:
-        return checkpoint
-    mend(path)
-    return find_weights(path, config.weights)  # which says what a folder without weights lacks
-
-
-def load(
-    source: Path | str, config: DictConfig, text: Verbatim, device: torch.device
-) -> tuple[mmdit.Pipeline, Autocast]:
-    """The pipeline on its device, and its precision: public weights are cast, a run's are not."""
-    flags = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
-    public = {
-        "preset": config.preset,
-        "t5_length": config.text.t5_length,
-        "autoencoder": text.get("autoencoder"),
-        "encoders": text.get("text.encoders"),
-        "tokenizers": text.get("text.tokenizers"),
-        "allow_pickle": config.allow_pickle,
-    }
-    if isinstance(source, Path):
-        pipe = mmdit.load_pipeline(source, device=device, **flags, **public)
-        return pipe, autocast(device, config.precision)
-    dtype = chosen_dtype(device, config.precision)
-    public["verify"] = config.verify
-    pipe = mmdit.load_pipeline(source, device=device, dtype=dtype, **flags, **public)
-    return pipe, nullcontext
 
 
 def controlled(pipe: mmdit.Pipeline, config: DictConfig, text: Verbatim) -> ControlledMMDiT:

@@ -36,9 +36,9 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast
 from mmdit.printable import logger
-from mmdit.runs.checkpoint import Checkpoint, checkpoints_in, hash_of_weights, load_weights
+from mmdit.runs.checkpoint import Checkpoint, checkpoints_in
 from mmdit.runs.folder import RunFolder, config_hash
-from mmdit.runs.native import load_strictly
+from mmdit.runs.native import Weights, load_strictly
 from mmdit.runs.status import mend
 from mmdit.study.protocol import PROTOCOL
 from mmdit.text.clip_pair import CLIPPair
@@ -93,7 +93,7 @@ def find_or_train(
     device: torch.device,
     *,
     seed: int,
-) -> Path:
+) -> Weights:
     """The averaged weights of a stage, trained now unless a finished run of `recipe` is there.
 
     Args:
@@ -124,7 +124,7 @@ def find_or_train(
     return weights
 
 
-def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Path] | None:
+def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Weights] | None:
     """The last checkpoint of a stage that has been trained to its end, and its averaged weights.
 
     The folder is only read: it may belong to somebody else.
@@ -136,7 +136,7 @@ def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Path] | None:
         found = checkpoints_in(path)
         if not found or not found[-1].finished:
             return None
-        return found[-1], found[-1].verified("ema")
+        return found[-1], found[-1].read("ema")
     except UserError as error:
         raise UserError(
             f"{error}. Move {path} elsewhere: the {stage} is then trained again"
@@ -201,8 +201,8 @@ def give_autoencoder(
         "data": pictures,
         "precision": plain["precision"],
     }
-    path = find_or_train(config, "autoencoder", recipe, task, device, seed=seed)
-    load_strictly(autoencoder, load_weights(path), path)
+    weights = find_or_train(config, "autoencoder", recipe, task, device, seed=seed)
+    load_strictly(autoencoder, weights.tensors, weights.path)
 
 
 def clip_for_metrics(
@@ -225,9 +225,9 @@ def clip_for_metrics(
 
     data = {**plain["data"], "seed": seed, "samples": samples}
     recipe = {"clip": plain["clip"], "data": data, "precision": plain["precision"]}
-    path = find_or_train(config, "clip", recipe, task, device, seed=seed)
+    weights = find_or_train(config, "clip", recipe, task, device, seed=seed)
     clip = instantiate(config.clip.model).to(device).eval()
-    load_strictly(clip, load_weights(path), path)
+    load_strictly(clip, weights.tensors, weights.path)
     return clip, validation
 
 
@@ -304,7 +304,7 @@ def write_scores(
         "seed": config.seed,
         "dataset": config.data._target_.rpartition(".")[2].lower(),
         **protocol_of(config.metrics),
-        "weights_sha256": {kind: hash_of_weights(checkpoint.verified(kind)) for kind in pipelines},
+        "weights_sha256": {kind: checkpoint.weights_sha256(kind) for kind in pipelines},
         "training": {
             "steps": steps,
             "skipped_steps": int(checkpoint.figures.get("skipped_steps", 0)),

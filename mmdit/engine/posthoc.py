@@ -25,7 +25,7 @@ from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.engine.parallel import whole
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
-from mmdit.runs.checkpoint import checkpoints_in, find_weights, load_model
+from mmdit.runs.checkpoint import checkpoints_in, read_weights
 from mmdit.runs.files import writing
 from mmdit.runs.native import file_hash, load_tensors, save_tensors
 
@@ -272,7 +272,7 @@ def reconstruct(run: Path, *, sigma_rel: float, step: int | None = None) -> nn.M
         "sigma_rel %g at step %d from %d snapshots: the profile departs by %.2g of its norm",
         *(sigma_rel, combination.step, len(combination.snapshots), combination.error),
     )
-    module = load_model(find_weights(run))
+    module = read_weights(run).module()
     total: dict[str, Tensor] = {}
     for snapshot in combination.snapshots:
         for key, average in snapshot.tensors().items():

@@ -125,7 +125,7 @@ def take_frozen(run: Path, module: nn.Module, ema: EMA[Any]) -> bool:
     by now come out differently.
     """
     for checkpoint in reversed(checkpoints_in(run, warn=False)):
-        folder = checkpoint.folder / FROZEN
+        folder = checkpoint.group(FROZEN)
         if folder.is_dir() and checkpoint.fault(FROZEN) is None:
             tensor_files.read_into(folder, weights_of(module, ema).get(FROZEN, {}))
             return True

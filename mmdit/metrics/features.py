@@ -10,13 +10,12 @@ from tqdm import tqdm
 
 from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.folders import read_config
-from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import load
 from mmdit.devices import available
 from mmdit.errors import UserError
+from mmdit.loading import Public, Run, Source, open_source
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
-from mmdit.runs.checkpoint import find_weights, is_native, load_model
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.clip_tokenizer import clip_tokenizer_in
 from mmdit.text.conditioning import TextEncoder
@@ -49,19 +48,27 @@ def load_clip_features(
     Raises:
         UserError: `source` does not exist, is damaged, or is another kind of model.
     """
+    opened = open_source(source, (), weights=weights, allow_pickle=allow_pickle, verify=verify)
+    return clip_features(opened, tokenizer=tokenizer, dtype=dtype, device=device)
+
+
+def clip_features(
+    source: Source,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> CLIPPair:
+    """`load_clip_features` of weights that have been found already."""
     where = None if device is None else available(device)
-    path = Path(source).expanduser()
-    if is_native(path):
-        file = find_weights(path, weights)
-        pair = load_model(file)
+    if isinstance(source, Run):
+        pair = source.module()
         if not isinstance(pair, CLIPPair):
-            raise UserError(f"{file} is a {type(pair).__name__}, not a CLIPPair")
+            raise UserError(f"{source.name} holds a {type(pair).__name__}, not a CLIPPair")
         return pair.to(dtype=dtype, device=where)
-    place = Place(source, allow_pickle=allow_pickle, verify=verify)
-    archive, folder = place.weights_of("clip_image")
-    if verify:
-        archive.verify()
-    text, image = towers(archive, read_config(folder), dtype=dtype, verify=verify)
+    assert isinstance(source, Public)
+    archive, folder = source.place.weights_of("clip_image")
+    text, image = towers(archive, read_config(folder), dtype=dtype, verify=source.place.verify)
     words = clip_tokenizer_in(
         folder if tokenizer is None else tokenizer, pad_with_end=True, length=text.length
     )

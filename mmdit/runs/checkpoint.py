@@ -7,31 +7,30 @@ runs/shapes-001/
     loss.png, samples/     to look at
     checkpoints/step_00001000/
         raw/, ema/         weights as trained and averaged, in files of tensors or parts of them
-        frozen/            those that both share, since nobody trains them
         optimizer/         its moments, likewise
-        manifest.json      step, figures, descriptions, config, sizes and hashes; written last
+        manifest.json      step, metrics, descriptions, config, sizes and hashes; written last
+    checkpoints/frozen_<hash>/
+                           weights that nobody trains, which all checkpoints share
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor, nn
+from typing import Any, NamedTuple, TypeVar
 
 from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
 from mmdit.checkpoints.archive import open_file
-from mmdit.checkpoints.building import filled
 from mmdit.errors import UserError
 from mmdit.printable import logger
 from mmdit.runs import native
 from mmdit.runs import tensors as tensor_files
+from mmdit.runs.native import Weights
 
+T = TypeVar("T")
 log = logger(__name__)
 STEP_FOLDER = re.compile(r"step_\d{8,}")  # others are being written, or were set aside
 WEIGHTS = ("ema", "raw")
@@ -39,72 +38,132 @@ FROZEN = "frozen"
 
 
 class Checkpoint(NamedTuple):
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk, and what its manifest says."""
 
     folder: Path
-    step: int
-    finished: bool
-    figures: dict[str, float]  # of the last evaluation
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is that of the run's last step."""
+        return bool(self.manifest["finished"])
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Metrics of the last evaluation."""
+        return dict(self.manifest["figures"])
+
+    def group(self, name: str) -> Path:
+        """The folder of a group: 'raw', 'ema', 'optimizer' or 'frozen'.
+
+        The last holds the weights that nobody trains. All checkpoints of a run share it; older
+        versions wrote it into each of them.
+        """
+        shared = self.manifest.get(FROZEN) if name == FROZEN else None
+        return self.folder.with_name(str(shared["folder"])) if shared else self.folder / name
 
     def fault(self, group: str | None = None) -> str | None:
         """What is not as it was written; None if nothing. Reads all bytes.
 
         Args:
-            group: 'ema', 'raw' (with what is frozen) or 'optimizer'; None is all of them.
-
-        Raises:
-            UserError: the manifest is damaged.
+            group: 'ema', 'raw' (with what is frozen), 'optimizer' or 'frozen'; None is all of them.
         """
-        groups = {group, FROZEN} if group in WEIGHTS else {group}
-        files: dict[str, Any] = {
-            name: expected
-            for name, expected in read_manifest(self.folder)["files"].items()
-            if group is None or name.partition("/")[0] in groups
-        }
-        with ThreadPoolExecutor(4) as threads:  # hashing leaves Python to others
-            faults = threads.map(lambda name: _fault(self.folder / name, files[name]), files)
-            told = [f"{n} {fault}" for n, fault in zip(files, faults, strict=True) if fault]
-        there = [
-            path
-            for path in self.folder.glob("*/*.safetensors")
-            if group is None or path.parent.name in groups
-        ]
-        told += [
-            f"{name} is no part of it"
-            for name in sorted(path.relative_to(self.folder).as_posix() for path in there)
-            if name not in files
-        ]
-        return "; ".join(told) or None
+        return self._look(group, lambda path: (None, native.file_hash(path)))[1]
 
-    def verified(self, group: str) -> Path:
-        """Folder of one of its groups, after comparing the files with the manifest.
+    def read(self, group: str) -> Weights:
+        """The tensors of a group and what is frozen; every byte is read once, and verified.
+
+        Args:
+            group: as in `fault`.
 
         Raises:
             UserError: there is no such group; a file is missing, or its content has changed.
         """
-        if fault := self.fault(group):
+        found, fault = self._look(group, tensor_files.read_parts)
+        if fault and not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder} was deleted while it was read, by a run that keeps only its newest "
+                "checkpoints (training.keep): give the command again"
+            )
+        if fault:
             others = [
                 f for f in step_folders(self.folder.parent.parent) if f.name < self.folder.name
             ]
             hint = f"use an older one: {others[-1]}" if others else "there is no older one"
             raise UserError(f"checkpoint {self.folder} is damaged: {fault}; {hint}")
-        if not (self.folder / group).exists():
+        described, hashes = self.manifest["descriptions"], self.manifest.get("weights_sha256", {})
+        if group in WEIGHTS and group not in described:
             raise UserError(f"checkpoint {self.folder} holds no {group}")
-        return self.folder / group
+        metadata = {"description": described[group]} if group in described else {}
+        tensors = tensor_files.joined((part for parts in found for part in parts), self.folder)
+        return Weights(self.folder / group, tensors, metadata, hashes.get(group))
+
+    def weights_sha256(self, group: str) -> str:
+        """Hash of a group's tensors, with what is frozen; see `Weights.sha256`.
+
+        Older manifests do not state it: the files are read then.
+        """
+        stated: dict[str, str] = self.manifest.get("weights_sha256", {})
+        return stated.get(group) or self.read(group).sha256
+
+    def _look(
+        self, group: str | None, read: Callable[[Path], tuple[T, str]]
+    ) -> tuple[list[T], str | None]:
+        """What `read` gives of each file, with its SHA-256, and what is not as it was written."""
+        expected = self._files()
+        if group is None:
+            folders = {path.parent for path in expected} | set(self.folder.glob("*"))
+        else:
+            names = {group, FROZEN} if group in WEIGHTS else {group}
+            folders = {self.group(name) for name in names}
+        paths = [path for path in expected if path.parent in folders]
+        with ThreadPoolExecutor(4) as threads:  # reading and hashing leave Python to others
+            looked = list(threads.map(lambda path: _look(path, expected[path], read), paths))
+        faults = [
+            f"{_name(path)} {fault}"
+            for path, (_, fault) in zip(paths, looked, strict=True)
+            if fault
+        ]
+        there = {path for folder in folders for path in folder.glob("*.safetensors")}
+        more = sorted(map(_name, there - set(paths)))
+        faults += [f"{name} is not part of it" for name in more]
+        return [found for found, _ in looked if found is not None], "; ".join(faults) or None
+
+    def _files(self) -> dict[Path, dict[str, Any]]:
+        """Size and SHA-256 of each file, as the manifest has them."""
+        files = {self.folder / name: facts for name, facts in self.manifest["files"].items()}
+        if shared := self.manifest.get(FROZEN):
+            folder = self.folder.with_name(str(shared["folder"]))
+            files |= {folder / name: facts for name, facts in shared["files"].items()}
+        return files
 
 
-def _fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+def _name(path: Path) -> str:
+    """A file of a checkpoint as messages call it: `ema/shard-00001-model-00001.safetensors`."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _look(
+    path: Path, expected: Mapping[str, Any], read: Callable[[Path], tuple[T, str]]
+) -> tuple[T | None, str | None]:
+    """What `read` gives of a file, or what is wrong with it."""
+    changed = "does not have the content that was written (its SHA-256 differs)"
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
-            return f"is {size} bytes, instead of {expected['bytes']} bytes"
-        if native.file_hash(path) != expected["sha256"]:
-            return "does not have the content that was written (its SHA-256 differs)"
+            return None, f"is {size} bytes, instead of {expected['bytes']} bytes"
+        found, digest = read(path)
     except FileNotFoundError:
-        return "is missing"
+        return None, "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None
+        return None, f"cannot be read ({error.strerror})"
+    except UserError:  # its header is damaged
+        return None, changed
+    return (found, None) if digest == expected["sha256"] else (None, changed)
 
 
 def sealed(facts: Mapping[str, Any]) -> bytes:
@@ -152,7 +211,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(
             f"checkpoint {folder} is that of step {manifest['step']}: its name was changed"
         )
-    return Checkpoint(folder, *(manifest[name] for name in ("step", "finished", "figures")))
+    return Checkpoint(folder, manifest)
 
 
 def checkpoints_in(run: Path, *, warn: bool = True) -> list[Checkpoint]:
@@ -189,14 +248,14 @@ def is_native(source: str | Path) -> bool:
     return '"class"' in open_file(path).metadata.get("description", "")
 
 
-def find_weights(source: Path, weights: str = "ema") -> Path:
-    """The folder that holds the weights of a run or of a checkpoint, verified; or a file itself.
+def read_weights(source: Path, weights: str = "ema") -> Weights:
+    """The weights of a run, a checkpoint or an exported file; read once, verified on the way.
 
     Of a run, the newest checkpoint whose weights are undamaged; a damaged one is named in a
     warning.
 
     Args:
-        source: a run folder, a checkpoint folder, a folder that this gave, or an exported file.
+        source: a run folder, a checkpoint folder, one of its groups, or an exported file.
         weights: 'ema' or 'raw', for runs and checkpoints.
 
     Raises:
@@ -205,105 +264,30 @@ def find_weights(source: Path, weights: str = "ema") -> Path:
     if weights not in WEIGHTS:
         raise UserError(f"weights={weights} must be ema or raw")
     if source.is_file():
-        return source
+        return Weights(source, *native.load_tensors(source))
     if not source.exists():
         raise UserError(f"checkpoint={source}: there is no such file or folder")
     if (source / "manifest.json").is_file():
-        return open_checkpoint(source).verified(weights)
+        return open_checkpoint(source).read(weights)
     if source.name in WEIGHTS and (source.parent / "manifest.json").is_file():
-        return open_checkpoint(source.parent).verified(source.name)
+        return open_checkpoint(source.parent).read(source.name)
     found = checkpoints_in(source)
     if not found:
         raise UserError(f"checkpoint={source}: that folder has no complete checkpoint")
     newest: UserError | None = None
     for checkpoint in reversed(found):
         try:
-            chosen = checkpoint.verified(weights)
+            chosen = checkpoint.read(weights)
         except UserError as error:
             if not checkpoint.folder.is_dir():  # training goes on, and keeps only the newest
-                return find_weights(source, weights)
+                return read_weights(source, weights)
             newest = newest or error
         else:
             if newest:
-                log.warning("%s. Using %s", newest, chosen)
+                log.warning("%s. Using %s", newest, chosen.path)
             return chosen
     assert newest is not None
     raise newest
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of what `find_weights` gave, on the CPU.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    if path.is_file():
-        return native.load_tensors(path)[0]
-    with _while_it_is_there(path):
-        parts = [tensor_files.read(folder) for folder in _folders(path)]
-        return {key: tensor for part in parts for key, tensor in part.items()}
-
-
-def _folders(path: Path) -> list[Path]:
-    """Where the tensors of a group lie: in its folder, and in that of what both groups share."""
-    frozen = path.parent / FROZEN
-    return [frozen, path] if path.name in WEIGHTS and frozen.is_dir() else [path]
-
-
-@contextmanager
-def _while_it_is_there(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        if path.is_dir():
-            raise
-        raise UserError(
-            f"{path} was deleted while it was read, by a run that keeps only its newest "
-            "checkpoints (training.keep): give the command again"
-        ) from error
-
-
-def load_model(path: Path, change: native.Change | None = None) -> nn.Module:
-    """The module that `find_weights` gave the place of; in eval mode, on the CPU.
-
-    Args:
-        change: what else its description is to say.
-
-    Raises:
-        UserError: it cannot be read, or does not fit its own description.
-    """
-    if path.is_file():
-        return native.load_module(path, change)
-    description = description_of(path)
-    if change is not None:
-        description = change(description)
-    with _while_it_is_there(path):
-        found = {key: fact for f in _folders(path) for key, fact in tensor_files.facts(f).items()}
-    native.check_description(description, found, path)
-    return filled(description, load_weights(path), path)
-
-
-def description_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of the module in one of its folders.
-
-    Raises:
-        UserError: nothing, or the manifest is damaged.
-    """
-    described: dict[str, Any] = read_manifest(path.parent)["descriptions"]
-    if path.name not in described:
-        raise UserError(f"checkpoint {path.parent} describes no module {path.name}")
-    return dict(described[path.name])
-
-
-def hash_of_weights(path: Path) -> str:
-    """SHA-256 of the weights that `find_weights` gave the place of, in hexadecimal.
-
-    That of `weights_hash`: the same however many processes wrote them, and in an exported file.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    return native.tensors_hash(load_weights(path))
 
 
 def newest_finished(root: Path) -> Path | None:
@@ -311,8 +295,8 @@ def newest_finished(root: Path) -> Path | None:
     finished = []
     for run in runs_in(root):
         try:
-            done = [c.folder for c in checkpoints_in(run) if c.finished]
-            finished += [(read_manifest(folder)["finished_at"], run) for folder in done]
+            done = [c.manifest["finished_at"] for c in checkpoints_in(run) if c.finished]
+            finished += [(time, run) for time in done]
         except UserError as error:
             log.warning("%s: the run does not count", error)
     return max(finished)[1] if finished else None

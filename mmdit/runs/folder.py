@@ -16,7 +16,7 @@ from mmdit.atomic import write_atomically
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
 from mmdit.processes import Processes
-from mmdit.runs.checkpoint import Checkpoint, checkpoints_in, read_manifest, runs_in
+from mmdit.runs.checkpoint import Checkpoint, checkpoints_in, runs_in
 from mmdit.runs.lengthening import before_its_end, how_to_lengthen
 from mmdit.runs.signals import Interrupted
 from mmdit.runs.status import LOCK, state_of, tidy, write_status
@@ -309,7 +309,7 @@ def _to_go_on_with(candidates: Sequence[Path], config: Mapping[str, Any]) -> Pat
 def _config_of(run: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     """Of the newest checkpoint; where there is none, what a run that was begun has left."""
     if checkpoints:
-        return dict(read_manifest(checkpoints[-1].folder)["config"])
+        return dict(checkpoints[-1].manifest["config"])
     try:
         return dict(json.loads((run / "config.json").read_text()))
     except (OSError, ValueError):

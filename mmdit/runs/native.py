@@ -6,7 +6,9 @@ says by itself what it is. Files appear whole or not at all.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,25 +32,65 @@ def save_module(path: Path, module: nn.Module) -> None:
     save_tensors(path, module.state_dict(), {"description": describe(module)})
 
 
-def load_module(path: Path, change: Change | None = None) -> nn.Module:
-    """The module a file describes, with its tensors; in eval mode, on the CPU.
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A module's tensors in memory, verified as they were read, and the description that builds it.
 
-    Args:
-        change: what else the description is to say.
+    Attributes:
+        path: the exported file, or a group's folder in a checkpoint.
+        tensors: on the CPU.
+        metadata: what is stated beside them; `description` is the module's.
+        stated_sha256: their hash, where a manifest states it.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: Mapping[str, Any]
+    stated_sha256: str | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the tensors and their names, in hexadecimal; see `tensors_hash`.
+
+        It is the same however many processes wrote them, and in an exported file.
+        """
+        return self.stated_sha256 or tensors_hash(self.tensors)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What builds the module.
+
+        Raises:
+            UserError: nothing describes one.
+        """
+        if "description" not in self.metadata:
+            raise UserError(
+                f"{self.path} was not written by this project: it has no description of a model"
+            )
+        described: dict[str, Any] = self.metadata["description"]
+        return described
+
+    def module(self, change: Change | None = None) -> nn.Module:
+        """The module, with these tensors as its own; in eval mode, on the CPU.
+
+        Args:
+            change: amends the description first.
+
+        Raises:
+            UserError: they do not fit the description, or hold NaN or infinite values.
+        """
+        description = self.description if change is None else change(self.description)
+        check_description(description, self.tensors, self.path)
+        return filled(description, self.tensors, self.path)
+
+
+def load_module(path: Path) -> nn.Module:
+    """The module a file describes, with its tensors; in eval mode, on the CPU.
 
     Raises:
         UserError: the file is not there, is damaged, or does not fit its own description.
     """
-    tensors, metadata = load_tensors(path)
-    if "description" not in metadata:
-        raise UserError(
-            f"{path} was not written by this project: its header has no description of a model"
-        )
-    description = metadata["description"]
-    if change is not None:
-        description = change(description)
-    check_description(description, tensors, path)
-    return filled(description, tensors, path)
+    return Weights(path, *load_tensors(path)).module()
 
 
 def check_description(
@@ -154,11 +196,16 @@ def weights_hash(module: nn.Module) -> str:
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors and their names, in hexadecimal; the same wherever they lie."""
+    return hash_in_order(sorted(tensors.items()))
+
+
+def hash_in_order(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`tensors_hash` of tensors that come one by one, sorted by their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        # Of a tensor spread over processes all is gathered: every process must ask.
+    for name, tensor in tensors:
+        # A tensor that is spread over processes is gathered: every process must ask.
         gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         value = gathered.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

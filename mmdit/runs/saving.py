@@ -24,6 +24,7 @@ from mmdit.printable import logger
 from mmdit.processes import A_DAY, Processes
 from mmdit.runs import tensors as tensor_files
 from mmdit.runs.checkpoint import (
+    FROZEN,
     Checkpoint,
     checkpoints_in,
     open_checkpoint,
@@ -74,6 +75,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Checkpoint] | None = None
         self._newest: Checkpoint | None = None
+        self._frozen: dict[str, Any] | None = None  # what manifests say of it, once it is written
         self._by_main(self._sweep)
 
     def save(
@@ -93,7 +95,8 @@ class Saver:
             step: number of steps made.
             finished: whether the run has reached its last step.
             tensors: group ('raw', 'ema', 'frozen', 'optimizer') -> key -> tensor, on any device;
-                the same keys in all processes. Of a DTensor each writes its part.
+                the same keys in all processes. Of a DTensor each writes its part. What is frozen is
+                written once per run.
             descriptions: group -> description of its module, of those that hold a module.
             figures: of the last evaluation.
 
@@ -102,7 +105,8 @@ class Saver:
         """
         self._settle()
         staged: dict[str, dict[str, Tensor]] = {}
-        self._together(lambda: staged.update(copies(tensors)))
+        changing = {name: group for name, group in tensors.items() if name != FROZEN}
+        self._together(lambda: staged.update(copies(tensors if self._frozen is None else changing)))
         manifest = {
             "step": step,
             "finished": finished,
@@ -137,11 +141,12 @@ class Saver:
         """
         self._settle()
         self._newest = self._by_main(self._find)
+        self._frozen = self._newest.manifest.get(FROZEN) if self._newest else None
         return self._newest
 
     def facts(self, checkpoint: Checkpoint, group: str) -> dict[str, tensor_files.Fact]:
         """Shape and dtype of each tensor of a group: what to make room for before `load`."""
-        folder = checkpoint.folder / group
+        folder = checkpoint.group(group)
         return tensor_files.facts(folder) if folder.is_dir() else {}
 
     def load(self, checkpoint: Checkpoint, tensors: Groups) -> None:
@@ -157,7 +162,7 @@ class Saver:
 
         def fill() -> None:
             for name, group in tensors.items():
-                tensor_files.read_into(checkpoint.folder / name, group)
+                tensor_files.read_into(checkpoint.group(name), group)
 
         self._together(fill)
 
@@ -244,41 +249,64 @@ class Saver:
     def _write(self, staged: Groups, manifest: Mapping[str, Any]) -> Checkpoint:
         """The thread's work: all of a checkpoint, or nothing."""
         folder = self.run / "checkpoints" / f"step_{manifest['step']:08d}"
-        building = folder.with_name(folder.name + ".tmp")
+        building, sharing = folder.with_name(f"{folder.name}.tmp"), folder.with_name("frozen.tmp")
         try:
-            names = sorted(staged)
-            self._by_main(lambda: make_empty(building, names))
-            for name in names:
-                self._together(partial(self._write_group, building / name, staged[name]))
-            mine = f"*/shard-{self.processes.rank + 1:05d}-*"
-            written = self._together(lambda: sizes(building.glob(mine), building))
-            merged = {name: size for part in written for name, size in part.items()}
-            return self._by_main(lambda: self._commit(building, folder, merged, manifest))
+            if FROZEN in staged:
+                written = self._write_groups(sharing, {FROZEN: staged[FROZEN]})
+                self._frozen = self._by_main(lambda: self._share(sharing, written))
+            groups = {name: group for name, group in staged.items() if name != FROZEN}
+            written = self._write_groups(building, groups)
+            return self._by_main(lambda: self._commit(building, folder, written, manifest))
         except Exception as error:
             if self.processes.main:
                 shutil.rmtree(building, ignore_errors=True)
+                shutil.rmtree(sharing, ignore_errors=True)
             if isinstance(error, OSError):
                 raise self._explained(error, folder, staged) from error
             raise
 
+    def _write_groups(self, building: Path, groups: Groups) -> dict[str, int]:
+        """Write groups of tensors into a new folder, all processes together; sizes of its files."""
+        names = sorted(groups)
+        self._by_main(lambda: make_empty(building, names))
+        for name in names:
+            self._together(partial(self._write_group, building / name, groups[name]))
+        mine = f"*/shard-{self.processes.rank + 1:05d}-*"
+        written = self._together(lambda: sizes(building.glob(mine), building))
+        return {name: size for part in written for name, size in part.items()}
+
     def _write_group(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         tensor_files.write(folder, tensors, self.processes.group)
+
+    def _share(self, building: Path, written: Mapping[str, int]) -> dict[str, Any]:
+        """Move what is frozen to where all checkpoints find it; what their manifests say of it."""
+        files = _facts(building, written)
+        digest = tensor_files.hash_of([building / FROZEN])
+        flush(building / FROZEN)
+        place = unused(building.with_name(f"{FROZEN}_{digest[:16]}"))
+        (building / FROZEN).rename(place)
+        building.rmdir()
+        flush(place.parent)
+        names = {name.rpartition("/")[2]: fact for name, fact in files.items()}
+        return {"folder": place.name, "sha256": digest, "files": names}
 
     def _commit(
         self, building: Path, folder: Path, written: Mapping[str, int], manifest: Mapping[str, Any]
     ) -> Checkpoint:
         """Add the manifest, and move the folder to its name."""
-        for name, size in written.items():
-            await_file(building / name, size)
-        with ThreadPoolExecutor(4) as threads:
-            hashes = list(threads.map(lambda name: file_hash(building / name), sorted(written)))
-        files = {
-            name: {"bytes": written[name], "sha256": digest}
-            for name, digest in zip(sorted(written), hashes, strict=True)
+        frozen = [folder.with_name(self._frozen["folder"])] if self._frozen else []
+        facts = {
+            **manifest,
+            "weights_sha256": {
+                group: tensor_files.hash_of([*frozen, building / group])
+                for group in manifest["descriptions"]
+            },
+            **({FROZEN: self._frozen} if self._frozen else {}),
+            "files": _facts(building, written),
         }
         for group in building.iterdir():
             flush(group)
-        write_atomically(building / "manifest.json", sealed({**manifest, "files": files}))
+        write_atomically(building / "manifest.json", sealed(facts))
         flush(building)
         former = None
         if folder.exists():  # of a run that went on from an earlier one
@@ -334,3 +362,13 @@ def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
         }
         for name, group in tensors.items()
     }
+
+
+def _facts(folder: Path, written: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files, once those that other machines wrote are seen here too."""
+    for name, size in written.items():
+        await_file(folder / name, size)
+    names = sorted(written)
+    with ThreadPoolExecutor(4) as threads:
+        hashes = list(threads.map(lambda name: file_hash(folder / name), names))
+    return {n: {"bytes": written[n], "sha256": sha} for n, sha in zip(names, hashes, strict=True)}

@@ -7,13 +7,15 @@ processes, each of which takes the parts it needs. Nothing in such a folder is a
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,7 +27,7 @@ from torch.futures import Future
 from mmdit.bounds import parse_json
 from mmdit.checkpoints.headers import DTYPES, Header, read_header, read_tensors
 from mmdit.errors import UserError
-from mmdit.runs.native import differences
+from mmdit.runs.native import differences, hash_in_order
 
 FILE_SIZE = 256 * 1024**2  # bytes; while a file is put together, Python does nothing else
 
@@ -195,16 +197,27 @@ def joined(parts: Iterable[Part], source: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, whole, on the CPU.
+def hash_of(folders: Sequence[Path]) -> str:
+    """`tensors_hash` of all that some folders hold, with one tensor in memory at a time.
 
     Raises:
         UserError: a file cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder of tensors")
-    files = sorted(folder.glob("*.safetensors"))
-    return joined((part for file in files for part in read_parts(file)[0]), folder)
+    files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    starts = {path: _starts(path, read_header(path)) for path in files}
+    places: dict[str, list[Path]] = {}
+    for path in files:
+        for key in starts[path]:
+            places.setdefault(key, []).append(path)
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in files}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for key in sorted(places):
+                parts = [Part(key, starts[p][key], opened[p].get_tensor(key)) for p in places[key]]
+                yield from joined(parts, folders[-1]).items()
+
+        return hash_in_order(tensors())
 
 
 def _unreadable(folder: Path, error: BaseException) -> UserError:

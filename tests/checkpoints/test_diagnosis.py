@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmdit
 from mmdit.checkpoints.archive import open_file
-from mmdit.checkpoints.locate import load_model
+from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import exported, find, kind_of, load, load_into
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
@@ -285,7 +285,7 @@ def test_what_is_wrong_with_the_others(tiny, tmp_path, name, mutate, expected):
     tensors = mutate({key: archive[key] for key in archive.infos})
     save_file(tensors, tmp_path / "x.safetensors", archive.metadata)
     with pytest.raises(UserError, match="Nothing was loaded") as refusal:
-        load_model(tmp_path / "x.safetensors", name)
+        Place(tmp_path / "x.safetensors").load(name)
     assert expected in str(refusal.value)
 
 
@@ -303,7 +303,7 @@ def test_one_model_given_as_another(tiny, tmp_path, given, asked):
         return
     path = mmdit.save_single_file(tiny(given), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=what[given]):
-        load_model(path, asked)
+        Place(path).load(asked)
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

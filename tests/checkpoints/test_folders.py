@@ -11,7 +11,7 @@ import torch
 
 import mmdit
 from mmdit.checkpoints.folders import CLASSES, write_model
-from mmdit.checkpoints.locate import load_model
+from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import kind_of
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
@@ -90,9 +90,9 @@ def test_what_they_save_we_open(tiny, tmp_path, name, saved):
     if "max_shard_size" in saved and name != "t5":
         assert list((tmp_path / "theirs").glob("*-of-*.safetensors"))
     hints = {"control_type": "canny"} if kind == "controlnet" else {}
-    again = load_model(tmp_path / "theirs", kind, **hints)
+    again = Place(tmp_path / "theirs").load(kind, **hints)
     # As loaded, because T5 in float16 keeps some of it in float32.
-    for key, value in load_model(tmp_path / "ours", kind).state_dict().items():
+    for key, value in Place(tmp_path / "ours").load(kind).state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
 
 

@@ -15,7 +15,7 @@ import mmdit
 from mmdit.checkpoints import locate
 from mmdit.checkpoints.archive import write_archive
 from mmdit.checkpoints.folders import write_model
-from mmdit.checkpoints.locate import Place, load_model
+from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import exported
 from mmdit.errors import UserError
@@ -86,7 +86,7 @@ def test_a_config_that_contradicts_the_weights(tiny, tmp_path, name, changes, ex
     write_model(tiny(name), tmp_path)
     edit(tmp_path / "config.json", **changes)
     with pytest.raises(UserError) as refusal:
-        load_model(tmp_path, name.removesuffix("x"))
+        Place(tmp_path).load(name.removesuffix("x"))
     assert expected in str(refusal.value)
 
 

@@ -15,7 +15,7 @@ import mmdit
 from mmdit.checkpoints.archive import open_file
 from mmdit.checkpoints.diagnosis import explain_stranger
 from mmdit.checkpoints.headers import Info
-from mmdit.checkpoints.locate import load_model
+from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import exported, find
 from mmdit.errors import UserError
 from mmdit.models.mmdit import MMDiT
@@ -78,7 +78,7 @@ def test_other_models_are_seen_through_their_wrappers_too(tiny, tmp_path, kind):
     path = mmdit.save_single_file(model, tmp_path / "x.safetensors")
     metadata = open_file(path).metadata
     save_file({f"module.{k}": v.clone() for k, v in load_file(path).items()}, path, metadata)
-    same(load_model(path, kind), model)
+    same(Place(path).load(kind), model)
 
 
 def test_a_prefix_can_be_named(transformer, tmp_path):

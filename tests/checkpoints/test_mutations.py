@@ -13,7 +13,7 @@ from mmdit.export import export
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.processes import Processes
 from mmdit.registry import describe
-from mmdit.runs.checkpoint import find_weights
+from mmdit.runs.checkpoint import read_weights
 from mmdit.runs.native import save_module
 from mmdit.runs.retention import Retention
 from mmdit.runs.saving import Saver
@@ -96,4 +96,4 @@ def test_no_change_is_silent(
             silent.append(i)
     assert silent == []
     file.write_bytes(whole)
-    assert find_weights(source) if kind in ("run", "manifest") else source.exists()
+    assert read_weights(source) if kind in ("run", "manifest") else source.exists()

@@ -17,7 +17,7 @@ from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.checkpoints.folders import write_model
 from mmdit.checkpoints.formats import FORMATS
 from mmdit.checkpoints.headers import Info
-from mmdit.checkpoints.locate import load_model
+from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import exported, find, kind_of, load, slots_of
 from mmdit.checkpoints.tables import SWAPPED
 from mmdit.checkpoints.values import bits, is_finite, same
@@ -169,8 +169,8 @@ def test_original_to_diffusers_and_back_is_bit_equal(tiny, tmp_path, name, dtype
     model = tiny(name).to(dtype)
     kind = kind_of(model)
     first = mmdit.save_single_file(model, tmp_path / "first.safetensors")
-    mmdit.save_diffusers(load_model(first, kind), tmp_path / "folder")
-    again = load_model(tmp_path / "folder", kind)
+    mmdit.save_diffusers(Place(first).load(kind), tmp_path / "folder")
+    again = Place(tmp_path / "folder").load(kind)
     second = mmdit.save_single_file(again, tmp_path / "second.safetensors")
     assert first.read_bytes() == second.read_bytes()
     archive = open_file(first)
@@ -187,7 +187,7 @@ def test_shards_are_as_good_as_one_file(tiny, tmp_path, name):
     third = sum(value.nbytes for value in model.state_dict().values()) // 3
     write_model(model, tmp_path / "many", max_bytes=third)
     assert len(list((tmp_path / "many").glob("*-of-*.safetensors"))) > 2
-    one, many = (load_model(tmp_path / which, kind_of(model)) for which in ("one", "many"))
+    one, many = (Place(tmp_path / which).load(kind_of(model)) for which in ("one", "many"))
     for key, value in one.state_dict().items():
         assert torch.equal(value, many.state_dict()[key]), key
     write_model(one, tmp_path / "many")
@@ -412,13 +412,13 @@ def test_masters_of_several_dtypes_compute_in_that_of_their_matrices(
         save_file(mixed(single, *dtypes), path, single.metadata)
     for source in sources:
         caplog.clear()
-        model = load_model(source, kind)
+        model = Place(source).load(kind)
         wide = {layer.down.weight for layer in model.layers} if kind == "t5" else set()
         assert {p.dtype for p in set(model.parameters()) - wide} == {dtype}
         assert "loaded as" in caplog.text and str(dtype).removeprefix("torch.") in caplog.text
         assert FORWARD[kind](model).isfinite().all()
     caplog.clear()
-    asked = load_model(source, kind, dtype=torch.float32)
+    asked = Place(source).load(kind, dtype=torch.float32)
     assert {p.dtype for p in asked.parameters()} == {torch.float32}
     assert "loaded as" not in caplog.text
 

@@ -17,7 +17,6 @@ from torch import nn
 
 import mmdit
 import mmdit.cli.eval.efficiency
-import mmdit.cli.eval.subject
 from mmdit.cli.launch import launch
 from mmdit.data.captions import TASKS, short_caption, vocabulary
 from mmdit.data.shapes import Shapes
@@ -26,6 +25,7 @@ from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.predictions import Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import LogitNormal
+from mmdit.loading import open_source
 from mmdit.metrics.compositional import judge
 from mmdit.metrics.reconstruction import psnr, ssim
 from mmdit.models.autoencoder import Autoencoder
@@ -35,7 +35,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.parity.random_weights import models_of_size, write_random
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
-from mmdit.runs.checkpoint import hash_of_weights
+from mmdit.runs.checkpoint import read_weights
 from mmdit.runs.native import file_hash, save_module
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.conditioning import TextConditioner, TextEncoder
@@ -150,7 +150,7 @@ def checkpoint(folder: Path) -> Path:
 def test_attention_of_a_run(run, folder):
     report = report_of(run("attention", "samples=3", "batch_size=2", "image_sizes=[32,64]"))
     assert (report["protocol"], report["samples"], report["seed"]) == ("attention-1", 3, 0)
-    assert report["weights_sha256"] == hash_of_weights(checkpoint(folder))
+    assert report["weights_sha256"] == read_weights(checkpoint(folder)).sha256
     for size, tokens in (("32", 64 + 32), ("64", 256 + 32)):
         seen = report["sizes"][size]
         assert list(seen) == ["t=0.1", "t=0.5", "t=0.9", "all t"]
@@ -189,7 +189,7 @@ def test_encoders_by_subset(run, folder):
     assert rows[0]["loss"] == rows[1]["loss"]  # no guidance enters it
     assert len({row["loss"] for row in rows[1:]}) == 8
     assert rows[0]["clip"] != rows[1]["clip"]
-    assert report["clip_sha256"] == hash_of_weights(folder / "clip.safetensors")
+    assert report["clip_sha256"] == read_weights(folder / "clip.safetensors").sha256
     assert (report["samples"], report["validation_samples"]) == (6, 3)
 
 
@@ -244,7 +244,7 @@ def test_compositional_paints_a_picture_for_each_scene_of_each_split(run, folder
         "validation",
         "held_out",
     ]
-    assert report["weights_sha256"] == hash_of_weights(checkpoint(folder))
+    assert report["weights_sha256"] == read_weights(checkpoint(folder)).sha256
     for split, rows in report["splits"].items():
         assert list(rows) == [*TASKS, "overall"]
         assert rows["overall"]["detector_on_truth"] == 1.0, split
@@ -285,7 +285,7 @@ def test_geneval_goes_on_where_it_was_stopped(run, folder):
     assert paths[4].read_bytes() == b"kept as it is"
     report = json.loads((out / "report.json").read_text())
     assert (report["samples"], report["samples_per_prompt"], report["seed"]) == (18, 3, 0)
-    assert report["weights_sha256"] == hash_of_weights(checkpoint(folder))
+    assert report["weights_sha256"] == read_weights(checkpoint(folder)).sha256
     assert "seed 0, not 1" in run("geneval", *words, "seed=1", code=2)
 
 
@@ -356,7 +356,7 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
         ("geneval", ("guidance=strong",), "guidance=strong must be a finite number"),
         ("efficiency", ("batch_size=0",), "batch_size=0"),
         ("autoencoder", (), "give checkpoint="),
-        ("autoencoder", ("checkpoint=clip.safetensors",), "not an autoencoder"),
+        ("autoencoder", ("checkpoint=clip.safetensors",), "holds a CLIPPair, not an Autoencoder"),
         ("autoencoder", ("checkpoint=runs/tiny-001", "images=absent"), "no such folder"),
         ("autoencoder", ("checkpoint=runs/tiny-001", "images=.", "image_size=15"), "multiple of 2"),
         ("geneval", ("metadata=absent.jsonl",), "metadata=absent.jsonl cannot be read"),
@@ -382,8 +382,8 @@ def test_the_hash_of_a_folder_is_that_of_its_weights(tmp_path):
     for name, content in (("a/x.safetensors", b"1"), ("b.safetensors", b"2"), ("c.txt", b"3")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    first = mmdit.cli.eval.subject.hash_of(tmp_path)
+    first = open_source(tmp_path).sha256
     (tmp_path / "c.txt").write_bytes(b"other")
-    assert mmdit.cli.eval.subject.hash_of(tmp_path) == first
+    assert open_source(tmp_path).sha256 == first
     (tmp_path / "b.safetensors").write_bytes(b"other")
-    assert mmdit.cli.eval.subject.hash_of(tmp_path) != first
+    assert open_source(tmp_path).sha256 != first

@@ -13,13 +13,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 
 import mmdit
 import mmdit.cli.eval.autoencoder
-import mmdit.cli.eval.subject
 from mmdit.cli import CONFIGS, images, sample
+from mmdit.cli.subject import Subject, open_named
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
+from mmdit.loading import Public, Run
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.controlnet import ControlledMMDiT, ControlNet
 from mmdit.pipeline import Samples, to_pixels
@@ -42,28 +44,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_in_the_users_home_is_found(home):
-    found = sample.find_source("~/run", CONFIG)
-    assert found == home / "run" / "checkpoints" / "step_00000001" / "ema"
-    assert mmdit.cli.eval.subject.is_run("~/run")
+    found = open_named(CONFIG, {"checkpoint": "~/run"}, [])
+    assert isinstance(found, Run)
+    assert found.path == home / "run" / "checkpoints" / "step_00000001" / "ema"
 
 
 def test_a_folder_without_weights_is_told_what_it_lacks(home):
     with pytest.raises(UserError, match=r"empty: that folder has no complete checkpoint"):
-        sample.find_source("~/empty", CONFIG)
-    assert mmdit.cli.eval.subject.is_run("~/empty")
+        open_named(CONFIG, {"checkpoint": "~/empty"}, [])
 
 
 def test_public_weights_keep_their_name(home):
-    (home / "empty" / "x.safetensors").touch()
-    for name in ("sd3.5-medium", "owner/name", "~/empty", "~/empty/x.txt"):
-        assert sample.find_source(name, CONFIG) == name
-        assert not mmdit.cli.eval.subject.is_run(name)
+    save_file({"x": torch.zeros(1)}, home / "empty" / "x.safetensors")
+    for name in ("~/empty", "~/empty/x.safetensors"):
+        found = open_named(CONFIG, {"checkpoint": name}, [])
+        assert isinstance(found, Public) and found.name == name
 
 
 def test_no_run_at_all_is_told(home, monkeypatch):
     monkeypatch.chdir(home)
     with pytest.raises(UserError, match="there is no finished run in runs/"):
-        sample.find_source(None, CONFIG)
+        open_named(CONFIG, {}, [])
 
 
 READERS = {
@@ -117,7 +118,7 @@ class Stub:
     """A pipeline whose images cost nothing to generate, but the memory that they take."""
 
     image_size, steps, guidance = 256, 2, 1.0
-    mmdit = SimpleNamespace(dtype=torch.float32)
+    dtype = torch.float32
     text = SimpleNamespace(remarks=lambda prompts: [], t5=SimpleNamespace(length=1))
     objective = published_objective(3.0)
 
@@ -139,12 +140,15 @@ class Stub:
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """`run(*overrides, prompt=...)`: the lines printed by sampling with a `Stub` into `out`."""
-    monkeypatch.setattr(sample, "find_source", lambda *_: "stub")
+
+    def opened(pipe):
+        facts = {"weights": "stub", "weights_sha256": None}
+        return lambda *_, **__: Subject(pipe, nullcontext, Path("stub"), None, facts)
 
     def job(*overrides, pipe=None, **text):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose("sample", list(overrides))
-        monkeypatch.setattr(sample, "load", lambda *_: (pipe or Stub(), nullcontext))
+        monkeypatch.setattr(sample, "open_subject", opened(pipe or Stub()))
         prompt = {} if "prompt_file" in text else {"prompt": "a cat"}
         sample.job(config, {**prompt, "out": str(tmp_path / "out"), **text})
         return capsys.readouterr().out.splitlines()
@@ -225,7 +229,7 @@ def test_metadata_name_the_guidance_that_was_used(run, words, scale):
 def test_what_no_model_could_do_is_refused_before_weights_are_looked_for(
     run, monkeypatch, word, message
 ):
-    monkeypatch.setattr(sample, "find_source", lambda *_: pytest.fail("looked for weights"))
+    monkeypatch.setattr(sample, "open_subject", lambda *_, **__: pytest.fail("looked for weights"))
     with pytest.raises(UserError, match=message):
         run(word)
 

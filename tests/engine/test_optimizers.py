@@ -27,7 +27,7 @@ from mmdit.keys import generator_for
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
 from mmdit.registry import register
-from mmdit.runs.checkpoint import checkpoints_in, load_weights
+from mmdit.runs.checkpoint import checkpoints_in
 from mmdit.runs.folder import RunFolder
 from mmdit.runs.native import load_tensors
 
@@ -288,7 +288,7 @@ def go(folder: Path, steps: int, optimizer: Make, schedule: Schedule, profile: P
 def content(folder: Path) -> dict[str, dict[str, Tensor]]:
     """All tensors of the newest checkpoint and of the snapshots."""
     newest = checkpoints_in(folder)[-1]
-    found = {name: load_weights(newest.verified(name)) for name in ("raw", "ema", "optimizer")}
+    found = {name: newest.read(name).tensors for name in ("raw", "ema", "optimizer")}
     return found | {s.path.name: load_tensors(s.path)[0] for s in snapshots_in(folder)}
 
 

@@ -138,7 +138,7 @@ def test_a_pair_of_ours_is_read_from_its_file(tmp_path, randomize):
 def test_another_module_of_ours_is_refused(tmp_path):
     image = CLIPImageModel(width=8, depth=1, num_heads=1, image_size=8, patch_size=8)
     save_module(tmp_path / "x.safetensors", image)
-    with pytest.raises(UserError, match="is a CLIPImageModel, not a CLIPPair"):
+    with pytest.raises(UserError, match="holds a CLIPImageModel, not a CLIPPair"):
         load_clip_features(tmp_path / "x.safetensors")
 
 

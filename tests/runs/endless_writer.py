@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from mmdit.processes import Processes
-from mmdit.runs import tensors as tensor_files
 from mmdit.runs.retention import Retention
 from mmdit.runs.saving import Saver
 
@@ -27,7 +26,7 @@ def write_on(run: Path, parent: int) -> None:
     found = saver.latest()
     start = 0 if found is None else found.step
     if found is not None:
-        assert (tensor_files.read(found.folder / "raw")["w"] == start).all()
+        assert (found.read("raw").tensors["w"] == start).all()
     tell(f"found {start} {os.getpid()}")
     for step in count(start + 1):
         if os.getppid() != parent:
@@ -37,7 +36,7 @@ def write_on(run: Path, parent: int) -> None:
             step=step,
             finished=False,
             tensors={"raw": weights, "ema": weights},
-            descriptions={},
+            descriptions={"raw": {}, "ema": {}},
             figures={},
         )
         tell(f"saved {step}")

@@ -22,18 +22,18 @@ from mmdit.runs import tensors as tensor_files
 from mmdit.runs.checkpoint import (
     Checkpoint,
     checkpoints_in,
-    find_weights,
-    load_weights,
     read_manifest,
+    read_weights,
     sealed,
     step_folders,
 )
+from mmdit.runs.native import Weights, tensors_hash
 from mmdit.runs.retention import Retention
 from mmdit.runs.saving import Saver
 
 WRITER = Path(__file__).with_name("endless_writer.py")
 GROUPS = ("raw", "ema", "frozen", "optimizer")
-KINDS = (*GROUPS, "manifest")
+KINDS = ("raw", "ema", "optimizer", "manifest")
 
 
 def groups(seed: int = 0) -> dict[str, dict[str, Tensor]]:
@@ -55,7 +55,7 @@ def groups(seed: int = 0) -> dict[str, dict[str, Tensor]]:
             "empty": normal(0, 4),
         },
         "ema": {"layer.weight": normal(8, 6)},
-        "frozen": {"table": normal(3, 5)},
+        "frozen": {"table": torch.arange(15.0).reshape(3, 5)},
         "optimizer": {
             "layer.weight:step": torch.tensor(7.0),
             "codes": torch.arange(9, dtype=torch.uint8),
@@ -147,8 +147,81 @@ def test_manifest_tells_where_a_checkpoint_comes_from(make: Make) -> None:
     assert manifest["world_size"] == 1
     assert manifest["descriptions"]["ema"] == {"class": "Thing"}
     assert manifest["code"]["torch"] == torch.__version__
-    assert {name.partition("/")[0] for name in manifest["files"]} == set(GROUPS)
+    assert {name.partition("/")[0] for name in manifest["files"]} == {"raw", "ema", "optimizer"}
     assert {len(facts["sha256"]) for facts in manifest["files"].values()} == {64}
+
+
+def test_a_manifest_states_the_hash_of_each_module(make: Make, tmp_path: Path) -> None:
+    """That of its tensors, with what is frozen: it is known without reading them again."""
+    saver = make()
+    save(saver, 1)
+    tensors, checkpoint = groups(1), saver.wait()
+    for name in ("raw", "ema"):
+        digest = tensors_hash({**tensors[name], **tensors["frozen"]})
+        assert checkpoint.weights_sha256(name) == digest == checkpoint.read(name).sha256
+        assert tensors_hash(checkpoint.read(name).tensors) == digest
+
+
+def test_what_is_frozen_is_written_once(make: Make, tmp_path: Path) -> None:
+    saver = make(last=5)
+    for step in (1, 2):
+        save(saver, step)
+    newest, again = saver.wait(), make(last=5)
+    assert again.latest() == newest
+    save(again, 3)
+    again.wait()
+    (folder,) = (tmp_path / "checkpoints").glob("frozen*")
+    (file,) = folder.iterdir()
+    for checkpoint in checkpoints_in(tmp_path):
+        stated = checkpoint.manifest["frozen"]
+        assert stated["folder"] == folder.name == f"frozen_{stated['sha256'][:16]}"
+        assert list(stated["files"]) == [file.name]
+        assert torch.equal(checkpoint.read("ema").tensors["table"], groups(1)["frozen"]["table"])
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_what_is_frozen_is_verified(make: Make, tmp_path: Path, missing: bool) -> None:
+    saver = make()
+    for step in (1, 2):
+        save(saver, step)
+    saver.wait()
+    (file,) = tmp_path.glob("checkpoints/frozen*/*")
+    if missing:
+        file.unlink()
+    else:
+        damage(file, random.Random(0))
+    with pytest.raises(UserError, match=r"all checkpoints of .* are damaged .*frozen_\w{16}/shard"):
+        saver.latest()
+    with pytest.raises(UserError, match=r"is damaged: frozen_\w{16}/shard"):
+        read_weights(tmp_path)
+    assert checkpoints_in(tmp_path)[-1].read("optimizer").tensors
+
+
+def test_a_checkpoint_of_before_keeps_what_is_frozen_to_itself(make: Make, tmp_path: Path) -> None:
+    """It is opened and gone on with; what is saved from then on shares it."""
+    saver = make()
+    save(saver, 1)
+    folder = saver.wait().folder
+    (tmp_path / "checkpoints").joinpath(read_manifest(folder)["frozen"]["folder"]).rename(
+        folder / "frozen"
+    )
+    manifest = read_manifest(folder)
+    shared = manifest.pop("frozen")
+    del manifest["weights_sha256"]
+    manifest["files"] |= {f"frozen/{name}": facts for name, facts in shared["files"].items()}
+    (folder / "manifest.json").write_bytes(sealed(manifest))
+    again = make()
+    found = again.latest()
+    assert found is not None and found.step == 1
+    loaded = room(again, found)
+    again.load(found, loaded)
+    assert equal(loaded, {name: dict(group) for name, group in groups(1).items()})
+    tensors = {**groups(1)["ema"], **groups(1)["frozen"]}
+    assert read_weights(tmp_path).sha256 == tensors_hash(tensors) == found.weights_sha256("ema")
+    save(again, 2)
+    assert again.wait().manifest["frozen"]["sha256"] == shared["sha256"]
+    (folder / "frozen" / "shard-x.safetensors").touch()
+    assert found.fault("ema") == "frozen/shard-x.safetensors is not part of it"
 
 
 def test_changes_after_save_returned_are_not_written(make: Make) -> None:
@@ -156,7 +229,7 @@ def test_changes_after_save_returned_are_not_written(make: Make) -> None:
     tensors = {"raw": {"w": torch.zeros(200_000)}}
     save(saver, 1, tensors)
     tensors["raw"]["w"].fill_(1.0)
-    assert not tensor_files.read(saver.wait().folder / "raw")["w"].any()
+    assert not saver.wait().read("raw").tensors["w"].any()
 
 
 def test_a_group_may_be_empty_and_large_ones_become_several_files(
@@ -253,7 +326,7 @@ def test_a_file_that_does_not_belong_there_is_seen(make: Make) -> None:
     save(saver, 1)
     folder = saver.wait().folder / "raw"
     shutil.copy(next(folder.iterdir()), folder / "shard-00002-model-00001-of-00001.safetensors")
-    with pytest.raises(UserError, match=r"shard-00002.* is no part of it"):
+    with pytest.raises(UserError, match=r"shard-00002.* is not part of it"):
         saver.latest()
 
 
@@ -365,7 +438,7 @@ def test_of_a_link_to_a_checkpoint_the_link_is_removed(make: Make, tmp_path: Pat
     saver.wait()
     found = make().latest()
     assert found is not None and found.step == 2
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000002"]
     assert (elsewhere / "manifest.json").is_file()
 
 
@@ -393,7 +466,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         ) as told:
             saver.wait()
     assert f"keep=2 checkpoints stay) and go on with resume={tmp_path};" in str(told.value)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"]
     found = saver.latest()
     assert found is not None
     assert found.step == 1
@@ -470,14 +543,15 @@ def test_weights_of_a_run_are_those_of_the_newest_whole_checkpoint(
     for step in (1, 2):
         save(saver, step)
     newest = saver.wait().folder
-    assert find_weights(tmp_path) == find_weights(newest) == find_weights(newest / "ema")
+    named = [read_weights(source).path for source in (tmp_path, newest, newest / "ema")]
+    assert named == [newest / "ema"] * 3
     os.truncate(file_of(newest, "ema"), 3)
-    assert find_weights(tmp_path).parent.name == "step_00000001"
+    assert read_weights(tmp_path).path.parent.name == "step_00000001"
     assert "step_00000002 is damaged: ema/shard" in caplog.text
-    assert find_weights(tmp_path, "raw").parent == newest
+    assert read_weights(tmp_path, "raw").path.parent == newest
     for named in (newest, newest / "ema"):
         with pytest.raises(UserError, match=r"damaged: ema.* use an older one: .*step_00000001"):
-            find_weights(named)
+            read_weights(named)
     assert newest.is_dir()  # who reads changes nothing
 
 
@@ -487,18 +561,18 @@ def test_weights_that_training_deletes_meanwhile_are_looked_for_again(
     saver = make(last=1)
     save(saver, 1)
     saver.wait()
-    verified = Checkpoint.verified
+    read = Checkpoint.read
 
-    def slow(checkpoint: Checkpoint, group: str) -> Path:
-        if checkpoint.step == 1:
-            save(saver, 2)
+    def slow(checkpoint: Checkpoint, group: str) -> Weights:
+        if checkpoint.step in going:
+            save(saver, checkpoint.step + 1)
             saver.wait()
-        return verified(checkpoint, group)
+        return read(checkpoint, group)
 
-    monkeypatch.setattr(Checkpoint, "verified", slow)
-    path = find_weights(tmp_path)
+    going = {1}
+    monkeypatch.setattr(Checkpoint, "read", slow)
+    path = read_weights(tmp_path).path
     assert path.parent.name == "step_00000002"
-    save(saver, 3)
-    saver.wait()
+    going = {2}
     with pytest.raises(UserError, match=r"was deleted while it was read.*give the command again"):
-        load_weights(path)
+        read_weights(path)

@@ -3,10 +3,11 @@ import logging
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from mmdit.atomic import write_atomically
-from mmdit.cli import sample
 from mmdit.cli.stages import find_or_train
+from mmdit.cli.subject import open_named
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.runs.folder import RunFolder, open_run
@@ -73,8 +74,8 @@ def test_a_run_that_a_process_holds_is_left_alone(tmp_path):
 
 def test_whoever_reads_a_killed_run_sets_it_right_too(tmp_path):
     path = killed_run(tmp_path / "a-001", step=8, finished=True)
-    config = type("Config", (), {"weights": "ema", "runs": str(tmp_path)})
-    sample.find_source(str(path), config)
+    config = OmegaConf.create({"weights": "ema", "runs": str(tmp_path)})
+    open_named(config, {"checkpoint": str(path)}, [])
     assert read_status(path)["state"] == "FINISHED" and not leftovers(path)
 
 

@@ -20,18 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
-from mmdit.cli.eval.subject import (
-    PARTS,
-    Subject,
-    made,
-    numbers,
-    open_subject,
-    results_folder,
-    shapes_for,
-    table,
-    write_results,
-)
+from mmdit.cli.eval.subject import made, numbers, results_folder, shapes_for, table, write_results
 from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.subject import PARTS, Subject, open_subject
 from mmdit.cli.values import seed_of, whole
 from mmdit.devices import available
 from mmdit.errors import UserError
@@ -94,7 +85,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 def trained(config: DictConfig, text: Verbatim) -> Watched:
     """A run's model, or public weights, on pictures of shapes."""
     subject = open_subject(config, text)
-    out = results_folder(text, subject.source, "attention")
+    out = results_folder(text, subject.path, "attention")
     look = partial(look_at_shapes, subject, config)
     return Watched(subject.facts, subject.pipe.image_size, look, out)
 
@@ -106,9 +97,7 @@ def look_at_shapes(
     """On captioned pictures drawn at this size."""
     pipe = subject.pipe
     pipe.latent_size(size, size)
-    data = shapes_for(
-        subject.source if subject.native else None, config, "validation", image_size=size
-    )
+    data = shapes_for(subject.run, config, "validation", image_size=size)
     latents, captions = [], []
     for start in range(0, config.samples, config.batch_size):
         indices = range(start, min(start + config.batch_size, config.samples))

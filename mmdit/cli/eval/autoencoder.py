@@ -19,29 +19,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import mmdit
-from mmdit.checkpoints.locate import local
-from mmdit.cli.eval.subject import (
-    hash_of,
-    is_run,
-    open_features,
-    results_folder,
-    shapes_for,
-    table,
-    write_results,
-)
+from mmdit.cli.eval.subject import open_features, results_folder, shapes_for, table, write_results
 from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.subject import computing, facts_of, open_named
 from mmdit.cli.values import whole
 from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.devices import available
 from mmdit.errors import UserError
+from mmdit.loading import Run
 from mmdit.metrics.distances import frechet_distance
 from mmdit.metrics.reconstruction import psnr, ssim
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import to_latents, to_pixels
 from mmdit.plots import grid_image, png
-from mmdit.precision import Autocast, autocast, chosen_dtype
-from mmdit.runs.checkpoint import find_weights
+from mmdit.precision import Autocast
 from mmdit.study.protocol import Features
 
 PROTOCOL = "autoencoder-1"
@@ -56,8 +47,8 @@ class Opened(NamedTuple):
     """An autoencoder, where its weights are, and how it computes."""
 
     module: Autoencoder
-    source: Path
-    native: bool
+    path: Path
+    run: Path | None
     autocast: Autocast
     facts: dict[str, Any]
 
@@ -79,7 +70,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     opened = open_autoencoder(config, text)
     pictures, count, data_facts = find_pictures(opened, config, text, size)
     features, clip_facts = open_features(text, available(config.device))
-    out = results_folder(text, opened.source, "autoencoder")
+    out = results_folder(text, opened.path, "autoencoder")
     measured = measure(opened, pictures, features, range(count), config.batch_size)
     mean_psnr = sum(measured.psnr) / count
     report: dict[str, Any] = {
@@ -109,17 +100,12 @@ def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
     """
     if not text.get("checkpoint"):
         raise UserError("give checkpoint=<run, file, folder or hub id> of an autoencoder")
-    given, device = text["checkpoint"], available(config.device)
-    native = is_run(given)
-    if native:
-        source = find_weights(Path(given).expanduser(), config.weights)
-        module = mmdit.load_autoencoder(source)
-        compute = autocast(device, config.precision)
-    else:
-        module = mmdit.load_autoencoder(given, dtype=chosen_dtype(device, config.precision))
-        source, compute = local(given, ["vae"]), autocast(device, "fp32")
-    facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
-    return Opened(module.to(device), source, native, compute, facts)
+    device = available(config.device)
+    source = open_named(config, text, ["autoencoder"])
+    compute, dtype = computing(source, device, config.precision)
+    module = source.part("autoencoder", Autoencoder, dtype=dtype).to(device)
+    run = source.path if isinstance(source, Run) else None
+    return Opened(module, source.path, run, compute, facts_of(source))
 
 
 def find_pictures(
@@ -132,7 +118,7 @@ def find_pictures(
     """
     factor = opened.module.factor
     if "images" not in text:
-        source = opened.source if opened.native else None
+        source = opened.run
         data = shapes_for(source, config, "validation", image_size=size)
         facts = {"images": "shapes, validation", "image_size": data.image_size}
         return lambda indices: data.batch(indices).images, config.samples, facts

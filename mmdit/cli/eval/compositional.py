@@ -17,16 +17,9 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from mmdit.cli.eval.subject import (
-    PARTS,
-    Subject,
-    generate,
-    open_subject,
-    results_folder,
-    shapes_for,
-    write_results,
-)
+from mmdit.cli.eval.subject import generate, results_folder, shapes_for, write_results
 from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.subject import PARTS, Subject, open_subject
 from mmdit.cli.values import seed_of, whole
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
@@ -62,16 +55,15 @@ def job(config: DictConfig, text: Verbatim) -> None:
         table, examples = measure(subject, data, report, config)
         report["splits"][split] = table
         shown += examples if split == config.splits[0] else []
-    out = results_folder(text, subject.source, "compositional")
+    out = results_folder(text, subject.path, "compositional")
     pictures = {".png": png(examples_image(shown))}
     write_results(out, "compositional", report, as_markdown(report), pictures)
 
 
 def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
     """What a run was trained on; for public weights, at the size that they paint."""
-    if subject.native:
-        return shapes_for(subject.source, config, split)
-    return shapes_for(None, config, split, image_size=subject.pipe.image_size)
+    size = None if subject.run else subject.pipe.image_size
+    return shapes_for(subject.run, config, split, image_size=size)
 
 
 def measure(

@@ -12,11 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mmdit.cli.eval.subject import (
-    PARTS,
     generate,
     numbers,
     open_features,
-    open_subject,
     read_prompts,
     results_folder,
     sampling,
@@ -25,6 +23,7 @@ from mmdit.cli.eval.subject import (
     write_results,
 )
 from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.subject import PARTS, open_subject
 from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
 from mmdit.metrics.path_length import MeasuredGuidance
@@ -72,7 +71,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
             }
         )
     add_losses(report)
-    out = results_folder(text, subject.source, "efficiency")
+    out = results_folder(text, subject.path, "efficiency")
     write_results(out, "efficiency", report, as_markdown(report))
 
 

@@ -16,11 +16,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mmdit.cli.eval.subject import (
-    PARTS,
-    Subject,
     generate,
     open_features,
-    open_subject,
     read_prompts,
     results_folder,
     sampling,
@@ -30,6 +27,7 @@ from mmdit.cli.eval.subject import (
     write_results,
 )
 from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.subject import PARTS, Subject, open_subject
 from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
 from mmdit.metrics.encoders import SUBSETS, with_encoders
@@ -74,7 +72,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
                 samples = generate(view, prompts.texts, config, label=name_of(kept), **options)
             row = {"encoders": list(kept), "unconditional": empty}
             report["rows"].append({**row, **scores(prompts, samples.images, features), **loss})
-    out = results_folder(text, subject.source, "encoders")
+    out = results_folder(text, subject.path, "encoders")
     write_results(out, "encoders", report, as_markdown(report))
 
 
@@ -82,7 +80,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 def latents_of(subject: Subject, config: DictConfig) -> tuple[Tensor, list[str]]:
     """Captioned latents of validation pictures, at the size of the training."""
     pipe = subject.pipe
-    source = subject.source if subject.native else None
+    source = subject.run
     data = shapes_for(source, config, "validation", image_size=pipe.image_size)
     latents, captions = [], []
     for start in range(0, config.validation_samples, config.batch_size):

@@ -14,8 +14,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from mmdit.atomic import write_atomically
-from mmdit.cli.eval.subject import PARTS, Subject, open_subject, sampling, shapes_for
+from mmdit.cli.eval.subject import sampling, shapes_for
 from mmdit.cli.launch import Verbatim, launch
+from mmdit.cli.subject import PARTS, Subject, open_subject
 from mmdit.cli.values import seed_of, whole
 from mmdit.metrics.geneval import GenEvalFolder, Metadata, read_metadata, scene_metadata
 from mmdit.printable import show
@@ -68,7 +69,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 def toy_metadata(subject: Subject, config: DictConfig) -> list[Metadata]:
     """Of validation scenes, the tasks in turn."""
-    data = shapes_for(subject.source if subject.native else None, config, "validation")
+    data = shapes_for(subject.run, config, "validation")
     return [scene_metadata(scene) for scene in scenes_of(data, config.prompts)]
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import REQUIRED_FIELDS, SUBFOLDERS, config_of, read_config
-from mmdit.checkpoints.locate import Place, layout_of, load_model
+from mmdit.checkpoints.locate import Place, layout_of
 from mmdit.checkpoints.public import find
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.eval.subject import made
@@ -173,10 +173,11 @@ def compare(kind: str, source: Path, config: DictConfig) -> list[Row]:
 def run_ours(kind: str, source: Path, config: DictConfig) -> tuple[Inputs, Config, Stages]:
     """The inputs, the peer's config.json, and what our model computes of the inputs."""
     side, dtype = SIDES[kind], DTYPES[config.dtype]
-    model = load_model(source, kind)
+    place = Place(source)
+    model = place.load(kind)
     peer_config = {**REQUIRED_FIELDS[kind], **config_of(kind, model)}
     if source.is_dir():
-        peer_config |= read_config(Place(source).weights_of(kind)[1])
+        peer_config |= read_config(place.weights_of(kind)[1])
     drawn = side.inputs(model, config, generator_for(config.seed, "inputs", kind))
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in drawn.items()}
     compute_in(dtype, model, parts(model, side.our_blocks))

@@ -15,8 +15,7 @@ from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.values import whole
 from mmdit.engine.posthoc import Combination, combine, reconstruct
 from mmdit.errors import UserError
-from mmdit.runs.checkpoint import hash_of_weights
-from mmdit.runs.native import save_module
+from mmdit.runs.native import save_module, weights_hash
 
 PROTOCOL = "posthoc-1"
 VERBATIM = ("run", "out")
@@ -39,7 +38,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
             save_module(file, module)
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error}") from error
-        rows.append(row_of(sigma_rel, plan, file))
+        rows.append(row_of(sigma_rel, plan, file, weights_hash(module)))
     report = {"protocol": PROTOCOL, "weights": str(run), "seed": None, "rows": rows}
     out = files[0].parent
     write_results(out, "posthoc" if several else files[0].stem, report, as_markdown(report))
@@ -75,7 +74,7 @@ def places(text: Verbatim, sigma_rels: list[float], *, several: bool) -> list[Pa
     return [made(out.parent) / out.name]
 
 
-def row_of(sigma_rel: float, plan: Combination, file: Path) -> dict[str, Any]:
+def row_of(sigma_rel: float, plan: Combination, file: Path, sha256: str) -> dict[str, Any]:
     """What became of one average."""
     return {
         "sigma_rel": sigma_rel,
@@ -83,7 +82,7 @@ def row_of(sigma_rel: float, plan: Combination, file: Path) -> dict[str, Any]:
         "snapshots": len(plan.snapshots),
         "profile_error": plan.error,
         "file": str(file),
-        "sha256": hash_of_weights(file),
+        "sha256": sha256,
     }
 
 

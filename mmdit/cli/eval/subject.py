@@ -1,6 +1,5 @@
 """What measurements of a trained model share: opening it, its name, prompts, scores, results."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,91 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-import mmdit
-from mmdit.checkpoints.locate import local
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.launch import Verbatim
+from mmdit.cli.subject import Subject
 from mmdit.cli.values import seed_of, whole
 from mmdit.data.captions import Scene, short_caption
 from mmdit.data.shapes import Shapes
-from mmdit.devices import available
 from mmdit.errors import UserError
+from mmdit.loading import open_source
 from mmdit.metrics.compositional import judge
 from mmdit.metrics.distances import clip_score
-from mmdit.metrics.features import in_batches, load_clip_features
+from mmdit.metrics.features import clip_features, in_batches
 from mmdit.pipeline import Pipeline, Samples
-from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.printable import printable, show
 from mmdit.request import Request
-from mmdit.runs.checkpoint import find_weights, hash_of_weights, newest_finished
-from mmdit.runs.native import file_hash
-from mmdit.runs.status import mend
 from mmdit.study.protocol import Features, scenes_of
-from mmdit.text.conditioning import ENCODERS
-
-PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # free text: where parts of it are
-
-
-class Subject(NamedTuple):
-    """A model that is measured."""
-
-    pipe: Pipeline
-    autocast: Autocast  # what it computes in, as a context
-    source: Path  # file or folder of its weights
-    native: bool  # whether it is a run's, rather than public
-    facts: dict[str, Any]  # how a report names it: weights, weights_sha256, encoders used
-
-
-def open_subject(config: DictConfig, text: Verbatim) -> Subject:
-    """The newest finished run, or what checkpoint= names, on its device.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    given: str | Path | None = text.get("checkpoint") or newest_finished(Path(config.runs))
-    if given is None:
-        raise UserError(
-            f"there is no finished run in {config.runs}/: give checkpoint=<run, file or hub id>"
-        )
-    used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
-    for key, value in used.items():
-        if not isinstance(value, bool):
-            raise UserError(f"text.{key}={value} must be true or false")
-    device = available(config.device)
-    native = is_run(given)
-    if native:
-        mend(Path(given).expanduser())
-        source = find_weights(Path(given).expanduser(), config.weights)
-        pipe = mmdit.load_pipeline(source, device=device, **used)
-        compute = autocast(device, config.precision)
-    else:
-        options: dict[str, Any] = {key.removeprefix("text."): text.get(key) for key in PARTS}
-        options |= {"preset": config.preset, "dtype": chosen_dtype(device, config.precision)}
-        pipe = mmdit.load_pipeline(given, device=device, **used, **options)
-        source, compute = local(given, []), autocast(device, "fp32")
-    facts = {"weights": str(source if native else given), "weights_sha256": hash_of(source)}
-    facts |= {f"{key}_sha256": hash_of(local(text[key], [])) for key in PARTS[:2] if key in text}
-    return Subject(pipe, compute, source, native, {**facts, "text": used})
-
-
-def is_run(given: str | Path) -> bool:
-    """Whether it is this project's; so is a folder without weights, whose lack is told as that."""
-    path = Path(given).expanduser()
-    places = ("*.safetensors", "*/*.safetensors")  # not all of a disk
-    return mmdit.is_native(path) or (
-        path.is_dir() and not any(any(path.glob(place)) for place in places)
-    )
-
-
-def hash_of(source: Path) -> str:
-    """SHA-256 of a run's weights; of a public file; of a folder, of its files' names and hashes."""
-    if mmdit.is_native(source):
-        return hash_of_weights(source)
-    if source.is_file():
-        return file_hash(source)
-    files = sorted(source.rglob("*.safetensors"))
-    lines = [f"{file_hash(file)}  {file.relative_to(source).as_posix()}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_features(text: Verbatim, device: torch.device) -> tuple[Features | None, dict[str, Any]]:
@@ -108,10 +37,9 @@ def open_features(text: Verbatim, device: torch.device) -> tuple[Features | None
     """
     if not text.get("clip"):
         return None, {"clip": None, "clip_sha256": None}
-    given = text["clip"]
-    features = load_clip_features(given, device=device)
-    path = find_weights(Path(given).expanduser()) if mmdit.is_native(given) else local(given, [])
-    return features, {"clip": given, "clip_sha256": hash_of(path)}
+    source = open_source(text["clip"], ())
+    features = clip_features(source, device=device)
+    return features, {"clip": text["clip"], "clip_sha256": source.sha256}
 
 
 def shapes_for(
@@ -158,7 +86,7 @@ def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompt
     """
     n = whole(config, "samples")
     if "prompts" not in text:
-        data = shapes_for(subject.source if subject.native else None, config, "validation")
+        data = shapes_for(subject.run, config, "validation")
         scenes = scenes_of(data, n)
         return Prompts([short_caption(scene) for scene in scenes], scenes, data)
     path = Path(text["prompts"])

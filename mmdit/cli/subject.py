@@ -1,0 +1,100 @@
+"""The model that a program samples from or measures, as its command line names it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+
+from mmdit.cli.launch import Verbatim
+from mmdit.devices import available
+from mmdit.errors import UserError
+from mmdit.loading import Run, Source, open_source
+from mmdit.pipeline import Pipeline
+from mmdit.precision import Autocast, autocast, chosen_dtype
+from mmdit.runs.checkpoint import newest_finished
+from mmdit.runs.status import mend
+from mmdit.text.conditioning import ENCODERS
+
+PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # free text: where parts of it are
+
+# What a folder of weights has, or one of its subfolders; of an adapter, that it is one is said.
+NAMES = ("*.safetensors", "adapter_config.json")
+WEIGHTS = tuple(f"{folder}{name}" for folder in ("", "*/", "*/*/*/") for name in NAMES)
+
+
+class Subject(NamedTuple):
+    """A model on its device."""
+
+    pipe: Pipeline
+    autocast: Autocast  # what it computes in, as a context
+    path: Path  # file or folder of its weights
+    run: Path | None  # the same, where this project trained it
+    facts: dict[str, Any]  # how a report names it: weights, weights_sha256, encoders used
+
+
+def open_subject(
+    config: DictConfig, text: Verbatim, *, hash_public: bool = True, **public: Any
+) -> Subject:
+    """The newest finished run, or what checkpoint= names, on its device.
+
+    Args:
+        hash_public: read all of public weights for their hash, too; a run's is known.
+        public: further options of public weights, as `allow_pickle`.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    device = available(config.device)
+    used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
+    for key, value in used.items():
+        if not isinstance(value, bool):
+            raise UserError(f"text.{key}={value} must be true or false")
+    rules = {name: public.pop(name) for name in ("allow_pickle", "verify") if name in public}
+    kinds = ["mmdit", "autoencoder", *(kind for kind in ENCODERS if used[f"use_{kind}"])]
+    source = open_named(config, text, kinds, **rules)
+    for key in PARTS:
+        public[key.removeprefix("text.")] = text.get(key)
+    compute, dtype = computing(source, device, config.precision)
+    pipe = source.pipeline(dtype=dtype, preset=config.preset, **used, **public).to(device)
+    run = source.path if isinstance(source, Run) else None
+    facts = facts_of(source, hashed=run is not None or hash_public)
+    return Subject(pipe, compute, source.path, run, {**facts, "text": used})
+
+
+def open_named(
+    config: DictConfig, text: Mapping[str, str], kinds: list[str], **rules: Any
+) -> Source:
+    """The weights of checkpoint=, or of the newest finished run.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    given: str | Path | None = text.get("checkpoint") or newest_finished(Path(config.runs))
+    if given is None:
+        raise UserError(
+            f"there is no finished run in {config.runs}/: train one with `python train.py`, or "
+            "give checkpoint=<run folder, file or hub id>"
+        )
+    path = Path(given).expanduser()
+    if path.is_dir() and not any(any(path.glob(name)) for name in WEIGHTS):
+        raise UserError(
+            f"checkpoint={given}: that folder has no complete checkpoint, and no other weights"
+        )
+    mend(path)
+    return open_source(given, kinds, weights=config.weights, **rules)
+
+
+def computing(
+    source: Source, device: torch.device, precision: str
+) -> tuple[Autocast, torch.dtype | None]:
+    """What a model computes in, and the dtype of its weights: public ones are cast, not a run's."""
+    if isinstance(source, Run):
+        return autocast(device, precision), None
+    return autocast(device, "fp32"), chosen_dtype(device, precision)
+
+
+def facts_of(source: Source, *, hashed: bool = True) -> dict[str, Any]:
+    """How a report names weights."""
+    return {"weights": source.name, "weights_sha256": source.sha256 if hashed else None}
