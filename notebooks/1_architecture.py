@@ -29,7 +29,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from mmdit.cli import CONFIGS
-from mmdit.cli.train import build_pipeline, count
+from mmdit.cli.build import build_pipeline, count
 from mmdit.metrics.attention import watched
 from mmdit.metrics.flops import counted_flops
 from mmdit.models.blocks import joint_attention

@@ -5,7 +5,6 @@ as the flow, in `runs/<stage>-<hash of its recipe>/`.
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
-from tqdm import tqdm
 
 from mmdit.atomic import write_atomically
 from mmdit.checks import expect, expect_number
@@ -30,17 +28,15 @@ from mmdit.engine.schedules import WarmupConstant
 from mmdit.engine.settings import Settings
 from mmdit.engine.state import TrainState
 from mmdit.engine.tasks import AutoencoderTask, Task
-from mmdit.errors import UserError, first_line
+from mmdit.errors import UserError
 from mmdit.latents.sources import FromCache, Source
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast
 from mmdit.printable import logger
 from mmdit.runs.checkpoint import Checkpoint, checkpoints_in
 from mmdit.runs.folder import RunFolder, config_hash
 from mmdit.runs.native import Weights, load_strictly
 from mmdit.runs.status import mend
-from mmdit.study.protocol import PROTOCOL
 from mmdit.text.clip_pair import CLIPPair
 
 log = logger("mmdit.stages")
@@ -229,104 +225,3 @@ def clip_for_metrics(
     clip = instantiate(config.clip.model).to(device).eval()
     load_strictly(clip, weights.tensors, weights.path)
     return clip, validation
-
-
-def sweep_folder(config: DictConfig, label: str) -> Path:
-    """The run folder of a job of a multirun, named by what is varied, so that it is found again."""
-    name = re.sub(r"[^\w.,=+-]", "_", f"{label},seed={config.seed}")
-    if len(name) > 150:  # file systems allow 255 bytes
-        name = f"{name[:130]}-{config_hash(name)}"
-    return Path(config.runs) / config.name / name
-
-
-def is_finished(config: DictConfig, run: RunFolder) -> bool:
-    """Whether a run has made all its steps and been measured as `config` asks."""
-    checkpoint = run.latest()
-    if checkpoint is None or checkpoint.step < config.training.steps:
-        return False
-    if config.get("metrics") is None:  # a group that is left out has no key
-        return True
-    try:
-        record = json.loads((run.path / "scores.json").read_text())
-        measured = {key: record[key] for key in ("protocol", *protocol_of(config.metrics))}
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning(
-            "%s cannot be used, so the run is measured again: %s",
-            *(run.path / "scores.json", first_line(error)),
-        )
-        return False
-    return measured == {"protocol": PROTOCOL, **protocol_of(config.metrics)}
-
-
-def protocol_of(metrics: DictConfig) -> dict[str, int]:
-    """What figures depend on, by the names that `scores.json` gives it."""
-    return {
-        "samples": metrics.samples,
-        "references": metrics.references,
-        "noise_seed": metrics.seed,
-    }
-
-
-def write_scores(
-    config: DictConfig,
-    run: Path,
-    checkpoint: Checkpoint,
-    pipelines: dict[str, Pipeline],
-    clip: CLIPPair,
-    data: Shapes,
-    variant: str,
-    precision: Autocast,
-) -> None:
-    """Measure the averaged and the raw weights by the paper's protocol: `<run>/scores.json`.
-
-    Args:
-        pipelines: 'ema' and 'raw'.
-        variant: what the run is called in a ranking.
-        precision: of the pipelines.
-    """
-    protocol = instantiate(config.metrics)
-    rows: list[dict[str, Any]] = []
-    bar = tqdm(total=2 * protocol.evaluations, desc="scoring", unit="step", disable=None)
-    for kind, pipe in pipelines.items():
-        scored = protocol(pipe, clip, data, lambda *_: bar.update(), precision)
-        rows += [{"weights": kind, **row} for row in scored]
-    bar.close()
-    network = pipelines["ema"].mmdit
-    side = config.image_size // pipelines["ema"].autoencoder.factor
-    length = pipelines["ema"].text.context_length
-    flops = network.flops(height=side, width=side, text_length=length)
-    steps, batch_size = checkpoint.step, config.training.batch_size
-    record = {
-        "protocol": PROTOCOL,
-        "variant": variant,
-        "seed": config.seed,
-        "dataset": config.data._target_.rpartition(".")[2].lower(),
-        **protocol_of(config.metrics),
-        "weights_sha256": {kind: checkpoint.weights_sha256(kind) for kind in pipelines},
-        "training": {
-            "steps": steps,
-            "skipped_steps": int(checkpoint.figures.get("skipped_steps", 0)),
-            "batch_size": batch_size,
-            "parameters": sum(weight.numel() for weight in network.parameters()),
-            # A backward pass costs two forward passes.
-            "flops": 3.0 * flops * steps * batch_size,
-        },
-        "validation": {kind: levels(checkpoint.figures, kind) for kind in pipelines},
-        "scores": rows,
-    }
-    write_atomically(run / "scores.json", json.dumps(record, indent=1).encode())
-    best = max((row for row in rows if row["weights"] == "ema"), key=lambda row: row["clip"])
-    log.info(
-        "  scores      %s (EMA, %d steps at guidance %g: CLIP %.4f, FD %.4f, accuracy %.3f)",
-        *(run / "scores.json", best["steps"], best["guidance"]),
-        *(best["clip"], best["fd"], best["accuracy"]),
-    )
-
-
-def levels(figures: dict[str, float], kind: str) -> dict[str, Any]:
-    """The validation loss of the raw or averaged weights, and its parts by level of t."""
-    prefix = f"{kind}/loss_t"
-    by_level = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
-    return {"loss": figures[f"{kind}/loss"], "levels": by_level}

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit.cli.train import how_to_resume
+from mmdit.cli.commands import how_to_resume
 from mmdit.errors import UserError
 from mmdit.processes import Processes
 from mmdit.runs.checkpoint import checkpoints_in, newest_finished, runs_in, step_folders

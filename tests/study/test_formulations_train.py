@@ -9,8 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mmdit.cli import CONFIGS
+from mmdit.cli.build import build_pipeline, describe
 from mmdit.cli.formulations import store_formulations
-from mmdit.cli.train import build_pipeline, describe, validation_of
+from mmdit.cli.train import validation_of
 from mmdit.engine.loader import Part
 from mmdit.engine.parallel import Single
 from mmdit.engine.step import Stepper

@@ -18,13 +18,13 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from mmdit.cli.build import build_pipeline, count
 from mmdit.cli.eval.subject import made, table, write_results
 from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.memory.gauges import measure
 from mmdit.cli.memory.plan import Plan, planned
 from mmdit.cli.memory.prediction import CLASSES, Footprint, predict
-from mmdit.cli.train import build_pipeline
 from mmdit.engine.footprint import (
     CAST,
     GRADIENTS,
@@ -82,10 +82,7 @@ def as_report(
     with torch.device("meta"):
         pipeline = build_pipeline(config)
     report["text_length"] = pipeline.text.context_length
-    report["parameters"] = {
-        name: sum(weight.numel() for weight in part.parameters())
-        for name, part in pipeline.named_children()
-    }
+    report["parameters"] = {name: count(part) for name, part in pipeline.named_children()}
     if measured is not None:
         whole = {
             **{name: predicted.largest[name] for name in CLASSES if name != CAST},

@@ -4,15 +4,13 @@ import gc
 from typing import Any, Protocol, Self
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mmdit.cli.build import build
 from mmdit.cli.memory.plan import Plan, example_of, task_of
 from mmdit.cli.memory.prediction import MOMENTS, classes_of, moments_in, trained
-from mmdit.cli.train import build_pipeline
-from mmdit.engine.activations import recompute
-from mmdit.engine.ema import EMA, local
+from mmdit.engine.ema import local
 from mmdit.engine.footprint import (
     GRADIENTS,
     KEPT,
@@ -113,13 +111,8 @@ def measure(plan: Plan, processes: Processes) -> dict[str, int]:
     precision = autocast(device, config.precision)
     gauge: Gauge = CUDAGauge(device) if device.type == "cuda" else CPUGauge()
     with gauge:
-        pipeline = build_pipeline(config).to(device)
-        ema = EMA(pipeline, profile=instantiate(config.ema))
-        parallel = instantiate(config.parallel)
-        recompute(pipeline, config.activation_checkpointing)
-        parallel.place(pipeline, ema.module, device=device, dtype=plan.dtype)
-        optimizer = instantiate(config.optimizer)(pipeline)
-        posthoc = instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None
+        state, parallel = parts = build(config, device, plan.dtype)
+        pipeline = parts.pipeline
         task, example = task_of(plan, pipeline, precision), example_of(plan, pipeline)
         gradients, begun = 0, False
 
@@ -138,13 +131,13 @@ def measure(plan: Plan, processes: Processes) -> dict[str, int]:
             own = [local(w.grad) for w in trained(pipeline) if w.grad is not None]
             gradients = bytes_of(own)
 
-        optimizer.register_step_pre_hook(before_update)
+        state.optimizer.register_step_pre_hook(before_update)
         step = Stepper(
             pipeline,
             parallel.losses(pipeline, loss),
             parallel=parallel,
             processes=processes,
-            optimizer=optimizer,
+            optimizer=state.optimizer,
             clip=config.training.clip,
             skips=True,
         )
@@ -154,9 +147,9 @@ def measure(plan: Plan, processes: Processes) -> dict[str, int]:
             gc.collect()
             begun = False
             step([part] * config.training.accumulation)
-            ema.update(done)
-        found = classes_of(pipeline, ema, posthoc)
-        found[MOMENTS] = bytes_of(moments_in(optimizer))
+            state.ema.update(done)
+        found = classes_of(pipeline, state.ema, state.posthoc)
+        found[MOMENTS] = bytes_of(moments_in(state.optimizer))
         found[GRADIENTS] = gradients
     kept, total = gauge.levels(found[MOMENTS])
     return {**found, KEPT: kept, "total": total}

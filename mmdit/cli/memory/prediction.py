@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mmdit.cli.build import build_pipeline
 from mmdit.cli.memory.plan import Plan, example_of, is_8bit, task_of
-from mmdit.cli.train import build_pipeline
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA, local
 from mmdit.engine.footprint import (

@@ -1,0 +1,118 @@
+"""What a command line asks training to do, checked before anything is built."""
+
+import logging
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from mmdit.checks import MOST_STEPS, expect, expect_number
+from mmdit.cli.formulations import check_variant
+from mmdit.cli.stages import check_recipe
+from mmdit.cli.values import seed_of, whole
+from mmdit.data.dataset import Data
+from mmdit.devices import available
+from mmdit.engine.loader import share
+from mmdit.engine.loggers import Logger, NoLogger
+from mmdit.engine.settings import Settings, positive
+from mmdit.errors import UserError
+from mmdit.precision import Autocast, autocast, chosen_dtype
+from mmdit.printable import logger
+from mmdit.processes import Processes, join, own_device, restart_remarks
+from mmdit.runs.folder import check_name
+
+log = logger("mmdit.train")
+
+
+class Request(NamedTuple):
+    """What a command line asks for, checked, with the processes and the data that are there."""
+
+    config: DictConfig
+    plain: dict[str, Any]  # the config as the run keeps it, with what was found
+    settings: Settings
+    device: torch.device
+    text_device: torch.device | None  # of frozen text encoders, where it is another
+    dtype: torch.dtype  # of the forward pass
+    precision: Autocast
+    processes: Processes
+    data: Data
+    validation: Data  # the images of `data` that are held back
+    logger: Logger
+
+    @property
+    def scored(self) -> bool:
+        """Whether the trained model is scored; a group that is left out has no key."""
+        return self.config.get("metrics") is not None
+
+
+def read(config: DictConfig) -> Request:
+    """Check a config, join the processes that train together, and open the data.
+
+    Raises:
+        UserError: a value makes no sense, or does not fit another.
+    """
+    for key in ("name", "runs", "run", "resume"):  # name=2024 is a name all the same
+        config[key] = config[key] if config[key] is None else str(config[key])
+    check_name(config.name)
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    check_variant(config.variant, plain["objective"])
+    device = own_device(available(config.device))
+    precision = autocast(device, config.precision)
+    dtype = chosen_dtype(device, config.precision)
+    plain["computed"] = "bf16" if dtype == torch.bfloat16 else "fp32"
+    settings = Settings.of(config.training, "training")
+    check_values(config)
+    processes = join(device, settings.timeout)
+    share(settings.batch_size, processes, settings.accumulation)
+    if config.get("metrics") is not None and processes.world_size > 1:
+        raise UserError(
+            "metrics: scores are measured by one process; start train.py without torchrun"
+        )
+    if not processes.main:
+        logging.getLogger("mmdit").setLevel(logging.WARNING)
+    for remark in restart_remarks(sys.argv[1:]) if processes.main else ():
+        log.warning("note: %s", remark)
+    data: Data = processes.once(lambda: instantiate(config.data))
+    if config.get("metrics") is not None and data.name != "shapes":
+        raise UserError("metrics: its CLIP and its prompts are those of data=shapes; leave it out")
+    validation = data.view("validation")
+    if found := data.fingerprint():  # a run and its stages belong to these images
+        plain["data"]["found"] = found
+    return Request(
+        config=config,
+        plain=plain,
+        settings=settings,
+        device=device,
+        text_device=None if config.text_device is None else available(config.text_device),
+        dtype=dtype,
+        precision=precision,
+        processes=processes,
+        data=data,
+        validation=validation,
+        logger=instantiate(config.logger) if processes.main else NoLogger(),
+    )
+
+
+def check_values(config: DictConfig) -> None:
+    """Look at what no constructor looks at before training begins.
+
+    Raises:
+        UserError: a value makes no sense; its key is named.
+    """
+    seed_of(config)
+    whole(config, "image_size")
+    whole(config, "sampling.steps", most=MOST_STEPS)
+    expect_number("sampling.guidance", config.sampling.guidance)
+    expect(isinstance(config.compile, bool), "compile", config.compile, "must be true or false")
+    trained = config.autoencoder.trained
+    expect(isinstance(trained, bool), "autoencoder.trained", trained, "must be true or false")
+    positive(config.training, "validation_size", "training")
+    if trained:
+        check_recipe(config, "autoencoder")
+    if config.get("metrics") is not None:
+        check_recipe(config, "clip")
+        instantiate(config.metrics)  # long before it is used
+        with torch.device("meta"):
+            instantiate(config.clip.model)
