@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Ground first. Rooms of one floor do not know each other.
 FLOORS = [
-    {"printable"},
+    {"printable", "recipes"},
     {"errors"},
     {"atomic", "bounds", "checks", "devices", "dtypes", "keys", "registry", "streams"},
     {"out_of_memory", "plots", "precision", "processes"},

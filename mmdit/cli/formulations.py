@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from mmdit.cli import CONFIGS
 from mmdit.errors import UserError
+from mmdit.recipes import differences
 from mmdit.study.formulations import NO_SHIFT, Formulation, study
 
 OBJECTIVES = CONFIGS / "objective"
@@ -37,7 +38,7 @@ def check_variant(variant: str | None, objective: Mapping[str, Any]) -> None:
         if row.name == variant:
             wanted = parts_of(row)
             for part in PARTS:
-                if objective[part] != wanted[part]:
+                if differences(wanted[part], objective[part]):
                     raise UserError(
                         f"objective.{part} is {objective[part]}, but the study's {row.name} has "
                         f"{wanted[part]}: leave it as it is, or give another name, variant=..."

@@ -33,8 +33,9 @@ from mmdit.latents.sources import FromCache, Source
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.precision import Autocast
 from mmdit.printable import logger
+from mmdit.recipes import config_hash
 from mmdit.runs.checkpoint import Checkpoint, checkpoints_in
-from mmdit.runs.folder import RunFolder, config_hash
+from mmdit.runs.folder import RunFolder
 from mmdit.runs.native import Weights, load_strictly
 from mmdit.runs.status import mend
 from mmdit.text.clip_pair import CLIPPair

@@ -30,8 +30,9 @@ from mmdit.latents.sources import Source
 from mmdit.precision import reason
 from mmdit.printable import logger, show
 from mmdit.processes import leave
+from mmdit.recipes import config_hash
 from mmdit.runs.checkpoint import Checkpoint
-from mmdit.runs.folder import RunFolder, config_hash, open_together
+from mmdit.runs.folder import RunFolder, open_together
 from mmdit.runs.signals import Interrupted
 from mmdit.study.emphasis import report_formulation
 from mmdit.text.clip_pair import CLIPPair

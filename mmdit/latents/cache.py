@@ -28,6 +28,7 @@ from mmdit.checks import expect, expect_whole
 from mmdit.data.caption_sources import Captions
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
+from mmdit.recipes import differences
 
 log = logger(__name__)
 
@@ -356,19 +357,12 @@ def texts_of(captions: Sequence[Captions], kinds: Sequence[str]) -> list[str]:
 
 def identity_differences(made: Identity, wanted: Identity) -> list[str]:
     """Differences between two identities: ['another autoencoder (weights: 12ab, not 34cd)']."""
-    found = []
-    for what in sorted(made.keys() | wanted.keys()):
-        before, now = ({"": each.get(what)} for each in (made, wanted))
-        if isinstance(before[""], dict) and isinstance(now[""], dict):
-            before, now = before[""], now[""]
-        changed = [
-            f"{key}{': ' if key else ''}{_short(before.get(key))}, not {_short(now.get(key))}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
-            found.append(f"another {what} ({'; '.join(changed)})")
-    return found
+    found: dict[str, list[str]] = {}
+    for key, before, now in differences(made, wanted):
+        what, _, particular = key.partition(".")
+        values = f"{_short(before)}, not {_short(now)}"
+        found.setdefault(what, []).append(f"{particular}: {values}" if particular else values)
+    return [f"another {what} ({'; '.join(values)})" for what, values in found.items()]
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -18,8 +18,9 @@ from mmdit.out_of_memory import enough_memory
 from mmdit.precision import Autocast
 from mmdit.printable import logger
 from mmdit.processes import Processes
+from mmdit.recipes import config_hash
 from mmdit.registry import describe
-from mmdit.runs.folder import RunFolder, config_hash
+from mmdit.runs.folder import RunFolder
 from mmdit.runs.native import weights_hash
 from mmdit.runs.signals import Signals
 from mmdit.text.conditioning import (

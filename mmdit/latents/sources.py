@@ -20,7 +20,7 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.precision import Autocast
 from mmdit.printable import logger
 from mmdit.processes import Processes
-from mmdit.runs.folder import config_hash
+from mmdit.recipes import config_hash
 from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenIds
 
 log = logger(__name__)

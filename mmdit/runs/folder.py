@@ -1,7 +1,6 @@
 """Run folders being written: one training run each, locked while in use."""
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from mmdit.atomic import write_atomically
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
 from mmdit.processes import Processes
+from mmdit.recipes import differences
 from mmdit.runs.checkpoint import Checkpoint, checkpoints_in, runs_in
 from mmdit.runs.lengthening import before_its_end, how_to_lengthen
 from mmdit.runs.signals import Interrupted
@@ -217,11 +217,6 @@ def next_run(root: Path, name: str) -> Path:
             number += 1
 
 
-def config_hash(config: Any) -> str:
-    """Eight hexadecimal digits of the content of a plain config."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def open_together(processes: Processes, *arguments: Any, **options: Any) -> RunFolder:
     """`open_run` by the main process, which holds the folder for the others.
 
@@ -302,7 +297,7 @@ def _to_go_on_with(candidates: Sequence[Path], config: Mapping[str, Any]) -> Pat
         if found and found[-1].step < config["training"]["steps"]:
             return path
         if same is None and (not found or found[-1].finished):
-            same = path if not _differences(_config_of(path, found), config, FREE) else None
+            same = path if not differences(_config_of(path, found), config, FREE) else None
     return same
 
 
@@ -316,18 +311,6 @@ def _config_of(run: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         return {}
 
 
-def _differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Sequence[str]
-) -> list[str]:
-    was, is_ = dict(_flat(before)), dict(_flat(now))
-    return [
-        f"{key} was {was.get(key)!r}, now {is_.get(key)!r}"
-        for key in sorted(was.keys() | is_.keys())
-        if was.get(key) != is_.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
-    ]
-
-
 def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[str]) -> RunFolder:
     """Keep the config in the folder, or compare it with that of the newest checkpoint."""
     latest = folder.latest()
@@ -337,17 +320,18 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
         was, here = _computed(before), _computed(config)
         if was == here:
             free = (*free, "precision")  # asked for, or chosen by auto: the same
-        changed = _differences(before, config, free)
+        changed = differences(before, config, free)
         if changed:
             folder.close()
-            told = "; ".join(changed[:10]) + (f"; {len(changed) - 10} more" * (len(changed) > 10))
+            more = f"; {len(changed) - 10} more" if changed[10:] else ""
+            told = "; ".join(map(str, changed[:10])) + more
             raise UserError(
                 f"cannot go on with {folder.path}, its config differs: {told}. Give its own "
                 f"command: {folder.command() or 'that which began it, with resume='}; or start a "
                 "new run without resume= (a sweep: under another name=)"
                 + how_to_lengthen(before, config, folder.path, checkpoints_in(folder.path))
             )
-        for change in _differences(before, config, (*FREE, "precision")):
+        for change in differences(before, config, (*FREE, "precision")):
             log.info("going on with another value: %s", change)
         if None not in (was, here) and was != here:
             log.warning(
@@ -364,11 +348,3 @@ def _computed(config: Mapping[str, Any]) -> str | None:
     precision = config.get("precision")
     told = config.get("computed") or (precision if precision != "auto" else None)
     return None if told is None else str(told)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
