@@ -31,7 +31,7 @@ from mmdit.models.controlnet import ControlNet
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.published import load_published, models_of, with_tokenizers, without
-from mmdit.runs.checkpoint import is_native, read_weights
+from mmdit.runs.checkpoint import describes_module, is_run_folder, read_weights
 from mmdit.text.conditioning import ENCODERS
 
 M = TypeVar("M", bound=nn.Module)
@@ -226,6 +226,11 @@ class Public(Source):
         assert isinstance(module, expected), type(module)
         return module
 
+    def is_ours(self) -> bool:
+        """Whether it is a file that was exported from a run."""
+        file = self.path.suffix == ".safetensors" and self.path.is_file()
+        return file and describes_module(self.place.opened(self.path))
+
     def only_clip(self) -> str:
         path = self.path
         both = all((path / SUBFOLDERS[kind]).is_dir() for kind in ("clip_l", "clip_g"))
@@ -274,13 +279,16 @@ def open_source(
         UserError: nothing is there, it is damaged, or an argument does not apply to it.
     """
     path = Path(source).expanduser()
-    if is_native(path):
+    public = None
+    if not is_run_folder(path):
+        public = Public(source, kinds, allow_pickle=allow_pickle, verify=verify)
+    if public is None or public.is_ours():
         if allow_pickle:
             raise _for_public_ones(source, "allow_pickle")
         return Run(path, weights)
     if weights != "ema":
         raise UserError(f"{source} is not a run of this project: it has no weights={weights}")
-    return Public(source, kinds, allow_pickle=allow_pickle, verify=verify)
+    return public
 
 
 def load_pipeline(

@@ -159,7 +159,8 @@ class Place:
         rules = {"allow_pickle": self.allow_pickle, "verify": self.verify}
         return Place(source, folders, **rules)
 
-    def _opened(self, path: Path) -> Archive:
+    def opened(self, path: Path) -> Archive:
+        """A file of this place; its header is read once."""
         if path not in self._archives:
             pickle = self.allow_pickle and path == self.path
             shards = path.suffix == ".json"
@@ -186,20 +187,20 @@ class Place:
             raise UserError(f"{file} is not a regular file, and is not read")
         if file.is_file():
             if path.name.endswith(".index.json"):
-                return self._opened(path), path.parent
+                return self.opened(path), path.parent
             if match := SHARD.fullmatch(path.name):
                 raise UserError(
                     f"{path} is one of {int(match[2])} shards: give their folder, or the "
                     "*.safetensors.index.json beside it"
                 )
-            return self._opened(path), path.parent
+            return self.opened(path), path.parent
         for folder in (path / SUBFOLDERS[kind] if kind in SUBFOLDERS else path, path):
             found = sorted(f.name for f in folder.glob("*") if WEIGHTS.fullmatch(f.name))
             if found:
                 plain = [name for name in found if not VARIANT.search(name)] or found
                 index = [name for name in plain if name.endswith(".json")]
                 chosen = folder / (index or plain)[0]
-                return self._opened(chosen), folder
+                return self.opened(chosen), folder
             if shards := [f.name for f in folder.glob("*") if SHARD.fullmatch(f.name)]:
                 raise UserError(
                     f"{folder} holds {len(shards)} shards, but no *.safetensors.index.json that "
@@ -208,8 +209,8 @@ class Place:
         for folder in (path, path / "text_encoders"):
             for name in STANDALONE.get(kind, ()):
                 if (folder / name).is_file():
-                    return self._opened(folder / name), folder
-        archives = [self._opened(file) for file in sorted(path.glob("*.safetensors"))]
+                    return self.opened(folder / name), folder
+        archives = [self.opened(file) for file in sorted(path.glob("*.safetensors"))]
         holding = [archive for archive in archives if find(archive, kind) is not None]
         if len(holding) == 1:
             return holding[0], path

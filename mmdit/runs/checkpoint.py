@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
-from mmdit.checkpoints.archive import open_file
+from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.errors import UserError
 from mmdit.printable import logger
 from mmdit.runs import native
@@ -238,14 +238,24 @@ def checkpoints_in(run: Path, *, warn: bool = True) -> list[Checkpoint]:
 def is_native(source: str | Path) -> bool:
     """Whether a source was written by this project's training: a run, a checkpoint, its weights."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        run = (path / "checkpoints").is_dir() and not (path / "model_index.json").is_file()
-        group = path.name in WEIGHTS and (path.parent / "manifest.json").is_file()
-        return run or group or (path / "manifest.json").is_file()
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    # As `save_module` writes it: JSON that names a class. Others put prose there.
-    return '"class"' in open_file(path).metadata.get("description", "")
+    if path.suffix == ".safetensors" and path.is_file():
+        return describes_module(open_file(path))
+    return is_run_folder(path)
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder is a run, a checkpoint, or a checkpoint's weights."""
+    run = (path / "checkpoints").is_dir() and not (path / "model_index.json").is_file()
+    group = path.name in WEIGHTS and (path.parent / "manifest.json").is_file()
+    return run or group or (path / "manifest.json").is_file()
+
+
+def describes_module(archive: Archive) -> bool:
+    """Whether a file's header describes a module as `save_module` does: JSON that names a class.
+
+    Others put prose there.
+    """
+    return '"class"' in archive.metadata.get("description", "")
 
 
 def read_weights(source: Path, weights: str = "ema") -> Weights:
