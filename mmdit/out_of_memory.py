@@ -1,4 +1,4 @@
-"""What is said when an allocator, of a GPU or of the CPU, has no memory left."""
+"""Error messages for when an allocator, of a GPU or of the CPU, runs out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

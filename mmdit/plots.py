@@ -1,4 +1,4 @@
-"""Pictures for people: grids of captioned samples, and curves of losses. Pillow only."""
+"""Plots with Pillow alone: grids of captioned images, and curves of losses."""
 
 import io
 import math
@@ -40,8 +40,8 @@ def grid_image(
     pen = ImageDraw.Draw(page)
     for i, (pixels, lines) in enumerate(zip(images, texts, strict=True)):
         x, y = 6 + (i % columns) * (width + 6), 6 + (i // columns) * (height + below)
-        picture = Image.fromarray(pixels.cpu().numpy())
-        page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        cell = Image.fromarray(pixels.cpu().numpy())
+        page.paste(cell.resize((width, height), Image.Resampling.NEAREST), (x, y))
         pen.rectangle((x - 1, y - 1, x + width, y + height), outline=FAINT)
         for row, line in enumerate(lines):
             pen.text((x, y + height + 1 + 14 * row), line, fill=INK, font=font)
@@ -129,13 +129,13 @@ LOSSES = ("loss", "ema/loss", "raw/loss", "ema/psnr")  # what a run is followed 
 
 
 class Curves:
-    """Figures against the step, as many points as a plot can show, however long the run is.
+    """Metrics against the step, with a bounded number of points however long the run is.
 
     A curve of more than `parts` points is kept as the lowest and the highest of equal parts, which
     double whenever there are too many: what leaps out stays.
 
     Args:
-        names: of the figures.
+        names: names of the metrics.
         parts: kept of each curve; even.
     """
 
@@ -143,14 +143,14 @@ class Curves:
         self._curves = {name: _Curve(parts) for name in names}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """The figures of a row with its step; what is not a finite number has no point."""
+        """The metrics of a row with its step; values that are not finite have no point."""
         for name, curve in self._curves.items():
             value = row.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
                 curve.add((row["step"], value))
 
     def points(self) -> dict[str, list[Point]]:
-        """Points in their order, by the names of the figures that have some."""
+        """Points in order, by metric name, without metrics that have none."""
         found = {name: curve.points() for name, curve in self._curves.items()}
         return {name: points for name, points in found.items() if points}
 

@@ -259,7 +259,7 @@ def open_shards(index: Path) -> Archive:
     """The tensors that an index file (`*.safetensors.index.json`) spreads over shards.
 
     Raises:
-        UserError: the index is no index, shards are missing or lie outside its folder, or a tensor
+        UserError: the index is invalid, shards are missing or lie outside its folder, or a tensor
             is not where the index says.
     """
     try:
@@ -268,7 +268,7 @@ def open_shards(index: Path) -> Archive:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{index} is no index of shards: it has no JSON "weight_map"') from None
+        raise UserError(f'{index} is not an index of shards: it has no JSON "weight_map"') from None
     if len(weight_map) > MOST_TENSORS:
         raise UserError(f"{index} lists {TOO_MANY}")
     if len(names) > MOST_SHARDS:

@@ -28,7 +28,7 @@ class Trace(NamedTuple):
 
     pattern: str  # searched in the keys
     what: str
-    own: tuple[str, ...] = ()  # the formats, as "kind layout", of which it is no stranger
+    own: tuple[str, ...] = ()  # formats, as "kind layout", for which this key pattern is expected
 
 
 UNET = r"^(model\.diffusion_model\.)?(input_blocks|output_blocks|middle_block)\."

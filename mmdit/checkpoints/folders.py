@@ -40,7 +40,7 @@ CLASSES = {
 }
 # Where the config.json of a whole CLIP, as openai/clip-vit-large-patch14, speaks of its half.
 HALVES = {"clip_l": "text_config", "clip_g": "text_config", "clip_image": "vision_config"}
-# Settings of diffusers' scheduler by which its steps, and so the picture, would be others.
+# Settings of diffusers' scheduler that change its steps, and so the image.
 STEPS = {
     "num_train_timesteps": 1000,
     "use_dynamic_shifting": False,
@@ -71,7 +71,7 @@ def read_json(path: Path) -> Config:
     """The object in a JSON file; empty when there is no file.
 
     Raises:
-        UserError: it is no JSON object.
+        UserError: it is not a JSON object.
     """
     if not path.is_file():
         return {}
@@ -103,7 +103,7 @@ def stored_shift(folder: Path, default: float) -> float:
     """The shift of scheduler/scheduler_config.json, where there is one.
 
     Raises:
-        UserError: it is no positive number, or the scheduler makes other steps than SD3's.
+        UserError: it is not a positive number, or the scheduler differs from SD3's.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path)
@@ -123,7 +123,7 @@ def stored_shift(folder: Path, default: float) -> float:
 
 
 def hints_of(kind: str, config: Config) -> Description:
-    """What a config.json tells that shapes do not, as arguments of our classes."""
+    """The values of a config.json that shapes do not determine, as arguments of our classes."""
     names = {
         "mmdit": {"num_attention_heads": "num_heads"},
         "autoencoder": {"scaling_factor": "scale", "shift_factor": "shift"},
@@ -306,7 +306,7 @@ def write_model(
     kind = kind_of(module) if kind is None else kind
     if (ratio := describe(module).get("mlp_ratio", 4.0)) != 4.0:
         raise UserError(
-            f"mlp_ratio {ratio} cannot be said in diffusers' layout, where it is always 4: "
+            f"mlp_ratio {ratio} cannot be expressed in diffusers' layout, where it is always 4: "
             "use the single-file layout"
         )
     folder.mkdir(parents=True, exist_ok=True)

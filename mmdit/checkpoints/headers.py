@@ -175,4 +175,4 @@ def _what_it_is(start: bytes, size: int) -> str:
         return "it is a GGUF file, whose quantized weights are not read here"
     if size == 0:
         return "it is empty"
-    return f"its first bytes are no header ({size:,} bytes); download or copy it again"
+    return f"its first bytes are not a header ({size:,} bytes); download or copy it again"

@@ -60,7 +60,7 @@ def check_place(folder: Path, *, pipeline: bool) -> None:
     there = sorted(name for name in LAYOUT if (folder / name).exists())
     if pipeline and there and not whole:
         raise UserError(
-            f"{folder} holds {there[0]} and no model_index.json, so that it is no saved pipeline: "
+            f"{folder} holds {there[0]} and no model_index.json, so it is not a saved pipeline: "
             "save elsewhere, or move what is in the way"
         )
 

@@ -39,34 +39,34 @@ def fitted(
     Scaled to height and width where they are given (one alone keeps the proportions, nearly), and
     cut at its edges to multiples of what the model needs where not.
     """
-    picture = Image.fromarray(image.numpy())
+    opened = Image.fromarray(image.numpy())
     unit = pipe.autoencoder.factor * pipe.mmdit.patch_size
     scale = 1.0
     scaled = height is not None or width is not None
     if height is not None:
-        scale = height / picture.height
+        scale = height / opened.height
     elif width is not None:
-        scale = width / picture.width
-    width = width or int(picture.width * scale) // unit * unit
-    height = height or int(picture.height * scale) // unit * unit
+        scale = width / opened.width
+    width = width or int(opened.width * scale) // unit * unit
+    height = height or int(opened.height * scale) // unit * unit
     largest = pipe.autoencoder.factor * pipe.mmdit.longest_side
     if not (unit <= height <= largest and unit <= width <= largest):
         raise UserError(
-            f"{name} is {picture.width} x {picture.height}: this model takes sides from {unit} to "
+            f"{name} is {opened.width} x {opened.height}: this model takes sides from {unit} to "
             f"{largest} pixels; height= and width= scale it"
         )
     pipe.latent_size(height, width)
     if scaled:
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    cut = picture.crop((left, top, left + width, top + height))
+        opened = opened.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (opened.width - width) // 2, (opened.height - height) // 2
+    cut = opened.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cut))
 
 
 def slug(prompt: str) -> str:
     """The beginning of a prompt, as part of a file's name."""
     words = re.sub(r"[^\w]+", "-", prompt, flags=re.ASCII).strip("-").lower()
-    return words[:40].strip("-") or "picture"
+    return words[:40].strip("-") or "image"
 
 
 def described_png(pixels: torch.Tensor, prompt: str, facts: dict[str, Any]) -> bytes:

@@ -70,8 +70,8 @@ def check_keys(
     used = set(_references(plain, ()))
     for key in _unread(plain, known, ()):
         if not any(key == name[: len(key)] or name == key[: len(name)] for name in used):
-            told = unknown_key(".".join(key), config, verbatim, config_dir)
-            raise UserError(f"{told} No code reads it, so it would change nothing.")
+            message = unknown_key(".".join(key), config, verbatim, config_dir)
+            raise UserError(f"{message} No code reads it, so it would change nothing.")
 
 
 def _unread(

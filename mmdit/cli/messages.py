@@ -1,4 +1,4 @@
-"""What a user is told of a mistake: what is wrong, where, and what to write instead."""
+"""Error messages for users: what is wrong, where, and what to write instead."""
 
 import difflib
 import functools
@@ -24,7 +24,7 @@ from mmdit.printable import printable
 def explain(
     error: BaseException, *, in_job: bool, verbatim: Sequence[str] = (), config_dir: Path
 ) -> str | None:
-    """What to tell the user about `error`, None if it is no user's mistake; has a job begun?"""
+    """The message for a user's mistake; None if `error` is a bug. Has a job begun?"""
     match error:
         case UserError():
             return str(error)
@@ -61,7 +61,7 @@ def explain(
 
 
 def _explain_value(error: ValueError, config_dir: Path) -> str:
-    """What Hydra could not read; `group=null` is no way to leave a group out."""
+    """A message for what Hydra could not read; `group=null` does not leave a group out."""
     for word in sys.argv[1:]:
         group, _, value = word.partition("=")
         if value.strip().lower() == "null" and (config_dir / group.partition("@")[0]).is_dir():

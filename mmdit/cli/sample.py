@@ -1,4 +1,4 @@
-"""Paint with a trained model or public weights: see `python sample.py --help`."""
+"""Sample with a trained model or public weights: see `python sample.py --help`."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -263,9 +263,9 @@ def read_prompts(text: Verbatim) -> list[str]:
 
 
 def make_folder(out: Path) -> Path:
-    """The folder of the pictures, made before any of them is painted."""
+    """The output folder, created before sampling starts."""
     if out.suffix.lower() == ".png" or out.is_file():
-        raise UserError(f"out={out} must be a folder: each picture gets a name of its own in it")
+        raise UserError(f"out={out} must be a folder: each image gets a name of its own in it")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,6 +1,6 @@
 """What a run stands on, and what follows it: stages trained once and then found, and scores.
 
-An autoencoder, and the small CLIP by which toy pictures are measured, are trained by the same loop
+An autoencoder, and the small CLIP by which toy images are measured, are trained by the same loop
 as the flow, in `runs/<stage>-<hash of its recipe>/`.
 """
 
@@ -55,7 +55,7 @@ def check_until(until: str, source: Source) -> None:
 
 
 def check_recipe(config: DictConfig, stage: str) -> None:
-    """Look at what is said of a stage before anything is trained.
+    """Validate the config of a stage before anything is trained.
 
     Raises:
         UserError: a setting makes no sense; its key is named.
@@ -116,8 +116,8 @@ def find_or_train(
         run.close()
     assert trained is not None
     checkpoint, weights = trained
-    told = {k: v for k, v in checkpoint.figures.items() if k.startswith("ema/")}
-    log.info("%s: %s", stage, ", ".join(f"{k[4:]} {v:.4g}" for k, v in told.items()))
+    metrics = {k: v for k, v in checkpoint.figures.items() if k.startswith("ema/")}
+    log.info("%s: %s", stage, ", ".join(f"{k[4:]} {v:.4g}" for k, v in metrics.items()))
     return weights
 
 
@@ -189,13 +189,13 @@ def give_autoencoder(
             autocast=precision,
         )
 
-    pictures = plain["data"]
-    if "found" in pictures:  # neither where they lie nor what is said of them matters
+    images = plain["data"]
+    if "found" in images:  # neither their location nor their captions matter
         kept = ("found", "image_size", "unit", "max_ratio", "crop", "seed")
-        pictures = {key: pictures[key] for key in kept}
+        images = {key: images[key] for key in kept}
     recipe = {
         "autoencoder": plain["autoencoder"],
-        "data": pictures,
+        "data": images,
         "precision": plain["precision"],
     }
     weights = find_or_train(config, "autoencoder", recipe, task, device, seed=seed)
@@ -205,7 +205,7 @@ def give_autoencoder(
 def clip_for_metrics(
     config: DictConfig, plain: dict[str, Any], device: torch.device, precision: Autocast
 ) -> tuple[CLIPPair, Shapes]:
-    """The CLIP that measures, and the pictures it compares with: the same at every seed."""
+    """The CLIP that computes metrics, and its reference images: the same for every seed."""
     seed = config.metrics.seed
     samples = config.clip.samples
     shapes: Shapes = instantiate(config.data, seed=seed, samples=samples)

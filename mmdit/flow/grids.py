@@ -33,7 +33,7 @@ class Grid(ABC):
         """
 
     def remaining(self, steps: int, shift: Shift, path: Path, *, strength: float) -> Tensor:
-        """The last part, for a picture that is repainted by `strength` in [0, 1].
+        """The last part of the grid, to change a given image by `strength` in [0, 1].
 
         It begins at step int(steps * (1 - strength)), as in the reference. diffusers counts
         int(steps - steps * strength), which rounding puts one step later at a few points (40 steps

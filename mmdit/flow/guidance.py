@@ -18,13 +18,15 @@ from mmdit.flow.solvers import VelocityFunction
 from mmdit.registry import register
 
 
-class Sides:
-    """The velocity with and without the prompt, at least float32; keeps that of the newest point.
+class GuidedPair:
+    """Conditional and unconditional velocity, at least float32.
+
+    It caches the latest conditional evaluation, so nested guidances do not compute it again.
 
     Args:
-        velocity: of the network, for a condition.
-        positive, negative: what to move towards, and away from; None where nothing asks for the
-            velocity without the prompt.
+        velocity: the network's velocity for a condition.
+        positive, negative: the condition to move towards, and the one to move away from; None if
+            the guidance does not use the unconditional velocity.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Sides:
         self._newest: list[tuple[Tensor, float, Tensor]] = []  # one, or none yet
 
     def conditional(self, z: Tensor, t: float) -> Tensor:
-        """Under the prompt alone."""
+        """The conditional velocity."""
         for known_z, known_t, known in self._newest:
             if known_z is z and known_t == t:
                 return known
@@ -44,17 +46,17 @@ class Sides:
         return cond
 
     def both(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """Under the prompt and without it, from one batch of both."""
+        """The conditional and unconditional velocities, computed in one batch."""
         assert self._both is not None, "a guidance that asks for both has `reads_negative` true"
         cond, uncond = wide(self.velocity(torch.cat([z, z]), t, self._both)).chunk(2)
         self._newest[:] = [(z, t, cond)]
         return cond, uncond
 
-    def against(self, negative: Condition) -> "Sides":
-        """The same with another negative side; what one of them remembers, both do."""
-        sides = Sides(self.velocity, self.positive, negative)
-        sides._newest = self._newest
-        return sides
+    def against(self, negative: Condition) -> "GuidedPair":
+        """The same pair with another negative condition and a shared cache."""
+        pair = GuidedPair(self.velocity, self.positive, negative)
+        pair._newest = self._newest
+        return pair
 
 
 class Guidance(ABC):
@@ -62,17 +64,17 @@ class Guidance(ABC):
 
     @property
     def reads_negative(self) -> bool:
-        """Whether it moves away from the negative prompt, which is not encoded otherwise."""
+        """Whether it uses the negative prompt, which is otherwise not encoded."""
         return True
 
     @abstractmethod
-    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+    def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
         """The velocity to integrate, at least float32, a function of z and t alone.
 
         Args:
-            sides: the network's velocities.
-            grid: the falling times that the solver will follow, (n + 1,).
-            steps: of a whole grid; n unless the picture starts half-way.
+            pair: the network's conditional and unconditional velocities.
+            grid: the solver's decreasing times, (n + 1,).
+            steps: number of steps of a full grid; n unless sampling starts from an image.
         """
 
     def __call__(
@@ -83,8 +85,8 @@ class Guidance(ABC):
         grid: Tensor,
         steps: int,
     ) -> VelocityFunction:
-        """`guided`, of a network and the conditions to move towards and away from."""
-        return self.guided(Sides(velocity, positive, negative), grid, steps)
+        """`guided` for a network and the conditions to move towards and away from."""
+        return self.guided(GuidedPair(velocity, positive, negative), grid, steps)
 
 
 @register
@@ -92,7 +94,7 @@ class ClassifierFreeGuidance(Guidance):
     """v = v_uncond + w (v_cond - v_uncond) (Ho & Salimans 2022).
 
     Args:
-        scale: w. 1 is no guidance, and then the unconditional half is not computed.
+        scale: w. 1 disables guidance, so the unconditional velocity is not computed.
     """
 
     def __init__(self, *, scale: float = 4.5) -> None:
@@ -104,12 +106,12 @@ class ClassifierFreeGuidance(Guidance):
     def reads_negative(self) -> bool:
         return self.scale != 1.0
 
-    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
+    def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
         if self.scale == 1.0:
-            return sides.conditional
+            return pair.conditional
 
         def guided(z: Tensor, t: float) -> Tensor:
-            cond, uncond = sides.both(z, t)
+            cond, uncond = pair.both(z, t)
             return uncond + self.scale * (cond - uncond)
 
         return guided
@@ -120,7 +122,7 @@ class SkipLayerGuidance(Guidance):
     """Guidance early on also away from a network that lacks some blocks (SD3.5 Medium).
 
     Adds s (v_cond - v_skipped), only while step i of the solver has start * steps < i <
-    end * steps, as in the reference: i counts from 0, also where a picture starts half-way. The
+    end * steps, as in the reference: i counts from 0, also where an image starts half-way. The
     window is one of times: t belongs to the step that begins at or before it, so that solvers may
     evaluate between the points of the grid.
 
@@ -159,9 +161,9 @@ class SkipLayerGuidance(Guidance):
     def reads_negative(self) -> bool:
         return self.inner.reads_negative
 
-    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        inner = self.inner.guided(sides, grid, steps)
-        skipped = sides.velocity.skipping(self.layers)
+    def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
+        inner = self.inner.guided(pair, grid, steps)
+        skipped = pair.velocity.skipping(self.layers)
         windows = [
             (t_next, t)
             for i, (t, t_next) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True))
@@ -171,8 +173,8 @@ class SkipLayerGuidance(Guidance):
         def guided(z: Tensor, t: float) -> Tensor:
             v = inner(z, t)
             if any(low < t <= high for low, high in windows):
-                weaker = wide(skipped(z, t, sides.positive))
-                v = v + self.skip_scale * (sides.conditional(z, t) - weaker)
+                weaker = wide(skipped(z, t, pair.positive))
+                v = v + self.skip_scale * (pair.conditional(z, t) - weaker)
             return v
 
         return guided
@@ -202,11 +204,11 @@ class GuidanceInterval(Guidance):
     def reads_negative(self) -> bool:
         return self.inner.reads_negative
 
-    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        inner = self.inner.guided(sides, grid, steps)
+    def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
+        inner = self.inner.guided(pair, grid, steps)
 
         def guided(z: Tensor, t: float) -> Tensor:
-            return inner(z, t) if self.low < t <= self.high else sides.conditional(z, t)
+            return inner(z, t) if self.low < t <= self.high else pair.conditional(z, t)
 
         return guided
 
@@ -216,7 +218,7 @@ class GuidanceRescale(Guidance):
     """Gives the guided x_0 the contrast of the unguided one (Lin et al. 2023, Sec. 3.4).
 
     Strong guidance inflates the spread of the predicted data, which looks over-exposed. Of each
-    picture, x_0 is scaled to the standard deviation of the conditional one, by a share `phi`.
+    image, x_0 is scaled to the standard deviation of the conditional one, by a share `phi`.
 
     Args:
         inner: the guidance that is corrected.
@@ -235,12 +237,12 @@ class GuidanceRescale(Guidance):
     def reads_negative(self) -> bool:
         return self.inner.reads_negative
 
-    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        inner = self.inner.guided(sides, grid, steps)
+    def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
+        inner = self.inner.guided(pair, grid, steps)
 
         def guided(z: Tensor, t: float) -> Tensor:
             x_0 = z - t * inner(z, t)
-            wanted, has = _spread(z - t * sides.conditional(z, t)), _spread(x_0)
+            wanted, has = _spread(z - t * pair.conditional(z, t)), _spread(x_0)
             factor = torch.where(has > 0, wanted / has, torch.ones_like(has))
             return (z - x_0 * (1 + self.phi * (factor - 1))) / t
 
@@ -265,14 +267,14 @@ class ZeroUnconditional(Guidance):
     def reads_negative(self) -> bool:
         return False
 
-    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        c_vec, c_ctxt, _ = sides.positive
-        nothing = sides.positive._replace(
+    def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
+        c_vec, c_ctxt, _ = pair.positive
+        nothing = pair.positive._replace(
             c_vec=torch.zeros_like(c_vec), c_ctxt=torch.zeros_like(c_ctxt)
         )
-        return self.inner.guided(sides.against(nothing), grid, steps)
+        return self.inner.guided(pair.against(nothing), grid, steps)
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Standard deviation of each picture (b, c, h, w): (b, 1, 1, 1)."""
+    """Standard deviation of each image (b, c, h, w): (b, 1, 1, 1)."""
     return x.flatten(1).std(1).reshape(-1, *[1] * (x.ndim - 1))

@@ -111,7 +111,7 @@ class Objective:
         """Noise levels sigma of the straight path for `velocity`, falling to 0: float64.
 
         Args:
-            steps: of a whole picture.
+            steps: number of steps from pure noise.
             strength: the part of them that is left to do, from the end; see `Grid.remaining`.
             grid: instead of the formulation's own.
 

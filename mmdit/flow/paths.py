@@ -93,7 +93,7 @@ class Cosine(Path):
             epsilon-prediction says of the data would be divided by zero.
 
     Raises:
-        UserError: `last` is no time.
+        UserError: `last` is not a time.
     """
 
     def __init__(self, *, last: float = 0.98) -> None:
@@ -186,7 +186,7 @@ class LDMLinear(Path):
         return start + slope * since
 
     def _piece(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the line that t lies on: log a_t where it begins, its slope, the time since."""
+        """The segment of log a_t that contains t: its start value, its slope, the time since."""
         knots = self._log_a.to(t)
         i = (t.detach() * self.steps).long().clamp(0, self.steps - 1)
         return knots[i], (knots[i + 1] - knots[i]) * self.steps, t - i.to(t) / self.steps

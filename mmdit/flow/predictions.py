@@ -17,7 +17,7 @@ from mmdit.registry import register
 
 
 class Coefficients(NamedTuple):
-    """Of the network's output: p_t x_0 + q_t epsilon."""
+    """Coefficients of the network's output p_t x_0 + q_t epsilon."""
 
     p: Tensor
     q: Tensor

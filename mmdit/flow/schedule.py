@@ -13,7 +13,7 @@ from mmdit.registry import register
 class Shift:
     """t -> alpha t / (1 + (alpha - 1) t) (Eq. 23, Sec. 5.3.2).
 
-    More pixels need more noise to hide the same picture. From n to m pixels alpha = sqrt(m/n); the
+    More pixels need more noise to hide the same image. From n to m pixels alpha = sqrt(m/n); the
     log-SNR moves by -2 log(alpha). Training draws and sampling grids both pass through here.
 
     Args:

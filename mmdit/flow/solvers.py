@@ -2,7 +2,7 @@
 
 `velocity(z, t)` takes z (b, ...) and a float t, the noise level of the straight path
 (`Objective.velocity` brings every formulation there); the grid runs from noise (1) to data (0).
-`progress`, when given, is told of each step what it has reached, `progress(i, t, z)`: the number of
+`progress`, if given, is called after each step as `progress(i, t, z)`: the number of
 the step, from 0, the time and the state, which it may look at and must leave as it is.
 """
 
@@ -40,7 +40,7 @@ def heun(
     for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         v = velocity(z, t)
         guess = z + (t_next - t) * v
-        # At t = 0 there is no noise left and the network was never trained: Euler ends the path.
+        # The network is not trained at t = 0, where all noise is gone: Euler ends the path.
         z = guess if t_next == 0 else z + (t_next - t) * (v + velocity(guess, t_next)) / 2
         if progress is not None:
             progress(i, t_next, z)
@@ -93,7 +93,7 @@ def euler_ancestral(
 
     At eta = 1 ancestral sampling, the posterior of the diffusion (Ho et al. 2020, Sec. 3.2), at 0
     `euler` (Song et al. 2021, Eq. 16). First order, one evaluation a step. The noise is keyed by
-    the latent that a picture starts from: it depends neither on the batch nor on the device.
+    the latent that an image starts from: it depends neither on the batch nor on the device.
 
     Raises:
         UserError: eta outside [0, 1].

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmdit.dtypes import wide
-from mmdit.flow.guidance import Guidance, Sides
+from mmdit.flow.guidance import Guidance, GuidedPair
 from mmdit.flow.solvers import VelocityFunction
 
 
@@ -60,8 +60,8 @@ class MeasuredGuidance(Guidance):
     def reads_negative(self) -> bool:
         return self.inner.reads_negative
 
-    def guided(self, sides: Sides, grid: Tensor, steps: int) -> VelocityFunction:
-        velocity = MeasuredVelocity(self.inner.guided(sides, grid, steps), grid)
+    def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
+        velocity = MeasuredVelocity(self.inner.guided(pair, grid, steps), grid)
         self._followed.append(velocity)
         return velocity
 

@@ -23,7 +23,7 @@ SOLVER = "euler"
 
 
 class Setting(NamedTuple):
-    """A way to sample, all with Euler's method."""
+    """Sampler settings, all with Euler's method."""
 
     steps: int
     guidance: float
@@ -37,29 +37,29 @@ SETTINGS = (
 
 
 class Features(Protocol):
-    """What CLIP says of pictures and prompts."""
+    """CLIP embeddings of images and prompts."""
 
     def image_embeddings(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, h, w, 3) -> (n, d), at their own length."""
+        """Images uint8 (n, h, w, 3) -> embeddings (n, d), not normalized."""
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The same, of length 1."""
+        """Images uint8 (n, h, w, 3) -> embeddings (n, d) of norm 1."""
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """(n, d), of length 1."""
+        """Prompts -> embeddings (n, d) of norm 1."""
 
 
 class StudyProtocol:
-    """Paints the same prompts under every setting and compares with real pictures.
+    """Samples the same prompts under every setting and computes the study's metrics.
 
-    CLIP score of picture and prompt; Frechet and kernel distance of CLIP's image features to those
-    of real pictures of the same kinds of scenes; compositional accuracy.
+    These are the CLIP score, Frechet and kernel distance of CLIP's image features to those of real
+    images of the same kinds of scenes, and compositional accuracy.
 
     Args:
-        samples: pictures painted per setting, one for each of so many scenes of all six tasks.
-        references: real pictures that they are compared with.
-        seed: picture i starts from the noise of seed + i.
-        batch_size: pictures at a time.
+        samples: number of images per setting, one per scene, over all six tasks in turn.
+        references: number of real images to compare with.
+        seed: image i starts from the noise of seed + i.
+        batch_size: number of images per batch.
 
     Raises:
         UserError: fewer samples than tasks, or fewer than two references.
@@ -91,19 +91,19 @@ class StudyProtocol:
         progress: Progress | None = None,
         autocast: Autocast = nullcontext,
     ) -> list[dict[str, Any]]:
-        """A row of figures for each of `SETTINGS`.
+        """A row of metrics for each of `SETTINGS`.
 
         Args:
             pipe: the model.
             features: CLIP, the same for all models that are compared.
-            data: the split that scenes and real pictures are taken from.
+            data: the split that scenes and real images are taken from.
             progress: called after every solver step, as in `Pipeline.denoise`.
             autocast: precision of the model; `features` computes in its own.
         """
         scenes = scenes_of(data, self.samples)
         prompts = [short_caption(scene) for scene in scenes]
-        told = features.text_features(prompts)
-        # Other scenes than those painted, of the same kinds.
+        text_features = features.text_features(prompts)
+        # Different scenes from those sampled, of the same kinds.
         others = scenes_of(data, self.references, start=self.samples)
         real = features.image_embeddings(
             torch.stack([torch.from_numpy(data.render(scene)) for scene in others])
@@ -118,7 +118,7 @@ class StudyProtocol:
                 {
                     **setting._asdict(),
                     "solver": SOLVER,
-                    "clip": clip_score(F.normalize(seen, dim=-1), told),
+                    "clip": clip_score(F.normalize(seen, dim=-1), text_features),
                     "fd": frechet_distance(seen, real),
                     "kid": kernel_distance(seen, real),
                     "accuracy": sum(right) / len(right),

@@ -34,7 +34,7 @@ class Run(NamedTuple):
     seed: int
     dataset: str
     protocol: str
-    samples: int | None  # pictures behind each score; None where unknown
+    samples: int | None  # images behind each score; None where unknown
     points: Mapping[Any, Point]  # by sampler setting
 
     def __str__(self) -> str:
@@ -180,7 +180,7 @@ def average_ranks(
 
     The interval is the 95 % percentile bootstrap over seeds: seeds are drawn with replacement, the
     same for all variants, whose runs share them. It is never wider than the range of the seeds, so
-    of two or three it tells little more than that.
+    of two or three it means little more than that.
 
     Args:
         chosen: which control settings count.
@@ -207,7 +207,7 @@ def average_ranks(
 
 
 class Correlation(NamedTuple):
-    """How two figures go together."""
+    """The correlation of two metrics."""
 
     pearson: float
     spearman: float

@@ -1,4 +1,4 @@
-"""What the ranking reads: the `scores.json` of run folders, or a plain table of scores."""
+"""Reads scores for the ranking: the `scores.json` of run folders, or a plain table of scores."""
 
 import json
 import math
@@ -30,13 +30,13 @@ SETTINGS = [Setting(weights, *sampler) for weights in ("ema", "raw") for sampler
 
 
 def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """What each run folder's `scores.json` says, and remarks on what is left out or differs."""
+    """The `scores.json` of each run folder, and notes on omissions and differences."""
     if not folder.is_dir():
         raise UserError(f"runs={folder}: there is no such folder")
     runs = runs_in(folder)
     files = [run / "scores.json" for run in runs if (run / "scores.json").is_file()]
     if not files:
-        raise UserError(f"runs={folder}: no folder in it holds a scores.json")
+        raise UserError(f"runs={folder}: no folder in it has a scores.json")
     records = [
         {
             **read_scores(file),
@@ -83,10 +83,10 @@ SCORE_FIELDS = ("weights", "steps", "guidance", "solver", "clip", "fd")
 
 
 def read_scores(file: Path) -> dict[str, Any]:
-    """One `scores.json`, its fields looked at.
+    """Read and validate one `scores.json`.
 
     Raises:
-        UserError: it is no JSON, lacks a field, is of another protocol, or has a setting twice.
+        UserError: it is not JSON, lacks a field, has another protocol, or has a setting twice.
     """
     record = read_json(file)
     if not isinstance(record, dict):
@@ -96,12 +96,14 @@ def read_scores(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: protocol {found!r} must be {SCORES_PROTOCOL!r}")
     for name, kind in FIELDS.items():
         if not isinstance(record.get(name), kind) or isinstance(record.get(name), bool):
-            raise UserError(f"{file}: {name} is {record.get(name)!r}, which is no {kind.__name__}")
+            raise UserError(
+                f"{file}: {name} is {record.get(name)!r}, and must be of type {kind.__name__}"
+            )
     need(file, "training", record["training"], TRAINING_FIELDS)
     for name in TRAINING_FIELDS:
         value = record["training"][name]
         if not is_number(value) or not 0 < value < math.inf:
-            raise UserError(f"{file}: training.{name} is {value!r}, which is no positive number")
+            raise UserError(f"{file}: training.{name} is {value!r}, which is not a positive number")
     for weights in ("ema", "raw"):
         need(file, f"validation.{weights}", record["validation"].get(weights), ("loss", "levels"))
     seen = set()
@@ -131,7 +133,7 @@ def as_run(record: Mapping[str, Any]) -> Run:
         setting: point(row) for row in record["scores"] if (setting := setting_of(row)) in SETTINGS
     }
     facts = {name: record[name] for name in ("variant", "seed", "dataset", "samples")}
-    # Distances to other real pictures, or of other noise, are other scores.
+    # Scores are comparable only with the same number of references and the same noise.
     beside = [f"{name} {record[name]}" for name in ("references", "noise_seed") if name in record]
     protocol = ", ".join([record["protocol"], *beside])
     return Run(**facts, protocol=protocol, points=points)
@@ -147,7 +149,7 @@ def read_table(file: Path) -> tuple[list[Run], list[Setting]]:
     """Rows {variant, setting, clip, fd}, with steps and guidance where known; and their settings.
 
     Raises:
-        UserError: it is no list of such rows, or a variant has a setting twice.
+        UserError: it is not a list of such rows, or a variant has a setting twice.
     """
     rows = read_json(file)
     if not isinstance(rows, list):
@@ -169,17 +171,17 @@ def read_table(file: Path) -> tuple[list[Run], list[Setting]]:
 
 
 def point(row: Mapping[str, Any]) -> Point:
-    """The two scores that count; what is no number becomes NaN, which the ranking refuses."""
+    """The two scores of a row; non-numbers become NaN, which the ranking rejects."""
     return Point(*(float(row[n]) if is_number(row[n]) else math.nan for n in ("clip", "fd")))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a number; `true` is none."""
+    """Whether a JSON value is a number; `true` is not one."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def finite(value: Any) -> float | None:
-    """A figure; None for one that is absent or that a diverged run left."""
+    """A metric; None if it is absent or not finite."""
     return float(value) if is_number(value) and math.isfinite(value) else None
 
 
@@ -188,4 +190,4 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no readable JSON file: {first_line(error)}") from error
+        raise UserError(f"{file} is not a readable JSON file: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""A study's report: one HTML file that needs nothing beside it, pictures included."""
+"""A study's report: one self-contained HTML file, with its images embedded."""
 
 import base64
 import html
@@ -113,7 +113,7 @@ def _summary(result: Record) -> str:
         facts.append(
             f"± is half of the 95 % percentile bootstrap interval over {len(result['seeds'])} "
             f"seeds ({result['resamples']} resamples, seed {result['seed']}); of few seeds it "
-            "is no more than their range."
+            "is merely their range."
         )
     return "\n".join(f"<p>{_escaped(fact)}</p>" for fact in [*facts, *result["notes"]])
 
@@ -204,7 +204,7 @@ def _figures_table(result: Record) -> str:
         ]
     spread = ", mean ± standard deviation over the seeds" if len(result["seeds"]) > 1 else ""
     return (
-        f"<h2>Figures at 50 steps, guidance 5.0, averaged weights{spread}</h2>\n"
+        f"<h2>Metrics at 50 steps, guidance 5.0, averaged weights{spread}</h2>\n"
         + "\n".join(sections)
         + "\n<p>The validation loss is the mean of the first seven of eight levels of t. Losses of "
         "different predictions and paths are different quantities.</p>"
@@ -235,7 +235,7 @@ def _runs(result: Record) -> str:
     return f"<h2>Runs</h2>\n<details><summary>{len(rows)} runs</summary>\n{shown}</details>"
 
 
-# Pictures
+# Images
 
 
 def _plots(out: Path, result: Record, records: Sequence[Record], suffix: str) -> list[str]:
@@ -322,8 +322,8 @@ def _samples(result: Record, records: Sequence[Record], width: int = 1000) -> li
             grids = sorted((record["folder"] / "samples").glob("*.png"))
             if record["variant"] != row["variant"] or not grids:
                 continue
-            with Image.open(grids[-1]) as picture:
-                small = picture.convert("RGB")
+            with Image.open(grids[-1]) as image:
+                small = image.convert("RGB")
                 small.thumbnail((width, width))
             buffer = io.BytesIO()
             small.save(buffer, format="png")

@@ -1,4 +1,4 @@
-"""Both towers of CLIP: pictures and prompts in one space, where alike means close (App. B.2)."""
+"""Both towers of CLIP: image and prompt embeddings in a shared space (App. B.2)."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class PlacedImageModel(CLIPImageModel):
     """CLIP's image tower, in which places start out as strong as what lies there.
 
     CLIP's initialization leaves them faint beside the patches, and a small tower long learns only
-    what is there, not where. After 400 steps of 128 toy pictures it chose the right one of four
+    what is there, not where. After 400 steps of 128 toy images it chose the right one of four
     places for 29 % of 512 single objects; from this start, for all of them.
     """
 
@@ -38,7 +38,7 @@ class CLIPPair(nn.Module):
     """A text and an image tower with a common space (Radford et al. 2021).
 
     Features are float32 vectors of length 1, so that a product of two is their cosine. They are
-    computed of each picture and each prompt alone: no batch changes them. Embeddings are what they
+    computed of each image and each prompt alone: no batch changes them. Embeddings are what they
     were before: the paper's FID of 49.70 needs those, for features of length 1 lie at most 4 apart.
 
     Args:
@@ -55,7 +55,7 @@ class CLIPPair(nn.Module):
         if not isinstance(tower, CLIPTextModel) or isinstance(tower.projection, nn.Identity):
             raise UserError(
                 f"text.model, a {type(tower).__name__}, must be a CLIPTextModel with a "
-                "projection_width: without its projection a prompt has no place beside pictures"
+                "projection_width: without its projection a prompt has no place beside images"
             )
         width = image.projection_width
         if tower.pooled_width != width:
@@ -77,7 +77,7 @@ class CLIPPair(nn.Module):
         return self.logit_scale.exp().clamp(max=GREATEST_SCALE)
 
     def image_embeddings(self, pixels: Tensor) -> Tensor:
-        """Pictures (n, h, w, 3) uint8, resized by `clip_pixels`, to (n, d) of any length."""
+        """Images (n, h, w, 3) uint8, resized by `clip_pixels`, to (n, d) of any length."""
         images = clip_pixels(pixels, self.image.image_size)
         return wide(self.image(images))
 

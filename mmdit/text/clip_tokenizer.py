@@ -148,7 +148,7 @@ def _read_tokenizer_json(file: VocabularyFile) -> tuple[dict[str, int], Merges]:
     match model:
         case {"vocab": dict(vocabulary), "merges": list(merges)}:
             return vocabulary, _pairs(merges, file)
-    raise file.unfit("it is no tokenizer.json of CLIP: it has no BPE merges", ORIGIN)
+    raise file.unfit("it is not a tokenizer.json of CLIP: it has no BPE merges", ORIGIN)
 
 
 def _pairs(merges: Sequence[str | Sequence[str]], file: VocabularyFile) -> Merges:
@@ -158,17 +158,17 @@ def _pairs(merges: Sequence[str | Sequence[str]], file: VocabularyFile) -> Merge
             case [str(left), str(right)]:
                 pairs.append((left, right))
             case _:
-                raise file.unfit(f"the merge {merge!r} is no pair of symbols", ORIGIN)
+                raise file.unfit(f"the merge {merge!r} is not a pair of symbols", ORIGIN)
     return pairs
 
 
 def _check_vocabulary(ids: dict[str, int], file: VocabularyFile) -> None:
     absent = [token for token in (START, END, ZERO) if token not in ids]
     if absent:
-        raise file.unfit(f"it is no vocabulary of CLIP: it lacks {', '.join(absent)}", ORIGIN)
+        raise file.unfit(f"it is not a vocabulary of CLIP: it lacks {', '.join(absent)}", ORIGIN)
     symbols = pre_tokenizers.ByteLevel.alphabet()
     if any(symbol not in ids or f"{symbol}</w>" not in ids for symbol in symbols):
-        raise file.unfit("it is no vocabulary of CLIP: it lacks some bytes", ORIGIN)
+        raise file.unfit("it is not a vocabulary of CLIP: it lacks some bytes", ORIGIN)
     last = len(ids) - 1
     numbers = [number for number in ids.values() if isinstance(number, int)]
     if sorted(numbers) != list(range(len(ids))) or ids[ZERO] != 0 or ids[END] != last:

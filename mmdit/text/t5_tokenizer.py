@@ -36,8 +36,8 @@ class T5Tokenizer(PromptTokenizer):
 
     Args:
         model: spiece.model, or a tokenizer.json.
-        length: of every row of ids. The weights do not tell it: SD3's paper and the reference have
-            77, diffusers has 256.
+        length: length of every row of ids. The weights do not determine it: SD3 and the reference
+            use 77, diffusers 256.
 
     Raises:
         UserError: the file is damaged, or of another tokenizer.
@@ -118,7 +118,7 @@ def _read_sentencepiece(file: VocabularyFile) -> Unigrams:
     try:
         model = SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-        raise file.unfit("it is no sentencepiece model", ORIGIN) from error
+        raise file.unfit("it is not a sentencepiece model", ORIGIN) from error
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     # The library does not hand out the map: field 2 of the normalizer, field 3 of the model.
     normalizer = dict(_fields(data)).get(3, b"")
@@ -163,4 +163,4 @@ def _read_tokenizer_json(file: VocabularyFile) -> Unigrams:
         (precompiled,) = [step for step in steps if step["type"] == "Precompiled"]
         return Unigrams(pieces, base64.b64decode(precompiled["precompiled_charsmap"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise file.unfit("it is no tokenizer.json of T5", ORIGIN) from error
+        raise file.unfit("it is not a tokenizer.json of T5", ORIGIN) from error

@@ -67,7 +67,7 @@ class VocabularyFile:
         """The content as UTF-8.
 
         Raises:
-            UserError: it is empty, or is no text.
+            UserError: it is empty, or is not text.
         """
         try:
             return self.bytes(origin).decode("utf-8")
@@ -84,9 +84,9 @@ class VocabularyFile:
         try:
             content = parse_json(self.data)
         except ValueError as error:
-            raise self.unfit(f"it is no whole JSON ({error})", origin) from error
+            raise self.unfit(f"it is not complete JSON ({error})", origin) from error
         if not isinstance(content, dict):
-            raise self.unfit("it is no JSON object", origin)
+            raise self.unfit("it is not a JSON object", origin)
         return content
 
     def unfit(self, fault: str, origin: str) -> UserError:

@@ -32,19 +32,19 @@ def packed(header: object, data: bytes = b"") -> bytes:
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 FOREIGN = {
     "empty": (b"", "it is empty"),
-    "short": (b"abc", "its first bytes are no header"),
+    "short": (b"abc", "its first bytes are not a header"),
     "web page": (b"\n<!DOCTYPE html><html>log in", "it is a web page"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
     "zip": (b"PK\x03\x04" + bytes(100), "it is a pickle"),
     "pickle": (pickle.dumps({"a": 1}), "it is a pickle"),
     "gguf": (b"GGUF\x03" + bytes(100), "GGUF"),
-    "zeros": (bytes(1000), "its first bytes are no header"),
-    "a header too long": (struct.pack("<Q", 2**40) + b"{" + bytes(99), "are no header"),
+    "zeros": (bytes(1000), "its first bytes are not a header"),
+    "a header too long": (struct.pack("<Q", 2**40) + b"{" + bytes(99), "are not a header"),
     "cut in the header": (packed({"a": A})[:30], "is cut off: it has 30 bytes"),
     "cut in the data": (packed({"a": A}, bytes(7)), "is cut off"),
     "no JSON": (packed(b"{,}    "), "damaged header"),
     "deep JSON": (packed(b'{"a":' + b"[" * 99999), "damaged header"),
-    "a list": (packed(b"{}  ")[:8] + b"[]  ", "its first bytes are no header"),
+    "a list": (packed(b"{}  ")[:8] + b"[]  ", "its first bytes are not a header"),
     "metadata that is false": (packed({"__metadata__": False, "a": A}, bytes(8)), "damaged"),
     "no shape": (packed({"a": {"dtype": "F32"}}), "damaged header"),
     "no offsets": (packed({"a": {**A, "data_offsets": []}}), "damaged header"),
@@ -159,7 +159,7 @@ def test_an_index_that_is_wrong(index, weight_map, expected):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": null}', "[" * 99999])
 def test_an_index_that_is_none(index, text):
     index.write_text(text)
-    with pytest.raises(UserError, match="no index of shards"):
+    with pytest.raises(UserError, match="not an index of shards"):
         open_shards(index)
 
 

@@ -98,7 +98,7 @@ def test_what_they_save_we_open(tiny, tmp_path, name, saved):
 
 def test_what_their_config_cannot_say_is_not_saved(tmp_path):
     model = MMDiT(depth=2, width=128, num_heads=2, mlp_ratio=2.0, position_size=4)
-    with pytest.raises(UserError, match=r"mlp_ratio 2.0 cannot be said"):
+    with pytest.raises(UserError, match=r"mlp_ratio 2.0 cannot be expressed"):
         mmdit.save_diffusers(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

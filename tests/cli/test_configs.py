@@ -46,7 +46,17 @@ VARIANTS = {
 
 # What wrappers and objectives share, and no variant of its own.
 HELPERS = {
-    *("Coefficients", "like", "Sides", "squeezed", "EMA", "take_in", "frozen", "local", "gamma_of"),
+    *(
+        "Coefficients",
+        "like",
+        "GuidedPair",
+        "squeezed",
+        "EMA",
+        "take_in",
+        "frozen",
+        "local",
+        "gamma_of",
+    ),
     *("Parallel", "world_size", "check_started", "whole", "Read", "Source", "encode"),
 }
 

@@ -232,7 +232,7 @@ def test_autoencoder_figures_are_those_of_its_reconstructions(run, folder):
     assert (report["samples"], report["latent_channels"], report["factor"]) == (5, 4, 2)
 
 
-def test_compositional_paints_a_picture_for_each_scene_of_each_split(run, folder, monkeypatch):
+def test_compositional_samples_an_image_for_each_scene_of_each_split(run, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     words = ("checkpoint=~/runs/tiny-001", "prompts_per_task=2", "steps=1", "batch_size=1")
     told = run("compositional", *words, "precision=fp32")
@@ -256,23 +256,25 @@ def test_compositional_paints_a_picture_for_each_scene_of_each_split(run, folder
     assert report["splits"]["validation"]["counting"]["accuracy"] == sum(right) / 2
 
 
-def test_autoencoder_on_a_folder_of_pictures(run, folder):
-    pictures = folder / "pictures" / "sub"
-    pictures.mkdir(parents=True)
+def test_autoencoder_on_a_folder_of_images(run, folder):
+    photos = folder / "photos" / "sub"
+    photos.mkdir(parents=True)
     for i, mode in enumerate(("RGB", "RGBA", "L")):
-        Image.new(mode, (40 + i, 30)).save(pictures / f"{i}.png")
-    words = ("checkpoint=runs/tiny-001", "images=pictures", "samples=3", "image_size=16")
+        Image.new(mode, (40 + i, 30)).save(photos / f"{i}.png")
+    words = ("checkpoint=runs/tiny-001", "images=photos", "samples=3", "image_size=16")
     report = report_of(run("autoencoder", *words))
-    assert (report["images"], report["image_size"], report["samples"]) == ("pictures", 16, 3)
-    (pictures / "0.png").write_text("no picture")
+    assert (report["images"], report["image_size"], report["samples"]) == ("photos", 16, 3)
+    (photos / "0.png").write_text("not an image")
     assert "0.png cannot be read" in run("autoencoder", *words, code=2)
-    assert "holds 3 pictures" in run("autoencoder", *words[:2], "samples=4", code=2)
+    assert "holds 3 images" in run("autoencoder", *words[:2], "samples=4", code=2)
 
 
 def test_geneval_goes_on_where_it_was_stopped(run, folder):
-    words = ("prompts=6", "steps=1", "out=pictures")
-    assert "12 pictures painted, 0 were there" in run("geneval", *words, "samples_per_prompt=2")
-    out = folder / "pictures"
+    words = ("prompts=6", "steps=1", "out=photos")
+    assert "12 images generated, 0 existed already" in run(
+        "geneval", *words, "samples_per_prompt=2"
+    )
+    out = folder / "photos"
     paths = sorted(out.glob("*/samples/*.png"))
     names = [path.relative_to(out).as_posix() for path in paths]
     assert names == [f"{i:05d}/samples/{j:04d}.png" for i in range(6) for j in range(2)]
@@ -280,7 +282,7 @@ def test_geneval_goes_on_where_it_was_stopped(run, folder):
     paths[3].unlink()
     paths[4].write_bytes(b"kept as it is")
     told = run("geneval", *words, "samples_per_prompt=3")
-    assert "7 pictures painted, 11 were there" in told
+    assert "7 images generated, 11 existed already" in told
     assert paths[3].read_bytes() == before[paths[3]]  # from the same noise
     assert paths[4].read_bytes() == b"kept as it is"
     report = json.loads((out / "report.json").read_text())
@@ -292,8 +294,8 @@ def test_geneval_goes_on_where_it_was_stopped(run, folder):
 def test_geneval_paints_the_official_list(run, folder):
     line = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "bench"}
     (folder / "list.jsonl").write_text(json.dumps(line) + "\n")
-    run("geneval", "metadata=list.jsonl", "steps=1", "out=pictures", "samples_per_prompt=1")
-    kept = (folder / "pictures" / "00000" / "metadata.jsonl").read_text()
+    run("geneval", "metadata=list.jsonl", "steps=1", "out=photos", "samples_per_prompt=1")
+    kept = (folder / "photos" / "00000" / "metadata.jsonl").read_text()
     assert json.loads(kept) == line
     (folder / "list.jsonl").write_text("{")
     assert "line 1 is not JSON" in run("geneval", "metadata=list.jsonl", "out=other", code=2)
@@ -312,9 +314,9 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
     rows = report["sizes"]["64"]["t=0.5"]
     assert [row["block"] for row in rows][-2:] == ["last_block", "last 4"]
     size = ("height=64", "width=64", "prompts=2", "steps=1", "samples_per_prompt=1")
-    assert "2 pictures painted" in run("geneval", *words, *size)
-    with Image.open("results/geneval/00001/samples/0000.png") as picture:
-        assert picture.size == (64, 64)
+    assert "2 images generated" in run("geneval", *words, *size)
+    with Image.open("results/geneval/00001/samples/0000.png") as opened:
+        assert opened.size == (64, 64)
     given = ("checkpoint=whole.safetensors", "samples=2", "precision=fp32")
     report = report_of(run("autoencoder", *given))
     assert (report["latent_channels"], report["factor"]) == (16, 8)

@@ -69,7 +69,7 @@ def test_no_run_at_all_is_told(home, monkeypatch):
 
 READERS = {
     "sample": lambda path: images.open_image({"image": path}, "image"),
-    "eval/autoencoder": lambda path: mmdit.cli.eval.autoencoder.open_picture(path, 4),
+    "eval/autoencoder": lambda path: mmdit.cli.eval.autoencoder.open_image(path, 4),
 }
 
 
@@ -81,7 +81,7 @@ def test_sixteen_bits_a_channel_are_scaled_to_eight(read, tmp_path):
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_what_is_no_picture_is_refused_by_name(read, tmp_path):
+def test_what_is_not_an_image_is_refused_by_name(read, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
     with pytest.raises(UserError, match=r"page\.eps cannot be read as an? .*: is not an image"):
         read(tmp_path / "page.eps")

@@ -143,10 +143,10 @@ def test_samples_carry_what_reproduces_them(folder: Path) -> None:
     listed = run(folder, "sample.py", f"prompt={prompt}", *words, "out=one").stdout.splitlines()
     paths = [folder / line for line in listed[-3:]]
     assert [path.exists() for path in paths] == [True] * 3
-    with Image.open(paths[1]) as picture:
-        facts = json.loads(picture.text["mmdit"])  # type: ignore[attr-defined]
-        assert picture.text["prompt"] == facts["prompt"] == prompt  # type: ignore[attr-defined]
-        pixels = picture.tobytes()
+    with Image.open(paths[1]) as opened:
+        facts = json.loads(opened.text["mmdit"])  # type: ignore[attr-defined]
+        assert opened.text["prompt"] == facts["prompt"] == prompt  # type: ignore[attr-defined]
+        pixels = opened.tobytes()
     assert facts["seed"] == 6
     again = run(
         folder,
@@ -157,11 +157,11 @@ def test_samples_carry_what_reproduces_them(folder: Path) -> None:
         "out=two",
         *(f"{key}={facts[key]}" for key in ("seed", "steps", "guidance", "height", "width")),
     ).stdout.splitlines()
-    with Image.open(folder / again[-2]) as picture:
-        assert picture.tobytes() == pixels
+    with Image.open(folder / again[-2]) as opened:
+        assert opened.tobytes() == pixels
 
 
-def test_evaluation_writes_table_and_pictures(folder: Path) -> None:
+def test_evaluation_writes_table_and_images(folder: Path) -> None:
     told = run(folder, "eval/compositional.py", "prompts_per_task=3", "steps=2").stdout
     out = folder / told.splitlines()[-1]
     report = json.loads(out.with_suffix(".json").read_text())

@@ -10,7 +10,7 @@ from mmdit.flow.guidance import (
     Guidance,
     GuidanceInterval,
     GuidanceRescale,
-    Sides,
+    GuidedPair,
     SkipLayerGuidance,
     ZeroUnconditional,
 )
@@ -228,12 +228,12 @@ def test_rescale_changes_nothing_without_guidance():
     torch.testing.assert_close(rescaled, uneven(Z, TIME, POSITIVE))
 
 
-def test_rescale_treats_each_picture_alone():
+def test_rescale_treats_each_image_alone():
     guide = GuidanceRescale(inner=cfg(), phi=0.7)
     together = at(guide, uneven, TIME)
     for i in range(2):
-        sides = (side.map(lambda part, i=i: part[i : i + 1]) for side in (POSITIVE, NEGATIVE))
-        alone = guide(uneven, *sides, GRID, 10)(Z[i : i + 1], TIME)
+        pair = (side.map(lambda part, i=i: part[i : i + 1]) for side in (POSITIVE, NEGATIVE))
+        alone = guide(uneven, *pair, GRID, 10)(Z[i : i + 1], TIME)
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
@@ -344,7 +344,7 @@ def test_where_the_condition_changes_nothing_guidance_does_not(guidance):
 
 
 @each_guidance
-def test_guidance_treats_each_picture_alone_and_asks_nothing_twice(guidance):
+def test_guidance_treats_each_image_alone_and_asks_nothing_twice(guidance):
     network = Counted(uneven)
     together = guidance(network, POSITIVE, NEGATIVE, GRID, 10)
     for t in (0.95, 0.85, 0.5, 0.1):
@@ -353,8 +353,8 @@ def test_guidance_treats_each_picture_alone_and_asks_nothing_twice(guidance):
         assert len(network.asked) == len(set(network.asked))
         network.asked.clear()
         for i in range(2):
-            sides = [side.map(lambda part, i=i: part[i : i + 1]) for side in (POSITIVE, NEGATIVE)]
-            alone = guidance(Counted(uneven), *sides, GRID, 10)(Z[i : i + 1], t)
+            pair = [side.map(lambda part, i=i: part[i : i + 1]) for side in (POSITIVE, NEGATIVE)]
+            alone = guidance(Counted(uneven), *pair, GRID, 10)(Z[i : i + 1], t)
             torch.testing.assert_close(alone, both[i : i + 1])
 
 
@@ -380,10 +380,10 @@ def test_every_guidance_is_a_function_of_the_point_alone(guidance):
 
 def test_what_is_remembered_of_a_point_serves_no_other():
     network = Layered()
-    sides = Sides(network, POSITIVE, NEGATIVE)
+    pair = GuidedPair(network, POSITIVE, NEGATIVE)
     for z, t in ((Z, 0.5), (Z, 0.4), (Z.clone(), 0.4), (Z + 1, 0.4)):
-        assert torch.equal(sides.conditional(z, t), velocity(z, t, POSITIVE))
-        assert torch.equal(sides.against(POSITIVE).conditional(z, t), velocity(z, t, POSITIVE))
+        assert torch.equal(pair.conditional(z, t), velocity(z, t, POSITIVE))
+        assert torch.equal(pair.against(POSITIVE).conditional(z, t), velocity(z, t, POSITIVE))
     assert network.batches == [2, 2, 2, 2]
 
 
@@ -443,9 +443,9 @@ class Controlled(Layered):
     ids=lambda guidance: type(guidance).__name__,
 )
 def test_control_is_the_same_on_both_sides_of_guidance(guidance):
-    """A control that is added to both sides is there once in what is guided."""
+    """A control that is added to both conditions is there once in what is guided."""
     extra = {"control": torch.randn(Z.shape, generator=torch.Generator().manual_seed(1))}
-    sides = [side._replace(extra=extra) for side in (POSITIVE, NEGATIVE)]
+    pair = [side._replace(extra=extra) for side in (POSITIVE, NEGATIVE)]
     plain = guidance(Layered(), POSITIVE, NEGATIVE, GRID, 10)(Z, 0.85)
-    found = guidance(Controlled(), *sides, GRID, 10)(Z, 0.85)
+    found = guidance(Controlled(), *pair, GRID, 10)(Z, 0.85)
     torch.testing.assert_close(found, plain + extra["control"])

@@ -277,7 +277,7 @@ def test_rectified_flow_gives_the_output_of_the_network_bit_for_bit():
 
         def network(shown, time, c_vec, c_ctxt, sigma=sigma):
             assert torch.equal(shown, z)
-            assert torch.equal(time, torch.full((2,), sigma))  # float32, one for each picture
+            assert torch.equal(time, torch.full((2,), sigma))  # float32, one for each image
             return output
 
         velocity = objective().velocity(network, z, sigma, condition)

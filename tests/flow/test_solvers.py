@@ -60,7 +60,7 @@ def test_straight_paths_are_followed_exactly(solver, steps):
 
 
 @each_solver
-def test_the_start_decides_all_and_each_picture_alone(solver):
+def test_the_start_decides_all_and_each_image_alone(solver):
     z = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
     together = solver(growth, z, Shift().grid(5))
     for i in (2, 0, 1):
@@ -219,7 +219,7 @@ def test_a_step_draws_from_the_posterior_of_the_diffusion(eta, t_next):
     assert reached.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / n))
 
 
-def test_the_fresh_noise_of_a_picture_depends_on_neither_batch_nor_call():
+def test_the_fresh_noise_of_an_image_depends_on_neither_batch_nor_call():
     z = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
     grid = Shift().grid(5)
     together = euler_ancestral(growth, z, grid)
@@ -229,7 +229,7 @@ def test_the_fresh_noise_of_a_picture_depends_on_neither_batch_nor_call():
         assert torch.equal(alone[0], together[i])
 
 
-def test_different_pictures_get_different_fresh_noise():
+def test_different_images_get_different_fresh_noise():
     z = torch.stack([torch.zeros(1000), torch.full((1000,), 1e-6)])
     grid = torch.tensor([1.0, 0.5])
     fresh = euler_ancestral(lambda z, t: z, z, grid)

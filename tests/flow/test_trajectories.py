@@ -61,7 +61,7 @@ def test_samplers_follow_the_reference_step_by_step(golden):
         case.check(f"{name}.denoised", torch.stack(denoised))
 
 
-def test_pictures_start_half_way_as_in_the_reference(golden):
+def test_images_start_half_way_as_in_the_reference(golden):
     case = golden("img2img")
     y, ctx, noise, latent = (case.inputs[key] for key in ("y", "ctx", "noise", "latent"))
     for row in case.config["table"]:

@@ -87,7 +87,7 @@ def test_guided_paths_are_those_of_the_inner_guidance():
     negative = Condition(torch.full((3, 4), 1.0), torch.zeros(3, 1, 1))
     guidance = MeasuredGuidance(inner=ClassifierFreeGuidance(scale=3.0))
     for batch in (slice(0, 2), slice(2, 3)):
-        sides = [side.map(lambda part, batch=batch: part[batch]) for side in (positive, negative)]
-        end = euler(guidance(Constant(), *sides, GRID, 4), noise()[batch], GRID)
+        pair = [side.map(lambda part, batch=batch: part[batch]) for side in (positive, negative)]
+        end = euler(guidance(Constant(), *pair, GRID, 4), noise()[batch], GRID)
         torch.testing.assert_close(end, noise()[batch] - 4)
     assert guidance.lengths().tolist() == pytest.approx([16.0] * 3, rel=1e-6)

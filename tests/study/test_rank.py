@@ -261,8 +261,8 @@ def test_the_report_needs_nothing_beside_it(report):
     assert "step_00000001.png" in page and "step_00000000.png" not in page
     assert len(list(report[0].glob("*.png"))) == 5
     for file in report[0].glob("*.png"):
-        with Image.open(file) as picture:
-            assert min(picture.size) > 300
+        with Image.open(file) as image:
+            assert min(image.size) > 300
 
 
 @pytest.mark.parametrize(
@@ -321,9 +321,12 @@ MISTAKES = {
     "nan": (lambda r: r["scores"][3].update(fd=math.nan), "shapes: ema, 5 steps, guidance 5: clip"),
     "null": (lambda r: r["scores"][3].update(clip=None), "clip nan"),
     "row twice": (lambda r: r["scores"].append(r["scores"][2]), "scores[12] has a setting that is"),
-    "field": (lambda r: r.pop("samples"), "samples is None, which is no int"),
+    "field": (lambda r: r.pop("samples"), "samples is None, and must be of type int"),
     "deep field": (lambda r: r["training"].pop("flops"), "training has no flops"),
-    "flops": (lambda r: r["training"].update(flops=0), "training.flops is 0, which is no positive"),
+    "flops": (
+        lambda r: r["training"].update(flops=0),
+        "training.flops is 0, which is not a positive",
+    ),
     "score field": (lambda r: r["scores"][1].pop("clip"), "scores[1] has no clip"),
     "text": (lambda r: r["scores"][1].update(guidance="5"), "scores[1] needs numbers"),
 }
@@ -360,9 +363,9 @@ def test_unequal_training_is_said(tmp_path):
         ({}, {}, "give either runs="),
         ({"runs": "a", "table": "b"}, {}, "give either runs="),
         ({"runs": "nowhere"}, {}, "runs=nowhere: there is no such folder"),
-        ({"runs": ""}, {}, "no folder in it holds a scores.json"),
-        ({"table": "none.json"}, {}, "is no readable JSON file"),
-        ({"table": "bad.json"}, {}, "is no readable JSON file"),
+        ({"runs": ""}, {}, "no folder in it has a scores.json"),
+        ({"table": "none.json"}, {}, "is not a readable JSON file"),
+        ({"table": "bad.json"}, {}, "is not a readable JSON file"),
         ({"table": "object.json"}, {}, "must hold a JSON list"),
         ({"table": "row.json"}, {}, "row 0 has no setting, fd"),
         ({"table": "twice.json"}, {}, "row 1 has a, x a second time"),

@@ -41,47 +41,47 @@ def pair(randomize):
     return randomize(CLIPPair(text=text_tower(), image=image_tower()), 0)
 
 
-def pictures(count: int = 3, size: int = 32) -> torch.Tensor:
+def pixels(count: int = 3, size: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
 
 
 @torch.no_grad()
 def test_features_have_length_one_and_one_width(pair):
-    for features in (pair.image_features(pictures()), pair.text_features(PROMPTS)):
+    for features in (pair.image_features(pixels()), pair.text_features(PROMPTS)):
         assert features.shape == (3, pair.width) and features.dtype == torch.float32
         torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
 
 
 @torch.no_grad()
 def test_embeddings_are_the_towers_own_and_point_as_the_features_do(pair):
-    embeddings = pair.image_embeddings(pictures())
-    torch.testing.assert_close(embeddings, pair.image(clip_pixels(pictures(), 32)))
-    features = pair.image_features(pictures())
+    embeddings = pair.image_embeddings(pixels())
+    torch.testing.assert_close(embeddings, pair.image(clip_pixels(pixels(), 32)))
+    features = pair.image_features(pixels())
     torch.testing.assert_close(embeddings, embeddings.norm(dim=1, keepdim=True) * features)
 
 
 @torch.no_grad()
 def test_features_do_not_depend_on_the_batch(pair):
-    images, texts = pair.image_features(pictures()), pair.text_features(PROMPTS)
+    images, texts = pair.image_features(pixels()), pair.text_features(PROMPTS)
     for i in range(3):
-        alone = pair.image_features(pictures()[i : i + 1]), pair.text_features(PROMPTS[i : i + 1])
+        alone = pair.image_features(pixels()[i : i + 1]), pair.text_features(PROMPTS[i : i + 1])
         torch.testing.assert_close(alone[0], images[i : i + 1], rtol=0, atol=1e-6)
         torch.testing.assert_close(alone[1], texts[i : i + 1], rtol=0, atol=1e-6)
     assert (images[0] - images[1]).norm() > 1e-2 and (texts[0] - texts[1]).norm() > 1e-2
 
 
 @torch.no_grad()
-def test_pictures_of_any_size_are_read(pair):
+def test_images_of_any_size_are_read(pair):
     flat = torch.full((1, 50, 70, 3), 90, dtype=torch.uint8)
     torch.testing.assert_close(pair.image_features(flat), pair.image_features(flat[:, :32, :32]))
 
 
 @torch.no_grad()
 def test_features_follow_the_dtype_of_the_weights(pair):
-    before = pair.image_features(pictures()), pair.text_features(PROMPTS)
+    before = pair.image_features(pixels()), pair.text_features(PROMPTS)
     pair.bfloat16()
-    after = pair.image_features(pictures()), pair.text_features(PROMPTS)
+    after = pair.image_features(pixels()), pair.text_features(PROMPTS)
     for a, b in zip(before, after, strict=True):
         assert b.dtype == torch.float32
         assert (a * b).sum(1).min() > 0.99
@@ -99,7 +99,7 @@ def test_a_saved_pair_gives_the_same_features(pair, tmp_path):
     save_module(tmp_path / "pair.safetensors", pair)
     again = load_module(tmp_path / "pair.safetensors")
     assert torch.equal(again.text_features(PROMPTS), pair.text_features(PROMPTS))
-    assert torch.equal(again.image_features(pictures()), pair.image_features(pictures()))
+    assert torch.equal(again.image_features(pixels()), pair.image_features(pixels()))
 
 
 def test_a_text_tower_without_projection_is_refused():
@@ -124,7 +124,7 @@ def test_places_of_the_toy_tower_start_as_strong_as_patches():
     sizes = {"width": 64, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
     placed, plain = PlacedImageModel(**sizes), CLIPImageModel(**sizes)
-    patches = placed.patch_embedding(clip_pixels(pictures(), 32)).std()
+    patches = placed.patch_embedding(clip_pixels(pixels(), 32)).std()
     assert placed.position_embedding.std() > patches > plain.position_embedding.std()
 
 
@@ -133,7 +133,7 @@ def test_the_toy_tower_differs_by_its_start_alone(tmp_path):
     sizes = {"width": 16, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
     placed, plain = PlacedImageModel(**sizes), CLIPImageModel(**sizes)
     plain.load_state_dict(placed.state_dict())
-    images = clip_pixels(pictures(), 32)
+    images = clip_pixels(pixels(), 32)
     assert torch.equal(placed(images), plain(images))
     save_module(tmp_path / "tower.safetensors", placed)
     assert type(load_module(tmp_path / "tower.safetensors")) is PlacedImageModel

@@ -84,9 +84,9 @@ CHARACTERS = '"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAA
         ("spiece.model", b"", "it is empty"),
         ("spiece.model", b"<html>", "a web page was saved in its place"),
         ("spiece.model", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        ("spiece.model", b"c a\nca t</w>\n", "no sentencepiece model"),
-        ("tokenizer.json", b'{"model": ', "no whole JSON"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "no tokenizer.json of T5"),
+        ("spiece.model", b"c a\nca t</w>\n", "not a sentencepiece model"),
+        ("tokenizer.json", b'{"model": ', "not complete JSON"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "not a tokenizer.json of T5"),
         (
             "tokenizer.json",
             f'{{"model": {{"vocab": [["a", 0]]}}, {CHARACTERS}}}'.encode(),

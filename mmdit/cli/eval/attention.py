@@ -1,6 +1,6 @@
 """How large are the attention logits, and how spread the attention, block by block? (Figure 5)
 
-Protocol `attention-1`: pictures of the validation split, drawn at each image size, are encoded,
+Protocol `attention-1`: images of the validation split, drawn at each image size, are encoded,
 noised to each level of t with noise keyed by (seed, index) and shown to the network with their
 captions, all encoders speaking. Of every block: the largest logit, and the entropy averaged over
 heads, queries and samples; then the mean of the last five blocks, as in the paper. With random=
@@ -78,12 +78,12 @@ def job(config: DictConfig, text: Verbatim) -> None:
             name: [block._asdict() for block in (*blocks, last_blocks(blocks))]
             for name, blocks in seen.items()
         }
-    pictures = {f"-{figure}.png": png(image) for figure, image in curves_of(report).items()}
-    write_results(thing.out, "attention", report, as_markdown(report), pictures)
+    plots = {f"-{figure}.png": png(image) for figure, image in curves_of(report).items()}
+    write_results(thing.out, "attention", report, as_markdown(report), plots)
 
 
 def trained(config: DictConfig, text: Verbatim) -> Watched:
-    """A run's model, or public weights, on pictures of shapes."""
+    """A run's model, or public weights, on images of shapes."""
     subject = open_subject(config, text)
     out = results_folder(text, subject.path, "attention")
     look = partial(look_at_shapes, subject, config)
@@ -94,17 +94,17 @@ def trained(config: DictConfig, text: Verbatim) -> Watched:
 def look_at_shapes(
     subject: Subject, config: DictConfig, size: int, levels: Sequence[float]
 ) -> list[BlockAttention]:
-    """On captioned pictures drawn at this size."""
+    """On captioned images drawn at this size."""
     pipe = subject.pipe
     pipe.latent_size(size, size)
     data = shapes_for(subject.run, config, "validation", image_size=size)
     latents, captions = [], []
     for start in range(0, config.samples, config.batch_size):
         indices = range(start, min(start + config.batch_size, config.samples))
-        images, told, _ = data.batch(indices)
+        images, texts, _ = data.batch(indices)
         with subject.autocast():
             latents.append(to_latents(pipe.autoencoder, images))
-        captions += told
+        captions += texts
     options = {"levels": levels, "seed": config.seed, "batch_size": config.batch_size}
     with subject.autocast():
         return attention_at(pipe, torch.cat(latents), captions, **options)
@@ -162,7 +162,7 @@ FIGURES = {
 
 
 def curves_of(report: dict[str, Any]) -> dict[str, Image.Image]:
-    """A curve over the blocks for each size and level, in one picture for each figure."""
+    """A curve over the blocks for each size and level, in one image for each figure."""
     drawn = {}
     for figure, label in FIGURES.items():
         curves = {}
@@ -176,7 +176,7 @@ def curves_of(report: dict[str, Any]) -> dict[str, Image.Image]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """Each block's figures over all levels, and the last blocks' at each."""
+    """The statistics of each block over all levels, and of the last blocks at each level."""
     head = (
         f"{report['protocol']}: {report['weights']}, sha256 {report['weights_sha256'][:16]}, "
         f"{report['samples']} samples, seed {report['seed']}\n"

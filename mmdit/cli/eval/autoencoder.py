@@ -1,8 +1,8 @@
-"""How faithfully does an autoencoder give pictures back? (Table 3)
+"""How faithfully does an autoencoder reconstruct images? (Table 3)
 
-Protocol `autoencoder-1`: pictures are encoded to the mean of their posterior and decoded. PSNR and
-SSIM of each picture with its reconstruction, averaged; with clip=, the Frechet distance of CLIP's
-image features of all pictures and of all reconstructions. Pictures are those of shapes from the
+Protocol `autoencoder-1`: images are encoded to the mean of their posterior and decoded. PSNR and
+SSIM of each image with its reconstruction, averaged; with clip=, the Frechet distance of CLIP's
+image features of all images and of all reconstructions. Images are those of shapes from the
 validation split, or the files of a folder in the order of their names, their middle square scaled
 to image_size.
 """
@@ -38,9 +38,9 @@ from mmdit.study.protocol import Features
 PROTOCOL = "autoencoder-1"
 VERBATIM = ("checkpoint", "out", "images", "clip")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SHOWN = 8  # pictures in the grid, each above its reconstruction
+SHOWN = 8  # images in the grid, each above its reconstruction
 
-Pictures = Callable[[Sequence[int]], Tensor]  # indices -> uint8 (b, h, w, 3)
+Images = Callable[[Sequence[int]], Tensor]  # indices -> uint8 (b, h, w, 3)
 
 
 class Opened(NamedTuple):
@@ -54,11 +54,11 @@ class Opened(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Figures of single pictures, and the first of them to look at."""
+    """Metrics of single images, and the first images for the grid."""
 
     psnr: list[float]
     ssim: list[float]
-    features: tuple[Tensor, Tensor] | None  # of the pictures and of their reconstructions
+    features: tuple[Tensor, Tensor] | None  # of the images and of their reconstructions
     shown: tuple[Tensor, Tensor]
 
 
@@ -68,10 +68,10 @@ def job(config: DictConfig, text: Verbatim) -> None:
         whole(config, key, least)
     size = None if config.image_size is None else whole(config, "image_size")
     opened = open_autoencoder(config, text)
-    pictures, count, data_facts = find_pictures(opened, config, text, size)
+    images, count, data_facts = find_images(opened, config, text, size)
     features, clip_facts = open_features(text, available(config.device))
     out = results_folder(text, opened.path, "autoencoder")
-    measured = measure(opened, pictures, features, range(count), config.batch_size)
+    measured = measure(opened, images, features, range(count), config.batch_size)
     mean_psnr = sum(measured.psnr) / count
     report: dict[str, Any] = {
         "protocol": PROTOCOL,
@@ -87,7 +87,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     }
     if measured.features is not None:
         report["fd"] = frechet_distance(*measured.features)
-    captions = ["picture"] * len(measured.shown[0]) + ["reconstruction"] * len(measured.shown[1])
+    captions = ["image"] * len(measured.shown[0]) + ["reconstruction"] * len(measured.shown[1])
     grid = grid_image(torch.cat(measured.shown), captions, columns=SHOWN)
     write_results(out, "autoencoder", report, as_markdown(report), {".png": png(grid)})
 
@@ -108,13 +108,13 @@ def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
     return Opened(module, source.path, run, compute, facts_of(source))
 
 
-def find_pictures(
+def find_images(
     opened: Opened, config: DictConfig, text: Verbatim, size: int | None
-) -> tuple[Pictures, int, dict[str, Any]]:
+) -> tuple[Images, int, dict[str, Any]]:
     """What to reconstruct, how many, and how a report names them.
 
     Raises:
-        UserError: there are no pictures, or fewer than asked for, or they do not fit the model.
+        UserError: there are no images, or fewer than asked for, or they do not fit the model.
     """
     factor = opened.module.factor
     if "images" not in text:
@@ -130,46 +130,46 @@ def find_pictures(
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(files) < config.samples:
         raise UserError(
-            f"images={folder} holds {len(files)} pictures ({', '.join(SUFFIXES)}), but "
+            f"images={folder} holds {len(files)} images ({', '.join(SUFFIXES)}), but "
             f"samples={config.samples} are asked for"
         )
 
     def read(indices: Sequence[int]) -> Tensor:
-        return torch.stack([open_picture(files[i], side) for i in indices])
+        return torch.stack([open_image(files[i], side) for i in indices])
 
     return read, config.samples, {"images": str(folder), "image_size": side}
 
 
-def open_picture(path: Path, side: int) -> Tensor:
-    """The middle square of a picture by the policies of `mmdit.data.images`: uint8 (s, s, 3).
+def open_image(path: Path, side: int) -> Tensor:
+    """The middle square of an image by the policies of `mmdit.data.images`: uint8 (s, s, 3).
 
     Raises:
         UserError: it is none, or cannot be read.
     """
     try:
-        picture = Image.fromarray(decode(read_bytes(path)))
+        image = Image.fromarray(decode(read_bytes(path)))
     except (BadImage, OSError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
-    square = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square))
 
 
 @torch.no_grad()
 def measure(
     opened: Opened,
-    pictures: Pictures,
+    images: Images,
     features: Features | None,
     indices: Sequence[int],
     batch_size: int,
 ) -> Measured:
-    """Encode, decode and compare, some pictures at a time."""
+    """Encode, decode and compare, some images at a time."""
     levels: list[float] = []
     similarities: list[float] = []
     seen: list[tuple[Tensor, Tensor]] = []
     shown: list[tuple[Tensor, Tensor]] = []
     starts = range(0, len(indices), batch_size)
     for start in tqdm(starts, desc="reconstructing", unit="batch", disable=None):
-        truth = pictures(indices[start : start + batch_size])
+        truth = images(indices[start : start + batch_size])
         with opened.autocast():
             again = to_pixels(opened.module.decode(to_latents(opened.module, truth))).cpu()
         pairs = list(zip(again.split(1), truth.split(1), strict=True))
@@ -190,7 +190,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     shown = {key: name for key, name in figures.items() if key in report}
     head = (
         f"{report['protocol']}: {report['weights']}, sha256 {report['weights_sha256'][:16]}, "
-        f"{report['samples']} pictures of {report['images']}, {report['image_size']} px\n"
+        f"{report['samples']} images of {report['images']}, {report['image_size']} px\n"
     )
     row = [report["latent_channels"], report["factor"]]
     row += ["∞" if report[key] is None else report[key] for key in shown]

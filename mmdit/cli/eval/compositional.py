@@ -1,10 +1,10 @@
-"""Does a model paint what it is told? Six tasks, scored by looking at the pixels.
+"""Compositional accuracy: does a model follow its prompt? Six tasks, scored from the pixels.
 
 Protocol `compositional-1`: for each task of GenEval, the short prompts of the first n scenes of the
-validation split (combinations of attributes that training shows, in pictures it never saw) and of
-the held-out split (combinations it never shows), one picture each. A picture counts if every
+validation split (combinations of attributes that training shows, in images it never saw) and of
+the held-out split (combinations it never shows), one image each. An image counts if every
 object and relation of its prompt is there and nothing else. Two controls: the detector on drawings
-of the same scenes (its own errors), and on the pictures of the other prompts of the same task
+of the same scenes (its own errors), and on the images of the other prompts of the same task
 (chance).
 """
 
@@ -56,12 +56,12 @@ def job(config: DictConfig, text: Verbatim) -> None:
         report["splits"][split] = table
         shown += examples if split == config.splits[0] else []
     out = results_folder(text, subject.path, "compositional")
-    pictures = {".png": png(examples_image(shown))}
-    write_results(out, "compositional", report, as_markdown(report), pictures)
+    plots = {".png": png(examples_image(shown))}
+    write_results(out, "compositional", report, as_markdown(report), plots)
 
 
 def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
-    """What a run was trained on; for public weights, at the size that they paint."""
+    """What a run was trained on; for public weights, at their own size."""
     size = None if subject.run else subject.pipe.image_size
     return shapes_for(subject.run, config, split, image_size=size)
 
@@ -69,7 +69,7 @@ def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
 def measure(
     subject: Subject, data: Shapes, report: dict[str, Any], config: DictConfig
 ) -> tuple[dict[str, Any], list[tuple[Tensor, str, bool]]]:
-    """Accuracy of each task with its two controls, and the pictures that were judged."""
+    """Accuracy of each task with its two controls, and the images that were judged."""
     n = report["prompts_per_task"]
     table: dict[str, Any] = {}
     examples: list[tuple[Tensor, str, bool]] = []
@@ -98,7 +98,7 @@ def measure(
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The figures of every split as a table."""
+    """The metrics of every split as a table."""
     lines = [f"{report['protocol']}: {report['weights']}", ""]
     for split, table in report["splits"].items():
         lines += [

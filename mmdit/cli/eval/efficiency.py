@@ -2,7 +2,7 @@
 
 Protocol `efficiency-1`: the same prompts and noise at each number of steps. The score is the CLIP
 score where clip= is given, else compositional accuracy; the relative loss of s steps is
-(score of the most steps - score of s) / score of the most, in percent. The path length of a picture
+(score of the most steps - score of s) / score of the most, in percent. The path length of an image
 is the sum of ||v dt|| over its steps, the norm that of all values of its latent.
 """
 
@@ -34,7 +34,7 @@ SCORES = {"clip": "CLIP score", "accuracy": "accuracy"}  # the first there is co
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, paint at every number of steps, write."""
+    """Compose, build, sample at every number of steps, write."""
     for key, least in (("batch_size", 1), ("samples", 2)):
         whole(config, key, least)
     seed_of(config)
@@ -45,7 +45,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     prompts = read_prompts(subject, config, text)
     features, clip_facts = open_features(text, subject.pipe.device)
     if features is None and prompts.data is None:
-        raise UserError("prompts=<file> needs clip=<CLIP>: other pictures than shapes are not read")
+        raise UserError("prompts=<file> needs clip=<CLIP>: other images than shapes are not read")
     report: dict[str, Any] = {
         "protocol": PROTOCOL,
         **subject.facts,

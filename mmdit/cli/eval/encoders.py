@@ -40,7 +40,7 @@ VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, paint with every subset, write."""
+    """Compose, build, sample with every subset, write."""
     for key, least in (("validation_samples", 1), ("batch_size", 1)):
         whole(config, key, least)
     seed_of(config)
@@ -48,7 +48,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     prompts = read_prompts(subject, config, text)
     features, clip_facts = open_features(text, subject.pipe.device)
     if features is None and prompts.data is None:
-        raise UserError("prompts=<file> needs clip=<CLIP>: other pictures than shapes are not read")
+        raise UserError("prompts=<file> needs clip=<CLIP>: other images than shapes are not read")
     validation = latents_of(subject, config) if prompts.data is not None else None
     report: dict[str, Any] = {
         "protocol": PROTOCOL,
@@ -78,17 +78,17 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 @torch.no_grad()
 def latents_of(subject: Subject, config: DictConfig) -> tuple[Tensor, list[str]]:
-    """Captioned latents of validation pictures, at the size of the training."""
+    """Captioned latents of validation images, at the size of the training."""
     pipe = subject.pipe
     source = subject.run
     data = shapes_for(source, config, "validation", image_size=pipe.image_size)
     latents, captions = [], []
     for start in range(0, config.validation_samples, config.batch_size):
         stop = min(start + config.batch_size, config.validation_samples)
-        images, told, _ = data.batch(range(start, stop))
+        images, texts, _ = data.batch(range(start, stop))
         with subject.autocast():
             latents.append(to_latents(pipe.autoencoder, images))
-        captions += told
+        captions += texts
     return torch.cat(latents), captions
 
 

@@ -1,8 +1,8 @@
-"""Paint GenEval's prompts, in the layout that its official evaluator reads (Table 5).
+"""Sample GenEval's prompts, in the layout that its official evaluator reads (Table 5).
 
 Protocol `geneval-1`: sample i of every prompt starts from the noise of seed + i. Prompts are those
 of the official evaluation_metadata.jsonl (metadata=), or short captions of toy scenes, the tasks in
-turn. Pictures that are there already are not painted again.
+turn. Existing images are not generated again.
 """
 
 import json
@@ -28,7 +28,7 @@ VERBATIM = ("checkpoint", "out", "metadata", *PARTS)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, paint what is missing."""
+    """Compose, build, sample what is missing."""
     for key, least in (("samples_per_prompt", 1), ("batch_size", 1), ("prompts", 1)):
         whole(config, key, least)
     seed_of(config, images=config.samples_per_prompt)
@@ -63,12 +63,12 @@ def job(config: DictConfig, text: Verbatim) -> None:
     }
     write_atomically(folder.path / "report.json", json.dumps(done, indent=1).encode())
     there = done["samples"] - len(wanted)
-    show(f"{len(wanted)} pictures painted, {there} were there, in {folder.path}")
+    show(f"{len(wanted)} images generated, {there} existed already, in {folder.path}")
     show("to score them: python evaluation/evaluate_images.py <folder>, of the official repository")
 
 
 def toy_metadata(subject: Subject, config: DictConfig) -> list[Metadata]:
-    """Of validation scenes, the tasks in turn."""
+    """Metadata of validation scenes, the tasks in turn."""
     data = shapes_for(subject.run, config, "validation")
     return [scene_metadata(scene) for scene in scenes_of(data, config.prompts)]
 
@@ -81,9 +81,9 @@ def fill(
     config: DictConfig,
     settings: dict[str, Any],
 ) -> None:
-    """Paint (prompt, sample) by (prompt, sample), and keep each batch at once."""
+    """Sample (prompt, sample) by (prompt, sample), and keep each batch at once."""
     options = {key: settings[key] for key in ("steps", "height", "width")}
-    with tqdm(total=len(wanted), desc="painting", unit="image", disable=None) as bar:
+    with tqdm(total=len(wanted), desc="sampling", unit="image", disable=None) as bar:
         for start in range(0, len(wanted), config.batch_size):
             batch = wanted[start : start + config.batch_size]
             with subject.autocast():

@@ -215,7 +215,7 @@ def differences(
         b = theirs[stage].double()
         difference = (a.double() - b).abs().max().item()
         relative = difference / max(b.abs().max().item(), 1e-30)
-        # A NaN is no agreement.
+        # A NaN does not agree.
         rows.append(Row(kind, stage, tuple(a.shape), difference, relative, relative <= tolerance))
     return rows
 

@@ -48,7 +48,7 @@ def run_folder(text: Verbatim) -> Path:
     """The run to make averages of.
 
     Raises:
-        UserError: none is named, or it is no folder.
+        UserError: none is named, or it is not a folder.
     """
     if not text.get("run"):
         raise UserError("give run=<run folder> of a run with snapshots")

@@ -165,7 +165,7 @@ def compare(name: str, ours: Call, theirs: Call, config: DictConfig) -> None:
     """Stop where the two sides do not compute the same: a time would mean nothing."""
     a, b = ours().float(), theirs().float()
     difference = ((a - b).abs().max() / b.abs().max()).item()
-    if not difference <= TOLERANCE[config.dtype]:  # a NaN is no agreement
+    if not difference <= TOLERANCE[config.dtype]:  # a NaN does not agree
         raise RuntimeError(f"{name}: outputs differ by {difference:.1e} of the largest value")
 
 

@@ -49,7 +49,7 @@ def shapes_for(
 
     Args:
         source: weights of a run; None for other weights.
-        image_size: of the pictures; None is that of the training, or of the config.
+        image_size: of the images; None is that of the training, or of the config.
 
     Raises:
         UserError: the run was trained on something else, or shapes cannot be drawn at that size.
@@ -71,7 +71,7 @@ def shapes_for(
 
 
 class Prompts(NamedTuple):
-    """What is painted; the scenes and data behind it where a picture can be judged."""
+    """The prompts to sample; with their scenes and data if images can be scored."""
 
     texts: list[str]
     scenes: list[Scene]
@@ -128,19 +128,19 @@ def scores(prompts: Prompts, images: Tensor, features: Features | None) -> dict[
 
 
 def sampling(pipe: Pipeline, config: DictConfig) -> dict[str, Any]:
-    """How pictures are painted, for a report; null in the config is the model's default.
+    """How images are sampled, for a report; null in the config is the model's default.
 
     Sets `config.guidance`, from which the guide's own arguments follow.
 
     Raises:
-        UserError: the guidance is no finite number.
+        UserError: the guidance is not a finite number.
     """
     if config.guidance is None:
         config.guidance = pipe.guidance
     scale = config.guidance
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise UserError(f"guidance={scale} must be a finite number")
-    instantiate(config.guide)  # whose own mistakes show before anything is painted
+    instantiate(config.guide)  # whose own mistakes show before anything is sampled
     return {
         "guidance": config.guidance,
         "guide": OmegaConf.to_container(config.guide, resolve=True),
@@ -195,22 +195,22 @@ def write_results(
     name: str,
     report: Mapping[str, Any],
     markdown: str,
-    pictures: Mapping[str, bytes] | None = None,
+    plots: Mapping[str, bytes] | None = None,
 ) -> None:
-    """<name>.json, <name>.md and pictures; the table is printed, too, and where the files are.
+    """<name>.json, <name>.md and images; the table is printed, too, and where the files are.
 
     Args:
-        pictures: PNG files by ending, as '.png'.
+        plots: PNG files by ending, as '.png'.
 
     Raises:
-        UserError: a figure is not finite; nothing is written then.
+        UserError: a metric is not finite; nothing is written then.
     """
     try:
         text = json.dumps(report, indent=1, allow_nan=False)
     except ValueError:
-        told = f"{report['weights']} gives figures that are not finite: it may have diverged"
-        raise UserError(told, "", *markdown.split("\n")) from None
-    files = {".json": text.encode(), ".md": markdown.encode(), **(pictures or {})}
+        problem = f"{report['weights']} gives metrics that are not finite: it may have diverged"
+        raise UserError(problem, "", *markdown.split("\n")) from None
+    files = {".json": text.encode(), ".md": markdown.encode(), **(plots or {})}
     show(*markdown.split("\n"), *write_new(out, name, files))
 
 

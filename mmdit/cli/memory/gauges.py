@@ -34,7 +34,7 @@ class Gauge(Protocol):
         """Note the moment: a new `step`, the `start` of a forward pass, its end (`forward`)."""
 
     def levels(self, moments: int) -> tuple[int, int]:
-        """Of the last step, bytes kept by its forward pass and all bytes at its peak.
+        """Bytes kept by the forward pass of the last step, and all bytes at its peak.
 
         Args:
             moments: bytes that the optimizer took in the first step, and kept.
@@ -64,7 +64,7 @@ class CUDAGauge:
 
 
 class CPUGauge:
-    """The allocator of the CPU, which tells the profiler what it gives and takes.
+    """The CPU's allocator, which reports allocations and frees to the profiler.
 
     What threads of gloo give back it does not tell. So the last step is measured from its start,
     and what is there from step to step before anything has been exchanged.

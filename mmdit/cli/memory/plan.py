@@ -27,7 +27,7 @@ from mmdit.precision import Autocast, chosen_dtype
 from mmdit.processes import own_device
 from mmdit.text.conditioning import TokenIds
 
-SMALL = 16  # patches a side of the largest pictures that a toy is made for
+SMALL = 16  # patches a side of the largest images that a toy is made for
 
 
 class Plan(NamedTuple):
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
     @property
     def share(self) -> Share | None:
-        """Of each process in every weight; None where it holds them whole."""
+        """The share of each process in every weight; None if processes hold full weights."""
         parallel = instantiate(self.config.parallel)
         if not isinstance(parallel, FSDP):
             return None
@@ -88,7 +88,7 @@ def planned(config: DictConfig) -> Plan:
 
 
 def filled(config: DictConfig) -> DictConfig:
-    """The toy's autoencoder and texts for a model that is made for small pictures, else SD3's."""
+    """The toy's autoencoder and texts for a model that is made for small images, else SD3's."""
     config = config.copy()
     OmegaConf.set_struct(config, False)
     small = config.model.position_grid <= SMALL
@@ -163,7 +163,7 @@ class _Given:
 
 
 def task_of(plan: Plan, pipeline: Pipeline, precision: Autocast) -> FlowTask:
-    """What is trained, as `train.py` does, with a validation of one picture."""
+    """What is trained, as `train.py` does, with a validation of one image."""
     device, side = pipeline.device, plan.config.image_size
     source: Any = _Given(device)
     if get_object(plan.config.latents._target_) is FromPixels:
@@ -173,11 +173,11 @@ def task_of(plan: Plan, pipeline: Pipeline, precision: Autocast) -> FlowTask:
             text=pipeline.text,
             autocast=precision,
         )
-    picture = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
+    image = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
     return FlowTask(
         module=pipeline,
         source=source,
-        validation=Validation(picture, [""], [""]),
+        validation=Validation(image, [""], [""]),
         seed=0,
         autocast=precision,
     )
