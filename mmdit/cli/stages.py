@@ -29,7 +29,7 @@ from mmdit.engine.settings import Settings
 from mmdit.engine.state import TrainState
 from mmdit.engine.tasks import AutoencoderTask, Task
 from mmdit.errors import UserError
-from mmdit.latents.sources import FromCache, Source
+from mmdit.latents.sources import FromCache, LatentSource
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.precision import Autocast
 from mmdit.printable import logger
@@ -46,7 +46,7 @@ log = logger("mmdit.stages")
 UNTIL = ("autoencoder", "cache")
 
 
-def check_until(until: str, source: Source) -> None:
+def check_until(until: str, source: LatentSource) -> None:
     """Raises UserError if there is no such stage to stop at."""
     if until not in UNTIL:
         raise UserError(f"until={until} must be null or one of {', '.join(UNTIL)}")

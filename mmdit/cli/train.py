@@ -26,7 +26,7 @@ from mmdit.engine.state import take_frozen
 from mmdit.engine.tasks import FlowTask, Validation
 from mmdit.errors import UserError
 from mmdit.latents.precompute import Unfinished
-from mmdit.latents.sources import Source
+from mmdit.latents.sources import LatentSource
 from mmdit.precision import reason
 from mmdit.printable import logger, show
 from mmdit.processes import leave
@@ -65,14 +65,14 @@ def job(config: DictConfig, _: Verbatim) -> None:
         report(request, run.path, checkpoint, prompt, (time.perf_counter() - began) / 60)
 
 
-def open_latents(request: Request, parts: Parts) -> Source:
+def open_latents(request: Request, parts: Parts) -> LatentSource:
     """Where the latents of the data come from, with a look at whether all parts fit together.
 
     Raises:
         UserError: they do not.
     """
     config, pipeline, state = request.config, parts.pipeline, parts.state
-    source: Source = instantiate(config.latents)(
+    source: LatentSource = instantiate(config.latents)(
         data=request.data,
         autoencoder=pipeline.autoencoder,
         text=pipeline.text,
@@ -119,7 +119,7 @@ def sweep_folder(config: DictConfig, label: str) -> Path:
     return Path(config.runs) / config.name / name
 
 
-def prepare(request: Request, parts: Parts, source: Source, run: RunFolder | None) -> None:
+def prepare(request: Request, parts: Parts, source: LatentSource, run: RunFolder | None) -> None:
     """Get what is not trained by this run: the trained autoencoder, and the latents.
 
     Args:
@@ -155,7 +155,7 @@ def prepare_scores(request: Request) -> tuple[CLIPPair, Shapes] | None:
 
 
 def fit(
-    request: Request, parts: Parts, source: Source, run: RunFolder
+    request: Request, parts: Parts, source: LatentSource, run: RunFolder
 ) -> tuple[Checkpoint, Validation]:
     """Train to the last step."""
     config, pipeline = request.config, parts.pipeline

@@ -14,7 +14,7 @@ from mmdit.dtypes import wide
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
 from mmdit.latents.encoding import AT_ONCE, condition, memory_for
-from mmdit.latents.sources import Source
+from mmdit.latents.sources import LatentSource
 from mmdit.metrics.attention import attention_at, last_blocks
 from mmdit.metrics.reconstruction import psnr
 from mmdit.metrics.validation import LEVELS, validation_loss
@@ -207,7 +207,7 @@ class FlowTask:
         self,
         *,
         module: Pipeline,
-        source: Source,
+        source: LatentSource,
         validation: Validation,
         seed: int,
         autocast: Autocast,

@@ -34,7 +34,7 @@ class Read(NamedTuple):
     extra: dict[str, Tensor] = {}  # noqa: RUF012  # as in `Batch`; never written to
 
 
-class Source(Protocol):
+class LatentSource(Protocol):
     """Latents and texts for `FlowTask`."""
 
     def prepare(self, processes: Processes) -> None:

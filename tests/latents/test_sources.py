@@ -26,7 +26,7 @@ from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import LogitNormal
 from mmdit.latents.encoding import HALF
 from mmdit.latents.precompute import Unfinished
-from mmdit.latents.sources import FromCache, FromMemory, FromPixels, Source
+from mmdit.latents.sources import FromCache, FromMemory, FromPixels, LatentSource
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
@@ -120,10 +120,10 @@ def pipeline(*, frozen: bool, seed: int = 0, without_t5: bool = False) -> Pipeli
     return pipe
 
 
-Make = Callable[..., Source]
+Make = Callable[..., LatentSource]
 
 
-def source_of(kind: Make, pipe: Pipeline, data: Any, **arguments: Any) -> Source:
+def source_of(kind: Make, pipe: Pipeline, data: Any, **arguments: Any) -> LatentSource:
     source = kind(
         data=data, autoencoder=pipe.autoencoder, text=pipe.text, autocast=nullcontext, **arguments
     )
@@ -131,7 +131,7 @@ def source_of(kind: Make, pipe: Pipeline, data: Any, **arguments: Any) -> Source
     return source
 
 
-def task_of(pipe: Pipeline, source: Source, data: Any) -> FlowTask:
+def task_of(pipe: Pipeline, source: LatentSource, data: Any) -> FlowTask:
     images, captions, _ = data.square(range(2))
     return FlowTask(
         module=pipe,
@@ -241,7 +241,7 @@ def test_arguments_that_make_no_sense_are_refused_by_name(field: str, value: obj
         source_of(FromCache, pipe, data, **{field: value})
 
 
-def folder_of(source: Source) -> Path:
+def folder_of(source: LatentSource) -> Path:
     assert isinstance(source, FromCache)
     return source.cache.folder
 
