@@ -193,7 +193,7 @@ def test_random_weights_reach_parity_and_their_loading_is_measured(parity, tmp_p
     ]
     assert all(load["seconds"] > 0 for load in report["loading"])
     assert (tmp_path / "here" / "parity.md").read_text() in done.stdout
-    assert mmdit.load_mmdit(tmp_path / "kept" / "tiny.safetensors").dtype == torch.bfloat16
+    assert mmdit.load_mmdit(tmp_path / "kept" / "tiny.safetensors").compute_dtype == torch.bfloat16
 
 
 def test_a_departure_ends_with_code_1(run, sources):
