@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from mmdit.cli.stages import is_finished, sweep_folder
+from mmdit.cli.scores import is_finished
+from mmdit.cli.train import sweep_folder
 from mmdit.runs.checkpoint import checkpoints_in
 from tests.training_for_tests import ALONE, command, run
 
