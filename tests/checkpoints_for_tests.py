@@ -21,5 +21,5 @@ def write_checkpoint(
             finished=finished,
             tensors={name: module.state_dict() for name, module in modules.items()},
             descriptions={name: describe(module) for name, module in modules.items()},
-            figures={},
+            metrics={},
         )

@@ -37,7 +37,7 @@ def saved_run(folder: Path, weights: Callable[[nn.Module, int], nn.Module]) -> P
                 finished=step == 2,
                 tensors=states,
                 descriptions=dict.fromkeys(states, describe(model)),
-                figures={},
+                metrics={},
             )
     return folder
 

@@ -91,13 +91,13 @@ def write_scores(
         "weights_sha256": {kind: checkpoint.weights_sha256(kind) for kind in pipelines},
         "training": {
             "steps": steps,
-            "skipped_steps": int(checkpoint.figures.get("skipped_steps", 0)),
+            "skipped_steps": int(checkpoint.metrics.get("skipped_steps", 0)),
             "batch_size": batch_size,
             "parameters": count(network),
             # A backward pass costs two forward passes.
             "flops": 3.0 * flops * steps * batch_size,
         },
-        "validation": {kind: levels(checkpoint.figures, kind) for kind in pipelines},
+        "validation": {kind: levels(checkpoint.metrics, kind) for kind in pipelines},
         "scores": rows,
     }
     write_atomically(run / "scores.json", json.dumps(record, indent=1).encode())

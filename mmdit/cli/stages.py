@@ -116,7 +116,7 @@ def find_or_train(
         run.close()
     assert trained is not None
     checkpoint, weights = trained
-    metrics = {k: v for k, v in checkpoint.figures.items() if k.startswith("ema/")}
+    metrics = {k: v for k, v in checkpoint.metrics.items() if k.startswith("ema/")}
     log.info("%s: %s", stage, ", ".join(f"{k[4:]} {v:.4g}" for k, v in metrics.items()))
     return weights
 

@@ -217,7 +217,7 @@ def report(
     request: Request, run: Path, checkpoint: Checkpoint, prompt: str, minutes: float
 ) -> None:
     """Say what came out, where it is, and what one does with it."""
-    figures = checkpoint.figures
+    figures = checkpoint.metrics
     log.info("finished %s in %.1f minutes", run, minutes)
     log.info("  validation  %.4f EMA, %.4f raw", figures["ema/loss"], figures["raw/loss"])
     if skipped := figures.get("skipped_steps"):

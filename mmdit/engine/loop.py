@@ -70,7 +70,7 @@ def train(
         asynchronous=settings.asynchronous,
     )
     found = state.load(saver)
-    figures = dict(found.figures) if found else {}  # of the last evaluation
+    figures = dict(found.metrics) if found else {}  # of the last evaluation
     skips = Skips(int(figures.pop("skipped_steps", 0)), section=settings.section)
     if processes.main:
         if found:

@@ -86,7 +86,7 @@ class TrainState:
             finished=finished,
             tensors=tensors,
             descriptions=self.describe(),
-            figures=figures,
+            metrics=figures,
         )
 
     def describe(self) -> dict[str, Any]:

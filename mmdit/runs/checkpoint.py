@@ -53,7 +53,7 @@ class Checkpoint(NamedTuple):
         return bool(self.manifest["finished"])
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Metrics of the last evaluation."""
         return dict(self.manifest["figures"])
 

@@ -42,8 +42,8 @@ class Retention:
             kept |= {step for step in steps if step % self.every == 0}
         sign = -1 if self.highest else 1
         ranked = [
-            (sign * checkpoint.figures[self.best], checkpoint.step)
+            (sign * checkpoint.metrics[self.best], checkpoint.step)
             for checkpoint in checkpoints
-            if self.best is not None and math.isfinite(checkpoint.figures.get(self.best, math.nan))
+            if self.best is not None and math.isfinite(checkpoint.metrics.get(self.best, math.nan))
         ]
         return kept | {step for _, step in sorted(ranked)[:1]}

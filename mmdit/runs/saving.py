@@ -85,7 +85,7 @@ class Saver:
         finished: bool,
         tensors: Groups,
         descriptions: Mapping[str, Any],
-        figures: Mapping[str, float],
+        metrics: Mapping[str, float],
     ) -> None:
         """Write a checkpoint; returns when all tensors have been copied, and may change again.
 
@@ -98,7 +98,7 @@ class Saver:
                 the same keys in all processes. Of a DTensor each writes its part. What is frozen is
                 written once per run.
             descriptions: group -> description of its module, of those that hold a module.
-            figures: of the last evaluation.
+            metrics: of the last evaluation.
 
         Raises:
             UserError: the save before it failed: the disk is full, or cannot be written.
@@ -111,7 +111,7 @@ class Saver:
             "step": step,
             "finished": finished,
             "finished_at": datetime.now(UTC).isoformat() if finished else None,
-            "figures": dict(figures),
+            "figures": dict(metrics),
             "world_size": self.processes.world_size,
             "code": self.code,
             "descriptions": dict(descriptions),

@@ -72,7 +72,7 @@ def tidy(run: Path) -> None:
         found = []
     step = found[-1].step if found else 0
     if found and found[-1].finished and step > status.get("step", 0):
-        counted = {k: v for k, v in found[-1].figures.items() if k == "skipped_steps"}
+        counted = {k: v for k, v in found[-1].metrics.items() if k == "skipped_steps"}
         write_status(run, "FINISHED", **counted)
     else:
         write_status(run, "KILLED", step=step)

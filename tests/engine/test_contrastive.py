@@ -177,4 +177,4 @@ def test_it_learns(tmp_path: Path):
         logger=NoLogger(),
     )
     run.close()
-    assert checkpoint.figures["ema/accuracy"] > 6 / CHOICES  # six times as often as a guess
+    assert checkpoint.metrics["ema/accuracy"] > 6 / CHOICES  # six times as often as a guess

@@ -228,7 +228,7 @@ def test_a_stopped_run_of_no_steps_left_is_measured_and_finished(tmp_path: Path)
     shutil.rmtree(checkpoints_in(tmp_path)[-1].folder)
     go(tmp_path, 4)
     (checkpoint,) = [c for c in checkpoints_in(tmp_path) if c.step == 4]
-    assert checkpoint.finished and "ema/loss" in checkpoint.figures
+    assert checkpoint.finished and "ema/loss" in checkpoint.metrics
 
 
 @pytest.mark.parametrize(
@@ -277,11 +277,11 @@ def test_folder_in_use_is_refused(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_can_be_left_out(tmp_path: Path) -> None:
     task = go(tmp_path, 6, poison=(3, 1), nonfinite="skip")
     checkpoint = checkpoints_in(tmp_path)[-1]
-    assert checkpoint.figures["skipped_steps"] == 1
+    assert checkpoint.metrics["skipped_steps"] == 1
     assert all(weight.isfinite().all() for weight in task.module.parameters())
     go(tmp_path / "parts", 4, poison=(3, 1), nonfinite="skip")
     go(tmp_path / "parts", 6, poison=(3, 1), nonfinite="skip")
-    assert checkpoints_in(tmp_path / "parts")[-1].figures["skipped_steps"] == 1
+    assert checkpoints_in(tmp_path / "parts")[-1].metrics["skipped_steps"] == 1
     assert losses(tmp_path / "parts")[6] == losses(tmp_path)[6]
 
 

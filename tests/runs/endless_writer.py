@@ -37,7 +37,7 @@ def write_on(run: Path, parent: int) -> None:
             finished=False,
             tensors={"raw": weights, "ema": weights},
             descriptions={"raw": {}, "ema": {}},
-            figures={},
+            metrics={},
         )
         tell(f"saved {step}")
 

@@ -79,7 +79,7 @@ def act(what: str, run: Path, processes: Processes) -> dict[str, object]:
 
 
 def save(saver: Saver, step: int, module: Odd) -> None:
-    saver.save(step=step, finished=True, tensors=tensors(module), descriptions={}, figures={})
+    saver.save(step=step, finished=True, tensors=tensors(module), descriptions={}, metrics={})
 
 
 def load(saver: Saver, module: Odd) -> dict[str, object]:

@@ -39,7 +39,7 @@ def save(
             finished=finished,
             tensors={"raw": {"w": torch.ones(1)}},
             descriptions={},
-            figures={},
+            metrics={},
         )
 
 

@@ -68,14 +68,14 @@ def save(
     saver: Saver,
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
-    **figures: float,
+    **metrics: float,
 ) -> None:
     saver.save(
         step=step,
         finished=False,
         tensors=groups(step) if tensors is None else tensors,
         descriptions={"raw": {"class": "Thing"}, "ema": {"class": "Thing"}},
-        figures={name.replace("_", "/"): value for name, value in figures.items()},
+        metrics={name.replace("_", "/"): value for name, value in metrics.items()},
     )
 
 
@@ -133,7 +133,7 @@ def test_what_was_saved_is_loaded(make: Make, asynchronous: bool) -> None:
     found = make().latest()
     assert found == saver.wait()
     assert found is not None
-    assert (found.step, found.finished, found.figures) == (10, False, {"ema/loss": 0.5})
+    assert (found.step, found.finished, found.metrics) == (10, False, {"ema/loss": 0.5})
     loaded = room(saver, found)
     saver.load(found, loaded)
     assert equal(loaded, groups(10))
