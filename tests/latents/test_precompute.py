@@ -24,6 +24,9 @@ from mmdit.latents.precompute import Precomputation
 from mmdit.latents.sources import FromPixels
 from mmdit.processes import Processes
 from mmdit.runs.folder import RunFolder
+from tests import ready_process
+from tests.ready_process import Ready
+from tests.training_for_tests import ALONE
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = [(32, 32), (24, 48), (48, 24), (40, 33)]
@@ -58,14 +61,7 @@ def command(script: str, *words: str) -> list[str]:
 
 
 def run(folder: Path, script: str, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        command(script, *words),
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = ready_process.run(command(script, *words)[1:], cwd=folder, env=ALONE)
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
@@ -210,13 +206,7 @@ def test_only_stages_that_there_are_can_be_stopped_at():
 def test_sigterm_leaves_finished_shards_and_two_processes_make_the_rest(folder):
     words = ("data=shapes", "data.samples=2000", "latents=from_cache", "latents.folder=shapes")
     words = ("experiment=smoke", "precision=fp32", *words, "latents.shard_size=20")
-    process = subprocess.Popen(
-        command("train.py", *words, "until=cache"),
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Ready(command("train.py", *words, "until=cache")[1:], cwd=folder, env=ALONE)
     deadline = time.monotonic() + 120
     while len(list(folder.glob("shapes/*.safetensors"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -233,7 +223,7 @@ def test_sigterm_leaves_finished_shards_and_two_processes_make_the_rest(folder):
     subprocess.run(
         [*torchrun, *command("train.py", *words, "until=cache", "parallel=ddp")[1:]],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ALONE,
         check=True,
         timeout=300,
     )

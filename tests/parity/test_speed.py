@@ -1,6 +1,5 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from mmdit.parity.cases import (
     their_call,
     twin,
 )
+from tests import ready_process
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "speed.py"
 SMALLER = {
@@ -80,9 +80,7 @@ def test_compiling_shares_the_weights_and_leaves_the_model_as_it_was(kind, cls, 
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300
-    )
+    return ready_process.run([str(SCRIPT), *arguments])
 
 
 @pytest.mark.parametrize(

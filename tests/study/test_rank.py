@@ -21,6 +21,7 @@ from mmdit.study import protocol as study_scores
 from mmdit.study import records as rank_input
 from mmdit.study.ranking import Point
 from mmdit.study.records import SAMPLERS, SETTINGS
+from tests import ready_process
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "rank.py"
 VARIANTS = ("rf", "rf/lognorm(0.00,1.00)", "eps/linear", "made/up")
@@ -90,9 +91,7 @@ def job(text: Mapping[str, object], **values: object) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300
-    )
+    return ready_process.run([str(SCRIPT), *arguments])
 
 
 @pytest.fixture(scope="module")
