@@ -49,6 +49,7 @@ def test_a_notebook_defines_nothing(script):
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, logic)]
 
 
+@pytest.mark.slow
 @each_notebook
 def test_a_notebook_runs_in_a_minute(script, tmp_path, monkeypatch):
     for package in ("matplotlib", *NEEDS.get(script.stem, ())):

@@ -90,6 +90,7 @@ def test_each_signal_saves_marks_and_tells_how_to_go_on(folder: Path) -> None:
 # --- several processes ---
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_two_processes_goes_on_with_one(folder: Path) -> None:
     path = folder / "runs" / "two_to_one"
     process = start(folder, "run=runs/two_to_one", "parallel=ddp", processes=2)
@@ -125,6 +126,7 @@ def test_a_run_of_one_process_goes_on_with_two(folder: Path) -> None:
     assert losses(path) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "processes", "message"),
     [
@@ -162,6 +164,7 @@ def small(
     return [sys.executable, *launcher, str(SCRIPT), str(path), json.dumps(settings), *words]
 
 
+@pytest.mark.slow
 def test_a_hung_process_ends_the_run_and_shows_where_it_hangs(tmp_path: Path) -> None:
     settings = {"steps": 10, "parallel": "ddp", "hang": 1, "timeout": 4}
     ended = subprocess.run(
@@ -244,6 +247,7 @@ def small_disk(path: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(folder: Path) -> None:
     disk = folder / "disk"
     size = sum(

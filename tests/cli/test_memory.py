@@ -67,11 +67,27 @@ def check_measured(found: dict[str, Any]) -> None:
     "words",
     [
         ("precision=bf16", "batch=4"),
-        ("precision=fp32", "batch=64", "optimizer=muon"),
-        ("precision=bf16", "batch=4", "activation_checkpointing=selective", "optimizer=muon"),
-        ("precision=fp32", "batch=64", "activation_checkpointing=selective"),
-        ("precision=bf16", "batch=32", "activation_checkpointing=full", "training.accumulation=2"),
-        ("precision=fp32", "batch=8", "activation_checkpointing=full", "latents=from_pixels"),
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in [
+                ("precision=fp32", "batch=64", "optimizer=muon"),
+                (
+                    "precision=bf16",
+                    "batch=4",
+                    "activation_checkpointing=selective",
+                    "optimizer=muon",
+                ),
+                ("precision=fp32", "batch=64", "activation_checkpointing=selective"),
+                (
+                    *("precision=bf16", "batch=32", "activation_checkpointing=full"),
+                    "training.accumulation=2",
+                ),
+                (
+                    *("precision=fp32", "batch=8", "activation_checkpointing=full"),
+                    "latents=from_pixels",
+                ),
+            ]
+        ),
     ],
     ids=" ".join,
 )
@@ -80,20 +96,15 @@ def test_a_prediction_is_what_real_steps_take(run, words):
     check_measured(report())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         ("parallel=fsdp", "precision=bf16", "batch=4"),
-        pytest.param(
-            ("parallel=fsdp", "precision=fp32", "batch=32", "activation_checkpointing=full"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ("parallel=ddp", "precision=bf16", "batch=8", "training.accumulation=2"),
-            marks=pytest.mark.slow,
-        ),
+        ("parallel=fsdp", "precision=fp32", "batch=32", "activation_checkpointing=full"),
+        ("parallel=ddp", "precision=bf16", "batch=8", "training.accumulation=2"),
     ],
-    ids=lambda words: " ".join(words),
+    ids=" ".join,
 )
 def test_the_same_for_two_processes(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
@@ -106,6 +117,7 @@ def test_the_same_for_two_processes(tmp_path, monkeypatch, words):
     check_measured(report())
 
 
+@pytest.mark.slow
 def test_the_largest_model_over_64_processes(run):
     words = ("model=d38", "parallel=fsdp", "world_size=64", "batch=4")
     run(*words, "activation_checkpointing=full")
@@ -124,6 +136,7 @@ def test_the_largest_model_over_64_processes(run):
     assert found["total"] == sum(found["peak"].values())
 
 
+@pytest.mark.slow
 def test_more_processes_hold_smaller_shares(run):
     totals = {}
     words = ("model=d15", "batch=1", "image_size=256", "parallel=fsdp")
@@ -144,6 +157,7 @@ def test_cuda_keeps_no_probabilities(run):
     assert kept["cpu"] - kept["cuda"] > 0.7 * probabilities
 
 
+@pytest.mark.slow
 def test_moments_by_optimizer(run):
     moments = {}
     for name in ("adamw", "muon", "adamw_8bit"):
@@ -153,6 +167,7 @@ def test_moments_by_optimizer(run):
     assert moments["adamw"] / 4 < moments["adamw_8bit"] < 0.27 * moments["adamw"]
 
 
+@pytest.mark.slow
 def test_frozen_encoders_are_held_whole(run):
     frozen = []
     for encoders in ("[]", "[t5]"):

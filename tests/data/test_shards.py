@@ -372,6 +372,7 @@ print(len(data), data.names[-1])
 """
 
 
+@pytest.mark.slow
 def test_processes_may_index_at_once(tmp_path):
     for i in range(4):
         tar_of(tmp_path / f"{i}.tar", plain(40, 40 * i))

@@ -99,6 +99,7 @@ def test_compiling_leaves_gradients_equal(activations, randomize):
     assert_equal(gradients(model), plain)
 
 
+@pytest.mark.slow
 def test_five_resolutions_compile_each_kind_of_block_at_most_twice(randomize):
     """Once for the first, and once more for all others."""
     model = network("mmdit", randomize)

@@ -152,6 +152,7 @@ def test_a_dataset_of_few_captions_is_refused():
         distinct_batches(few, 1)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path):
     task = make_task()
     run = RunFolder(tmp_path)

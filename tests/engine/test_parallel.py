@@ -13,6 +13,7 @@ from mmdit.data.order import ShuffledOrder
 from mmdit.engine.loggers import read_metrics
 from mmdit.engine.posthoc import snapshots_in
 
+pytestmark = pytest.mark.slow  # seventeen runs
 SCRIPT = Path(__file__).with_name("parallel_process.py")
 ROOT = Path(__file__).resolve().parents[2]
 

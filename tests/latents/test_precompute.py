@@ -76,7 +76,11 @@ def train(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProce
     return run(folder, "train.py", *PICTURES, *words, code=code)
 
 
-@pytest.fixture(scope="module", params=[(), PUBLIC], ids=["trained", "public"])
+@pytest.fixture(
+    scope="module",
+    params=[(), pytest.param(PUBLIC, marks=pytest.mark.slow)],
+    ids=["trained", "public"],
+)
 def models(request, folder) -> tuple[str, ...]:
     """Which encoders; a run from pixels of each is there."""
     words: tuple[str, ...] = request.param
@@ -105,6 +109,7 @@ def test_a_run_on_public_encoders_paints(folder, models):
     )
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_autoencoder_is_refused(folder):
     made = (*PUBLIC, "latents=from_cache", "latents.folder=mine", "until=cache")
     train(folder, *made)
@@ -172,6 +177,7 @@ def test_a_cache_is_completed_only_by_who_holds_it(tmp_path):
     assert cache.completed
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_images_wherever_they_are(folder):
     shutil.copytree(folder / "photos", folder / "few")
     train(folder, "latents=from_pixels", "run=runs/few", "data.root=few", "training.steps=2")
@@ -203,6 +209,7 @@ def test_only_stages_that_there_are_can_be_stopped_at():
     check_until("autoencoder", pixels)
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_finished_shards_and_two_processes_make_the_rest(folder):
     words = ("data=shapes", "data.samples=2000", "latents=from_cache", "latents.folder=shapes")
     words = ("experiment=smoke", "precision=fp32", *words, "latents.shard_size=20")

@@ -214,6 +214,7 @@ def test_calls_add_up_to_the_batch_of_all(randomize):
         assert a[1:] == pytest.approx(b[1:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_watched_too(randomize):
     network = randomize(MMDiT(**{**SIZE, "depth": 2}, **TABLE), 0)
     plain = network(*inputs())

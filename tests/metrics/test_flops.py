@@ -41,6 +41,7 @@ def test_closed_form_and_count_are_the_same(backbone, size):
     assert view.flops(**at) == counted_flops(view, **at) < network.flops(**at)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["d24", "sd35_medium"])
 def test_closed_form_and_count_are_the_same_for_a_megapixel(name):
     network = on_meta(name)

@@ -176,6 +176,7 @@ def run(parity, monkeypatch, capsys, tmp_path) -> Callable[..., SimpleNamespace]
 SIZE = [f"{key}={value}" for key, value in SMALL.items()]
 
 
+@pytest.mark.slow
 def test_random_weights_reach_parity_and_their_loading_is_measured(parity, tmp_path):
     script = [sys.executable, str(ROOT / "eval" / "parity.py"), "random=tiny", "load_rounds=1"]
     done = subprocess.run(

@@ -1,10 +1,12 @@
 import json
-import subprocess
-from pathlib import Path
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmdit.cli.eval import speed
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.mmdit import MMDiT
@@ -18,9 +20,7 @@ from mmdit.parity.cases import (
     their_call,
     twin,
 )
-from tests import ready_process
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "speed.py"
 SMALLER = {
     "mmdit": {"depth": 3, "width": 64, "num_heads": 2, "qk_norm": True},
     "autoencoder": {"width": 32, "multipliers": [1, 2], "blocks": 1},
@@ -79,8 +79,20 @@ def test_compiling_shares_the_weights_and_leaves_the_model_as_it_was(kind, cls, 
     assert all(mine is its for mine, its in pairs)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return ready_process.run([str(SCRIPT), *arguments])
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+    """`run(*words)`: exit code, stdout and stderr of the command."""
+
+    def command(*words: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["speed.py", *words])
+        code = 0
+        try:
+            speed.main()
+        except SystemExit as stop:
+            code = stop.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return command
 
 
 @pytest.mark.parametrize(
@@ -94,19 +106,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("threads=two", "threads=two must be a whole number"),
     ],
 )
-def test_a_mistake_ends_in_one_line(argument, message):
+def test_a_mistake_ends_in_one_line(run, argument, message):
     pytest.importorskip("diffusers")
     done = run(argument)
-    assert done.returncode == 2
-    assert done.stderr.startswith(message)
-    assert len(done.stderr.splitlines()) == 1
+    assert done.code == 2
+    assert done.err.startswith(message)
+    assert len(done.err.splitlines()) == 1
 
 
-def test_the_report_names_what_was_measured(tmp_path):
+@pytest.mark.slow
+def test_the_report_names_what_was_measured(run, tmp_path):
     pytest.importorskip("diffusers")
     words = "cases=[clip_l]", "modes=[eager]", "repeats=1", "threads=1", "dtype=fp32"
     done = run(*words, f"out={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     report = json.loads((tmp_path / "speed.json").read_text())
     assert report["protocol"] == "speed-1" and report["threads"] == 1
     (row,) = report["rows"]
@@ -115,4 +128,4 @@ def test_the_report_names_what_was_measured(tmp_path):
     products = 2 * 154 * 12 * 12 * 768**2
     assert products < row["flops"] < 1.1 * products
     assert row["ours"]["eager"] > 0 and row["theirs"]["eager"] > 0
-    assert (tmp_path / "speed.md").read_text() in done.stdout
+    assert (tmp_path / "speed.md").read_text() in done.out
