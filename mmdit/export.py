@@ -1,7 +1,8 @@
-"""Weights of a run as one file: `python -m mmdit.export runs/shapes-001 shapes.safetensors`.
+"""Export a run's weights to one file: `python -m mmdit.export runs/shapes-001 shapes.safetensors`.
 
-The file holds its own description, and goes wherever a run folder goes (`sample.py checkpoint=`,
-`mmdit.load_pipeline`). Public layouts are for other programs; what has none is refused.
+The file includes its own description and can be used wherever a run folder can (`sample.py
+checkpoint=`, `mmdit.load_pipeline`). The public layouts are for other programs; a model that has
+none is rejected.
 """
 
 import argparse
@@ -22,18 +23,21 @@ FORMATS = ("native", "single_file", "diffusers")
 
 
 def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native") -> Path:
-    """Write the weights of a run or a checkpoint to one place; whole, or not at all.
+    """Export the weights of a run or a checkpoint; written completely or not at all.
 
     Args:
         source: run folder or checkpoint folder.
         out: a .safetensors file; a folder for 'diffusers'.
         weights: 'ema' or 'raw'.
         form: 'native' keeps everything; 'single_file' and 'diffusers' are the public layouts, with
-            a warning of what other programs would misread.
+            a warning about what other programs would misread.
+
+    Returns:
+        `out`.
 
     Raises:
-        UserError: nothing is there, it is damaged or has NaN, it has no such layout, or `out`
-            cannot be written.
+        UserError: the source does not exist, is damaged or contains NaN; the model does not have
+            this layout; `out` cannot be written.
     """
     if source.is_file():
         raise UserError(f"{source} is a file already: give a run folder or a checkpoint folder")
@@ -55,7 +59,7 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """The command line; exit code 2 and one line on a user's mistake."""
+    """Run the command line; a user's mistake gives one line and exit code 2."""
     logging.basicConfig(format="%(message)s")
     parser = argparse.ArgumentParser(prog="python -m mmdit.export", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")

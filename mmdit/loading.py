@@ -1,8 +1,8 @@
-"""Whatever can be opened: runs of this project, and public weights, whole or part by part.
+"""Open weights: runs of this project and public models, as a whole pipeline or one model at a time.
 
 >>> source = open_source("runs/shapes-001")
 >>> pipe, digest = source.pipeline(), source.sha256
->>> vae = open_source("sd3.5_medium.safetensors").part("autoencoder")
+>>> vae = open_source("sd3.5_medium.safetensors").part("autoencoder", Autoencoder)
 """
 
 import hashlib
@@ -39,11 +39,15 @@ PIPELINE = ("mmdit", "autoencoder", *ENCODERS)
 
 
 class Source(ABC):
-    """Weights that were found: read once, verified once, whatever is made of them.
+    """Weights that have been located; made by `open_source`.
+
+    Their files are read and verified once, however many models are loaded from them: `pipeline`
+    loads the whole text-to-image model, `part` one of its models, and `sha256` identifies the
+    weights in reports.
 
     Attributes:
-        name: what reports call it.
-        path: file or folder of the weights.
+        name: the source as reports name it.
+        path: the file or folder that holds the weights.
     """
 
     name: str
@@ -52,7 +56,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """What reports identify the weights by, in hexadecimal."""
+        """Hash that identifies the weights in reports, in hexadecimal."""
 
     @abstractmethod
     def pipeline(
@@ -65,7 +69,11 @@ class Source(ABC):
         tokenizers: str | Path | None = None,
         **public: Any,
     ) -> Pipeline:
-        """A text-to-image model, in eval mode on the CPU; arguments as of `load_pipeline`."""
+        """The text-to-image model, in eval mode on the CPU; arguments as in `load_pipeline`.
+
+        Raises:
+            UserError: the source holds something else, or an argument does not apply to it.
+        """
 
     @abstractmethod
     def part(
@@ -75,29 +83,29 @@ class Source(ABC):
 
         Args:
             kind: 'mmdit', 'autoencoder', 'clip_l', 'clip_g', 't5', 'controlnet' or 'clip_image'.
-            expected: its class.
-            dtype: of its weights; None keeps the file's.
-            hints: what the shapes of public weights do not tell, as `num_heads`.
+            expected: the class it must be an instance of.
+            dtype: dtype of the weights; None keeps the file's.
+            hints: for public weights, what their shapes do not determine, such as `num_heads`.
 
         Raises:
-            UserError: there is none, or it is another kind of model.
+            UserError: the source has no such model, or holds another kind.
         """
 
     @abstractmethod
     def only_clip(self) -> str:
-        """The one CLIP text tower that is there, 'clip_l' or 'clip_g'.
+        """Which CLIP text tower the source holds: 'clip_l' or 'clip_g'.
 
         Raises:
-            UserError: both are.
+            UserError: it holds both; or it is a run that holds neither.
         """
 
 
 class Run(Source):
-    """Weights that this project trained: a run, a checkpoint, or a file exported from one.
+    """Weights trained by this project: a run, a checkpoint, or a file exported from one.
 
     Args:
-        source: its folder or file.
-        weights: 'ema' or 'raw'.
+        source: run folder, checkpoint folder or exported file.
+        weights: 'ema' (averaged) or 'raw' (as trained).
     """
 
     def __init__(self, source: Path, weights: str) -> None:
@@ -107,15 +115,15 @@ class Run(Source):
 
     @property
     def sha256(self) -> str:
-        """Hash of the tensors: the same for a checkpoint and what was exported from it."""
+        """Hash of the tensors: the same for a checkpoint and for a file exported from it."""
         return self.weights.sha256
 
     def module(self, tokenizers: str | Path | None = None) -> nn.Module:
-        """What was trained: a pipeline, an autoencoder or another module.
+        """The trained module: a pipeline, an autoencoder or something else.
 
         Args:
-            tokenizers: their folder, where an older version noted no more than their paths; None
-                looks beside the weights.
+            tokenizers: folder of the tokenizers, for checkpoints of older versions, which stored
+                only their paths; None looks beside the weights.
         """
         asked, beside = tokenizers is not None, self._given
         folder = Path(tokenizers or (beside if beside.is_dir() else beside.parent)).expanduser()
@@ -136,7 +144,7 @@ class Run(Source):
         self._refuse(public)
         module = self.module(tokenizers)
         if not isinstance(module, Pipeline):
-            raise self._another(module, "a text-to-image pipeline")
+            raise self._wrong_kind(module, "a text-to-image pipeline")
         used = zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True)
         without(module, [kind for kind, use in used if not use])
         return module.to(dtype=dtype)
@@ -153,7 +161,7 @@ class Run(Source):
             module = found
         if not isinstance(module, expected):
             name = expected.__name__
-            raise self._another(module, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
+            raise self._wrong_kind(module, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
         return module.to(dtype=dtype)
 
     def only_clip(self) -> str:
@@ -165,21 +173,23 @@ class Run(Source):
             raise UserError(f"{self._given} was trained without clip_l and clip_g")
         return found[0]
 
-    def _another(self, module: nn.Module, asked: str) -> UserError:
+    def _wrong_kind(self, module: nn.Module, asked: str) -> UserError:
         return UserError(f"{self.name} holds a {type(module).__name__}, not {asked}")
 
     def _refuse(self, given: dict[str, Any]) -> None:
+        """Reject arguments that apply only to public weights."""
         for name, value in given.items():
             if value:
-                raise _for_public_ones(self._given, name)
+                raise _only_for_public(self._given, name)
 
 
 class Public(Source):
-    """Weights of others: a file, a folder, a model on the hub, or a preset.
+    """Public weights: a file, a folder, a model on the hub, or a preset.
 
     Args:
         source: as in `Place`.
-        kinds: the models that will be asked for; of a repository on the hub, no others are fetched.
+        kinds: the models that will be loaded; from a repository on the hub, only these are
+            downloaded.
         allow_pickle, verify: as in `load_mmdit`.
     """
 
@@ -195,7 +205,7 @@ class Public(Source):
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the file; of a folder, of the names and hashes of its files."""
+        """Hash of the file; for a folder, hash of the names and hashes of its files."""
         path = split_part(self.path)[0]
         if path.is_file():
             return content_of(path)
@@ -227,7 +237,7 @@ class Public(Source):
         return module
 
     def is_ours(self) -> bool:
-        """Whether it is a file that was exported from a run."""
+        """Whether this is a file exported from a run of this project."""
         file = self.path.suffix == ".safetensors" and self.path.is_file()
         return file and describes_module(self.place.opened(self.path))
 
@@ -241,7 +251,7 @@ class Public(Source):
             if len(prefixed) == 1:
                 return prefixed[0]
             both = len(prefixed) == 2
-            # In a file of its own: by its width, or by what our header says.
+            # A tower in a file of its own is recognized by its width, or by our header.
             bare = [kind for kind, match in matches.items() if match and not match.prefix]
             own = [kind for kind in bare if own_description(archive, kind)]
             if not prefixed and len(one := own or bare) == 1:
@@ -251,12 +261,15 @@ class Public(Source):
         return "clip_g" if (path / SUBFOLDERS["clip_g"]).is_dir() else "clip_l"
 
 
-def _for_public_ones(source: str | Path, argument: str) -> UserError:
-    return UserError(f"{source} is a model of this project: {argument} is for public ones")
+def _only_for_public(source: str | Path, argument: str) -> UserError:
+    return UserError(
+        f"{source} is a model of this project: {argument} applies only to public weights, leave it "
+        "out"
+    )
 
 
 def _two_towers(name: str) -> UserError:
-    return UserError(f"{name} holds two CLIP towers: say which='clip_l' or which='clip_g'")
+    return UserError(f"{name} holds two CLIP towers: give which='clip_l' or which='clip_g'")
 
 
 def open_source(
@@ -267,16 +280,37 @@ def open_source(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> Source:
-    """Find weights, whoever wrote them.
+    """Locate weights, whether this project trained them or they are public.
+
+    Use it instead of `load_pipeline` and the other `load_*` functions when several things are
+    needed from one source: its files are read and verified once. The `Source` that is returned
+    gives
+
+    - `pipeline(...)`: the whole text-to-image model,
+    - `part(kind, expected)`: one model, checked to be an instance of the expected class,
+    - `only_clip()`: which CLIP text tower it holds,
+    - `sha256`, `name`, `path`: how reports identify the weights.
+
+    It is a `Run` for a run, a checkpoint or a file exported from one, and `Public` otherwise.
+
+    Example:
+        source = open_source("runs/shapes-001")
+        pipe = source.pipeline()
+        print(source.name, source.sha256)
+
+        vae = open_source("sd3.5_medium.safetensors", ["autoencoder"]).part(
+            "autoencoder", Autoencoder, dtype=torch.float32
+        )
 
     Args:
         source: as in `load_pipeline`.
-        kinds: the models that will be asked for; of a repository on the hub, no others are fetched.
-        weights: 'ema' or 'raw', of a run.
-        allow_pickle, verify: of public weights, as in `load_mmdit`. A run's are always verified.
+        kinds: the models that will be loaded; from a repository on the hub, only these are
+            downloaded.
+        weights: 'ema' or 'raw', for a run.
+        allow_pickle, verify: for public weights, as in `load_mmdit`. A run is always verified.
 
     Raises:
-        UserError: nothing is there, it is damaged, or an argument does not apply to it.
+        UserError: the source does not exist, is damaged, or an argument does not apply to it.
     """
     path = Path(source).expanduser()
     public = None
@@ -284,7 +318,7 @@ def open_source(
         public = Public(source, kinds, allow_pickle=allow_pickle, verify=verify)
     if public is None or public.is_ours():
         if allow_pickle:
-            raise _for_public_ones(source, "allow_pickle")
+            raise _only_for_public(source, "allow_pickle")
         return Run(path, weights)
     if weights != "ema":
         raise UserError(f"{source} is not a run of this project: it has no weights={weights}")
@@ -308,29 +342,36 @@ def load_pipeline(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> Pipeline:
-    """All of a text-to-image model, in eval mode.
+    """Load a complete text-to-image model, in eval mode, ready to sample from.
+
+    Example:
+        pipe = load_pipeline("stabilityai/stable-diffusion-3.5-medium", dtype=torch.bfloat16,
+                             device="cuda")
+        images = pipe("a photo of a cat", num_images=4)  # uint8 (4, 1024, 1024, 3)
 
     Args:
-        source: a run folder of this project, one of its checkpoint folders, or a file exported from
-            one;
-            a single file or a folder of public weights; a hub id; or the name of a preset, like
-            'sd3.5-medium'. Of a file that holds a model several times, or of a pickle of several
-            state dicts, 'file.pt:ema' is what stands under that prefix or name.
-        weights: 'ema' or 'raw', where `source` is a run.
-        dtype: of the weights; None keeps the file's.
-        device: where it goes, as 'cuda' or 'auto'; None is the CPU.
-        use_clip_l, use_clip_g, use_t5: an encoder that is left out contributes zeros.
-        preset: of public weights, how they are sampled; told from the architecture and the
-            source's name when None.
-        t5_length: of public weights, tokens that T5 reads; the preset's when None.
-        autoencoder, encoders: of public weights, where these are, when not in `source`.
-        tokenizers: folder of `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`, when not in `source`;
-            for a run, too, where an older version noted no more than their paths.
-        allow_pickle, verify: of public weights, as in `load_mmdit`. A run's are always verified.
+        source: a run folder of this project, one of its checkpoint folders, or a file exported
+            from one; a single file or a folder of public weights; a hub id; or the name of a
+            preset, like 'sd3.5-medium'. For a file that holds several copies of a model under
+            different prefixes, or a pickle of several state dicts, 'file.pt:ema' selects the
+            prefix or name.
+        weights: 'ema' or 'raw', if `source` is a run.
+        dtype: dtype of the weights; None keeps the file's.
+        device: target device, such as 'cuda' or 'auto'; None is the CPU.
+        use_clip_l, use_clip_g, use_t5: load this text encoder; one that is left out contributes
+            zeros, and its memory is saved.
+        preset: sampling defaults for public weights; None infers them from the architecture and
+            the source's name.
+        t5_length: number of tokens T5 reads, for public weights; None takes the preset's.
+        autoencoder, encoders: location of the autoencoder and of the text encoders, for public
+            weights whose `source` does not include them.
+        tokenizers: folder with `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`, if `source` does
+            not include them; also for runs of older versions, which stored only their paths.
+        allow_pickle, verify: for public weights, as in `load_mmdit`. A run is always verified.
 
     Raises:
-        UserError: nothing of the kind is there, it is damaged, or it is another kind of model; an
-            argument does not apply to it; there is no such device here.
+        UserError: the source does not exist, is damaged or holds another kind of model; an
+            argument does not apply to it; the device is not available.
     """
     place = None if device is None else available(device)  # before gigabytes are read
     expect_computable(dtype)
@@ -360,7 +401,7 @@ def _part(
     rules: dict[str, Any],
     **hints: Any,
 ) -> M:
-    expect_computable(dtype)  # before anything is looked for
+    expect_computable(dtype)  # before any file is searched for
     return open_source(source, [kind], **rules).part(kind, expected, dtype=dtype, **hints)
 
 
@@ -373,16 +414,25 @@ def load_mmdit(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> Backbone:
-    """The transformer alone; its architecture is read from the file.
+    """Load the diffusion transformer alone, in eval mode on the CPU.
 
-    An `MMDiT`, unless it is a run of this project that trained another backbone.
+    The architecture is inferred from the file. The result is an `MMDiT`, unless `source` is a run
+    of this project that trained another backbone.
+
+    Example:
+        mmdit = load_mmdit("sd3.5_medium.safetensors", dtype=torch.bfloat16)
+        velocity = mmdit(z_t, t, c_vec, c_ctxt)  # (b, 16, h, w), as z_t
 
     Args:
         source, weights, dtype: as in `load_pipeline`.
-        num_heads: where neither the file nor a config.json tells it.
+        num_heads: number of attention heads, if neither the file nor a config.json states it.
         allow_pickle: read .ckpt and .pt files, tensors only.
-        verify: compare files with the hashes that are known of them, and look for NaN in large ones
-            too. False opens 10 GB some ten seconds sooner, and damage unseen.
+        verify: compare files with their known hashes, and check even large ones for NaN. False
+            opens 10 GB about ten seconds sooner, but damage goes unnoticed.
+
+    Raises:
+        UserError: the source does not exist, is damaged or holds no such model; an argument does
+            not apply to it.
     """
     rules = {"weights": weights, "allow_pickle": allow_pickle, "verify": verify}
     backbone: type[Any] = Backbone  # abstract: a run may have trained any
@@ -397,7 +447,18 @@ def load_autoencoder(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> Autoencoder:
-    """The autoencoder alone, of a text-to-image model or of a run that trained one."""
+    """Load the autoencoder alone, from a text-to-image model or from a run that trained one.
+
+    `encode` maps images (b, 3, H, W) in [-1, 1] to normalized latents (b, c, h, w), and `decode`
+    maps them back.
+
+    Args:
+        source, weights, dtype: as in `load_pipeline`.
+        allow_pickle, verify: as in `load_mmdit`.
+
+    Raises:
+        UserError: as in `load_mmdit`.
+    """
     rules = {"weights": weights, "allow_pickle": allow_pickle, "verify": verify}
     return _part(source, "autoencoder", Autoencoder, dtype, rules)
 
@@ -411,15 +472,15 @@ def load_clip(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> CLIPTextModel:
-    """A CLIP text tower: `clip(ids) -> (penultimate hidden (b, 77, d), pooled (b, p))`.
+    """Load a CLIP text tower: `clip(ids) -> (penultimate hidden (b, 77, d), pooled (b, p))`.
 
     Args:
-        source: its own file or folder, or that of a whole model.
-        which: 'clip_l' or 'clip_g', where the source holds both.
+        source: file or folder of the tower, or of a complete model.
+        which: 'clip_l' or 'clip_g', if the source holds both.
         weights, dtype, allow_pickle, verify: as in `load_mmdit`.
 
     Raises:
-        UserError: the source holds both and `which` is not given, or as in `load_pipeline`.
+        UserError: the source holds both and `which` is not given; or as in `load_mmdit`.
     """
     if which not in (None, "clip_l", "clip_g"):
         raise UserError(f"which={which} must be clip_l or clip_g")
@@ -437,7 +498,14 @@ def load_clip_image(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> CLIPImageModel:
-    """CLIP's image tower, as in openai/clip-vit-large-patch14: `(b, 3, 224, 224) -> (b, p)`."""
+    """Load a CLIP image tower, as in openai/clip-vit-large-patch14: `(b, 3, 224, 224) -> (b, p)`.
+
+    Args:
+        source, dtype, allow_pickle, verify: as in `load_mmdit`.
+
+    Raises:
+        UserError: as in `load_mmdit`.
+    """
     rules = {"allow_pickle": allow_pickle, "verify": verify}
     return _part(source, "clip_image", CLIPImageModel, dtype, rules)
 
@@ -450,10 +518,13 @@ def load_t5(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> T5Encoder:
-    """The T5 encoder: `t5(ids) -> hidden (b, l, d)`.
+    """Load the T5 encoder: `t5(ids) -> hidden (b, l, d)`.
 
     Args:
         source, weights, dtype, allow_pickle, verify: as in `load_mmdit`.
+
+    Raises:
+        UserError: as in `load_mmdit`.
     """
     opened = open_source(source, ["t5"], weights=weights, allow_pickle=allow_pickle, verify=verify)
     return opened.part("t5", T5Encoder, dtype=dtype)
@@ -467,10 +538,16 @@ def load_controlnet(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> ControlNet:
-    """A ControlNet of SD3.5 Large; `mmdit.models.controlnet.ControlledMMDiT` joins it to a base.
+    """Load a ControlNet for SD3.5 Large.
+
+    `mmdit.models.controlnet.ControlledMMDiT` joins it to a base model.
 
     Args:
-        control_type: 'blur', 'canny' or 'depth'; None takes what the file tells.
+        source, dtype, allow_pickle, verify: as in `load_mmdit`.
+        control_type: 'blur', 'canny' or 'depth'; None takes the one stated in the file.
+
+    Raises:
+        UserError: as in `load_mmdit`.
     """
     rules = {"allow_pickle": allow_pickle, "verify": verify}
     return _part(source, "controlnet", ControlNet, dtype, rules, control_type=control_type)

@@ -1,4 +1,4 @@
-"""Prompt to image: text, noise, guided flow, decoder."""
+"""Text-to-image sampling: encode the prompt, integrate the guided flow from noise, decode."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from mmdit.text.conditioning import TextConditioner
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Float images (b, 3, h, w) in [-1, 1], as decoded -> uint8 (b, h, w, 3).
+    """Convert decoded float images (b, 3, h, w) in [-1, 1] to uint8 (b, h, w, 3).
 
     Raises:
         NotFinite: a value is NaN or infinite.
@@ -35,16 +35,18 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def from_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images (b, h, w, 3) -> (b, 3, h, w) in [-1, 1], contiguous.
+    """Convert uint8 images (b, h, w, 3) to floats (b, 3, h, w) in [-1, 1], contiguous.
 
-    Strides of (b, h, w, c) would spread through the autoencoder, whose GroupNorm is many times
+    Channels-last strides would propagate through the autoencoder, whose GroupNorm is many times
     slower in that layout on CPU.
     """
     return rearrange(pixels, "b h w c -> b c h w").contiguous().to(dtype) / 127.5 - 1.0
 
 
 def to_latents(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """uint8 images (b, h, w, 3), anywhere -> normalized latents (b, c, h, w), where the model is.
+    """Encode uint8 images (b, h, w, 3) to normalized latents (b, c, h, w).
+
+    The images may be on any device; the latents are on the autoencoder's.
 
     Raises:
         NotFinite: a value is NaN or infinite.
@@ -56,30 +58,30 @@ def to_latents(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
 
 
 class Samples(NamedTuple):
-    """What `Pipeline.sample` returns."""
+    """Result of `Pipeline.sample`."""
 
     images: Tensor  # uint8 (n, h, w, 3), prompts outermost
-    seeds: list[int]  # one for each image
-    function_evaluations: float  # of the network, for each image
+    seeds: list[int]  # one per image
+    function_evaluations: float  # of the network, per image
 
 
 class Denoised(NamedTuple):
-    """What `Pipeline.denoise` returns."""
+    """Result of `Pipeline.denoise`."""
 
     latents: Tensor  # (n, c, h, w), float32 or wider
-    function_evaluations: float  # of the network, for each latent
+    function_evaluations: float  # of the network, per latent
 
 
 def for_each_image(condition: Condition, count: int) -> Condition:
-    """The condition of each of `count` images, of which every prompt has an equal share."""
+    """Repeat each prompt's condition for its share of `count` images, prompts outermost."""
     return condition.map(lambda part: part.repeat_interleave(count // len(part), dim=0))
 
 
-def expect_read(network: Backbone, extra: Mapping[str, Tensor]) -> None:
-    """Refuse conditions besides text that the network does not read, or that it lacks.
+def check_extra(network: Backbone, extra: Mapping[str, Tensor]) -> None:
+    """Check that the conditions besides text are exactly those that the network reads.
 
     Raises:
-        UserError: a tensor is missing, or one too many.
+        UserError: a tensor is missing, or not read by the network.
         NotFinite: a value is NaN or infinite.
     """
     if network.reads != set(extra):
@@ -88,11 +90,17 @@ def expect_read(network: Backbone, extra: Mapping[str, Tensor]) -> None:
             f"extra has {has}, but {type(network).__name__} reads {needs} besides the prompt"
         )
     for name, part in extra.items():
-        expect_finite(f"what made extra[{name!r}]", part)
+        expect_finite(f"the source of extra[{name!r}]", part)
 
 
 class NetworkVelocity:
-    """dz/dt as a network predicts it: what guidance strengthens and solvers integrate."""
+    """The velocity dz/dt that a network predicts: input of guidance, integrated by solvers.
+
+    Args:
+        network: predicts in the parametrization of `objective`.
+        objective: converts the prediction to a velocity.
+        evaluated: called after every evaluation with z_t and the velocity.
+    """
 
     def __init__(
         self,
@@ -103,26 +111,33 @@ class NetworkVelocity:
         self.network, self.objective, self.evaluated = network, objective, evaluated
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
-        """At one time for a batch; at least float32."""
+        """Velocity (b, c, h, w), at least float32, of latents that are all at time t."""
         velocity = self.objective.velocity(self.network, z_t, t, condition)
         self.evaluated(z_t, velocity)
         return velocity
 
     def skipping(self, layers: Collection[int]) -> "NetworkVelocity":
-        """Without these blocks of the network."""
+        """The velocity of the same network without these blocks."""
         return NetworkVelocity(self.network.skipping(layers), self.objective, self.evaluated)
 
 
 @register
 class Pipeline(nn.Module):
-    """All that a text-to-image model consists of.
+    """A complete text-to-image model: network, text encoders, autoencoder and formulation.
+
+    Calling it samples images. `sample` also returns the seeds and the number of function
+    evaluations; `encode`, `denoise` and `decode` are the stages it consists of.
+
+    Example:
+        pipe = mmdit.load_pipeline("runs/shapes-001", device="auto")
+        images = pipe(["a red circle", "a blue square"], num_images=4)  # uint8 (8, h, w, 3)
 
     Args:
         mmdit: the network.
-        text: prompts to conditions.
-        autoencoder: images to latents and back.
+        text: maps prompts to conditions.
+        autoencoder: maps images to latents and back.
         objective: the formulation the network was trained with, which sampling inverts.
-        image_size: side of the square training images, in pixels; the default size.
+        image_size: side of the square training images in pixels; the default size.
         steps, guidance: default number of solver steps and guidance scale.
 
     Raises:
@@ -151,13 +166,13 @@ class Pipeline(nn.Module):
                 raise UserError(f"model.{name} is {has}, but the other parts have {needs}")
         self.mmdit, self.text, self.autoencoder = mmdit, text, autoencoder
         with torch.device("cpu"):  # also where the networks are built on meta
-            objective.times(1)  # which refuses what could be trained and never sampled
+            objective.times(1)  # rejects formulations that can be trained but not sampled
         self.objective = objective
         self.image_size, self.steps, self.guidance = image_size, steps, guidance
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the network computes in."""
+        """Compute dtype of the network."""
         return self.mmdit.compute_dtype
 
     @property
@@ -182,20 +197,25 @@ class Pipeline(nn.Module):
         return height // self.autoencoder.factor, width // self.autoencoder.factor
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
-        """Starting latents, one per seed, each from its own CPU generator: (b, c, h, w).
+        """Draw the initial noise, one latent per seed: (b, c, h, w).
 
-        Image i has the same noise whatever the batch it is drawn in, whatever the device, and
-        whatever the precision: it is drawn in float32.
+        Each is drawn in float32 from its own CPU generator, so that a seed gives the same noise in
+        any batch, on any device and in any precision.
         """
         size = (self.mmdit.latent_channels, *self.latent_size(height, width))
         draws = [torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(draws).to(self.device, at_least_float32(self.dtype))
 
     def noised(self, image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Images, uint8 (n, h, w, 3), at noise level t of the straight path, where solvers move.
+        """Latents of images on the straight path to the noise, at noise level t, (b, c, h, w).
 
-        Each for an equal share of the noises (b, c, h, w).
-        Their latents are the means of the posterior; the reference draws samples of it.
+        The latents are the means of the autoencoder's posterior; the reference implementation
+        samples from it.
+
+        Args:
+            image: uint8 (n, h, w, 3); each is used for an equal share of the noise.
+            noise: (b, c, h, w), b a multiple of n.
+            t: noise level in [0, 1], (1,) or (b,).
         """
         x_0 = to_latents(self.autoencoder, image)
         x_0 = x_0.repeat_interleave(len(noise) // len(x_0), dim=0)
@@ -208,33 +228,45 @@ class Pipeline(nn.Module):
         progress: Progress | None = None,
         **options: Any,
     ) -> Tensor:
-        """Sample each prompt `num_images` times; `sample` returns more than the images.
+        """Sample `num_images` images of each prompt; see `sample` for seeds and evaluations.
 
         Example:
             images = pipe("a cat", num_images=4, steps=20, guidance=5.0, seed=7)
 
         Args:
-            prompt: one or several.
+            prompt: one text or several, or the result of `encode`.
             progress: as in `denoise`.
-            options: those of `Request`.
+            options: arguments of `Request`.
 
         Returns:
-            uint8 (len(prompt) * num_images, height, width, 3), prompts outermost.
+            uint8 (prompts * num_images, height, width, 3), prompts outermost.
 
         Raises:
-            UserError: an impossible size or number, or an image that does not fit them.
+            UserError: a value is impossible for this model, or an image does not fit the size.
             NotFinite: values become NaN or infinite; the message names the stage and the step.
         """
         return self.sample(Request(prompt, **options), progress).images
 
     @torch.no_grad()
     def sample(self, request: Request, progress: Progress | None = None) -> Samples:
-        """The images of a request: its text encoded, its noise denoised, its latents decoded.
+        """Sample the images of a request: encode the text, denoise, decode the latents.
 
-        Each network computes in its `compute_dtype`, or in that of the `torch.autocast` around it.
+        Each network computes in its `compute_dtype`, or in that of a surrounding `torch.autocast`.
+
+        Example:
+            request = Request("a cat", num_images=4, seed=7)
+            images, seeds, function_evaluations = pipe.sample(request)
+
+        Args:
+            request: what to sample; values left at None become the model's defaults.
+            progress: as in `denoise`.
+
+        Returns:
+            Images, uint8 (n, height, width, 3) with prompts outermost, their seeds, and the
+            number of network evaluations per image.
 
         Raises:
-            UserError: the model cannot do what is asked for.
+            UserError: the model cannot fulfil the request.
             NotFinite: values become NaN or infinite; the message names the stage and the step.
         """
         count = request.count
@@ -244,14 +276,14 @@ class Pipeline(nn.Module):
         size = (request.height or self.image_size, request.width or self.image_size)
         z = self.noise(request.seeds, *size)
         times = self.objective.times(steps, strength=request.strength, grid=request.grid)
-        # Paths that end before all is noise start there, from the noise alone.
+        # A path that ends before pure noise is sampled from its end, starting with noise alone.
         image = request.image
         z = times[0].item() * z if image is None else self.noised(image, z, times[:1])
         positive, negative = self.encode(request.prompts), None
         extra = {**positive.extra, **request.extra}
         if request.control is not None:
             extra["control"] = self.encode_control(request.control)
-        expect_read(self.mmdit, extra)
+        check_extra(self.mmdit, extra)
         positive = for_each_image(positive._replace(extra=extra), count)
         if guidance.reads_negative:
             negative = for_each_image(self.encode(request.negatives), count)
@@ -270,16 +302,16 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str] | Condition) -> Condition:
-        """The condition of each prompt; equal prompts are encoded once, all others together.
+        """Encode prompts to conditions; the distinct ones are encoded once, in one batch.
 
         Args:
-            prompts: n texts; or what this method made of them, which stays as it is.
+            prompts: n texts; or a condition from this method, which is checked and returned.
 
         Returns:
             Pooled text (n, p) and text tokens (n, l, d).
 
         Raises:
-            UserError: a condition that is given has other widths than the network reads.
+            UserError: the widths of a given condition are not those the network reads.
             NotFinite: an encoder gives NaN or infinite values; the message names it.
         """
         if isinstance(prompts, Condition):
@@ -300,12 +332,12 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def encode_control(self, images: Tensor) -> Tensor:
-        """Control images, uint8 (n, height, width, 3), to what a `ControlledMMDiT` reads of them.
+        """Encode control images, uint8 (n, height, width, 3), for a `ControlledMMDiT`.
 
-        In the range of pixels that its control net was trained on, as its `control_type` says.
+        The pixels are scaled to the range its ControlNet was trained on, given by `control_type`.
 
         Returns:
-            (n, c, h, w): the `extra["control"]` of a condition.
+            Latents (n, c, h, w), the `extra["control"]` of a condition.
 
         Raises:
             UserError: the network is not a `ControlledMMDiT`.
@@ -313,8 +345,8 @@ class Pipeline(nn.Module):
         """
         if not isinstance(self.mmdit, ControlledMMDiT):
             raise UserError(
-                f"control: {type(self.mmdit).__name__} follows no control image; join a control "
-                "net to it: pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=...)"
+                f"control: {type(self.mmdit).__name__} follows no control image; join a "
+                "ControlNet to it: pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=...)"
             )
         precise = at_least_float32(self.autoencoder.compute_dtype)
         pixels = images.to(self.autoencoder.device)
@@ -336,30 +368,35 @@ class Pipeline(nn.Module):
         steps: int | None = None,
         progress: Progress | None = None,
     ) -> Denoised:
-        """Latents at the first of the times, followed to the last.
+        """Integrate the guided flow, from latents at the first of the times to the last.
 
         Args:
             z: (n, c, h, w), on the straight path at noise level times[0].
-            times: falling noise levels, as `Objective.times` gives them.
-            positive, negative: what to move towards and away from, of n prompts; the negative one
-                may be None where `guidance.reads_negative` is false.
-            guidance: of `mmdit.flow.guidance`.
-            solver: of `mmdit.flow.solvers`.
-            steps: of a whole grid, where `times` is only the end of one.
-            progress: called after every solver step with its number from 0, the noise level t
-                that it reached and the latents there, (n, c, h, w), noise included, in float32 or,
-                where the network is, float64. So
-                `progress=lambda i, t, z: show(mmdit.latent_preview(z))` shows images of the
-                published autoencoder while they are sampled.
+            times: decreasing noise levels, as returned by `Objective.times`.
+            positive, negative: conditions of n prompts to move towards and away from; the negative
+                one may be None if `guidance.reads_negative` is false.
+            guidance: guidance rule, from `mmdit.flow.guidance`.
+            solver: ODE solver, from `mmdit.flow.solvers`.
+            steps: number of steps of the whole grid, if `times` is only the end of one; None
+                counts `times`.
+            progress: called after every solver step with its index from 0, the noise level t it
+                reached and the noisy latents there, (n, c, h, w), in float32 (float64 for a
+                float64 network). For example,
+                `progress=lambda i, t, z: show(mmdit.latent_preview(z))` previews the images while
+                they are sampled with a published autoencoder.
+
+        Returns:
+            Latents (n, c, h, w), float32 or wider, and the number of network evaluations per
+            latent.
 
         Raises:
-            UserError: the guidance reads a negative prompt, and there is none.
+            UserError: the guidance reads a negative prompt, but none is given.
             NotFinite: latents become NaN or infinite; the message names the step.
         """
         if negative is None and guidance.reads_negative:
             raise UserError(
-                f"{type(guidance).__name__} moves away from a negative prompt: give denoise() its "
-                'condition as `negative`, as encode([""]) makes it'
+                f"{type(guidance).__name__} moves away from a negative prompt: pass its condition "
+                'to denoise() as `negative`, for example encode([""])'
             )
         watch = Watch(len(times) - 1, progress)
         network = NetworkVelocity(self.mmdit, self.objective, watch.evaluated)
@@ -371,7 +408,7 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Normalized latents (n, c, h, w) to images, uint8 (n, height, width, 3).
+        """Decode normalized latents (n, c, h, w) to images, uint8 (n, height, width, 3).
 
         Raises:
             NotFinite: the decoder gives NaN or infinite values.

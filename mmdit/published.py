@@ -1,4 +1,4 @@
-"""Published models as pipelines: presets, the parts of a pipeline, and saving them again."""
+"""Public weights: loaded as pipelines with a preset's defaults, and saved in the same formats."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,18 +54,18 @@ def load_published(
     encoders: str | Path | None = None,
     tokenizers: str | Path | None = None,
 ) -> Pipeline:
-    """A pipeline from public weights, in eval mode on the CPU.
+    """Load a pipeline from public weights, in eval mode on the CPU.
 
     Args:
-        place: where the network is, and all that is not said to be elsewhere.
-        source: what the user called it.
-        used: for each kind of text encoder, whether it is loaded; otherwise it contributes zeros.
-        preset: name in `PRESETS`; told from the architecture and the source's name when None.
-        dtype: of all weights; None keeps the files'.
-        t5_length: tokens that T5 reads; the preset's when None.
-        autoencoder: where it is, when not at `place`.
-        encoders: where the text encoders are, when not at `place`.
-        tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not at `place`.
+        place: location of the network, and of all parts whose location is not given separately.
+        source: the source as the user named it.
+        used: for each kind of text encoder, whether to load it; otherwise it contributes zeros.
+        preset: name in `PRESETS`; None infers it from the architecture and the source's name.
+        dtype: dtype of all weights; None keeps the files'.
+        t5_length: number of tokens T5 reads; None takes the preset's.
+        autoencoder: location of the autoencoder, if not at `place`.
+        encoders: location of the text encoders, if not at `place`.
+        tokenizers: location of `tokenizer/`, `tokenizer_2/`, `tokenizer_3/`, if not at `place`.
 
     Raises:
         UserError: a part is missing, damaged, or does not fit the others.
@@ -81,7 +81,9 @@ def load_published(
             used[kind] = False
     wanted = [kind for kind in ENCODERS if used[kind]]
     root = path if path.is_dir() else path.parent
-    words = root if tokenizers is None else local(tokenizers, [TOKENIZERS[k] for k in wanted])
+    vocabularies = root
+    if tokenizers is not None:
+        vocabularies = local(tokenizers, [TOKENIZERS[kind] for kind in wanted])
 
     mmdit = place.load("mmdit", dtype=dtype)
     assert isinstance(mmdit, MMDiT)
@@ -95,7 +97,7 @@ def load_published(
     length = chosen.t5_length if t5_length is None else t5_length
     folders = [SUBFOLDERS[kind] for kind in wanted]
     at = place if encoders is None else place.like(encoders, folders)
-    parts = load_encoders(at, used, t5_length=length, tokenizers=words, dtype=dtype)
+    parts = load_encoders(at, used, t5_length=length, tokenizers=vocabularies, dtype=dtype)
     three: dict[str, Any] = {**parts, **zeros_for(mmdit, parts, length)}
     return Pipeline(
         mmdit=mmdit,
@@ -109,7 +111,7 @@ def load_published(
 
 
 def published_objective(shift: float) -> Objective:
-    """What SD3 was trained with (Sec. 3.1, 5.3.2), and the grid it is sampled on."""
+    """The objective SD3 was trained with (Sec. 3.1, 5.3.2), with the shift used in sampling."""
     return Objective(
         path=RectifiedFlow(),
         timesteps=LogitNormal(),
@@ -119,10 +121,10 @@ def published_objective(shift: float) -> Objective:
 
 
 def chosen_preset(mmdit: MMDiT, source: str, asked: str | None) -> str:
-    """The preset asked for, checked against the architecture, or the one that fits it.
+    """The requested preset, checked against the architecture; or the one that fits it.
 
     Raises:
-        UserError: the model is of another architecture than the preset.
+        UserError: the preset is for another architecture.
     """
     a = describe(mmdit)
     fitting = [
@@ -138,12 +140,17 @@ def chosen_preset(mmdit: MMDiT, source: str, asked: str | None) -> str:
             )
         return asked
     if not fitting:
-        log.warning("%s is none of the published sizes: sampled like sd3.5-medium", source)
+        log.warning("%s is not one of the published sizes: sampling it like sd3.5-medium", source)
         return "sd3.5-medium"
     turbo = [name for name in fitting if "turbo" in name]
     chosen = turbo[0] if turbo and "turbo" in source.lower() else fitting[0]
     if turbo and chosen != turbo[0]:
-        log.warning("sampled like %s; %s has the same shapes, say preset= for it", chosen, turbo[0])
+        log.warning(
+            "sampling like %s; %s has the same shapes: preset=%s selects it",
+            chosen,
+            turbo[0],
+            turbo[0],
+        )
     return chosen
 
 
@@ -159,26 +166,27 @@ def frozen_text(
     allow_pickle: bool = False,
     verify: bool = True,
 ) -> TextConditioner:
-    """Published text encoders to train a network on; they are not trained themselves.
+    """Load public text encoders, frozen, for training a network on their embeddings.
 
     Args:
         source: single file, folder, hub id, or the name of a preset.
-        tokenizers: where `tokenizer/`, `tokenizer_2/`, `tokenizer_3/` are, when not in `source`.
-        use_clip_l, use_clip_g, use_t5: an encoder left out contributes zeros of its published size.
-        t5_length: tokens that T5 reads.
+        tokenizers: location of `tokenizer/`, `tokenizer_2/`, `tokenizer_3/`, if not in `source`.
+        use_clip_l, use_clip_g, use_t5: load this encoder; one that is left out contributes zeros
+            of its published size.
+        t5_length: number of tokens T5 reads.
         dropout: see `TextConditioner`.
         allow_pickle, verify: as in `mmdit.load_mmdit`.
 
     Raises:
-        UserError: an encoder or a tokenizer that is used is not there.
+        UserError: an encoder in use, or its tokenizer, is missing or damaged.
     """
     used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
     wanted = [kind for kind, use in used.items() if use]
     folders = [SUBFOLDERS[kind] for kind in wanted] + [TOKENIZERS[kind] for kind in wanted]
     place = Place(source, folders, allow_pickle=allow_pickle, verify=verify)
     beside = place.path if place.path.is_dir() else place.path.parent
-    words = local(tokenizers, folders) if tokenizers else beside
-    parts = load_encoders(place, used, t5_length=t5_length, tokenizers=words)
+    vocabularies = local(tokenizers, folders) if tokenizers else beside
+    parts = load_encoders(place, used, t5_length=t5_length, tokenizers=vocabularies)
     three: dict[str, Any] = {
         "clip_l": AbsentEncoder(width=768, pooled_width=768, length=77),
         "clip_g": AbsentEncoder(width=1280, pooled_width=1280, length=77),
@@ -198,10 +206,10 @@ def load_encoders(
     tokenizers: Path,
     dtype: torch.dtype | None = None,
 ) -> dict[str, TextEncoder]:
-    """The encoders that are used, by kind.
+    """Load the encoders in use, by kind.
 
     Raises:
-        UserError: an encoder or a tokenizer that is used is not there.
+        UserError: an encoder in use, or its tokenizer, is missing or damaged.
     """
     parts: dict[str, TextEncoder] = {}
     for kind in (kind for kind in ENCODERS if used[kind]):
@@ -224,8 +232,8 @@ def load_encoders(
             raise UserError(f"{error}. (Elsewhere: text.tokenizers=<folder>)") from None
         if kind == "clip_l" and describe(model)["projection_width"] is not None:
             log.warning(
-                "%s: CLIP-L's pooled vector goes through a projection that is not the identity, as "
-                "diffusers applies it; single files and SD3's reference know none",
+                "%s: CLIP-L's pooled vector passes through a projection that is not the identity, "
+                "as in diffusers; single files and SD3's reference have no such projection",
                 place.path,
             )
         parts[kind] = TextEncoder(tokenizer=tokenizer, model=model)
@@ -233,16 +241,17 @@ def load_encoders(
 
 
 def with_tokenizers(description: Any, folder: Path, *, asked: bool) -> Any:
-    """A run's description, with the tokenizers of a folder where it notes no more than their paths.
+    """A run's description, completed with the tokenizers of a folder.
 
-    Older versions noted paths, which are not followed: a file of others may name any.
+    Older versions stored only the tokenizers' paths. These are never followed, because a file from
+    elsewhere may name any path.
 
     Args:
-        folder: of `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`.
-        asked: whether the user named it; otherwise what is not there is left as it is.
+        folder: folder with `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`.
+        asked: whether the user named the folder; if not, missing tokenizers are left as they are.
 
     Raises:
-        UserError: a tokenizer is not there, or none is wanting although a folder was named.
+        UserError: a tokenizer is missing, or a folder was named although none is needed.
     """
     text = _table(_table(description).get("text"))
     parts: dict[str, Any] = {}
@@ -261,7 +270,10 @@ def with_tokenizers(description: Any, folder: Path, *, asked: bool) -> Any:
                 )
             parts[kind] = {**part, "tokenizer": describe(tokenizer)}
     if asked and not parts:
-        raise UserError("the model holds its tokenizers, as those of this project do")
+        raise UserError(
+            "the model already includes its tokenizers, as all current runs of this project do: "
+            "leave tokenizers out"
+        )
     return {**description, "text": {**text, **parts}} if parts else description
 
 
@@ -272,10 +284,10 @@ def _table(value: Any) -> dict[str, Any]:
 def zeros_for(
     mmdit: MMDiT, present: Mapping[str, TextEncoder], t5_length: int
 ) -> dict[str, AbsentEncoder]:
-    """Stand-ins for the encoders that are not present, of the widths they would have.
+    """Placeholders for absent encoders, with the widths these would have.
 
-    A CLIP tower's states are as wide as its pooled vector, which tells one absent tower's width
-    from the other's. Two absent ones share the published proportion.
+    A CLIP tower's hidden states are as wide as its pooled vector, so the width of one absent tower
+    follows from the other's. Two absent towers share the pooled width in the published proportion.
     """
     lengths = [part.length for kind, part in present.items() if kind != "t5"]
     length = lengths[0] if lengths else 77
@@ -291,7 +303,7 @@ def zeros_for(
 
 
 def without(pipeline: Pipeline, kinds: list[str]) -> None:
-    """Leave encoders out of a pipeline: zeros from now on."""
+    """Remove text encoders from a pipeline, which then contribute zeros."""
     old = pipeline.text
     parts: dict[str, Any] = {kind: getattr(old, kind) for kind in ENCODERS}
     for kind in kinds:
@@ -305,7 +317,7 @@ def without(pipeline: Pipeline, kinds: list[str]) -> None:
 
 
 def models_of(thing: nn.Module) -> dict[str, Network]:
-    """The models of a pipeline, or the one model, by kind."""
+    """The models of a pipeline by kind; for a single model, that one."""
     if not isinstance(thing, Pipeline):
         kind = kind_of(thing)
         assert isinstance(thing, Network)
@@ -319,22 +331,30 @@ def models_of(thing: nn.Module) -> dict[str, Network]:
 
 
 def save_single_file(thing: nn.Module, path: str | Path) -> Path:
-    """Write a model, or all models of a pipeline, in the original single-file layout.
+    """Save a model, or all models of a pipeline, in the original single-file layout.
 
-    A transformer stands under `model.diffusion_model.`, other models alone stand bare, as
-    published. This project reads every such file, with the sizes in its header. ComfyUI reads
-    transformers of width 64 x depth with heads of 64, 16 latent channels, a context of width 4096
-    and a pooled vector of 2048, and other models of the published sizes; diffusers
-    (`from_single_file`) reads the published sizes alone, and no ControlNet. What they would refuse
-    or compute wrongly is said in a warning and in the header's metadata, as `mmdit.readers`. A
-    single file holds neither tokenizers nor how a pipeline is sampled.
+    The keys are as published: a transformer has the prefix `model.diffusion_model.`, and any other
+    model saved alone has none. This project reads every such file, with the sizes in its header.
+    ComfyUI reads transformers of width 64 x depth with heads of width 64, 16 latent channels, a
+    context of width 4096 and a pooled vector of width 2048, and other models in their published
+    sizes. diffusers (`from_single_file`) reads only the published sizes, and no ControlNet. A
+    warning, and the header's metadata under `mmdit.readers`, list what these programs would reject
+    or compute wrongly. A single file includes neither tokenizers nor sampling defaults.
+
+    Example:
+        pipe = load_pipeline("runs/shapes-001")
+        save_single_file(pipe, "shapes.safetensors")
 
     Args:
         thing: MMDiT, Autoencoder, CLIPTextModel, T5Encoder, ControlNet, or a Pipeline.
-        path: of the file, `.safetensors`.
+        path: path of the file, which must end in `.safetensors`.
+
+    Returns:
+        The path, with `~` expanded.
 
     Raises:
-        UserError: it has no public format, or the path is not that of a safetensors file.
+        UserError: the model has no public format, the path does not end in `.safetensors`, or the
+            file cannot be written.
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
@@ -345,45 +365,55 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
         prefixed = kind == "mmdit" or len(models) > 1
         tensors |= exported(model, "original", kind=kind, prefixed=prefixed)
     metadata = descriptions(models)
-    if told := remark(models, unsaid(thing, single_file=True)):
-        metadata[REMARK] = told
+    if message := remark(models, not_stored(thing, single_file=True)):
+        metadata[REMARK] = message
     write_archive(path, tensors, metadata)
-    if told:
-        log.warning("%s: %s", path, told)
+    if message:
+        log.warning("%s: %s", path, message)
     return path
 
 
-def unsaid(thing: nn.Module, *, single_file: bool) -> list[str]:
-    """How a pipeline is used where the public layouts have no place to say it."""
+def not_stored(thing: nn.Module, *, single_file: bool) -> list[str]:
+    """Settings of a pipeline that the public layouts cannot store, and other programs ignore."""
     if not isinstance(thing, Pipeline):
         return []
-    objective, told = thing.objective, []
+    objective, lost = thing.objective, []
     path, prediction = type(objective.path), type(objective.prediction)
     if (path, prediction) != (RectifiedFlow, Velocity):
-        told.append(
+        lost.append(
             f"it was trained as {path.__name__} with {prediction.__name__}, but is sampled "
             "elsewhere as rectified flow that predicts a velocity"
         )
     if single_file and objective.shift.alpha != 3.0:
-        told.append(f"its timesteps are shifted by {objective.shift.alpha:g}, but elsewhere by 3")
+        lost.append(f"its timesteps are shifted by {objective.shift.alpha:g}, but elsewhere by 3")
     if thing.text.empty_prompt != "encoded":
-        told.append("its empty prompt is all zeros, but is encoded elsewhere")
+        lost.append("its empty prompt is all zeros, but is encoded elsewhere")
     for kind in ENCODERS if single_file else ():
         tokenizer = getattr(getattr(thing.text, kind), "tokenizer", None)
         if tokenizer is not None and not isinstance(tokenizer, CLIPTokenizer | T5Tokenizer):
-            told.append(f"{kind} reads the tokens of a {type(tokenizer).__name__}")
-    return told
+            lost.append(f"{kind} reads the tokens of a {type(tokenizer).__name__}")
+    return lost
 
 
 def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
-    """Write a model (its files and config.json), or a whole pipeline, in diffusers' layout.
+    """Save a model (weights and config.json), or a whole pipeline, in diffusers' layout.
+
+    A pipeline's folder includes its tokenizers and its scheduler; `load_pipeline` and diffusers
+    read it. A warning lists the settings that the layout cannot store.
+
+    Example:
+        save_diffusers(load_pipeline("runs/shapes-001"), "shapes")
 
     Args:
         thing: as in `save_single_file`.
-        folder: of the model, or of the pipeline with its subfolders.
+        folder: folder to write; of a pipeline, with a subfolder for each part. An existing one
+            is replaced at once when the new one is complete.
+
+    Returns:
+        The folder, with `~` expanded.
 
     Raises:
-        UserError: it has no public format.
+        UserError: the model has no public format.
     """
     folder = Path(folder).expanduser()
     if not isinstance(thing, Pipeline):
@@ -404,6 +434,6 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
     shift = thing.objective.shift.alpha
     with replacing(folder, pipeline=True) as new:
         write_folder(models_of(thing), new, shift=shift, tokenizers=tokenizers)
-    if told := unsaid(thing, single_file=False):
-        log.warning("%s: the folder has no place for this: %s", folder, "; ".join(told))
+    if lost := not_stored(thing, single_file=False):
+        log.warning("%s: the folder cannot store this: %s", folder, "; ".join(lost))
     return folder

@@ -1,4 +1,4 @@
-"""What to sample, checked in one place before any of it is computed."""
+"""Sampling requests, checked in one place before anything is computed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,44 +15,48 @@ from mmdit.flow.grids import Grid
 from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.solvers import Solver, euler
 
-MOST_IMAGES = 10_000  # of one request, which are all held at once
+MOST_IMAGES = 10_000  # of one request; all are in memory at once
 
 
 class Request:
-    """Images to sample: numbers that no model could use are refused when it is made.
+    """The images to sample: prompts, size, seeds, solver, guidance.
 
-    What is None is the model's own. `Pipeline.sample` fills it in, and checks what depends on the
-    model, such as the sizes that it takes.
+    Values that no model could use are rejected when it is constructed. Values left at None are
+    the model's defaults: `Pipeline.sample` fills them in, and checks what depends on the model,
+    such as the sizes it supports.
 
     Example:
         request = Request(["a cat", "a dog"], num_images=2, steps=20)
         images, seeds, function_evaluations = pipe.sample(request)
 
     Args:
-        prompt: one or several, or what `Pipeline.encode` made of them; an empty prompt means
+        prompt: one text or several, or the result of `Pipeline.encode`; an empty prompt is
             unconditional.
-        negative_prompt: what guidance moves away from, one or one for each prompt, or encoded;
-            None is unconditional. It is encoded only if the guidance reads it.
-        image: to start from instead of noise: uint8 (h, w, 3), or one for each prompt.
-        strength: how much of `image` is replaced, from 0 (it is encoded and decoded) to 1 (nothing
-            is kept); `Grid.remaining` says which steps are left to do.
-        num_images: per prompt; image i of a prompt starts from seed + i. All prompts together, at
-            most 10,000 images.
-        height, width: in pixels; that of `image` or `control`, or the training size, by default.
-        steps: of the solver, at most 10,000.
-        guidance: scale of classifier-free guidance (1 turns it off), or an object of
+        negative_prompt: text that guidance moves away from: one, one per prompt, or encoded; None
+            is unconditional. It is encoded only if the guidance reads it.
+        image: image to start from instead of noise: uint8 (h, w, 3), or one per prompt (n, h, w,
+            3).
+        strength: how much of `image` is replaced, from 0 (it is only encoded and decoded) to 1
+            (nothing is kept); `Grid.remaining` selects the steps that remain.
+        num_images: number of images per prompt; image i of a prompt starts from seed + i. At most
+            10,000 images over all prompts.
+        height, width: size in pixels; by default that of `image` or `control`, or the training
+            size.
+        steps: number of solver steps, at most 10,000.
+        guidance: scale of classifier-free guidance (1 turns it off), or an object from
             `mmdit.flow.guidance`.
-        seed: of the first image of each prompt, 0 to 2^64 - 1; 0 by default. Torch's CPU generator
-            reads the low 32 bits: seeds 2^32 apart give the same image.
-        seeds: one for each image, prompts outermost, instead of `seed`.
-        solver: a function of `mmdit.flow.solvers`.
-        grid: where the solver stops, of `mmdit.flow.grids`; the formulation's own by default.
-        control: image that a `ControlledMMDiT` follows, as `image` is given.
-        extra: what else conditions the network besides text, by the names of `Backbone.reads`: one
-            row for all images or one for each, prompts outermost. Both sides of guidance get it.
+        seed: seed of the first image of each prompt, 0 to 2^64 - 1; 0 by default. Torch's CPU
+            generator reads only the low 32 bits: seeds 2^32 apart give the same image.
+        seeds: one per image, prompts outermost, instead of `seed`.
+        solver: ODE solver, a function from `mmdit.flow.solvers`.
+        grid: time grid of the solver, from `mmdit.flow.grids`; by default the formulation's.
+        control: image that a `ControlledMMDiT` follows, in the format of `image`.
+        extra: further conditions of the network, by the names in `Backbone.reads`: one row for all
+            images or one per image, prompts outermost. Guidance passes them to the conditional
+            and the unconditional evaluation alike.
 
     Raises:
-        UserError: an impossible value, or values that do not fit each other.
+        UserError: a value is impossible, or values contradict each other.
     """
 
     def __init__(
@@ -81,14 +85,14 @@ class Request:
         prompts, negatives = count(self.prompts), count(self.negatives)
         if negatives not in (1, prompts):
             raise UserError(
-                f"{negatives} negative prompts for {prompts} prompts: give one, or one for each"
+                f"{negatives} negative prompts for {prompts} prompts: give one, or one per prompt"
             )
         num_images = whole_number("num_images", num_images, most=MOST_IMAGES)
         self.count = prompts * num_images
         if self.count > MOST_IMAGES:
             raise UserError(
-                f"{prompts} prompts x num_images={num_images} are {self.count:,} images, which are "
-                f"sampled at once: at most {MOST_IMAGES:,} are, so make several calls"
+                f"{prompts} prompts x num_images={num_images} are {self.count:,} images, but at "
+                f"most {MOST_IMAGES:,} can be sampled at once: split them into several calls"
             )
         self.seeds = seeds_of(seed, seeds, prompts, num_images)
         if (image is None) != (strength is None):
@@ -110,7 +114,7 @@ class Request:
         self.solver, self.grid = solver, grid
 
     def _sized(self, name: str, image: Tensor | None, prompts: int) -> Tensor | None:
-        """An image as a batch, whose size is that of all images."""
+        """An image as a batch, whose size becomes that of all samples."""
         if image is None:
             return None
         batch = one_per_prompt(name, image, prompts, self.height, self.width)
@@ -119,10 +123,10 @@ class Request:
 
 
 def texts(name: str, given: str | Sequence[str] | Condition) -> list[str] | Condition:
-    """One text or several as a list; encoded ones as they are.
+    """One text or several as a list; encoded prompts are returned unchanged.
 
     Raises:
-        UserError: something else, or none.
+        UserError: something else, or an empty list.
     """
     if isinstance(given, Condition):
         return given
@@ -145,10 +149,10 @@ def count(prompts: list[str] | Condition) -> int:
 def seeds_of(
     seed: int | None, seeds: Sequence[int] | None, prompts: int, num_images: int
 ) -> list[int]:
-    """The seed of each image, prompts outermost: as given, or counted from `seed` for each prompt.
+    """The seed of each image, prompts outermost: as given, or counted up from `seed` per prompt.
 
     Raises:
-        UserError: both are given, a seed is not one, or there is another number of them.
+        UserError: both are given, a seed is invalid, or their number does not match.
     """
     if seed is not None and seeds is not None:
         raise UserError("seed and seeds exclude each other: give one of them")
@@ -158,7 +162,7 @@ def seeds_of(
     if not isinstance(seeds, Sequence) or len(seeds) != prompts * num_images:
         many = len(seeds) if isinstance(seeds, Sequence) else repr(seeds)
         raise UserError(
-            f"{many} seeds for {prompts * num_images} images: give a list, one for each"
+            f"{many} seeds for {prompts * num_images} images: give a list, one per image"
         )
     return [seed_number(f"seeds[{i}]", seed) for i, seed in enumerate(seeds)]
 
@@ -166,15 +170,15 @@ def seeds_of(
 def one_per_prompt(
     name: str, image: Tensor, prompts: int, height: int | None, width: int | None
 ) -> Tensor:
-    """An image for all prompts or one for each, as a batch (1 or prompts, h, w, 3).
+    """One image for all prompts, or one per prompt, as a batch (1 or prompts, h, w, 3).
 
     Args:
-        name: of the argument.
-        image: uint8 (h, w, 3), or one for each prompt (prompts, h, w, 3).
-        height, width: what the sides must be; None is any.
+        name: name of the argument, for messages.
+        image: uint8 (h, w, 3), or one per prompt (prompts, h, w, 3).
+        height, width: required size in pixels; None accepts any.
 
     Raises:
-        UserError: another type, shape or number.
+        UserError: the type, the shape or the number of images is wrong.
     """
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
@@ -182,11 +186,11 @@ def one_per_prompt(
     batch = image[None] if image.ndim == 3 else image
     if batch.ndim != 4 or batch.shape[-1] != 3 or len(batch) not in (1, prompts):
         raise UserError(
-            f"{name} of shape {tuple(image.shape)} must be (height, width, 3), or one for each "
+            f"{name} of shape {tuple(image.shape)} must be (height, width, 3), or one per "
             f"prompt: ({prompts}, height, width, 3)"
         )
-    wanted = (("height", height, batch.shape[1]), ("width", width, batch.shape[2]))
-    for side, asked, has in wanted:
+    required = (("height", height, batch.shape[1]), ("width", width, batch.shape[2]))
+    for side, asked, has in required:
         if asked not in (None, has):
             raise UserError(
                 f"{side}={asked} was asked for, but {name} has {has}: leave {side} out, or scale "
@@ -196,19 +200,19 @@ def one_per_prompt(
 
 
 def rows_for(extra: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """What else conditions `count` images, checked.
+    """The further conditions of `count` images, checked.
 
     Raises:
-        UserError: something is not a tensor of one row for all images, or one for each.
+        UserError: a value is not a tensor of one row for all images, or one row per image.
     """
     if not isinstance(extra, Mapping):
-        raise UserError(f"extra={extra!r} must give a tensor to each name")
+        raise UserError(f"extra={extra!r} must be a mapping from names to tensors")
     for name, part in extra.items():
         if not isinstance(part, Tensor) or part.ndim == 0 or len(part) not in (1, count):
             has = f"{len(part)} rows" if isinstance(part, Tensor) and part.ndim else repr(part)
             raise UserError(
-                f"extra[{name!r}] has {has} for {count} images: give one for all, or one for each, "
-                "prompts outermost (repeat_interleave(num_images, dim=0))"
+                f"extra[{name!r}] has {has} for {count} images: give one for all, or one per "
+                "image, prompts outermost (repeat_interleave(num_images, dim=0))"
             )
     return dict(extra)
 

@@ -426,10 +426,10 @@ def test_each_picture_follows_its_own_control(pipe):
             alone = paint([prompt], controls[i : i + 1], guidance=guidance, seed=7, steps=2)[0]
             assert (painted[i] - alone).abs().max() <= 1
         assert (painted[0] - painted[1]).abs().max() > 10
-    message = r"extra\['control'\] has 2 rows for 4 images: give one for all, or one for each"
+    message = r"extra\['control'\] has 2 rows for 4 images: give one for all, or one per image"
     with pytest.raises(UserError, match=message):
         paint(["a", "b"], controls[:2], **wish)
-    with pytest.raises(NotFinite, match=r"what made extra\['control'\] gave NaN"):
+    with pytest.raises(NotFinite, match=r"the source of extra\['control'\] gave NaN"):
         paint(["a", "b"], controls * torch.nan, **wish)
 
 
@@ -442,7 +442,7 @@ def test_a_network_gets_what_it_reads_and_nothing_else(pipe):
     with pytest.raises(UserError, match="extra has nothing, but ControlledMMDiT reads control"):
         pipe("a", steps=1)
     for wrong in (torch.tensor(1.0), "edges.png"):
-        with pytest.raises(UserError, match="give one for all, or one for each"):
+        with pytest.raises(UserError, match="give one for all, or one per image"):
             pipe("a", extra={"control": wrong}, steps=1)
 
 
@@ -479,7 +479,7 @@ def test_a_control_image_is_encoded_in_the_range_of_its_control_net(pipe, contro
         ({"control": picture(3, 8, 8)}, r"control of shape \(3, 8, 8, 3\) must be"),
         ({"control": picture(8, 8), "height": 12}, "height=12 .* control has 8"),
         ({"control": picture(8, 8), "image": picture(8, 12), "strength": 1.0}, "width=12 .* has 8"),
-        ({"extra": [1]}, r"extra=\[1\] must give a tensor to each name"),
+        ({"extra": [1]}, r"extra=\[1\] must be a mapping from names to tensors"),
     ],
 )
 def test_control_that_does_not_fit_is_refused(arguments, message):

@@ -435,7 +435,7 @@ def test_the_parts_of_a_run_are_loaded_like_public_ones(run, tiny):
             loaded = dict(loader(run, weights=weights).named_parameters())
             for name, parameter in part.named_parameters():
                 assert torch.equal(loaded[name], parameter + added), name
-    with pytest.raises(UserError, match="holds two CLIP towers: say which='clip_l' or"):
+    with pytest.raises(UserError, match="holds two CLIP towers: give which='clip_l' or"):
         mmdit.load_clip(run)
 
 
@@ -456,7 +456,7 @@ def test_what_does_not_apply_to_a_source_is_refused(run, tiny):
         (mmdit.load_t5, {"allow_pickle": True}),
     ):
         (name,) = argument
-        with pytest.raises(UserError, match=f"this project: {name} is for public ones"):
+        with pytest.raises(UserError, match=f"this project: {name} applies only to public"):
             loader(run, **argument)
     for loader in (mmdit.load_pipeline, mmdit.load_mmdit, mmdit.load_autoencoder, mmdit.load_t5):
         with pytest.raises(UserError, match="is not a run of this project: it has no weights=raw"):

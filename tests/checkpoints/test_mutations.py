@@ -25,7 +25,7 @@ def run(model: nn.Module, folder: Path) -> Path:
     states = {kind: dict(model.state_dict()) for kind in ("raw", "ema")}
     described = dict.fromkeys(states, describe(model))
     with Saver(folder / "run", Processes(), keep=Retention(last=1), config={}) as saver:
-        saver.save(step=1, finished=True, tensors=states, descriptions=described, figures={})
+        saver.save(step=1, finished=True, tensors=states, descriptions=described, metrics={})
     return folder / "run"
 
 

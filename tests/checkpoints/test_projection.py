@@ -15,7 +15,7 @@ from mmdit.checkpoints.hashes import HASH
 from mmdit.checkpoints.public import ENTRY, find
 from mmdit.checkpoints.readers import REMARK
 from mmdit.errors import UserError
-from mmdit.loading import _only_clip
+from mmdit.loading import open_source
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
 
@@ -78,7 +78,7 @@ def test_the_projection_of_a_folder_is_applied_and_remarked_on(tiny_published, t
     before, after = (p.text.encode(["a red cat"]).c_vec for p in (pipe, again))
     torch.testing.assert_close(after[:, :16], 2 * before[:, :16])
     torch.testing.assert_close(after[:, 16:], before[:, 16:])
-    assert "CLIP-L's pooled vector goes through a projection" in caplog.text
+    assert "CLIP-L's pooled vector passes through a projection" in caplog.text
 
 
 def test_a_projection_that_is_applied_survives_a_single_file_of_ours(tiny, tmp_path, caplog):
@@ -127,7 +127,7 @@ def test_a_tower_in_a_file_of_its_own_is_the_one_of_its_width(tmp_path, width, e
     }
     save_file(tensors, path)
     assert [kind for kind in ("clip_l", "clip_g") if find(open_file(path), kind)] == expected
-    assert _only_clip(path) == expected[0]
+    assert open_source(path, ["clip_l", "clip_g"]).only_clip() == expected[0]
     save_file(tensors, path, {ENTRY: json.dumps({"clip_l": {"activation": "quick_gelu"}})})
     assert find(open_file(path), "clip_l")
 

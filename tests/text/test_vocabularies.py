@@ -81,7 +81,7 @@ def test_a_file_holds_its_tokenizers(exported, tiny_published):
     ours, published = (mmdit.load_pipeline(path).text for path in (exported, tiny_published))
     for one, other in zip(ours.tokenize(["a cat"]), published.tokenize(["a cat"]), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(UserError, match="the model holds its tokenizers"):
+    with pytest.raises(UserError, match="the model already includes its tokenizers"):
         mmdit.load_pipeline(exported, tokenizers=tiny_published)
 
 
