@@ -187,8 +187,10 @@ def fit(
 
 def validation_of(data: Data, count: int) -> Validation:
     """The first `count` images of the validation split, and the prompts to sample from."""
-    images, captions, _ = data.square(range(min(count, len(data))))
-    return Validation(images, captions, data.prompts() or captions[:16])
+    images, captions, extra = data.square(range(min(count, len(data))))
+    # What else a network reads belongs to these captions.
+    prompts = [] if extra else data.prompts()
+    return Validation(images, captions, prompts or captions[:16], extra)
 
 
 def score(

@@ -17,8 +17,9 @@ class Batch(NamedTuple):
     """Samples of one size, on the CPU.
 
     `extra` holds further tensors by name, with one row per sample, for tasks that need them: masks,
-    control images, the other image of a pair. It reaches the network as `Condition.extra`. Latent
-    caches store images and captions alone, so `extra` requires latents=from_pixels.
+    control images, the other image of a pair. What the network reads (`Backbone.reads`) reaches it
+    as `Condition.extra`. Latent caches store images and captions alone, so `extra` requires
+    latents=from_pixels.
     """
 
     images: Tensor  # uint8 (b, h, w, 3)

@@ -1,7 +1,7 @@
 """What is learned: the loss of a batch, and how well the result does. The loop knows no more."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from mmdit.checks import expect_finite, expect_number
 from mmdit.data.dataset import Data
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
+from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
 from mmdit.latents.encoding import AT_ONCE, condition, memory_for
@@ -187,7 +188,8 @@ class Validation(NamedTuple):
 
     images: Tensor  # uint8 (n, h, w, 3)
     captions: list[str]
-    prompts: list[str]  # of the pictures that are painted
+    prompts: list[str]  # of the images that are sampled
+    extra: dict[str, Tensor] = {}  # noqa: RUF012  # as in `Batch`, for each image and sample
 
 
 class FlowTask:
@@ -244,7 +246,23 @@ class FlowTask:
         draw = Draw(*(part.to(x_0.device, non_blocking=True) for part in example.draw))
         with self.autocast():
             conditioned = condition(module.text, example.text, example.kept)
+            conditioned = conditioned._replace(extra=self._read(example.extra))
             return module.objective(module.mmdit, x_0, conditioned, draw)
+
+    def _read(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the network reads of the tensors that come with a batch, on its device.
+
+        Raises:
+            UserError: it reads others.
+        """
+        reads, device = self.module.mmdit.reads, self.module.device
+        if missing := reads - extra.keys():
+            raise UserError(
+                f"{type(self.module.mmdit).__name__} reads {', '.join(sorted(missing))} besides "
+                "text, but the data has none: return it in Batch.extra from `Data.batch` and "
+                "`Data.square`, and train with latents=from_pixels"
+            )
+        return {name: extra[name].to(device, non_blocking=True) for name in sorted(reads)}
 
     def times(self, example: Captioned) -> Tensor:
         return example.draw.t
@@ -265,8 +283,9 @@ class FlowTask:
         assert isinstance(module, Pipeline)
         latents, captions = self._validation_latents, self.validation.captions
         with self.autocast():
-            levels = validation_loss(module, latents, captions, seed=self.seed)
-            attention = attention_at(module, latents, captions, levels=LEVELS[:-1], seed=self.seed)
+            shown: dict[str, Any] = {"seed": self.seed, "extra": self._read(self.validation.extra)}
+            levels = validation_loss(module, latents, captions, **shown)
+            attention = attention_at(module, latents, captions, levels=LEVELS[:-1], **shown)
         figures = {f"loss_t{t:.3f}": loss for t, loss in zip(LEVELS, levels, strict=True)}
         seen = last_blocks(attention)
         attended = {"attention_max_logit": seen.max_logit, "attention_entropy": seen.entropy}
@@ -275,7 +294,8 @@ class FlowTask:
     @torch.no_grad()
     def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
         assert isinstance(module, Pipeline)
-        prompts = self.validation.prompts
+        prompts, extra = self.validation.prompts, self._read(self.validation.extra)
+        extra = {name: part[: len(prompts)] for name, part in extra.items()}
         with self.autocast():
-            images = module(prompts, seeds=range(len(prompts)))
+            images = module(prompts, seeds=range(len(prompts)), extra=extra)
         return images.cpu(), prompts

@@ -8,7 +8,7 @@ function is replaced by one that records statistics and calls the original.
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -177,6 +177,7 @@ def attention_at(
     *,
     levels: Sequence[float],
     seed: int,
+    extra: Mapping[str, Tensor] = {},
     batch_size: int = 64,
 ) -> list[BlockAttention]:
     """Attention statistics of each block of the transformer on noised images at several times t.
@@ -189,6 +190,7 @@ def attention_at(
         captions: their n captions.
         levels: values of t in [0, 1].
         seed: seed of the noise.
+        extra: as in `validation_loss`.
         batch_size: number of samples per batch.
     """
     shape, device = tuple(latents.shape[1:]), latents.device
@@ -199,7 +201,9 @@ def attention_at(
             noises = [
                 torch.randn(shape, generator=generator_for(seed, "validation", i)) for i in keys
             ]
-            condition = pipeline.text.encode(captions[start : start + batch_size])
+            rows = slice(start, start + batch_size)
+            condition = pipeline.text.encode(captions[rows])
+            condition = condition._replace(extra={name: part[rows] for name, part in extra.items()})
             for level in levels:
                 t = torch.full((len(x_0),), level, device=device)
                 draw = Draw(t, torch.stack(noises).to(device))

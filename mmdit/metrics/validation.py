@@ -1,6 +1,6 @@
 """The paper's validation loss: at 8 equally spaced levels of t, with fixed noise (Sec. 5.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ def validation_loss(
     captions: Sequence[str],
     *,
     seed: int,
+    extra: Mapping[str, Tensor] = {},
     batch_size: int = 64,
 ) -> list[float]:
     """Mean loss at each t of `LEVELS`, without dropping text encoders.
@@ -32,6 +33,7 @@ def validation_loss(
         latents: normalized latents (n, c, h, w).
         captions: their n captions.
         seed: seed of the noise.
+        extra: what the network reads besides text (`Condition.extra`), n rows each.
         batch_size: number of samples per batch; it only affects rounding.
     """
     shape, device = tuple(latents.shape[1:]), latents.device
@@ -41,7 +43,9 @@ def validation_loss(
         keys = range(start, start + len(x_0))
         noises = [torch.randn(shape, generator=generator_for(seed, "validation", i)) for i in keys]
         epsilon = torch.stack(noises).to(device)
-        condition = pipeline.text.encode(captions[start : start + batch_size])
+        rows = slice(start, start + batch_size)
+        condition = pipeline.text.encode(captions[rows])
+        condition = condition._replace(extra={name: part[rows] for name, part in extra.items()})
         for found, level in zip(losses, LEVELS, strict=True):
             draw = Draw(torch.full((len(x_0),), level, device=device), epsilon)
             found.append(pipeline.objective(pipeline.mmdit, x_0, condition, draw))

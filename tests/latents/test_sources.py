@@ -14,6 +14,7 @@ from PIL import Image
 from mmdit.data.caption_sources import Sidecars
 from mmdit.data.captioned import CaptionedImages
 from mmdit.data.captions import vocabulary
+from mmdit.data.dataset import Batch
 from mmdit.data.folder import image_folder
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loader import Loader
@@ -132,11 +133,11 @@ def source_of(kind: Make, pipe: Pipeline, data: Any, **arguments: Any) -> Latent
 
 
 def task_of(pipe: Pipeline, source: LatentSource, data: Any) -> FlowTask:
-    images, captions, _ = data.square(range(2))
+    images, captions, extra = data.square(range(2))
     return FlowTask(
         module=pipe,
         source=source,
-        validation=Validation(images, captions, captions),
+        validation=Validation(images, captions, captions, extra),
         seed=0,
         autocast=nullcontext,
     )
@@ -152,6 +153,53 @@ def examples(task: FlowTask, workers: int = 0) -> Iterator[Captioned]:
 def losses(task: FlowTask, workers: int = 0) -> torch.Tensor:
     with torch.no_grad():
         return torch.stack([task.loss(example) for example in examples(task, workers)])
+
+
+class MaskedMMDiT(MMDiT):
+    """Sees latents where a mask of its data lets it."""
+
+    reads = frozenset({"mask"})
+
+    def forward(self, z_t, t, c_vec, c_ctxt, mask):
+        return super().forward(z_t * mask, t, c_vec, c_ctxt)
+
+
+class Masked:
+    """A data set with a mask for each image, and with something that no network reads."""
+
+    def __init__(self, data: CaptionedImages, value: float) -> None:
+        self.data, self.value = data, value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
+
+    def _with_mask(self, batch: Batch) -> Batch:
+        n, height, width, _ = batch.images.shape
+        mask = torch.full((n, 1, height // 4, width // 4), self.value)
+        return batch._replace(extra={"mask": mask, "other": torch.zeros(n)})
+
+    def batch(self, indices: Any, step: int = 0) -> Batch:
+        return self._with_mask(self.data.batch(indices, step))
+
+    def square(self, indices: Any) -> Batch:
+        return self._with_mask(self.data.square(indices))
+
+
+def test_what_a_network_reads_of_a_batch_reaches_it(photos):
+    data, pipe = opened(photos), pipeline(frozen=False)
+    plain = losses(task_of(pipe, source_of(FromPixels, pipe, data), data))
+    pipe.mmdit.__class__ = MaskedMMDiT
+    with pytest.raises(UserError, match="MaskedMMDiT reads mask besides text, but the data has"):
+        losses(task_of(pipe, source_of(FromPixels, pipe, data), data))
+    found = {}
+    for value in (1.0, 0.0):
+        masked = Masked(data, value)
+        task = task_of(pipe, source_of(FromPixels, pipe, masked), masked)
+        found[value] = losses(task)
+        images, _ = task.picture(pipe)
+        assert len(images) == 2 and task.evaluate(pipe)["loss"] > 0
+    assert torch.equal(found[1.0], plain)
+    assert not torch.equal(found[0.0], plain)
 
 
 @pytest.mark.parametrize("without_t5", [False, True], ids=["three", "no T5"])
