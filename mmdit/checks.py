@@ -1,9 +1,15 @@
-"""Checks of constructor arguments: the message names field, value and expectation."""
+"""Checks of what users give: the message names field, value and expectation, always alike.
+
+A field is called as it was written: `steps` of a function, `training.steps` of a config. Checks of
+numbers return the number.
+"""
 
 import difflib
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -17,86 +23,122 @@ MOST_STEPS = 10_000  # of a solver: far more than any sampling needs
 SHOWN = {COUNTS: "2^63 - 1", SEEDS: "2^64 - 1"}
 
 
-def whole_number(name: str, given: Any, least: int = 1, most: int = COUNTS) -> int:
-    """A whole number of Python, numpy or torch, as an int; a bool is none.
+def expect(holds: bool, field: str, value: object, expectation: str) -> None:
+    """Raise UserError "field=value expectation" unless it holds.
+
+    Example:
+        >>> expect(len(betas) == 2, "optimizer.betas", betas, "must be two numbers")
+    """
+    if not holds:
+        raise UserError(f"{field}={value!r} {expectation}")
+
+
+def whole_number(field: str, value: Any, least: int = 1, most: int = COUNTS) -> int:
+    """A whole number of Python, numpy or torch, as an int; a bool is not one.
 
     Raises:
         UserError: something else, or a number outside [least, most].
     """
     try:
-        number = None if isinstance(given, bool) else operator.index(given)
+        number = None if isinstance(value, bool) else operator.index(value)
     except (TypeError, ValueError):
         number = None
     if number is None or not least <= number <= most:
         bounds = f"from {least} to {SHOWN.get(most, f'{most:,}')}"
         if most == COUNTS and (number is None or number < least):
             bounds = f"of at least {least}"
-        raise UserError(f"{name}={given} must be a whole number {bounds}")
+        raise UserError(f"{field}={value!r} must be a whole number {bounds}")
     return number
 
 
-def seed_number(name: str, given: Any, *, images: int = 1) -> int:
+def seed_number(field: str, value: Any, *, images: int = 1) -> int:
     """A seed, 0 to 2^64 - 1, from which so many images are counted: the last has seed + images - 1.
 
     Raises:
-        UserError: it is none, or too large for them.
+        UserError: it is not one, or too large for them.
     """
-    number = whole_number(name, given, 0, SEEDS)
+    number = whole_number(field, value, 0, SEEDS)
     if number + images - 1 > SEEDS:
         raise UserError(
-            f"{name}={given} must be a whole number from 0 to 2^64 - {images}: seeds of {images} "
+            f"{field}={value} must be a whole number from 0 to 2^64 - {images}: seeds of {images} "
             f"images are counted up from it, and the last of all is 2^64 - 1"
         )
     return number
 
 
-def expect(holds: bool, field: str, value: object, expectation: str) -> None:
-    """Raise UserError "`field` `value` `expectation`" unless it holds."""
-    if not holds:
-        raise UserError(f"{field} {value!r} {expectation}")
+def at_least_one(owner: str, **counts: Any) -> None:
+    """Raise UserError, naming the owner, unless each is a whole number of at least 1."""
+    for name, count in counts.items():
+        whole_number(f"{owner}: {name}", count)
 
 
-def expect_whole(field: str, value: Any, least: int) -> None:
-    """Raise UserError unless `value` is a whole number of at least `least`; a bool is none."""
-    holds = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    expect(holds, field, value, f"must be a whole number, at least {least}")
-    expect(value <= COUNTS, field, value, "must be below 2^63")
+def number(
+    field: str,
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """A finite number of Python or numpy, as a float; a bool is not one.
+
+    Raises:
+        UserError: something else, or a number outside [least, most] or (above, below).
+    """
+    is_one = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_one or not (least <= value <= most and above < value < below):
+        bounds = {"above": above, "of at least": least, "below": below, "at most": most}
+        told = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
+        raise UserError(f"{field}={value!r} must be a finite number {' and '.join(told)}".rstrip())
+    return float(value)
 
 
-def expect_number(field: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
-    """Raise UserError unless `value` is a finite number in [least, most]; a bool is none."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    expect(is_number and math.isfinite(value), field, value, "must be a number")
-    if most < math.inf:
-        expect(least <= value <= most, field, value, f"must be in [{least:g}, {most:g}]")
-    expect(value >= least, field, value, f"must be at least {least:g}")
+def flag(field: str, value: Any) -> None:
+    """Raise UserError unless `value` is a bool."""
+    expect(isinstance(value, bool), field, value, "must be true or false")
 
 
-def expect_list(field: str, value: Any) -> None:
-    """Raise UserError unless `value` is a list, and no text."""
+def text(field: str, value: Any) -> None:
+    """Raise UserError unless `value` is a text."""
+    expect(isinstance(value, str), field, value, "must be a text")
+
+
+def listed(field: str, value: Any) -> None:
+    """Raise UserError unless `value` is a list, and not a text."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     expect(is_list, field, value, "must be a list")
 
 
-def expect_mapping(field: str, value: Any) -> None:
+def mapping(field: str, value: Any) -> None:
     """Raise UserError unless `value` gives something to names."""
     expect(isinstance(value, Mapping), field, value, "must give a value to each name")
 
 
-def at_least_one(owner: str, **counts: int) -> None:
-    """Raise UserError, naming the owner and the first of its counts that is below 1, if any is."""
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{owner}: {name} {count} must be at least 1")
-
-
-def one_of(field: str, name: str, known: Iterable[str]) -> None:
-    """Raise UserError, with the nearest known name, unless `name` is known."""
+def one_of(field: str, value: Any, known: Iterable[str]) -> None:
+    """Raise UserError, with the nearest known name, unless `value` is known."""
     known = list(known)
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{field} {name!r} must be one of {', '.join(known)}{hint}")
+    hint = did_you_mean(nearest(str(value), known))
+    expect(value in known, field, value, f"must be one of {', '.join(known)}{hint and f'.{hint}'}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The name in `known` most like `word`, as a whole or in its last part; None if none is."""
+    if len(word) > 200:  # no slip of a name, and comparing takes the square of its length
+        return None
+
+    def likeness(name: str) -> tuple[float, float]:
+        last, last_known = re.split(r"[./]", word)[-1], re.split(r"[./]", name)[-1]
+        whole = difflib.SequenceMatcher(None, word, name).ratio()
+        return max(whole, 0.9 * difflib.SequenceMatcher(None, last, last_known).ratio()), whole
+
+    best = max(sorted(known), key=likeness, default="")
+    return best if best and likeness(best)[0] > 0.65 else None
+
+
+def did_you_mean(name: str | None) -> str:
+    """The question to put behind a message, if there is a name to offer."""
+    return f" Did you mean {name}?" if name else ""
 
 
 def expect_finite(stage: str, x: Tensor) -> None:

@@ -20,6 +20,7 @@ from mmdit.checkpoints.folders import SUBFOLDERS, TOKENIZERS
 from mmdit.checkpoints.hashes import content_of
 from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import find, own_description
+from mmdit.checks import flag
 from mmdit.devices import available
 from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError
@@ -377,8 +378,7 @@ def load_pipeline(
     expect_computable(dtype)
     used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
     for kind, use in used.items():
-        if not isinstance(use, bool):
-            raise UserError(f"use_{kind}={use!r} must be True or False")
+        flag(f"use_{kind}", use)
     kinds = ["mmdit", "autoencoder", *(kind for kind, use in used.items() if use)]
     opened = open_source(source, kinds, weights=weights, allow_pickle=allow_pickle, verify=verify)
     pipeline = opened.pipeline(

@@ -21,6 +21,7 @@ from mmdit.checkpoints.places import replacing
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.checkpoints.readers import REMARK, remark
+from mmdit.checks import one_of
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
@@ -70,8 +71,8 @@ def load_published(
     Raises:
         UserError: a part is missing, damaged, or does not fit the others.
     """
-    if preset is not None and preset not in PRESETS:
-        raise UserError(f"preset={preset} must be one of {', '.join(PRESETS)}")
+    if preset is not None:
+        one_of("preset", preset, PRESETS)
     if source in PRESETS and not Path(source).exists():
         preset = preset or source
     path, used = place.path, dict(used)

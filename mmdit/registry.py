@@ -4,13 +4,13 @@ A checkpoint describes a module as `{"class": "MMDiT", "depth": 24, ...}`: data 
 the name up here, so that nothing found inside a file is ever imported by path.
 """
 
-import difflib
 import functools
 import inspect
 from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
+from mmdit.checks import did_you_mean, listed, nearest
 from mmdit.errors import UserError
 
 T = TypeVar("T")
@@ -48,9 +48,8 @@ def register(cls: type[T]) -> type[T]:
     def remember(self: Any, **arguments: Any) -> None:
         for name in arguments:
             if name not in signature.parameters:
-                near = difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.4)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"{cls.__name__} has no argument {name!r}{hint}")
+                hint = did_you_mean(nearest(name, signature.parameters))
+                raise UserError(f"{cls.__name__} has no argument {name!r}.{hint}")
             _check(cls.__name__, name, arguments[name], signature.parameters[name].annotation)
         try:
             bound = signature.bind(self, **arguments)
@@ -80,10 +79,9 @@ def _signature(cls: type) -> inspect.Signature:
 def _check(cls: str, name: str, value: Any, annotation: Any) -> None:
     """Refuse a value, from a config or a file, that is not of the plain type asked for."""
     if get_origin(annotation) is Sequence:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise UserError(f"{cls}: {name} {value!r} must be a list")
-        for item in value:
-            _check(cls, f"an entry of {name},", item, get_args(annotation)[0])
+        listed(f"{cls}: {name}", value)
+        for i, item in enumerate(value):
+            _check(cls, f"{name}[{i}]", item, get_args(annotation)[0])
         return
     asked = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if not all(kind in PLAIN for kind in asked):
@@ -92,7 +90,7 @@ def _check(cls: str, name: str, value: Any, annotation: Any) -> None:
     of_kind = asked if not isinstance(value, bool) else {bool} & {*asked}
     if not any(isinstance(value, PLAIN[kind][0]) for kind in of_kind):
         expectation = " or ".join(PLAIN[kind][1] for kind in asked)
-        raise UserError(f"{cls}: {name} {value!r} must be {expectation}")
+        raise UserError(f"{cls}: {name}={value!r} must be {expectation}")
     if isinstance(value, int) and abs(value) >= 2**63:  # torch counts in 64 bits
         raise UserError(f"{cls}: {name}, of {len(str(value))} digits, must be below 2^63")
 
@@ -113,10 +111,12 @@ def build(description: dict[str, Any]) -> Any:
     arguments = {key: _rebuilt(value) for key, value in description.items()}
     name = arguments.pop("class", None)
     if not isinstance(name, str) or name not in _classes:
-        near = difflib.get_close_matches(str(name), _classes, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(_classes))}"
-        hint += ". A class of your own must be imported first: imports=[<module>]"
-        raise UserError(f"the checkpoint names the class {name!r}, which is not known here{hint}")
+        near = nearest(str(name), _classes)
+        hint = did_you_mean(near) if near else f" Known: {', '.join(sorted(_classes))}."
+        raise UserError(
+            f"the checkpoint names the class {name!r}, which is not known here.{hint} A class of "
+            "your own must be imported first: imports=[<module>]"
+        )
     cls = _classes[name]
     if arguments and not inspect.signature(cls).parameters:
         raise UserError(f"{name} takes no arguments, but is given {', '.join(arguments)}")

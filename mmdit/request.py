@@ -1,14 +1,11 @@
 """Sampling requests, checked in one place before anything is computed."""
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmdit.checks import MOST_STEPS, seed_number, whole_number
+from mmdit.checks import MOST_STEPS, number, seed_number, whole_number
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import Grid
@@ -97,7 +94,7 @@ class Request:
         self.seeds = seeds_of(seed, seeds, prompts, num_images)
         if (image is None) != (strength is None):
             raise UserError("image and strength belong together: give both or neither")
-        self.strength = 1.0 if strength is None else real("strength", strength, 0.0, 1.0)
+        self.strength = 1.0 if strength is None else number("strength", strength, 0.0, 1.0)
         self.height = None if height is None else whole_number("height", height)
         self.width = None if width is None else whole_number("width", width)
         self.image = self._sized("image", image, prompts)
@@ -105,7 +102,7 @@ class Request:
         self.extra = rows_for(extra, self.count)
         self.steps = None if steps is None else whole_number("steps", steps, most=MOST_STEPS)
         if not (guidance is None or isinstance(guidance, Guidance)):
-            guidance = ClassifierFreeGuidance(scale=real("guidance", guidance))
+            guidance = ClassifierFreeGuidance(scale=number("guidance", guidance))
         self.guidance = guidance
         if not callable(solver):
             raise UserError(f"solver={solver!r} must be a function of mmdit.flow.solvers")
@@ -215,16 +212,3 @@ def rows_for(extra: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
                 "image, prompts outermost (repeat_interleave(num_images, dim=0))"
             )
     return dict(extra)
-
-
-def real(name: str, given: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """A finite number, of Python or numpy, as a float.
-
-    Raises:
-        UserError: something else, or outside of [least, most].
-    """
-    number = isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
-    if not (number and least <= given <= most):
-        within = "" if math.isinf(most) else f" in [{least:g}, {most:g}]"
-        raise UserError(f"{name}={given!r} must be a finite number{within}")
-    return float(given)

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"printable", "recipes"},
     {"errors"},
-    {"atomic", "bounds", "checks", "devices", "dtypes", "keys", "registry", "streams"},
-    {"out_of_memory", "plots", "precision", "processes"},
+    {"atomic", "bounds", "checks", "devices", "dtypes", "keys", "streams"},
+    {"out_of_memory", "plots", "precision", "processes", "registry"},
     {"flow", "nn", "data"},
     {"models"},
     {"text", "checkpoints", "request"},

@@ -82,7 +82,7 @@ def test_a_subclass_takes_the_arguments_of_the_class_above_as_its_own(monkeypatc
             super().__init__(**shared)
 
     assert describe(Wider(alpha=3.0)) == {"class": "Wider", "alpha": 3.0, "factor": 2.0}
-    with pytest.raises(UserError, match="Wider has no argument 'alhpa'; did you mean 'alpha'"):
+    with pytest.raises(UserError, match=r"Wider has no argument 'alhpa'\. Did you mean alpha"):
         Wider(alhpa=3.0)
 
 
@@ -98,7 +98,7 @@ def test_a_module_without_a_constructor_can_be_registered(monkeypatch):
 
 
 def test_an_unknown_class_is_named_with_its_nearest_neighbour():
-    with pytest.raises(UserError, match=r"'LogitNormall'.*did you mean 'LogitNormal'"):
+    with pytest.raises(UserError, match=r"'LogitNormall'.*Did you mean LogitNormal"):
         build({"class": "LogitNormall"})
 
 
@@ -138,7 +138,7 @@ def test_a_name_is_taken_once():
 def test_constructors_take_keywords_only_and_refuse_misspelt_ones():
     with pytest.raises(TypeError):
         Shift(3.0)
-    with pytest.raises(UserError, match="did you mean 'alpha'"):
+    with pytest.raises(UserError, match="Did you mean alpha"):
         Shift(alhpa=3.0)
     with pytest.raises(TypeError, match="s"):
         Uniform(s=0.0)
@@ -165,20 +165,20 @@ class Plain:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"switch": "maybe"}, "switch 'maybe' must be true or false"),
-        ({"switch": 1}, "switch 1 must be true or false"),
-        ({"whole": 2.5}, "whole 2.5 must be a whole number"),
-        ({"whole": True}, "whole True must be a whole number"),
-        ({"whole": None}, "whole None must be a whole number"),
-        ({"number": "1.5"}, "number '1.5' must be a number"),
-        ({"number": False}, "number False must be a number"),
-        ({"word": 3}, "word 3 must be a text"),
-        ({"maybe": "3"}, "maybe '3' must be a whole number or null"),
-        ({"maybe": True}, "maybe True must be a whole number or null"),
-        ({"numbers": 3}, "numbers 3 must be a list"),
-        ({"numbers": [1, 2.5]}, "an entry of numbers, 2.5 must be a whole number"),
-        ({"words": "red"}, "words 'red' must be a list"),
-        ({"words": ["red", None]}, "an entry of words, None must be a text"),
+        ({"switch": "maybe"}, "switch='maybe' must be true or false"),
+        ({"switch": 1}, "switch=1 must be true or false"),
+        ({"whole": 2.5}, "whole=2.5 must be a whole number"),
+        ({"whole": True}, "whole=True must be a whole number"),
+        ({"whole": None}, "whole=None must be a whole number"),
+        ({"number": "1.5"}, "number='1.5' must be a number"),
+        ({"number": False}, "number=False must be a number"),
+        ({"word": 3}, "word=3 must be a text"),
+        ({"maybe": "3"}, "maybe='3' must be a whole number or null"),
+        ({"maybe": True}, "maybe=True must be a whole number or null"),
+        ({"numbers": 3}, "numbers=3 must be a list"),
+        ({"numbers": [1, 2.5]}, "numbers[1]=2.5 must be a whole number"),
+        ({"words": "red"}, "words='red' must be a list"),
+        ({"words": ["red", None]}, "words[1]=None must be a text"),
     ],
 )
 def test_arguments_are_of_the_plain_types_that_they_are_declared_as(arguments, message):

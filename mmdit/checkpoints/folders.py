@@ -12,6 +12,7 @@ from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
 from mmdit.checkpoints.archive import write_shards
 from mmdit.checkpoints.formats import Description
 from mmdit.checkpoints.public import descriptions, exported, kind_of
+from mmdit.checks import number
 from mmdit.errors import UserError
 from mmdit.nn.network import Network
 from mmdit.registry import describe
@@ -116,10 +117,7 @@ def stored_shift(folder: Path, default: float) -> float:
             f"{path}: {what} is not how SD3 is sampled. Take the scheduler folder of the published "
             "model; solver= and grid= choose other steps here"
         )
-    number = isinstance(shift, int | float) and not isinstance(shift, bool)
-    if not number or not 0 < shift < 1000:
-        raise UserError(f'{path}: "shift" is {shift!r}, but must be a number above 0, mostly 3')
-    return float(shift)
+    return number(f"{path}: shift", shift, above=0, below=1000)
 
 
 def hints_of(kind: str, config: Config) -> Description:

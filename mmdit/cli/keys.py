@@ -1,9 +1,8 @@
 """Which keys of a config something reads: one that nothing reads would silently change nothing."""
 
-import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from mmdit.checks import did_you_mean, nearest
 from mmdit.engine.settings import Settings
 from mmdit.errors import UserError
 
@@ -124,25 +124,6 @@ def _takes(target: Any, argument: str) -> bool:
         return argument in inspect.signature(get_object(target)).parameters
     except (ImportError, TypeError, ValueError):
         return False
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The name in `known` most like `word`, as a whole or in its last part; None if none is."""
-    if len(word) > 200:  # no slip of a name, and comparing takes the square of its length
-        return None
-
-    def likeness(name: str) -> tuple[float, float]:
-        last, last_known = re.split(r"[./]", word)[-1], re.split(r"[./]", name)[-1]
-        whole = difflib.SequenceMatcher(None, word, name).ratio()
-        return max(whole, 0.9 * difflib.SequenceMatcher(None, last, last_known).ratio()), whole
-
-    best = max(sorted(known), key=likeness, default="")
-    return best if best and likeness(best)[0] > 0.65 else None
-
-
-def did_you_mean(name: str | None) -> str:
-    """The question to put behind a message, if there is a name to offer."""
-    return f" Did you mean {name}?" if name else ""
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Error messages for users: what is wrong, where, and what to write instead."""
 
-import difflib
 import functools
 import inspect
 import re
@@ -15,7 +14,8 @@ import omegaconf.errors as omegaconf_errors
 import yaml
 from omegaconf import OmegaConf
 
-from mmdit.cli.keys import did_you_mean, nearest, unknown_key
+from mmdit.checks import did_you_mean, nearest
+from mmdit.cli.keys import unknown_key
 from mmdit.errors import UserError, first_line, path_trouble
 from mmdit.out_of_memory import is_out_of_memory
 from mmdit.printable import printable
@@ -102,8 +102,8 @@ def _explain_composition(
     elif isinstance(cause, omegaconf_errors.OmegaConfBaseException):
         message = f"{message}\n{first_line(cause)}".strip()
     written = re.search(r"'\+*([^'=]+)=", message)
-    close = difflib.get_close_matches(written[1], verbatim, 1, 0.75) if written else []
-    return message + did_you_mean(f'{close[0]}="..."' if close else None)
+    near = nearest(written[1], verbatim) if written else None
+    return message + did_you_mean(f'{near}="..."' if near else None)
 
 
 def _explain_instantiation(error: hydra_errors.InstantiationException) -> str | None:

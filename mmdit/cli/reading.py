@@ -8,15 +8,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from mmdit.checks import MOST_STEPS, expect, expect_number
+from mmdit.checks import MOST_STEPS, flag, number, seed_number, whole_number
 from mmdit.cli.formulations import check_variant
 from mmdit.cli.stages import check_recipe
-from mmdit.cli.values import seed_of, whole
 from mmdit.data.dataset import Data
 from mmdit.devices import available
 from mmdit.engine.loader import share
 from mmdit.engine.loggers import Logger, NoLogger
-from mmdit.engine.settings import Settings, positive
+from mmdit.engine.settings import Settings
 from mmdit.errors import UserError
 from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.printable import logger
@@ -101,15 +100,14 @@ def check_values(config: DictConfig) -> None:
     Raises:
         UserError: a value makes no sense; its key is named.
     """
-    seed_of(config)
-    whole(config, "image_size")
-    whole(config, "sampling.steps", most=MOST_STEPS)
-    expect_number("sampling.guidance", config.sampling.guidance)
-    expect(isinstance(config.compile, bool), "compile", config.compile, "must be true or false")
-    trained = config.autoencoder.trained
-    expect(isinstance(trained, bool), "autoencoder.trained", trained, "must be true or false")
-    positive(config.training, "validation_size", "training")
-    if trained:
+    seed_number("seed", config.seed)
+    whole_number("image_size", config.image_size)
+    whole_number("sampling.steps", config.sampling.steps, most=MOST_STEPS)
+    number("sampling.guidance", config.sampling.guidance)
+    flag("compile", config.compile)
+    flag("autoencoder.trained", config.autoencoder.trained)
+    whole_number("training.validation_size", config.training.validation_size)
+    if config.autoencoder.trained:
         check_recipe(config, "autoencoder")
     if config.get("metrics") is not None:
         check_recipe(config, "clip")

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 import mmdit
+from mmdit.checks import flag, number, seed_number, whole_number
 from mmdit.cli.images import described_png, fitted, open_image, slug
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import Subject, open_subject
-from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition, joined
 from mmdit.models.controlnet import ControlledMMDiT
@@ -24,7 +24,7 @@ from mmdit.plots import LARGEST_GRID, Thumbnails, png
 from mmdit.precision import Autocast
 from mmdit.printable import logger, printable, show
 from mmdit.registry import describe
-from mmdit.request import Request, real
+from mmdit.request import Request
 from mmdit.runs.files import NumberedFiles
 
 log = logger("mmdit.sample")
@@ -80,11 +80,11 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> None:
     """Refuse what makes no sense before any weights are read; None is the model's default."""
-    whole(config, "num_images", most=MOST_IMAGES)
-    whole(config, "batch_size")
-    seed_of(config, images=config.num_images)
+    whole_number("num_images", config.num_images, most=MOST_IMAGES)
+    whole_number("batch_size", config.batch_size)
+    seed_number("seed", config.seed, images=config.num_images)
     if config.text.t5_length is not None:
-        whole(config, "text.t5_length")
+        whole_number("text.t5_length", config.text.t5_length)
     numbers = {name: config[name] for name in ("height", "width", "steps", "guidance")}
     Request("", negative_prompt=text.get("negative_prompt"), **numbers)
     Request("", image=image, strength=config.strength)
@@ -93,12 +93,11 @@ def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> Non
             "control=<image> and controlnet=<file, folder or hub id> belong together: give both "
             "or neither"
         )
-    real("control_strength", config.control_strength)
+    number("control_strength", config.control_strength)
     switches = {name: config[name] for name in ("compile", "verify", "allow_pickle")}
     switches |= {f"text.{name}": config.text[name] for name in config.text if name != "t5_length"}
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise UserError(f"{name}={value} must be true or false")
+        flag(name, value)
 
 
 def options_of(

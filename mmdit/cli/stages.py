@@ -15,8 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from mmdit.atomic import write_atomically
-from mmdit.checks import expect, expect_number
-from mmdit.cli.values import seed_of, whole
+from mmdit.checks import number, one_of, seed_number, whole_number
 from mmdit.data.dataset import Data
 from mmdit.data.shapes import Shapes
 from mmdit.engine.contrastive import ContrastiveTask
@@ -48,8 +47,7 @@ UNTIL = ("autoencoder", "cache")
 
 def check_until(until: str, source: LatentSource) -> None:
     """Raises UserError if there is no such stage to stop at."""
-    if until not in UNTIL:
-        raise UserError(f"until={until} must be null or one of {', '.join(UNTIL)}")
+    one_of("until", until, UNTIL)
     if until == "cache" and not isinstance(source, FromCache):
         raise UserError("until=cache makes a cache for latents=from_cache: give both")
 
@@ -62,12 +60,10 @@ def check_recipe(config: DictConfig, stage: str) -> None:
     """
     recipe = config[stage]
     Settings.of(recipe.training, f"{stage}.training")
-    expect_number(f"{stage}.lr", recipe.lr, 0)
-    whole(config, f"{stage}.warmup_steps", 0)
-    decay = recipe.ema.decay
-    expect_number(f"{stage}.ema.decay", decay)
-    expect(0 <= decay < 1, f"{stage}.ema.decay", decay, "must be in [0, 1)")
-    every, steps = whole(config, f"{stage}.ema.every"), recipe.training.steps
+    number(f"{stage}.lr", recipe.lr, 0)
+    whole_number(f"{stage}.warmup_steps", recipe.warmup_steps, 0)
+    number(f"{stage}.ema.decay", recipe.ema.decay, 0, below=1)
+    every, steps = whole_number(f"{stage}.ema.every", recipe.ema.every), recipe.training.steps
     if every > steps:
         log.warning(
             "note: %s.ema.every=%d is more than %s.training.steps=%d: the average, which is used, "
@@ -75,11 +71,11 @@ def check_recipe(config: DictConfig, stage: str) -> None:
             *(stage, every, stage, steps),
         )
     if stage == "autoencoder":
-        seed_of(config, "autoencoder.seed")
-        expect_number("autoencoder.kl_weight", recipe.kl_weight, 0)
+        seed_number("autoencoder.seed", config.autoencoder.seed)
+        number("autoencoder.kl_weight", recipe.kl_weight, 0)
     else:
-        whole(config, "clip.samples")
-        seed_of(config, "metrics.seed")
+        whole_number("clip.samples", config.clip.samples)
+        seed_number("metrics.seed", config.metrics.seed)
 
 
 def find_or_train(

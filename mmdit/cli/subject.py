@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
+from mmdit.checks import flag
 from mmdit.cli.launch import Verbatim
 from mmdit.devices import available
 from mmdit.errors import UserError
@@ -49,8 +50,7 @@ def open_subject(
     device = available(config.device)
     used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
     for key, value in used.items():
-        if not isinstance(value, bool):
-            raise UserError(f"text.{key}={value} must be true or false")
+        flag(f"text.{key}", value)
     rules = {name: public.pop(name) for name in ("allow_pickle", "verify") if name in public}
     kinds = ["mmdit", "autoencoder", *(kind for kind in ENCODERS if used[f"use_{kind}"])]
     source = open_named(config, text, kinds, **rules)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from mmdit.atomic import write_atomically
-from mmdit.checks import expect, expect_number, expect_whole
+from mmdit.checks import number, whole_number
 from mmdit.errors import UserError
 from mmdit.printable import logger
 
@@ -15,11 +15,9 @@ log = logger(__name__)
 
 def check_limits(*, max_pixels: int, max_bad_fraction: float, threads: int) -> None:
     """Validate limits before any file is read."""
-    expect_whole("max_pixels", max_pixels, 1)
-    expect_number("max_bad_fraction", max_bad_fraction)
-    fits = 0 <= max_bad_fraction < 1
-    expect(fits, "max_bad_fraction", max_bad_fraction, "must be in [0, 1)")
-    expect_whole("threads", threads, 1)
+    whole_number("max_pixels", max_pixels, 1)
+    number("max_bad_fraction", max_bad_fraction, 0, below=1)
+    whole_number("threads", threads, 1)
 
 
 def expect_kinds(kinds: Iterable[str], found: Collection[str], place: object) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image as Pillow
 
-from mmdit.checks import expect, expect_number, expect_whole
+from mmdit.checks import expect, number, whole_number
 from mmdit.data.drawing import Image
 
 Size: TypeAlias = tuple[int, int]  # height, width
@@ -28,12 +28,12 @@ class Buckets:
     """
 
     def __init__(self, *, image_size: int, unit: int, max_ratio: float) -> None:
-        expect_whole("unit", unit, 1)
-        expect_whole("image_size", image_size, 1)
+        whole_number("unit", unit, 1)
+        whole_number("image_size", image_size, 1)
         expect(
             image_size % unit == 0, "image_size", image_size, f"must be a multiple of unit {unit}"
         )
-        expect_number("max_ratio", max_ratio, 1)
+        number("max_ratio", max_ratio, 1)
         sizes = {(image_size, image_size)}
         for short in range(unit, image_size, unit):
             long = round(image_size**2 / short / unit) * unit

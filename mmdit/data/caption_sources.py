@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from mmdit.checks import expect, expect_list, expect_mapping, expect_number
+from mmdit.checks import expect, listed, mapping, number
 from mmdit.data.images import MAX_BYTES, NOWHERE, BadImage, read_bytes
 from mmdit.errors import UserError, first_line
 from mmdit.registry import register
@@ -70,7 +70,7 @@ class Sidecars:
 
     def __init__(self, *, suffix: str | Sequence[str] | None = None) -> None:
         if suffix is not None and not isinstance(suffix, str):
-            expect_list("captions.suffix", suffix)
+            listed("captions.suffix", suffix)
         self._suffixes = tuple([suffix] if isinstance(suffix, str) else suffix or [".txt"])
         for each in self._suffixes:
             plain = isinstance(each, str) and re.fullmatch(r"(\.[^./\\\0]+)+", each)
@@ -287,9 +287,9 @@ def cleaned(texts: Iterable[str]) -> Iterator[str]:
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
     """A mix as plain floats, without the kinds of zero weight."""
-    expect_mapping("mix", mix)
+    mapping("mix", mix)
     for kind, weight in mix.items():
-        expect_number(f"mix[{kind!r}]", weight, 0)
+        number(f"mix[{kind!r}]", weight, 0)
     plain = {str(kind): float(weight) for kind, weight in mix.items()}
     expect(any(plain.values()), "mix", plain, "must not all be zero")
     for kind in plain:
@@ -377,10 +377,10 @@ def _text_of(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(io.StringIO(_text_of(path), newline=None), 1):
+    for count, line in enumerate(io.StringIO(_text_of(path), newline=None), 1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
+        place = f"{path}, line {count}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

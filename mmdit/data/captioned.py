@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmdit.checks import expect, expect_number, expect_whole, one_of, seed_number
+from mmdit.checks import did_you_mean, expect, nearest, number, one_of, seed_number, whole_number
 from mmdit.data.buckets import Buckets, Size, fit
 from mmdit.data.caption_sources import Captions, check_mix, choose
 from mmdit.data.dataset import Batch
@@ -59,10 +59,8 @@ class ImageOptions:
         one_of("crop", crop, CROPS)
         seed_number("seed", seed)
         if samples is not None:
-            expect_whole("samples", samples, 1)
-        expect_number("validation_fraction", validation_fraction)
-        fits = 0 <= validation_fraction < 1
-        expect(fits, "validation_fraction", validation_fraction, "must be in [0, 1)")
+            whole_number("samples", samples, 1)
+        number("validation_fraction", validation_fraction, 0, below=1)
         self.buckets = Buckets(image_size=image_size, unit=unit, max_ratio=max_ratio)
         self.mix = check_mix({"text": 1.0} if mix is None else mix)
         self.image_size, self.samples, self.crop, self.seed = image_size, samples, crop, seed
@@ -265,7 +263,9 @@ def opener(files: type[Files]) -> Callable[..., CaptionedImages]:
 
     def opened(**given: Any) -> CaptionedImages:
         for argument in given:
-            one_of(f"{label} argument", argument, parameters)
+            if argument not in parameters:
+                hint = did_you_mean(nearest(argument, parameters))
+                raise UserError(f"{label} has no argument {argument!r}.{hint}")
         options = ImageOptions(**{key: given[key] for key in given.keys() & of_options.keys()})
         located = {key: given[key] for key in given.keys() & of_files.keys()}
         kinds = {"kinds": options.kinds} if takes_kinds else {}

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdit.checks import one_of
 from mmdit.data.caption_sources import Captions, check_mix, cleaned
 from mmdit.data.commands import add_options, command
 from mmdit.data.images import BadImage, read_bytes
@@ -108,9 +109,7 @@ def load_rows(
             reason = f"{reason}: {' '.join(str(error.__cause__).split())}"
         raise UserError(f"{source} cannot be opened: {reason}") from error
     for column in (image, *texts):
-        if column not in data.column_names:
-            columns = ", ".join(data.column_names)
-            raise UserError(f"column {column!r} must be one of {columns}")
+        one_of("column", column, data.column_names)
     if isinstance(data.features[image], datasets.Image):
         data = data.cast_column(image, datasets.Image(decode=False))
     return Rows(data=data, image=image, texts=kinds)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from mmdit.errors import UserError
+from mmdit.checks import whole_number
 from mmdit.keys import generator_for
 
 Order: TypeAlias = Callable[[int, int], list[int]]  # (start, count) -> sample indices
@@ -24,8 +24,7 @@ class ShuffledOrder:
     """
 
     def __init__(self, *, size: int, seed: int, stream: str = "order") -> None:
-        if size < 1:
-            raise UserError(f"size {size} must be at least 1")
+        whole_number("size", size)
         self.size, self.seed, self.stream = size, seed, stream
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
@@ -66,11 +65,9 @@ class BucketedOrder:
         self, *, group_of: ArrayLike, groups: Sequence[str], batch_size: int, seed: int
     ) -> None:
         self.batch_size, self.seed = batch_size, seed
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} must be at least 1")
+        whole_number("batch_size", batch_size)
         indices = np.asarray(group_of)
-        if not indices.size:
-            raise UserError("size 0 must be at least 1")
+        whole_number("size", indices.size)
         members = {name: np.flatnonzero(indices == i) for i, name in enumerate(groups)}
         self._members = {name: found for name, found in members.items() if len(found)}
         self._streams = {

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from tqdm import tqdm
 
 from mmdit.atomic import clear, whole_file, write_atomically
-from mmdit.checks import expect
+from mmdit.checks import number, whole_number
 from mmdit.data.bad_images import report_bad
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import (
@@ -97,10 +97,10 @@ def pack(
         UserError: `out` has shards from another source or from files that have changed since,
             another process is packing into it, or too many images are bad.
     """
-    expect(per_shard >= 1, "per_shard", per_shard, "must be at least 1")
-    expect(threads >= 1, "threads", threads, "must be at least 1")
-    expect(max_pixels >= 1, "max_pixels", max_pixels, "must be at least 1")
-    expect(0 <= max_bad_fraction < 1, "max_bad_fraction", max_bad_fraction, "must be in [0, 1)")
+    whole_number("per_shard", per_shard)
+    whole_number("threads", threads)
+    whole_number("max_pixels", max_pixels)
+    number("max_bad_fraction", max_bad_fraction, 0, below=1)
     names, bad = source.names, dict(source.bad)
     settings = {
         **source.identity(),
@@ -312,11 +312,11 @@ def _pack_shard(
     def usable() -> Iterator[tuple[str, Checked]]:
         for first in range(0, len(names), AT_ONCE):
             some = names[first : first + AT_ONCE]
-            for number, seen in enumerate(pool.map(look, some), start + first):
+            for i, seen in enumerate(pool.map(look, some), start + first):
                 if isinstance(seen, str):
-                    bad[names[number - start]] = seen
+                    bad[names[i - start]] = seen
                     continue
-                key = _key(number)
+                key = _key(i)
                 sizes[key] = seen.size
                 yield key, seen
             progress(len(some))

@@ -16,12 +16,12 @@ import torch
 
 from mmdit.checks import (
     expect,
-    expect_list,
-    expect_mapping,
-    expect_number,
-    expect_whole,
+    listed,
+    mapping,
+    number,
     one_of,
     seed_number,
+    whole_number,
 )
 from mmdit.data import captions
 from mmdit.data.buckets import Size
@@ -111,17 +111,17 @@ class Shapes:
             ("colours", colours),
             ("backgrounds", backgrounds),
         ):
-            expect_list(field, names)
-        expect_mapping("sizes", sizes)
+            listed(field, names)
+        mapping("sizes", sizes)
         for name, radii in sizes.items():
-            expect_list(f"sizes[{name!r}]", radii)
+            listed(f"sizes[{name!r}]", radii)
             expect(len(radii) == 2, f"sizes[{name!r}]", radii, "must be (least, greatest) radius")
             for radius in radii:
-                expect_number(f"sizes[{name!r}]", radius)
-        expect_mapping("task_weights", task_weights)
+                number(f"sizes[{name!r}]", radius)
+        mapping("task_weights", task_weights)
         for task, weight in task_weights.items():
-            expect_number(f"task_weights[{task!r}]", weight, 0)
-        expect_whole("grid", grid, 1)
+            number(f"task_weights[{task!r}]", weight, 0)
+        whole_number("grid", grid, 1)
         self.split, self.image_size, self.seed = split, image_size, seed
         self.samples = samples
         self.shapes, self.colours = tuple(shapes), tuple(colours)
@@ -339,16 +339,16 @@ class Shapes:
         expect(bool(self.backgrounds), "backgrounds", self.backgrounds, "must name at least one")
 
         size, most = self.image_size, self.max_count
-        expect_whole("image_size", size, 32)
+        whole_number("image_size", size, 32)
         expect(size % 32 == 0, "image_size", size, "must be a multiple of 32")
         seed_number("seed", self.seed)
-        expect_whole("samples", self.samples, 1)
-        expect_number("jitter", self.jitter, 0)
-        expect_whole("max_count", most, 1)
+        whole_number("samples", self.samples, 1)
+        number("jitter", self.jitter, 0)
+        whole_number("max_count", most, 1)
         room = min(self.grid**2, len(NUMBERS) - 1)
         expect(1 <= most <= room, "max_count", most, f"must be from 1 to {room}")
-        expect_number("rich_fraction", self.rich_fraction, 0, 1)
-        expect_number("held_out_fraction", self.held_out_fraction, 0, 0.5)
+        number("rich_fraction", self.rich_fraction, 0, 1)
+        number("held_out_fraction", self.held_out_fraction, 0, 0.5)
         some = any(self.task_weights.values())
         expect(some, "task_weights", self.task_weights, "must not all be zero")
 

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from mmdit.checks import one_of
 from mmdit.engine.optimizers import HIDDEN
-from mmdit.errors import UserError
 
 # Products and attention: expensive to recompute, cheap to store.
 SAVED_OPS = (
@@ -50,10 +50,7 @@ def recompute(module: nn.Module, activations: str) -> None:
     Raises:
         UserError: `activations` is none of these.
     """
-    if activations not in ACTIVATIONS:
-        raise UserError(
-            f"activation_checkpointing={activations} must be one of {', '.join(ACTIVATIONS)}"
-        )
+    one_of("activation_checkpointing", activations, ACTIVATIONS)
     options = ACTIVATIONS[activations]
     if options is None:
         return

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.checks import whole_number
 from mmdit.data.dataset import Batch
 from mmdit.data.order import Order
 from mmdit.data.shapes import Shapes
@@ -46,8 +47,7 @@ class ContrastiveTask:
         rounds: int = 16,
         autocast: Autocast,
     ) -> None:
-        if rounds < 1:
-            raise UserError(f"rounds {rounds} must be at least 1")
+        whole_number("rounds", rounds)
         self.module, self.data, self.autocast = module, data, autocast
         self._rounds = distinct_batches(validation, rounds)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmdit.checks import expect, expect_number, expect_whole
+from mmdit.checks import number, whole_number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 
@@ -44,9 +44,8 @@ class ConstantDecay(Profile):
     """
 
     def __init__(self, *, decay: float, every: int) -> None:
-        expect_number("decay", decay)
-        expect(0 <= decay < 1, "decay", decay, "must be in [0, 1)")
-        expect_whole("every", every, 1)
+        number("decay", decay, 0, below=1)
+        whole_number("every", every, 1)
         self.limit, self.every = decay, every
 
     def decay(self, step: int) -> float:
@@ -67,12 +66,10 @@ class HalfLife(Profile):
     def __init__(
         self, *, half_life: float, batch_size: int = 1, ramp_up: float | None = None
     ) -> None:
-        expect_number("half_life", half_life)
-        expect(half_life > 0, "half_life", half_life, "must be above 0")
-        expect_whole("batch_size", batch_size, 1)
+        number("half_life", half_life, above=0)
+        whole_number("batch_size", batch_size, 1)
         if ramp_up is not None:
-            expect_number("ramp_up", ramp_up)
-            expect(ramp_up > 0, "ramp_up", ramp_up, "must be above 0, or null for no limit")
+            number("ramp_up", ramp_up, above=0)
         self.half_life, self.batch_size, self.ramp_up = half_life, batch_size, ramp_up
 
     def decay(self, step: int) -> float:
@@ -108,7 +105,7 @@ def gamma_of(sigma_rel: float) -> float:
     Raises:
         UserError: no gamma >= 0 has it.
     """
-    expect_number("sigma_rel", sigma_rel)
+    number("sigma_rel", sigma_rel)
     if not 0.0 < sigma_rel <= 12**-0.5:
         raise UserError(f"sigma_rel {sigma_rel} must lie in (0, 0.2887]: 12^-1/2 is a plain mean")
     s = float(sigma_rel) ** -2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mmdit.checks import expect, expect_list, expect_number
+from mmdit.checks import expect, listed, number
 from mmdit.errors import UserError
 from mmdit.models.blocks import Block
 from mmdit.models.clip import CLIPLayer
@@ -65,12 +65,11 @@ def _checked_betas(
 ) -> tuple[float, float]:
     """The betas of AdamW; raises UserError where they or other arguments make no sense."""
     for field, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        expect_number(f"optimizer.{field}", value, 0)
-    expect_list("optimizer.betas", betas)
+        number(f"optimizer.{field}", value, 0)
+    listed("optimizer.betas", betas)
     expect(len(betas) == 2, "optimizer.betas", betas, "must be two numbers")
     for i, beta in enumerate(betas):
-        expect_number(f"optimizer.betas[{i}]", beta)
-        expect(0 <= beta < 1, f"optimizer.betas[{i}]", beta, "must be in [0, 1)")
+        number(f"optimizer.betas[{i}]", beta, 0, below=1)
     return betas[0], betas[1]
 
 
@@ -153,8 +152,7 @@ def muon(
             f"optimizer=muon is for the matrices of transformer layers, and {type(module).__name__}"
             " has none to train: choose optimizer=adamw"
         )
-    expect_number("optimizer.momentum", momentum)
-    expect(0 <= momentum < 1, "optimizer.momentum", momentum, "must be in [0, 1)")
+    number("optimizer.momentum", momentum, 0, below=1)
     beta_1, beta_2 = _checked_betas(lr, betas, eps, weight_decay)
     rest = [
         {"params": kinds.matrices, "weight_decay": weight_decay},

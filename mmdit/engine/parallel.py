@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mmdit.checks import whole_number
 from mmdit.engine.activations import blocks_of
 from mmdit.errors import UserError
 from mmdit.nn.network import set_compute_dtype
@@ -117,8 +118,7 @@ class FSDP:
     """
 
     def __init__(self, *, replicas: int = 1) -> None:
-        if replicas < 1:
-            raise UserError(f"parallel.replicas {replicas} must be at least 1")
+        whole_number("parallel.replicas", replicas)
         self.replicas = replicas
         self._roots: list[FSDPModule] = []
 

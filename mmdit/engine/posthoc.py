@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.atomic import write_atomically
-from mmdit.checks import expect_list, expect_whole
+from mmdit.checks import listed, whole_number
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.engine.parallel import whole
 from mmdit.errors import UserError, first_line
@@ -50,8 +50,8 @@ class PostHoc:
     def __init__(
         self, module: nn.Module, *, sigma_rels: Sequence[float], snapshot_every: int
     ) -> None:
-        expect_whole("snapshot_every", snapshot_every, 1)
-        expect_list("sigma_rels", sigma_rels)
+        whole_number("snapshot_every", snapshot_every, 1)
+        listed("sigma_rels", sigma_rels)
         self.profiles = {name_of(s): PowerFunction(sigma_rel=s) for s in sigma_rels}
         if not 0 < len(self.profiles) == len(sigma_rels):
             raise UserError(

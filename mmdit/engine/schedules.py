@@ -7,7 +7,7 @@ nothing can restart. Each begins with a linear warm-up to 1 (App. B.3).
 import math
 from abc import ABC, abstractmethod
 
-from mmdit.checks import expect_number, expect_whole
+from mmdit.checks import number, whole_number
 from mmdit.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Schedule(ABC):
     """
 
     def __init__(self, *, warmup_steps: int) -> None:
-        expect_whole("warmup_steps", warmup_steps, 0)
+        whole_number("warmup_steps", warmup_steps, 0)
         self.warmup_steps = warmup_steps
 
     end: int | None = None  # the step from which the factor stays at `final`, if there is one
@@ -120,7 +120,7 @@ class WarmupStableDecay(Schedule):
         self, *, warmup_steps: int = 1000, steps: int, decay_steps: int, final: float = 0.0
     ) -> None:
         super().__init__(warmup_steps=warmup_steps)
-        expect_whole("decay_steps", decay_steps, 1)
+        whole_number("decay_steps", decay_steps, 1)
         _check_end(steps, warmup_steps + decay_steps - 1, "warmup_steps + decay_steps - 1", final)
         self.steps, self.end, self.decay_steps, self.final = steps, steps, decay_steps, final
 
@@ -130,7 +130,7 @@ class WarmupStableDecay(Schedule):
 
 
 def _check_end(steps: int, least: int, name: str, final: float) -> None:
-    expect_whole("steps", steps, 1)
+    whole_number("steps", steps, 1)
     if steps <= least:
         raise UserError(f"steps {steps} of the schedule must be more than {name}, {least}")
-    expect_number("final", final, 0, 1)  # a factor of the learning rate
+    number("final", final, 0, 1)  # a factor of the learning rate

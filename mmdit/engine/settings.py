@@ -1,13 +1,11 @@
 """How long the loop trains and how often it does what: the keys of a config's training section."""
 
 from collections.abc import Collection, Mapping
-from math import inf
 from typing import Any, NamedTuple, Self
 
+from mmdit.checks import flag, number, one_of, text, whole_number
 from mmdit.errors import UserError
 from mmdit.runs.retention import Retention
-
-REAL = ("clip", "timeout")  # settings that need not be whole
 
 
 class Settings(NamedTuple):
@@ -34,27 +32,31 @@ class Settings(NamedTuple):
         """The settings among the keys of a config section.
 
         Raises:
-            UserError: a key is missing; a value is no positive number, not whole where it counts
-                something, or no such word.
+            UserError: a key is missing, or a value makes no sense.
         """
         given = {name: config[name] for name in cls._fields if name in config}
         given["section"] = where
         if missing := [n for n in cls._fields if n not in given and n not in cls._field_defaults]:
             raise UserError(f"{where} has no {', '.join(missing)}, and needs them")
-        others = {"workers", "nonfinite", "keep_best", "asynchronous", "section"}
-        for name in given.keys() - others:
-            if name != "keep_every" or given[name] is not None:
-                positive(config, name, where)
-        workers, nonfinite = given.get("workers", 0), given.get("nonfinite", "stop")
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise UserError(f"{where}.workers={workers} must be a whole number, 0 or more")
-        if nonfinite not in ("stop", "skip"):
-            raise UserError(f"{where}.nonfinite={nonfinite} must be stop or skip")
-        if not isinstance(best := given.get("keep_best"), str | None):
-            raise UserError(f"{where}.keep_best={best} must be the name of a figure, as ema/loss")
-        if not isinstance(given.get("asynchronous", False), bool):
-            raise UserError(f"{where}.asynchronous={given['asynchronous']} must be true or false")
-        return cls(**given)
+        settings = cls(**given)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        """Raise UserError where a value makes no sense; its key is named."""
+        field = f"{self.section}.{{}}".format
+        for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "keep"):
+            whole_number(field(name), getattr(self, name))
+        if self.keep_every is not None:
+            whole_number(field("keep_every"), self.keep_every)
+        whole_number(field("accumulation"), self.accumulation)
+        whole_number(field("workers"), self.workers, 0)
+        number(field("clip"), self.clip, above=0)
+        number(field("timeout"), self.timeout, above=0)
+        flag(field("asynchronous"), self.asynchronous)
+        one_of(field("nonfinite"), self.nonfinite, ("stop", "skip"))
+        if self.keep_best is not None:
+            text(field("keep_best"), self.keep_best)
 
     def evaluates(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps."""
@@ -80,16 +82,3 @@ class Settings(NamedTuple):
             best=self.keep_best,
             highest=figure in higher_is_better,
         )
-
-
-def positive(config: Mapping[Any, Any], name: str, where: str) -> Any:
-    """A value of a config section that counts something, or a real number of `REAL`.
-
-    Raises:
-        UserError: it is no number above 0, or not whole.
-    """
-    value = config[name]
-    kind, expected = (float | int, "a") if name in REAL else (int, "a whole")
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < inf:
-        raise UserError(f"{where}.{name}={value} must be {expected} number above 0")
-    return value

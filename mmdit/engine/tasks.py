@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmdit.checks import expect_finite, expect_number
+from mmdit.checks import expect_finite, number
 from mmdit.data.dataset import Data
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
@@ -108,7 +108,7 @@ class AutoencoderTask:
         seed: int,
         autocast: Autocast,
     ) -> None:
-        expect_number("kl_weight", kl_weight, 0)
+        number("kl_weight", kl_weight, 0)
         self.module, self.data, self.kl_weight = module, data, kl_weight
         self.seed, self.autocast = seed, autocast
         self.device = next(module.parameters()).device

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mmdit.checks import number, whole_number
 from mmdit.errors import UserError
 from mmdit.flow.paths import Cosine, LDMLinear, Path
 from mmdit.flow.schedule import Shift
@@ -95,13 +96,11 @@ class KarrasGrid(Grid):
                 f"KarrasGrid: sigma_min {sigma_min} and sigma_max {sigma_max} must satisfy "
                 "0 < sigma_min < sigma_max"
             )
-        if not 0.0 < rho < math.inf:
-            raise UserError(f"KarrasGrid: rho {rho} must be positive and finite")
+        number("KarrasGrid: rho", rho, above=0)
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
-        if steps < 1:
-            raise UserError(f"steps {steps} must be at least 1")
+        whole_number("steps", steps)
         least, most = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max))
         noise = torch.linspace(most, least, steps, dtype=torch.float64) ** self.rho
         return torch.cat([shift(noise / (1.0 + noise)), noise.new_zeros(1)])
@@ -113,6 +112,5 @@ def squeezed(grid: Tensor, *, noisiest: float) -> Tensor:
 
 
 def _equal_steps(steps: int, *, start: float) -> Tensor:
-    if steps < 1:
-        raise UserError(f"steps {steps} must be at least 1")
+    whole_number("steps", steps)
     return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)

@@ -4,13 +4,13 @@ They compose: `GuidanceRescale(inner=GuidanceInterval(inner=ClassifierFreeGuidan
 one of them has computed at a point, the next one does not compute again.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mmdit.checks import number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition, LayeredVelocity, joined
@@ -98,8 +98,7 @@ class ClassifierFreeGuidance(Guidance):
     """
 
     def __init__(self, *, scale: float = 4.5) -> None:
-        if not math.isfinite(scale):
-            raise UserError(f"ClassifierFreeGuidance: scale {scale} must be a finite number")
+        number("ClassifierFreeGuidance: scale", scale)
         self.scale = scale
 
     @property
@@ -147,8 +146,7 @@ class SkipLayerGuidance(Guidance):
     ) -> None:
         if isinstance(layers, int) or not layers:
             raise UserError(f"SkipLayerGuidance: layers {layers} must be a list like [7, 8, 9]")
-        if not math.isfinite(skip_scale):
-            raise UserError(f"SkipLayerGuidance: skip_scale {skip_scale} must be a finite number")
+        number("SkipLayerGuidance: skip_scale", skip_scale)
         if not 0.0 <= start <= end <= 1.0:
             raise UserError(
                 f"SkipLayerGuidance: start {start} and end {end} must be fractions of the steps, "

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mmdit.checks import number, whole_number
 from mmdit.errors import UserError
 from mmdit.registry import register
 
@@ -145,8 +146,7 @@ class LDMLinear(Path):
                 f"LDMLinear: beta_start {beta_start} and beta_end {beta_end} must satisfy "
                 "0 < beta_start <= beta_end < 1"
             )
-        if steps < 2:
-            raise UserError(f"LDMLinear: steps {steps} must be at least 2")
+        whole_number("LDMLinear: steps", steps, 2)
         self.beta_start, self.beta_end, self.steps = beta_start, beta_end, steps
         # A table of numbers, not of weights: it is there when networks are built on meta, too.
         with torch.device("cpu"):
@@ -203,9 +203,7 @@ class VarianceExploding(Path):
     """
 
     def __init__(self, *, sigma_max: float) -> None:
-        if not 0.0 < sigma_max < math.inf:
-            name = type(self).__name__
-            raise UserError(f"{name}: sigma_max {sigma_max} must be positive and finite")
+        number(f"{type(self).__name__}: sigma_max", sigma_max, above=0)
         self.sigma_max = sigma_max
 
     def a(self, t: Tensor) -> Tensor:
@@ -246,8 +244,7 @@ class EDM(VarianceExploding):
     def __init__(self, *, P_m: float = -1.2, P_s: float = 1.2, sigma_max: float = 80.0) -> None:
         if not math.isfinite(P_m):
             raise UserError(f"EDM: P_m {P_m} must be finite")
-        if not 0.0 < P_s < math.inf:
-            raise UserError(f"EDM: P_s {P_s} must be positive and finite")
+        number("EDM: P_s", P_s, above=0)
         super().__init__(sigma_max=sigma_max)
         self.P_m, self.P_s = P_m, P_s
 
@@ -285,8 +282,7 @@ class MatchedEDM(VarianceExploding):
     """
 
     def __init__(self, *, sigma_data: float = 0.5, sigma_max: float = 80.0) -> None:
-        if not 0.0 < sigma_data < math.inf:
-            raise UserError(f"MatchedEDM: sigma_data {sigma_data} must be positive and finite")
+        number("MatchedEDM: sigma_data", sigma_data, above=0)
         super().__init__(sigma_max=sigma_max)
         self.sigma_data = sigma_data
 

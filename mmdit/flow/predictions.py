@@ -4,14 +4,13 @@ Every output is a mix p_t x_0 + q_t epsilon. Together with z_t = a_t x_0 + b_t e
 two equations, of which all conversions are solutions.
 """
 
-import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmdit.errors import UserError
+from mmdit.checks import number
 from mmdit.flow.paths import Path, like
 from mmdit.registry import register
 
@@ -120,8 +119,7 @@ class FPrediction(Prediction):
     """
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
-        if not 0.0 < sigma_data < math.inf:
-            raise UserError(f"FPrediction: sigma_data {sigma_data} must be positive and finite")
+        number("FPrediction: sigma_data", sigma_data, above=0)
         self.sigma_data = sigma_data
 
     def coefficients(self, path: Path, t: Tensor) -> Coefficients:

@@ -1,11 +1,9 @@
 """The shift of t with resolution: one object for training and sampling (Eq. 23)."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from mmdit.errors import UserError
+from mmdit.checks import number, whole_number
 from mmdit.registry import register
 
 
@@ -24,8 +22,7 @@ class Shift:
     """
 
     def __init__(self, *, alpha: float = 1.0) -> None:
-        if not 0.0 < alpha < math.inf:
-            raise UserError(f"{type(self).__name__}: alpha {alpha} must be positive and finite")
+        number(f"{type(self).__name__}: alpha", alpha, above=0)
         self.alpha = alpha
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -38,8 +35,7 @@ class Shift:
         Raises:
             UserError: fewer than one step.
         """
-        if steps < 1:
-            raise UserError(f"steps {steps} must be at least 1")
+        whole_number("steps", steps)
         return self(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))
 
     def inverse(self, t: Tensor) -> Tensor:
@@ -57,8 +53,7 @@ class PublishedShift(Shift):
     """
 
     def grid(self, steps: int) -> Tensor:
-        if steps < 1:
-            raise UserError(f"steps {steps} must be at least 1")
+        whole_number("steps", steps)
         least = self(torch.tensor(1e-3, dtype=torch.float64)).item()
         times = self(torch.linspace(1.0, least, steps, dtype=torch.float64))
         return torch.cat([times, times.new_zeros(1)])

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Generator, Tensor
 
+from mmdit.checks import number, whole_number
 from mmdit.errors import UserError
 from mmdit.registry import register
 
@@ -57,8 +58,7 @@ class DiscreteUniform(TimestepDensity):
     """
 
     def __init__(self, *, steps: int = 1000) -> None:
-        if steps < 1:
-            raise UserError(f"DiscreteUniform: steps {steps} must be at least 1")
+        whole_number("DiscreteUniform: steps", steps)
         self.steps = steps
 
     def from_uniform(self, u: Tensor) -> Tensor:
@@ -83,8 +83,7 @@ class LogitNormal(TimestepDensity):
     def __init__(self, *, m: float = 0.0, s: float = 1.0) -> None:
         if not math.isfinite(m):
             raise UserError(f"LogitNormal: m {m} must be finite")
-        if not 0.0 < s < math.inf:
-            raise UserError(f"LogitNormal: s {s} must be positive and finite")
+        number("LogitNormal: s", s, above=0)
         self.m, self.s = m, s
 
     def from_uniform(self, u: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmdit.atomic import clear, whole_file, write_atomically
-from mmdit.checks import expect, expect_whole
+from mmdit.checks import whole_number
 from mmdit.data.caption_sources import Captions
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
@@ -79,7 +79,7 @@ class Cache:
         kinds: Sequence[str],
         shard_size: int,
     ) -> None:
-        expect_whole("shard_size", shard_size, 1)
+        whole_number("shard_size", shard_size, 1)
         self.folder, self.samples, self.kinds = folder, samples, tuple(kinds)
         self.facts: dict[str, Any] = {  # the content of cache.json
             "protocol": PROTOCOL,
@@ -120,7 +120,7 @@ class Cache:
         try:
             facts: dict[str, Any] = json.loads(path.read_bytes())
             protocol, made = facts["protocol"], facts["identity"]
-            expect(facts["shard_size"] >= 1, "shard_size", facts["shard_size"], "must be 1 or more")
+            whole_number("shard_size", facts["shard_size"])
             facts["shards"] = {name: _record(entry) for name, entry in facts["shards"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

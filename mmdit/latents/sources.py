@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.checkpoints.values import is_finite
-from mmdit.checks import expect, expect_whole
+from mmdit.checks import expect, flag, whole_number
 from mmdit.data.dataset import CacheableData, Data
 from mmdit.data.order import Order
 from mmdit.errors import NotFinite
@@ -176,9 +176,9 @@ class FromCache(_Kept):
         is_name = isinstance(folder, str | Path | None)
         expect(is_name, "latents.folder", folder, "must be the name of a folder, or null")
         expect(isinstance(root, str | Path), "latents.root", root, "must be the name of a folder")
-        expect_whole("latents.shard_size", shard_size, 1)
-        expect_whole("latents.threads", threads, 1)
-        expect(isinstance(verify, bool), "latents.verify", verify, "must be true or false")
+        whole_number("latents.shard_size", shard_size, 1)
+        whole_number("latents.threads", threads, 1)
+        flag("latents.verify", verify)
         self.folder, self.root, self.shard_size = folder, root, shard_size
         self.threads, self.verify = threads, verify
 

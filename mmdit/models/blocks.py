@@ -48,7 +48,7 @@ class Stream(nn.Module):
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
         super().__init__()
         if not 0.5 < mlp_ratio * width < math.inf:
-            raise UserError(f"mlp_ratio {mlp_ratio} must be a number above 0, in most models 4")
+            raise UserError(f"mlp_ratio={mlp_ratio} must be a number above 0, in most models 4")
         self.width, self.hidden = width, round(mlp_ratio * width)
         self.modulation = Modulation(width, self.modulation_parts)
         self.norm1 = LayerNorm(width)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdit.checks import at_least_one
+from mmdit.checks import at_least_one, one_of, whole_number
 from mmdit.errors import UserError
 from mmdit.nn.attention import QKV, attention
 from mmdit.nn.mlp import MLP
@@ -92,10 +92,8 @@ class CLIPTextModel(Network):
         at_least_one("CLIP", length=length)
         if width % num_heads:
             raise UserError(f"CLIP: width {width} must be divisible by num_heads {num_heads}")
-        if depth < 2:
-            raise UserError(f"CLIP: depth {depth} must be at least 2 to have a penultimate layer")
-        if activation not in ACTIVATIONS:
-            raise UserError(f"CLIP: activation {activation!r} must be one of {list(ACTIVATIONS)}")
+        whole_number("CLIP: depth", depth, 2)  # so that there is a penultimate layer
+        one_of("CLIP: activation", activation, ACTIVATIONS)
         self.vocabulary_size, self.width, self.length = vocabulary_size, width, length
         self.pooled_width = width if projection_width is None else projection_width
         self.token_embedding = nn.Embedding(vocabulary_size, width)

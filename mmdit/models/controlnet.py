@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.checks import at_least_one, number, one_of
 from mmdit.errors import UserError
 from mmdit.models.backbone import Backbone
 from mmdit.models.blocks import Block, reset_as_in_dit
@@ -40,8 +41,7 @@ def control_pixels(pixels: Tensor, control_type: str, dtype: torch.dtype = torch
 
 def check_control_type(control_type: str) -> None:
     """Raise UserError if there is no such type of control image."""
-    if control_type not in CONTROL_RANGES:
-        raise UserError(f"control_type {control_type!r} must be one of {', '.join(CONTROL_RANGES)}")
+    one_of("control_type", control_type, CONTROL_RANGES)
 
 
 @register
@@ -77,9 +77,8 @@ class ControlNet(Network):
         control_type: str = "blur",
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise UserError(f"ControlNet: depth {depth} must be at least 1")
-        if num_heads < 1 or width % num_heads:
+        at_least_one("ControlNet", depth=depth, num_heads=num_heads)
+        if width % num_heads:
             raise UserError(f"ControlNet: width {width} must be divisible by num_heads {num_heads}")
         check_control_type(control_type)
         self.width, self.control_type = width, control_type
@@ -294,10 +293,8 @@ class ControlledMMDiT(Backbone):
                 f"the control net computes in {control_net.compute_dtype}, the model in "
                 f"{base.compute_dtype}: make them the same"
             )
-        if not math.isfinite(strength):
-            raise UserError(f"the strength {strength} of the control net must be a finite number")
-        if placement not in PLACEMENTS:
-            raise UserError(f"placement {placement!r} must be one of {', '.join(PLACEMENTS)}")
+        number("control_strength", strength)
+        one_of("placement", placement, PLACEMENTS)
         reads, has = describe(control_net), describe(base)
         for name in ("pooled_width", "latent_channels", "patch_size"):
             if reads.get(name, has[name]) != has[name]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from mmdit.checks import one_of
 from mmdit.errors import UserError
 from mmdit.models.backbone import PatchBackbone
 from mmdit.registry import build, describe
@@ -53,8 +54,7 @@ def matched(
     Raises:
         UserError: `by` is something else; no size comes within 2 % of the reference.
     """
-    if by not in MEASURES:
-        raise UserError(f"match={by} must be one of {', '.join(MEASURES)}")
+    one_of("match", by, MEASURES)
     description = describe(network)
     unit = network.width_unit(description["num_heads"])
 

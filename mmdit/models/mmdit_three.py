@@ -7,6 +7,7 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
+from mmdit.checks import whole_number
 from mmdit.errors import UserError
 from mmdit.models.backbone import PatchBackbone, Shared
 from mmdit.models.blocks import (
@@ -111,8 +112,7 @@ class MMDiTThree(PatchBackbone):
         **shared: Unpack[Shared],
     ) -> None:
         super().__init__(**shared)
-        if clip_length < 1:
-            raise UserError(f"MMDiTThree: clip_length {clip_length} must be at least 1")
+        whole_number("MMDiTThree: clip_length", clip_length)
         self.clip_length = clip_length
         # CLIP's tokens go through `context_embedding`.
         self.t5_embedding = nn.Linear(self.context_width, self.width)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mmdit.errors import UserError
+from mmdit.checks import whole_number
 from mmdit.runs.checkpoint import Checkpoint
 
 
@@ -30,9 +30,8 @@ class Retention:
 
     def __post_init__(self) -> None:
         for name, value in (("keep", self.last), ("keep_every", self.every)):
-            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if not whole and (value is not None or name == "keep"):
-                raise UserError(f"{name}={value} must be a whole number above 0")
+            if value is not None or name == "keep":
+                whole_number(name, value)
 
     def kept(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
         """The steps of those that stay; `checkpoints` from the oldest to the newest."""

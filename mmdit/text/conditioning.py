@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.bounds import LONGEST_PROMPT
-from mmdit.checks import at_least_one, expect_finite
+from mmdit.checks import at_least_one, expect_finite, number, one_of
 from mmdit.errors import UserError
 from mmdit.flow.guidance import Condition
 from mmdit.models.clip import CLIPTextModel
@@ -158,10 +158,8 @@ class TextConditioner(nn.Module):
         empty_prompt: str = "zeros",
     ) -> None:
         super().__init__()
-        if not 0.0 <= dropout <= 1.0:
-            raise UserError(f"text dropout {dropout} must lie in [0, 1]")
-        if empty_prompt not in EMPTY_PROMPTS:
-            raise UserError(f"empty_prompt {empty_prompt!r} must be one of {list(EMPTY_PROMPTS)}")
+        number("text dropout", dropout, 0, 1)
+        one_of("empty_prompt", empty_prompt, EMPTY_PROMPTS)
         if not (clip_l.pooled_width and clip_g.pooled_width) or t5.pooled_width:
             raise UserError(
                 "text.clip_l and text.clip_g must hold a CLIPTextModel, which has a pooled vector, "

@@ -77,7 +77,7 @@ def test_shards_without_their_index(tiny, tmp_path):
         ("autoencoder", {"latent_channels": 4}, "latent_channels is 4, but the weights have 16"),
         ("autoencoder", {"scaling_factor": None}, "scaling_factor is None"),
         ("clip_l", {"hidden_act": 3}, "hidden_act is 3"),
-        ("clip_l", {"hidden_act": "relu"}, "activation 'relu' must be one of"),
+        ("clip_l", {"hidden_act": "relu"}, "activation='relu' must be one of"),
         ("clip_l", {"num_attention_heads": 0}, "num_attention_heads is 0"),
         ("t5", {"feed_forward_proj": "relu"}, "feed_forward_proj is relu"),
     ],

@@ -322,7 +322,7 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
     assert (report["latent_channels"], report["factor"]) == (16, 8)
     assert report["weights_sha256"] == file_hash(weights)
     told = run("attention", *words, "preset=sd4", code=2)
-    assert "preset=sd4 must be one of" in told
+    assert "preset='sd4' must be one of" in told
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
         ("attention", ("samples=0",), "samples=0 must be a whole number of at least 1"),
         ("attention", ("image_sizes=[40]",), "40"),
         ("attention", ("image_sizes=[4096]",), "height=4096"),
-        ("attention", ("random=huge",), "random=huge must be one of"),
+        ("attention", ("random=huge",), "random='huge' must be one of"),
         ("attention", ("random=tiny", "image_sizes=[33]"), "33 must be a multiple of 16"),
         ("attention", ("random=tiny", "checkpoint=x"), "either"),
         ("attention", ("runs=nowhere",), "no finished run in nowhere/"),
@@ -347,7 +347,7 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
         ),
         ("compositional", ("runs=nowhere",), "no finished run in nowhere/"),
         ("encoders", ("samples=0",), "samples=0"),
-        ("encoders", ("text.use_t5=maybe",), "text.use_t5=maybe must be true or false"),
+        ("encoders", ("text.use_t5=maybe",), "text.use_t5='maybe' must be true or false"),
         ("encoders", ("prompts=absent.txt",), "prompts=absent.txt cannot be read"),
         ("encoders", ("clip=runs/tiny-001",), "holds a Pipeline, not a CLIPPair"),
         ("encoders", ("guide=guidance_interval", "guide.low=2"), "low 2"),
@@ -355,7 +355,7 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
         ("efficiency", ("steps=[5,2.5]",), "at least two whole numbers"),
         ("efficiency", ("steps=5",), "steps=5 must be a list"),
         ("efficiency", ("guidance=nan",), "guidance=nan must be a finite number"),
-        ("geneval", ("guidance=strong",), "guidance=strong must be a finite number"),
+        ("geneval", ("guidance=strong",), "guidance='strong' must be a finite number"),
         ("efficiency", ("batch_size=0",), "batch_size=0"),
         ("autoencoder", (), "give checkpoint="),
         ("autoencoder", ("checkpoint=clip.safetensors",), "holds a CLIPPair, not an Autoencoder"),

@@ -97,11 +97,11 @@ def test_an_extreme_aspect_ratio_needs_no_huge_image(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": 100}, "image_size 100 must be a multiple of unit 16"),
-        ({"image_size": 0}, "image_size 0"),
-        ({"unit": 0}, "unit 0 must be a whole number, at least 1"),
-        ({"max_ratio": 0.5}, "max_ratio 0.5 must be at least 1"),
-        *(({name: "x"}, f"{name} 'x' must be a") for name in ("image_size", "unit", "max_ratio")),
+        ({"image_size": 100}, "image_size=100 must be a multiple of unit 16"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"unit": 0}, "unit=0 must be a whole number of at least 1"),
+        ({"max_ratio": 0.5}, "max_ratio=0.5 must be a finite number of at least 1"),
+        *(({name: "x"}, f"{name}='x' must be a") for name in ("image_size", "unit", "max_ratio")),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, message):

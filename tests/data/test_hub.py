@@ -130,8 +130,8 @@ def test_columns_of_the_librarys_own_type_keep_their_bytes(parquet, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rows"], "column 'text' must be one of image, jpg, caption, more"),
-        (["rows", "--text", "caption", "--image", "img"], "column 'img' must be one of"),
+        (["rows"], "column='text' must be one of image, jpg, caption, more"),
+        (["rows", "--text", "caption", "--image", "img"], "column='img' must be one of"),
         (["rows/none.parquet"], r"rows has no none.parquet"),
         (["empty"], "empty has no files that match *.parquet"),
         (["junk.parquet"], "junk.parquet cannot be opened"),
@@ -140,7 +140,7 @@ def test_columns_of_the_librarys_own_type_keep_their_bytes(parquet, tmp_path):
             "text caption, text must be different kinds",
         ),
         (["none.parquet", "--text", "a", "b", "b"], "text a, b, b must be different kinds"),
-        (["none.parquet", "--text", "a", "a-b"], "mix 'a-b' must be an identifier"),
+        (["none.parquet", "--text", "a", "a-b"], "mix='a-b' must be an identifier"),
         (["differing"], "because column names don't match"),
     ],
 )

@@ -29,7 +29,7 @@ def test_seeds_differ():
 
 
 def test_an_empty_data_set_is_refused():
-    with pytest.raises(ValueError, match="size 0 must be at least 1"):
+    with pytest.raises(ValueError, match="size=0 must be a whole number of at least 1"):
         ShuffledOrder(size=0, seed=0)
 
 
@@ -111,7 +111,7 @@ def test_another_group_changes_no_samples_of_a_group():
 
 
 def test_bad_bucketed_orders_are_refused():
-    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
         bucketed(batch_size=0)
-    with pytest.raises(ValueError, match="size 0 must be at least 1"):
+    with pytest.raises(ValueError, match="size=0 must be a whole number of at least 1"):
         BucketedOrder(group_of=[], groups="a", batch_size=1, seed=0)

@@ -278,10 +278,10 @@ def test_too_many_bad_images_stop_the_packing(photos, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"per_shard": 0}, "per_shard 0 must be at least 1"),
-        ({"threads": 0}, "threads 0"),
-        ({"max_pixels": 0}, "max_pixels 0"),
-        ({"max_bad_fraction": 1}, r"max_bad_fraction 1 must be in \[0, 1\)"),
+        ({"per_shard": 0}, "per_shard=0 must be a whole number of at least 1"),
+        ({"threads": 0}, "threads=0"),
+        ({"max_pixels": 0}, "max_pixels=0"),
+        ({"max_bad_fraction": 1}, r"max_bad_fraction=1 must be a finite number of at least 0 and"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(photos, tmp_path, option, message):
@@ -350,7 +350,7 @@ def test_the_command_takes_other_captions(tmp_path, photo, captions, capsys):
         (["photos", "out", "--captions", "table"], "has no metadata.jsonl and metadata.csv"),
         (["photos", "out", "--captions", "class_names", "--template", "x"], "must hold {} once"),
         (["photos", "out", "--kinds", "../x"], "must be an identifier"),
-        (["photos", "out", "--per-shard", "0"], "per_shard 0 must be"),
+        (["photos", "out", "--per-shard", "0"], "per_shard=0 must be"),
         (["photos", "photos/0/0.png"], "must be a folder"),
         (["photos", "photos/0/0.png/out"], "photos/0/0.png/out: not a directory"),
     ],

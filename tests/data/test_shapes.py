@@ -246,26 +246,29 @@ def test_a_batch_is_its_samples():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "trian"}, "split 'trian' must be one of .*did you mean 'train'"),
-        ({"image_size": 48}, "image_size 48 must be a multiple of 32"),
+        ({"split": "trian"}, "split='trian' must be one of .*Did you mean train"),
+        ({"image_size": 48}, "image_size=48 must be a multiple of 32"),
         ({"seed": -1}, "seed=-1 must be"),
-        ({"shapes": ("circle", "sqare")}, "'sqare' must be one of .*did you mean 'square'"),
+        ({"shapes": ("circle", "sqare")}, "'sqare' must be one of .*Did you mean square"),
         ({"shapes": ("circle",)}, "must name at least two"),
         ({"colours": ("red", "red")}, "must not repeat"),
-        ({"colours": ("red", "white")}, "backgrounds .* must not share a colour"),
-        ({"backgrounds": ()}, "backgrounds .* must name at least one"),
-        ({"sizes": {"huge": (0.2, 0.3)}}, r"sizes\['huge'\] .* objects could touch"),
+        ({"colours": ("red", "white")}, "backgrounds=.* must not share a colour"),
+        ({"backgrounds": ()}, "backgrounds=.* must name at least one"),
+        ({"sizes": {"huge": (0.2, 0.3)}}, r"sizes\['huge'\]=.* objects could touch"),
         ({"sizes": {"odd": (0.2, 0.1)}}, r"sizes\['odd'\]"),
         ({"grid": 3}, "objects could touch"),
         ({"grid": 1}, "'two_object' is impossible .* grid 1"),
         ({"jitter": 0.06}, "objects could touch"),
-        ({"max_count": 5}, "max_count 5 must be from 1 to 4"),
+        ({"max_count": 5}, "max_count=5 must be from 1 to 4"),
         ({"max_count": 1}, "'counting' is impossible"),
-        ({"task_weights": {"counting": -1}}, r"task_weights\['counting'\] -1 must be at least 0"),
-        ({"task_weights": {"counting": 0}}, "task_weights .* must not all be zero"),
-        ({"task_weights": {"count": 1}}, "did you mean 'counting'"),
-        ({"rich_fraction": 1.5}, r"rich_fraction 1.5 must be in \[0, 1\]"),
-        ({"held_out_fraction": 0.6}, "held_out_fraction 0.6"),
+        (
+            {"task_weights": {"counting": -1}},
+            r"task_weights\['counting'\]=-1 must be a finite number",
+        ),
+        ({"task_weights": {"counting": 0}}, "task_weights=.* must not all be zero"),
+        ({"task_weights": {"count": 1}}, "Did you mean counting"),
+        ({"rich_fraction": 1.5}, r"rich_fraction=1.5 must be a finite number of at least 0 and"),
+        ({"held_out_fraction": 0.6}, "held_out_fraction=0.6"),
         ({"split": "held_out", "held_out_fraction": 0}, "is impossible in split 'held_out'"),
     ],
 )
@@ -291,7 +294,7 @@ def test_bad_indices_and_tasks_are_refused():
     data = Shapes(split="train")
     with pytest.raises(ValueError, match="index -1"):
         data[-1]
-    with pytest.raises(ValueError, match="did you mean 'position'"):
+    with pytest.raises(ValueError, match="Did you mean position"):
         data.scene_for_task("positions", 0)
 
 

@@ -261,11 +261,11 @@ def test_a_pattern_chooses_shards_and_the_order_is_that_of_names(tmp_path):
     ("arguments", "message"),
     [
         ({"root": "nowhere"}, "root 'nowhere' must be a folder"),
-        ({"split": "trian"}, "did you mean 'train'"),
+        ({"split": "trian"}, "Did you mean train"),
         ({"mix": {"text": 1, "synthetic": 1}}, "no image of .* has a caption of .* 'synthetic'"),
         ({"split": "validation"}, "split 'validation' has none of the 3 images"),
         ({"max_pixels": 10}, "3 of 3 images .* pixels are more than the limit of 10"),
-        ({"threads": 0}, "threads 0"),
+        ({"threads": 0}, "threads=0"),
         ({"shards": "*.tgz"}, r"has no files that match \*\.tgz"),
         ({"shards": "0.tar.gz"}, r"0\.tar\.gz must be a complete, uncompressed tar file"),
     ],

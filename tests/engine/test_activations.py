@@ -82,7 +82,7 @@ def test_the_more_is_recomputed_the_less_is_kept(randomize):
 
 
 def test_an_unknown_word_is_refused(randomize):
-    with pytest.raises(UserError, match="activation_checkpointing=some must be one of none"):
+    with pytest.raises(UserError, match="activation_checkpointing='some' must be one of none"):
         recompute(network("dit", randomize), "some")
 
 

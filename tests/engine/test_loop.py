@@ -234,9 +234,9 @@ def test_a_stopped_run_of_no_steps_left_is_measured_and_finished(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"clip": float("nan")}, r"training\.clip=nan must be a number above 0"),
-        ({"timeout": float("inf")}, r"training\.timeout=inf must be a number above 0"),
-        ({"keep_best": 5}, r"training\.keep_best=5 must be the name of a figure"),
+        ({"clip": float("nan")}, r"training\.clip=nan must be a finite number above 0"),
+        ({"timeout": float("inf")}, r"training\.timeout=inf must be a finite number above 0"),
+        ({"keep_best": 5}, r"training\.keep_best=5 must be a text"),
     ],
 )
 def test_settings_that_are_none_are_refused(change: dict[str, Any], told: str) -> None:

@@ -111,9 +111,9 @@ def test_a_tied_embedding_stands_once_and_does_not_decay() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        *(("lr", value, "lr .* must be") for value in ("x", None, -1, math.nan, [1], True)),
-        *(("eps", value, "eps .* must be") for value in ("x", -1, math.nan)),
-        *(("weight_decay", value, "weight_decay .* must be") for value in ("x", -1, math.nan)),
+        *(("lr", value, "lr=.* must be") for value in ("x", None, -1, math.nan, [1], True)),
+        *(("eps", value, "eps=.* must be") for value in ("x", -1, math.nan)),
+        *(("weight_decay", value, "weight_decay=.* must be") for value in ("x", -1, math.nan)),
         *(
             ("betas", value, "betas.* must be")
             for value in ("x", 0.9, [0.9], [0.9, 1.0], [0.9, "x"])

@@ -153,7 +153,7 @@ def test_snapshots_beyond_the_newest_checkpoint_do_not_count(tmp_path: Path) -> 
     [
         ([], 1, "one number or several"),
         ([0.1, 0.1], 1, "differ"),
-        ([0.1], 0, "snapshot_every 0"),
+        ([0.1], 0, "snapshot_every=0"),
         (0.1, 1, "must be a list"),
     ],
 )

@@ -92,17 +92,17 @@ def test_stable_decays_of_two_lengths_agree_until_the_first_decays() -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: WarmupConstant(warmup_steps=-1), "warmup_steps -1"),
+        (lambda: WarmupConstant(warmup_steps=-1), "warmup_steps=-1"),
         (lambda: WarmupCosine(warmup_steps=9, steps=9), "steps 9 .* more than warmup_steps, 9"),
-        (lambda: WarmupCosine(steps=5000, final=1.5), "final 1.5"),
-        (lambda: WarmupStableDecay(steps=2000, decay_steps=0), "decay_steps 0"),
+        (lambda: WarmupCosine(steps=5000, final=1.5), "final=1.5"),
+        (lambda: WarmupStableDecay(steps=2000, decay_steps=0), "decay_steps=0"),
         (lambda: WarmupStableDecay(warmup_steps=9, steps=20, decay_steps=12), "steps 20"),
-        (lambda: WarmupStableDecay(steps=2000, decay_steps=9, final=-0.1), "final -0.1"),
-        (lambda: WarmupConstant(warmup_steps="x"), "warmup_steps 'x' must be a whole number"),
-        (lambda: WarmupConstant(warmup_steps=float("nan")), "warmup_steps nan must be a whole"),
-        (lambda: WarmupCosine(steps=5e3), "steps 5000.0 must be a whole number"),
-        (lambda: WarmupCosine(steps=5000, final=None), "final None must be a number"),
-        (lambda: WarmupStableDecay(steps=2000, decay_steps=True), "decay_steps True must be a"),
+        (lambda: WarmupStableDecay(steps=2000, decay_steps=9, final=-0.1), "final=-0.1"),
+        (lambda: WarmupConstant(warmup_steps="x"), "warmup_steps='x' must be a whole number"),
+        (lambda: WarmupConstant(warmup_steps=float("nan")), "warmup_steps=nan must be a whole"),
+        (lambda: WarmupCosine(steps=5e3), "steps=5000.0 must be a whole number"),
+        (lambda: WarmupCosine(steps=5000, final=None), "final=None must be a finite number"),
+        (lambda: WarmupStableDecay(steps=2000, decay_steps=True), "decay_steps=True must be a"),
     ],
 )
 def test_bad_numbers_are_refused(make, told: str) -> None:

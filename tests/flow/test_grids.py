@@ -45,7 +45,7 @@ def test_a_shift_moves_log_snr_by_minus_two_log_alpha(grid, alpha):
 @pytest.mark.parametrize("steps", [0, -3])
 def test_a_grid_needs_a_step(grid, steps):
     for ask in (grid, partial(grid.remaining, strength=0.5)):
-        with pytest.raises(UserError, match=f"steps {steps} must be at least 1"):
+        with pytest.raises(UserError, match=f"steps={steps} must be a whole number of at least 1"):
             ask(steps, Shift(), STRAIGHT)
 
 
@@ -107,9 +107,9 @@ def test_the_grid_of_karras_agrees_with_diffusers():
         ({"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min 2.0 and sigma_max 1.0"),
         ({"sigma_min": 0.0}, "sigma_min 0.0"),
         ({"sigma_min": -1.0}, "sigma_min -1.0"),
-        ({"rho": 0.0}, "rho 0.0 must be positive"),
-        ({"rho": -7.0}, "rho -7.0 must be positive"),
-        ({"rho": float("nan")}, "rho nan must be positive"),
+        ({"rho": 0.0}, "rho=0.0 must be a finite number above 0"),
+        ({"rho": -7.0}, "rho=-7.0 must be a finite number above 0"),
+        ({"rho": float("nan")}, "rho=nan must be a finite number above 0"),
         ({"sigma_max": float("inf")}, "sigma_max inf must satisfy"),
     ],
 )

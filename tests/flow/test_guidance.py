@@ -157,7 +157,7 @@ def test_an_empty_window_is_classifier_free_guidance():
     ("arguments", "message"),
     [
         ({"layers": ()}, "must be a list"),
-        ({"layers": 7}, "layers 7 must be a list"),
+        ({"layers": 7}, "layers=7 must be a list"),
         ({"start": 0.5, "end": 0.2}, "start 0.5 and end 0.2"),
         ({"end": 20.0}, "fractions"),
     ],
@@ -389,9 +389,9 @@ def test_what_is_remembered_of_a_point_serves_no_other():
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_scales_are_finite(scale):
-    with pytest.raises(UserError, match=f"ClassifierFreeGuidance: scale {scale} must be a finite"):
+    with pytest.raises(UserError, match=f"ClassifierFreeGuidance: scale={scale} must be a finite"):
         ClassifierFreeGuidance(scale=scale)
-    with pytest.raises(UserError, match=f"SkipLayerGuidance: skip_scale {scale} must be a finite"):
+    with pytest.raises(UserError, match=f"SkipLayerGuidance: skip_scale={scale} must be a finite"):
         SkipLayerGuidance(inner=ClassifierFreeGuidance(), skip_scale=scale)
 
 

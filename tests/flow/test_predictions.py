@@ -164,5 +164,7 @@ def test_all_but_edm_are_shown_the_latent_and_its_time(path, prediction):
 
 @pytest.mark.parametrize("sigma_data", [0.0, -0.5, float("nan"), float("inf")])
 def test_the_data_of_edm_must_spread(sigma_data):
-    with pytest.raises(UserError, match=f"FPrediction: sigma_data {sigma_data} must be positive"):
+    with pytest.raises(
+        UserError, match=f"FPrediction: sigma_data={sigma_data} must be a finite number"
+    ):
         FPrediction(sigma_data=sigma_data)

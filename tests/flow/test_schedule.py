@@ -60,14 +60,14 @@ def test_paper_value_at_1024_pixels():
 @pytest.mark.parametrize("kind", [Shift, PublishedShift])
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_alpha_must_be_positive(alpha, kind):
-    with pytest.raises(UserError, match=f"{kind.__name__}: alpha {alpha} must be positive"):
+    with pytest.raises(UserError, match=f"{kind.__name__}: alpha={alpha} must be a finite number"):
         kind(alpha=alpha)
 
 
 @each_shift
 @pytest.mark.parametrize("steps", [0, -3])
 def test_a_grid_needs_a_step(steps, shift):
-    with pytest.raises(UserError, match=f"steps {steps} must be at least 1"):
+    with pytest.raises(UserError, match=f"steps={steps} must be a whole number of at least 1"):
         shift.grid(steps)
 
 

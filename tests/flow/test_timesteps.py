@@ -166,13 +166,13 @@ def test_a_logit_normal_needs_a_finite_place(m):
 
 @pytest.mark.parametrize("s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_logit_normal_needs_a_positive_scale(s):
-    with pytest.raises(UserError, match=rf"LogitNormal: s {s} must be positive"):
+    with pytest.raises(UserError, match=rf"LogitNormal: s={s} must be a finite number above 0"):
         LogitNormal(s=s)
 
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_discrete_times_need_a_step(steps):
-    with pytest.raises(UserError, match=f"DiscreteUniform: steps {steps} must be at least 1"):
+    with pytest.raises(UserError, match=f"DiscreteUniform: steps={steps} must be a whole number"):
         DiscreteUniform(steps=steps)
 
 

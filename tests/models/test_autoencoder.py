@@ -150,10 +150,10 @@ def test_a_side_that_is_no_multiple_of_the_factor_is_named(size):
     ("mistake", "message"),
     [
         ({"width": 48}, "width 48 must be divisible by 32"),
-        ({"width": 0}, "width 0 must be at least 1"),
-        ({"latent_channels": 0}, "latent_channels 0 must be at least 1"),
-        ({"multipliers": []}, "levels 0 must be at least 1"),
-        ({"multipliers": [1, 0]}, "multiplier 0 must be at least 1"),
+        ({"width": 0}, "width=0 must be a whole number of at least 1"),
+        ({"latent_channels": 0}, "latent_channels=0 must be a whole number of at least 1"),
+        ({"multipliers": []}, "levels=0 must be a whole number of at least 1"),
+        ({"multipliers": [1, 0]}, "multiplier=0 must be a whole number of at least 1"),
     ],
 )
 def test_impossible_arguments_are_named(mistake, message):

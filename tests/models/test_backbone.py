@@ -297,11 +297,11 @@ def test_qk_norm_is_added_once_and_in_the_models_dtype():
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"depth": 0}, "depth 0 must be at least 1"),
-        ({"num_heads": 0}, "num_heads 0 must be at least 1"),
+        ({"depth": 0}, "depth=0 must be a whole number of at least 1"),
+        ({"num_heads": 0}, "num_heads=0 must be a whole number of at least 1"),
         ({"num_heads": 5}, "width 32 must be divisible by"),
         ({"width": 30}, "width 30 must be divisible by 4"),
-        ({"widht": 32}, "has no argument 'widht'; did you mean 'width'"),
+        ({"widht": 32}, "has no argument 'widht'. Did you mean width"),
     ],
 )
 def test_impossible_sizes_are_named(backbone, mistake, message):

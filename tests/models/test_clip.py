@@ -85,11 +85,11 @@ def test_initialization_shrinks_residual_branches_with_depth():
     ("mistake", "message"),
     [
         ({"num_heads": 5}, "width 32 must be divisible by num_heads 5"),
-        ({"num_heads": 0}, "num_heads 0 must be at least 1"),
-        ({"length": 0}, "length 0 must be at least 1"),
-        ({"projection_width": 0}, "projection_width 0 must be at least 1"),
-        ({"depth": 1}, "depth 1 must be at least 2"),
-        ({"activation": "relu"}, "activation 'relu' must be one of"),
+        ({"num_heads": 0}, "num_heads=0 must be a whole number of at least 1"),
+        ({"length": 0}, "length=0 must be a whole number of at least 1"),
+        ({"projection_width": 0}, "projection_width=0 must be a whole number of at least 1"),
+        ({"depth": 1}, "depth=1 must be a whole number of at least 2"),
+        ({"activation": "relu"}, "activation='relu' must be one of"),
     ],
 )
 def test_impossible_arguments_are_named(mistake, message):

@@ -83,8 +83,8 @@ def test_reset_parameters_fills_what_meta_left_empty():
     ("mistake", "message"),
     [
         ({"num_heads": 5}, "width 32 must be divisible by num_heads 5"),
-        ({"num_heads": 0}, "num_heads 0 must be at least 1"),
-        ({"patch_size": 0}, "patch_size 0 must be at least 1"),
+        ({"num_heads": 0}, "num_heads=0 must be a whole number of at least 1"),
+        ({"patch_size": 0}, "patch_size=0 must be a whole number of at least 1"),
         ({"patch_size": 5}, "image_size 12 must be divisible by patch_size 5"),
     ],
 )

@@ -280,9 +280,9 @@ def test_control_pixels():
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"depth": 0}, "depth 0 must be at least 1"),
+        ({"depth": 0}, "depth=0 must be a whole number of at least 1"),
         ({"num_heads": 5}, "width 32 must be divisible by num_heads 5"),
-        ({"control_type": "pose"}, "control_type 'pose' must be one of blur, canny, depth"),
+        ({"control_type": "pose"}, "control_type='pose' must be one of blur, canny, depth"),
     ],
 )
 def test_impossible_arguments_are_named(mistake, message):
@@ -291,7 +291,7 @@ def test_impossible_arguments_are_named(mistake, message):
 
 
 def test_an_unknown_control_type_is_named():
-    with pytest.raises(UserError, match="control_type 'pose' must be one of blur, canny, depth"):
+    with pytest.raises(UserError, match="control_type='pose' must be one of blur, canny, depth"):
         control_pixels(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), "pose")
 
 
@@ -466,7 +466,7 @@ def test_a_control_net_of_another_model_is_refused(other, message):
         net = ControlNet(**{**sizes, **other}, depth=1)
         controlled(base, net)
     for strength in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"strength .* must be a finite number"):
+        with pytest.raises(UserError, match=r"strength=.* must be a finite number"):
             controlled(base, ControlNet(**sizes, depth=1), strength=strength)
-    with pytest.raises(UserError, match=r"placement 'last' must be one of after_every_block, bef"):
+    with pytest.raises(UserError, match=r"placement='last' must be one of after_every_block, bef"):
         controlled(base, ControlNet(**sizes, depth=1), placement="last")

@@ -70,7 +70,7 @@ def test_the_ratio_stays_within_half_and_twice_of_the_configured():
 
 
 def test_what_cannot_be_matched_is_refused():
-    with pytest.raises(UserError, match="match=size must be one of params, flops"):
+    with pytest.raises(UserError, match="match='size' must be one of params, flops"):
         matched(on_meta("toy_dit"), on_meta("toy"), by="size", **AT)
     small = {"depth": 1, "width": 12, "num_heads": 3, "context_width": 8, "pooled_width": 8}
     reference = DiT(**small, position_size=4)

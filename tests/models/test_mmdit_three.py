@@ -65,5 +65,5 @@ def test_a_text_without_t5_and_an_impossible_length_are_named():
     model = MMDiTThree(**TINY, clip_length=5)
     with pytest.raises(UserError, match="c_ctxt has 5 tokens, of which clip_length 5 are CLIP's"):
         model(*inputs())
-    with pytest.raises(UserError, match="clip_length 0 must be at least 1"):
+    with pytest.raises(UserError, match="clip_length=0 must be a whole number of at least 1"):
         MMDiTThree(**TINY, clip_length=0)

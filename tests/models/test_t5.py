@@ -58,7 +58,7 @@ def test_any_length_is_read():
 
 @pytest.mark.parametrize("name", ["depth", "num_heads", "width", "hidden", "head_width"])
 def test_every_size_is_at_least_one(name):
-    with pytest.raises(UserError, match=f"{name} 0 must be at least 1"):
+    with pytest.raises(UserError, match=f"{name}=0 must be a whole number"):
         T5Encoder(**{**TINY, name: 0})
 
 

@@ -91,8 +91,8 @@ def test_the_sides_shrink_by_the_patch(randomize, patch_size):
             {"width": 36, "num_heads": 4},
             r"width 36 must be divisible by 8: .* 4 groups, as num_heads",
         ),
-        ({"num_heads": 0}, "num_heads 0 must be at least 1"),
-        ({"conv_blocks": 0}, "conv_blocks 0 must be at least 1"),
+        ({"num_heads": 0}, "num_heads=0 must be a whole number of at least 1"),
+        ({"conv_blocks": 0}, "conv_blocks=0 must be a whole number of at least 1"),
     ],
 )
 def test_channels_that_do_not_split_are_named(sizes, message):

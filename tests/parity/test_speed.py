@@ -101,9 +101,9 @@ def run(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
         ("cases=[small]", "cases=['small'] must be a list of some of small_forward, "),
         ("cases=t5", "cases=t5 must be a list"),
         ("modes=[]", "modes=[] must be a list of some of eager, compiled"),
-        ("dtype=int8", "dtype=int8 must be one of bf16, fp32"),
+        ("dtype=int8", "dtype='int8' must be one of bf16, fp32"),
         ("repeats=0", "repeats=0 must be a whole number of at least 1"),
-        ("threads=two", "threads=two must be a whole number"),
+        ("threads=two", "threads='two' must be a whole number"),
     ],
 )
 def test_a_mistake_ends_in_one_line(run, argument, message):

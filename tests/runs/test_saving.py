@@ -444,7 +444,7 @@ def test_of_a_link_to_a_checkpoint_the_link_is_removed(make: Make, tmp_path: Pat
 
 @pytest.mark.parametrize("keep", [{"last": 0}, {"last": None}, {"every": 0}, {"every": 1.5}])
 def test_bad_retention_is_refused(keep: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=r"^keep.* must be a whole number above 0"):
+    with pytest.raises(UserError, match=r"^keep.* must be a whole number of at least 1"):
         Retention(**keep)  # type: ignore[arg-type]
 
 

@@ -373,7 +373,7 @@ def test_unequal_training_is_said(tmp_path):
         ({"table": "empty.json"}, {}, "at least 2 variants, there is none"),
         ({}, {"resamples": 3}, "resamples=3 must be a whole number of at least 100"),
         ({}, {"seed": -1}, "seed=-1 must be a whole number from 0 to"),
-        ({}, {"report": "perhaps"}, "report=perhaps must be true or false"),
+        ({}, {"report": "perhaps"}, "report='perhaps' must be true or false"),
     ],
 )
 def test_mistakes_are_refused(text, values, message, tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def test_backbones_are_matched_by_one_key(folder):
     result = run(folder, "train.py", *words)
     assert "match=flops: width" in result.stdout
     refused = run(folder, "train.py", *words, "match=weight", code=2)
-    assert "match=weight must be one of params, flops" in refused.stderr
+    assert "match='weight' must be one of params, flops" in refused.stderr
 
 
 def test_folders_of_long_sweeps_have_short_names_of_their_own():

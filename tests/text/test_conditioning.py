@@ -325,7 +325,7 @@ def test_dropout_zero_keeps_all_and_one_drops_all():
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.1])
 def test_a_dropout_that_is_no_probability_is_refused(dropout):
-    with pytest.raises(ValueError, match=rf"dropout {dropout} must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=rf"dropout={dropout} must be a finite number"):
         conditioner(dropout=dropout)
 
 
@@ -348,7 +348,7 @@ def test_clips_of_unequal_length_are_refused(text):
 
 
 def test_an_unknown_reading_of_the_empty_prompt_is_refused():
-    with pytest.raises(UserError, match=r"empty_prompt 'empty' must be one of \['zeros'"):
+    with pytest.raises(UserError, match=r"empty_prompt='empty' must be one of zeros"):
         conditioner(empty_prompt="empty")
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
+from mmdit.checks import one_of, seed_number, whole_number
 from mmdit.cli.eval.subject import made, numbers, results_folder, shapes_for, table, write_results
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import PARTS, Subject, open_subject
-from mmdit.cli.values import seed_of, whole
 from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
@@ -55,8 +55,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, look, write."""
     levels = numbers(config, "levels", "times above 0, up to 1", low=0.0, high=1.0)
     for key, least in (("samples", 1), ("batch_size", 1), ("text_length", 1)):
-        whole(config, key, least)
-    seed_of(config)
+        whole_number(key, config[key], least)
+    seed_number("seed", config.seed)
     if config.image_sizes is not None:
         numbers(config, "image_sizes", "sides in pixels", low=0, high=float("inf"))
     if config.random and "checkpoint" in text:
@@ -112,8 +112,7 @@ def look_at_shapes(
 
 def random_network(config: DictConfig, text: Verbatim) -> Watched:
     """A transformer of a published size with random weights, on random inputs."""
-    if config.random not in SIZES:
-        raise UserError(f"random={config.random} must be one of {', '.join(SIZES)}")
+    one_of("random", config.random, SIZES)
     device = available(config.device)
     with tempfile.TemporaryDirectory(prefix="mmdit-attention-") as folder:
         models = models_of_size(config.random, ["mmdit"])

@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.checks import whole_number
 from mmdit.cli.eval.subject import open_features, results_folder, shapes_for, table, write_results
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import computing, facts_of, open_named
-from mmdit.cli.values import whole
 from mmdit.data.images import BadImage, decode, read_bytes
 from mmdit.devices import available
 from mmdit.errors import UserError
@@ -65,8 +65,8 @@ class Measured(NamedTuple):
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, reconstruct, write."""
     for key, least in (("samples", 2), ("batch_size", 1)):
-        whole(config, key, least)
-    size = None if config.image_size is None else whole(config, "image_size")
+        whole_number(key, config[key], least)
+    size = None if config.image_size is None else whole_number("image_size", config.image_size)
     opened = open_autoencoder(config, text)
     images, count, data_facts = find_images(opened, config, text, size)
     features, clip_facts = open_features(text, available(config.device))

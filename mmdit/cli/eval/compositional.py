@@ -17,10 +17,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from mmdit.checks import seed_number, whole_number
 from mmdit.cli.eval.subject import generate, results_folder, shapes_for, write_results
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import PARTS, Subject, open_subject
-from mmdit.cli.values import seed_of, whole
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.metrics.compositional import judge
@@ -33,8 +33,8 @@ VERBATIM = ("checkpoint", "out", *PARTS)
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, measure, write."""
     for key, least in (("prompts_per_task", 2), ("batch_size", 1)):
-        whole(config, key, least)
-    seed_of(config)
+        whole_number(key, config[key], least)
+    seed_number("seed", config.seed)
     subject = open_subject(config, text)
     pipe = subject.pipe
     report: dict[str, Any] = {

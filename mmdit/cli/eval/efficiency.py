@@ -11,6 +11,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from mmdit.checks import seed_number, whole_number
 from mmdit.cli.eval.subject import (
     generate,
     numbers,
@@ -24,7 +25,6 @@ from mmdit.cli.eval.subject import (
 )
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import PARTS, open_subject
-from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
 from mmdit.metrics.path_length import MeasuredGuidance
 
@@ -36,8 +36,8 @@ SCORES = {"clip": "CLIP score", "accuracy": "accuracy"}  # the first there is co
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, sample at every number of steps, write."""
     for key, least in (("batch_size", 1), ("samples", 2)):
-        whole(config, key, least)
-    seed_of(config)
+        whole_number(key, config[key], least)
+    seed_number("seed", config.seed)
     counts = numbers(config, "steps", "at least two whole numbers", low=0, high=float("inf"))
     if len(counts) < 2 or not all(isinstance(count, int) for count in counts):
         raise UserError(f"steps={config.steps} must be a list of at least two whole numbers")

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from mmdit.checks import seed_number, whole_number
 from mmdit.cli.eval.subject import (
     generate,
     open_features,
@@ -28,7 +29,6 @@ from mmdit.cli.eval.subject import (
 )
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import PARTS, Subject, open_subject
-from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
 from mmdit.metrics.encoders import SUBSETS, with_encoders
 from mmdit.metrics.validation import LEVELS, validation_loss
@@ -42,8 +42,8 @@ VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, sample with every subset, write."""
     for key, least in (("validation_samples", 1), ("batch_size", 1)):
-        whole(config, key, least)
-    seed_of(config)
+        whole_number(key, config[key], least)
+    seed_number("seed", config.seed)
     subject = open_subject(config, text)
     prompts = read_prompts(subject, config, text)
     features, clip_facts = open_features(text, subject.pipe.device)

@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from mmdit.atomic import write_atomically
+from mmdit.checks import seed_number, whole_number
 from mmdit.cli.eval.subject import sampling, shapes_for
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import PARTS, Subject, open_subject
-from mmdit.cli.values import seed_of, whole
 from mmdit.metrics.geneval import GenEvalFolder, Metadata, read_metadata, scene_metadata
 from mmdit.printable import show
 from mmdit.runs.native import file_hash
@@ -30,8 +30,8 @@ VERBATIM = ("checkpoint", "out", "metadata", *PARTS)
 def job(config: DictConfig, text: Verbatim) -> None:
     """Compose, build, sample what is missing."""
     for key, least in (("samples_per_prompt", 1), ("batch_size", 1), ("prompts", 1)):
-        whole(config, key, least)
-    seed_of(config, images=config.samples_per_prompt)
+        whole_number(key, config[key], least)
+    seed_number("seed", config.seed, images=config.samples_per_prompt)
     given = Path(text["metadata"]) if "metadata" in text else None
     lines = read_metadata(given) if given else None
     subject = open_subject(config, text)

@@ -25,10 +25,10 @@ from mmdit.checkpoints.diagnosis import NAMES
 from mmdit.checkpoints.folders import REQUIRED_FIELDS, SUBFOLDERS, config_of, read_config
 from mmdit.checkpoints.locate import Place, layout_of
 from mmdit.checkpoints.public import find
+from mmdit.checks import flag, number, one_of, seed_number, whole_number
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.eval.subject import made
 from mmdit.cli.launch import Verbatim, launch
-from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
 from mmdit.parity.load_time import measure_loading
@@ -94,8 +94,8 @@ def check(config: DictConfig, text: Verbatim) -> None:
     """Refuse requests that make no sense, before anything is read or written."""
     if bool(text.get("checkpoint")) == bool(config.random):
         raise UserError("give either checkpoint=<file, folder or hub id> or random=<size>")
-    if config.random and config.random not in SIZES:
-        raise UserError(f"random={config.random} must be one of {', '.join(SIZES)}")
+    if config.random:
+        one_of("random", config.random, SIZES)
     if "keep" in text and not config.random:
         raise UserError("keep= keeps random weights: give random=, or leave keep out")
     if config.against != "diffusers":
@@ -103,16 +103,14 @@ def check(config: DictConfig, text: Verbatim) -> None:
     for peer in ("diffusers", "transformers"):
         if importlib.util.find_spec(peer) is None:
             raise UserError(f"{peer} is not installed: pip install 'sd3-mmdit[test]'")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype} must be one of {', '.join(DTYPES)}")
-    if config.load not in (None, True, False):
-        raise UserError(f"load={config.load} must be true or false")
+    one_of("dtype", config.dtype, DTYPES)
+    if config.load is not None:
+        flag("load", config.load)
     for key, unit in UNITS.items():
-        if whole(config, key) % unit:
+        if whole_number(key, config[key]) % unit:
             raise UserError(f"{key}={config[key]} must be a multiple of {unit}")
-    seed_of(config)
-    if not isinstance(config.tolerance, int | float) or not config.tolerance > 0:
-        raise UserError(f"tolerance={config.tolerance} must be a number above 0")
+    seed_number("seed", config.seed)
+    number("tolerance", config.tolerance, above=0)
     wanted(config.components)
 
 

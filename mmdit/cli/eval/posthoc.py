@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mmdit.checks import whole_number
 from mmdit.cli.eval.subject import made, numbers, table, write_results
 from mmdit.cli.launch import Verbatim, launch
-from mmdit.cli.values import whole
 from mmdit.engine.posthoc import Combination, combine, reconstruct
 from mmdit.errors import UserError
 from mmdit.runs.native import save_module, weights_hash
@@ -27,7 +27,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     if not several:
         config.sigma_rel = [config.sigma_rel]
     sigma_rels = numbers(config, "sigma_rel", "numbers in (0, 0.2887]", low=0, high=12**-0.5)
-    step = None if config.step is None else whole(config, "step")
+    step = None if config.step is None else whole_number("step", config.step)
     run = run_folder(text)
     files = places(text, sigma_rels, several=several)
     plans = [combine(run, sigma_rel=sigma_rel, step=step) for sigma_rel in sigma_rels]

@@ -17,10 +17,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from mmdit.checks import flag, seed_number, whole_number
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.eval.subject import cell
 from mmdit.cli.launch import Verbatim, launch
-from mmdit.cli.values import seed_of, whole
 from mmdit.errors import UserError
 from mmdit.printable import show
 from mmdit.study.ranking import (
@@ -119,10 +119,9 @@ KEPT = ("run", "variant", "seed", "dataset", "samples", "weights_sha256", "train
 
 def check(config: DictConfig) -> None:
     """Refuse values that make no sense."""
-    whole(config, "resamples", 100)
-    seed_of(config)
-    if not isinstance(config.report, bool):
-        raise UserError(f"report={config.report} must be true or false")
+    whole_number("resamples", config.resamples, 100)
+    seed_number("seed", config.seed)
+    flag("report", config.report)
 
 
 # Ranking

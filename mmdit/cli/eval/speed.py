@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mmdit.checkpoints.folders import write_model
+from mmdit.checks import one_of, seed_number, whole_number
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.launch import Verbatim, launch
-from mmdit.cli.values import seed_of, whole
 from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.keys import generator_for
@@ -108,12 +108,11 @@ def check(config: DictConfig) -> None:
         asked = [config[key]] if isinstance(config[key], str) else list(config[key] or [])
         if not asked or not set(asked) <= set(known) or isinstance(config[key], str):
             raise UserError(f"{key}={config[key]} must be a list of some of {', '.join(known)}")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype} must be one of {', '.join(DTYPES)}")
-    whole(config, "repeats")
+    one_of("dtype", config.dtype, DTYPES)
+    whole_number("repeats", config.repeats)
     if config.threads is not None:
-        whole(config, "threads")
-    seed_of(config)
+        whole_number("threads", config.threads)
+    seed_number("seed", config.seed)
 
 
 # Measuring

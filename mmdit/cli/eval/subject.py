@@ -1,7 +1,6 @@
 """What measurements of a trained model share: opening it, its name, prompts, scores, results."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.checks import number, seed_number, whole_number
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.launch import Verbatim
 from mmdit.cli.subject import Subject
-from mmdit.cli.values import seed_of, whole
 from mmdit.data.captions import Scene, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
@@ -84,7 +83,7 @@ def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompt
     Raises:
         UserError: the file cannot be read, or holds none.
     """
-    n = whole(config, "samples")
+    n = whole_number("samples", config.samples)
     if "prompts" not in text:
         data = shapes_for(subject.run, config, "validation")
         scenes = scenes_of(data, n)
@@ -103,7 +102,10 @@ def generate(
     pipe: Pipeline, prompts: Sequence[str], config: DictConfig, *, label: str, **options: Any
 ) -> Samples:
     """One image a prompt, on the CPU; image i starts from the noise of seed + i."""
-    first, options["solver"] = seed_of(config, images=len(prompts)), instantiate(config.solver)
+    first, options["solver"] = (
+        seed_number("seed", config.seed, images=len(prompts)),
+        instantiate(config.solver),
+    )
     seeds, images, evaluations = [first + i for i in range(len(prompts))], [], 0.0
     starts = range(0, len(prompts), config.batch_size)
     for start in tqdm(starts, desc=label, unit="batch", disable=None):
@@ -137,9 +139,7 @@ def sampling(pipe: Pipeline, config: DictConfig) -> dict[str, Any]:
     """
     if config.guidance is None:
         config.guidance = pipe.guidance
-    scale = config.guidance
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise UserError(f"guidance={scale} must be a finite number")
+    number("guidance", config.guidance)
     instantiate(config.guide)  # whose own mistakes show before anything is sampled
     return {
         "guidance": config.guidance,

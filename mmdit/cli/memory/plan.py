@@ -8,8 +8,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from mmdit.checks import flag, one_of, whole_number
 from mmdit.cli import CONFIGS
-from mmdit.cli.values import whole
 from mmdit.devices import available
 from mmdit.engine.activations import ACTIVATIONS
 from mmdit.engine.footprint import (
@@ -55,15 +55,10 @@ def planned(config: DictConfig) -> Plan:
         UserError: a value is none, or does not fit the others.
     """
     config = filled(config)
-    if not isinstance(config.measure, bool):
-        raise UserError(f"measure={config.measure} must be true or false")
+    flag("measure", config.measure)
     if config.compile:
         raise UserError("compile=true: what compiled blocks keep is not predicted; leave it out")
-    if config.activation_checkpointing not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(
-            f"activation_checkpointing={config.activation_checkpointing} must be one of {known}"
-        )
+    one_of("activation_checkpointing", config.activation_checkpointing, ACTIVATIONS)
     unknown = sorted(set(map(str, config.encoders or [])) - ENCODERS.keys())
     if isinstance(config.encoders, str) or unknown:
         raise UserError(
@@ -102,14 +97,14 @@ def filled(config: DictConfig) -> DictConfig:
         with torch.device("meta"):
             factor = instantiate(config.autoencoder.model).factor
         config.image_size = config.model.position_grid * config.model.patch_size * factor
-    whole(config, "image_size")
+    whole_number("image_size", config.image_size)
     return config
 
 
 def counted_processes(config: DictConfig) -> int:
     """How many processes train together."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    count = started if config.world_size is None else whole(config, "world_size")
+    count = started if config.world_size is None else whole_number("world_size", config.world_size)
     parallel = instantiate(config.parallel)
     if config.measure and count != started:
         raise UserError(
@@ -131,10 +126,10 @@ def counted_processes(config: DictConfig) -> int:
 
 def batch_of(config: DictConfig, world_size: int) -> int:
     """Samples that a process computes at once."""
-    whole(config, "training.accumulation")
+    whole_number("training.accumulation", config.training.accumulation)
     if config.batch is not None:
-        return whole(config, "batch")
-    size = whole(config, "training.batch_size")
+        return whole_number("batch", config.batch)
+    size = whole_number("training.batch_size", config.training.batch_size)
     parts = world_size * config.training.accumulation
     if size % parts:
         raise UserError(
