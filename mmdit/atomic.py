@@ -1,13 +1,14 @@
-"""Files and folders that appear whole or not at all, whenever their writer is killed.
+"""Atomic writes: a file or folder appears completely or not at all, even if its writer is killed.
 
-What is being written lies in a hidden folder beside its place, `.<name>.<number>.tmp`, which holds
+Data are written to a hidden scratch folder next to the target, `.<name>.<number>.tmp`, containing
 
     lock        locked (flock) while its writer lives
-    new         what will take the place
-    old, place  where two folders cannot change places in one step: what was there, and where
+    new         what will replace the target
+    old, place  the previous target and its name, on systems that cannot exchange two folders
 
-The lock ends with its process, however that ends. So the next to write to the same place, or
-`clear`, removes what nobody owns any more. On file systems without locks nothing is removed.
+The lock is released when its process ends, for any reason. The next process that writes to the same
+target, or `clear`, then removes the abandoned folder. On file systems without locks, abandoned
+folders are not removed.
 """
 
 import ctypes
@@ -26,14 +27,14 @@ from typing import BinaryIO
 
 LOCK, NEW, OLD, PLACE = "lock", "new", "old", "place"
 SCRATCH = re.compile(r"\..+\.\d+\.tmp")
-LONGEST = 200  # bytes of a name that is repeated in that of its scratch folder
+LONGEST = 200  # bytes; the scratch folder of a longer name uses its hash instead
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-_held: set[int] = set()  # locks of this process
+_held: set[int] = set()  # file descriptors of locks that this process holds
 
 
 def _leave_to_parent() -> None:
-    """In a forked process: a loader worker that outlives its parent must not hold its locks."""
+    """Release the locks in a forked process: a data-loader worker may outlive its parent."""
     for lock in _held:
         os.close(lock)
     _held.clear()
@@ -44,15 +45,15 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 @contextmanager
 def scratch(place: Path) -> Iterator[Path]:
-    """A new folder beside `place`, held while the block runs and removed after it.
+    """A new scratch folder next to `place`, locked while the block runs and removed afterwards.
 
     Raises:
-        OSError: it cannot be made; or what the block raises, naming `place` where the error is
-            that of a file in the folder, or where the disk is full.
+        OSError: it cannot be created; or as raised by the block, but naming `place` if the error
+            is about a file in the scratch folder, or if the disk is full.
     """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside, lock = _take(place)
+        beside, lock = _new_scratch(place)
         try:
             yield beside
         finally:
@@ -71,7 +72,7 @@ def scratch(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which appears at `path` when the block ends well, or not at all."""
+    """A file to write to; it appears at `path` only if the block ends without an error."""
     with scratch(path) as beside:
         with (beside / NEW).open("wb") as file:
             yield file
@@ -81,15 +82,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, then move it there."""
+    """Write a file to a scratch folder, flush it to disk, then move it to `path`."""
     with whole_file(path) as file:
         file.write(data)
 
 
 def claim(path: Path, data: bytes) -> bool:
-    """Write a file where there is none, whole or not at all; whether the name was free.
+    """Write a file atomically if `path` does not exist; returns whether it was written.
 
-    Of several processes that claim one name at once, one gets it.
+    If several processes claim the same name at once, exactly one succeeds.
     """
     if os.path.lexists(path):
         return False
@@ -102,14 +103,14 @@ def claim(path: Path, data: bytes) -> bool:
 
 
 def move_to_free(source: Path, path: Path) -> bool:
-    """Move a file to a name that nothing has; whether it was free."""
+    """Move a file to `path` if that does not exist; returns whether it was moved."""
     try:
         os.link(source, path)
         source.unlink()
         return True
     except FileExistsError:
         return False
-    except OSError:  # no hard links here: an empty file holds the name for a moment
+    except OSError:  # no hard links here: reserve the name with an empty file
         try:
             path.open("xb").close()
         except FileExistsError:
@@ -118,11 +119,11 @@ def move_to_free(source: Path, path: Path) -> bool:
         return True
 
 
-def take_place(beside: Path, place: Path) -> None:
-    """Put the folder `beside/new` in the place of another, which stays in `beside`.
+def replace_folder(beside: Path, place: Path) -> None:
+    """Replace the folder `place` by `beside/new`; the previous one stays in `beside`.
 
-    In one step where the system can do it. Where it cannot, a kill between two steps leaves the
-    place empty, and the next to write there, or `clear`, puts the old folder back.
+    This is one step if the system supports it. If not, a kill between two steps leaves no folder
+    at `place`, and the next process that writes there, or `clear`, restores the previous one.
     """
     if not _exchange(beside / NEW, place):
         (beside / PLACE).write_bytes(os.fsencode(place.name))
@@ -135,7 +136,7 @@ def take_place(beside: Path, place: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove from a folder what killed processes left there while they wrote."""
+    """Remove scratch folders that killed processes left in a folder."""
     with suppress(OSError):
         names = [name for name in os.listdir(folder) if SCRATCH.fullmatch(name)]
         for name in names:
@@ -143,7 +144,7 @@ def clear(folder: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Make what was made and renamed in a folder survive a power cut."""
+    """Flush a folder's entries to disk, so that files created or renamed survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -151,19 +152,19 @@ def flush(folder: Path) -> None:
         os.close(handle)
 
 
-def _take(place: Path) -> tuple[Path, int]:
-    """Make and lock the scratch folder of the lowest free number, and clear those above it.
+def _new_scratch(place: Path) -> tuple[Path, int]:
+    """Create and lock the scratch folder with the lowest free number, and clear those above it.
 
-    Numbers, not names by chance: so leftovers are found without a look through the whole folder.
+    Numbers rather than random names: abandoned ones are found without listing the whole folder.
     """
-    taken: tuple[Path, int] | None = None
+    created: tuple[Path, int] | None = None
     for number in itertools.count():
         folder = place.with_name(f".{_stem(place)}.{number}.tmp")
         there = os.path.lexists(folder)
-        if there and (not _clear(folder) or taken):
+        if there and (not _clear(folder) or created):
             continue
-        if taken:
-            return taken
+        if created:
+            return created
         try:
             folder.mkdir()
         except FileExistsError:
@@ -173,23 +174,23 @@ def _take(place: Path) -> tuple[Path, int]:
         except OSError:
             folder.rmdir()
             raise
-        if lock is not None:  # else it was taken for a leftover, before it was locked
+        if lock is not None:  # else another process cleared it before it was locked
             _held.add(lock)
-            taken = folder, lock
+            created = folder, lock
     raise AssertionError("there is no end of numbers")
 
 
 def _stem(place: Path) -> str:
-    """What the names of a place's scratch folders begin with."""
+    """The target's part of the names of its scratch folders."""
     name = os.fsencode(place.name)
     return place.name if len(name) <= LONGEST else hashlib.sha256(name).hexdigest()
 
 
 def _lock(folder: Path, *, must: bool = False) -> int | None:
-    """The open lock of a scratch folder; None if another process has it.
+    """Lock a scratch folder and return the descriptor; None if another process holds it.
 
     Args:
-        must: None, too, where the file system has no locks.
+        must: return None, too, if the file system has no locks.
     """
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -197,7 +198,7 @@ def _lock(folder: Path, *, must: bool = False) -> int | None:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        gone = os.fstat(lock).st_nlink == 0  # by one who held it until now
+        gone = os.fstat(lock).st_nlink == 0  # removed by its previous owner
     except BlockingIOError:
         gone = True
     except OSError:
@@ -209,11 +210,11 @@ def _lock(folder: Path, *, must: bool = False) -> int | None:
 
 
 def _clear(folder: Path) -> bool:
-    """Remove a scratch folder that nobody owns; whether nothing is there now."""
+    """Remove a scratch folder that no process holds; returns whether it is gone."""
     try:
         names = os.listdir(folder)
         if folder.is_symlink() or (names and LOCK not in names):
-            return False  # somebody else's
+            return False  # not created by this module
         lock = _lock(folder, must=True)
         if lock is None:
             return not os.path.lexists(folder)
@@ -231,7 +232,7 @@ def _clear(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a scratch folder, its lock last."""
+    """Remove a scratch folder, with its lock as the last file."""
     for item in folder.iterdir():
         if item.name != LOCK:
             if item.is_dir() and not item.is_symlink():
@@ -243,7 +244,7 @@ def _remove(folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step, which Linux can on most file systems."""
+    """Exchange two paths in one step, which Linux supports on most file systems."""
     rename = _renameat2()
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and not rename(

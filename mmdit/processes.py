@@ -1,7 +1,7 @@
-"""The processes of one run, as `torchrun` starts them: who I am, and how we agree.
+"""The processes of one run, as started by `torchrun`: rank, communication, failures.
 
-One process needs no `torchrun`; everything here then costs nothing. Tensors of the model travel by
-the backend of their device. What is said here travels by gloo, on the CPU.
+A single process needs no `torchrun`; everything here then costs nothing. The model's tensors are
+exchanged with the backend of their device. Everything here uses gloo, on the CPU.
 """
 
 import json
@@ -28,9 +28,9 @@ class Processes:
     """All processes of a run.
 
     Attributes:
-        rank: of this process, from 0.
-        world_size: how many there are.
-        group: over which CPU tensors and plain objects travel; None for a single process.
+        rank: rank of this process, from 0.
+        world_size: number of processes.
+        group: process group for CPU tensors and plain objects; None for a single process.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Processes:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Return when all have come here."""
+        """Wait until all processes have called this."""
         if self.group is not None:
             dist.barrier(self.group)
 
     def broadcast(self, value: T) -> T:
-        """What the main process gives, in every process; a plain object."""
+        """The main process's value, in every process; a plain object."""
         if self.group is None:
             return value
         held = [value if self.main else None]
@@ -57,15 +57,15 @@ class Processes:
         return held[0]  # type: ignore[return-value]
 
     def once(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the main process, in every process: for what takes long.
+        """Call `make` in the main process only, and return its result in every process.
 
-        It is called by all processes at the same point, and its result must pickle.
+        All processes call this at the same point; the result must be picklable.
         """
         made = make() if self.main else None
         return self.broadcast(made)  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """What each process gives, in the order of ranks; plain objects."""
+        """The values of all processes, sorted by rank; plain objects."""
         if self.group is None:
             return [value]
         held: list[Any] = [None] * self.world_size
@@ -73,14 +73,14 @@ class Processes:
         return held
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes of a CPU tensor."""
+        """Sum a CPU tensor over all processes, in place."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block alone; then the others do, and find its work done."""
+        """Run the block in the main process first; then in the others, which find its work done."""
         if not self.main:
             self.barrier()
         yield
@@ -89,11 +89,11 @@ class Processes:
 
 
 def join(device: torch.device, timeout: float) -> Processes:
-    """Meet the other processes that `torchrun` started; alone where it started none.
+    """Join the processes that `torchrun` started; without it, this process is alone.
 
     Args:
-        device: of this process; see `own_device`.
-        timeout: seconds until an exchange of tensors that nobody answers ends the run.
+        device: device of this process; see `own_device`.
+        timeout: seconds until a collective that another process does not join ends the run.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ:
@@ -104,47 +104,51 @@ def join(device: torch.device, timeout: float) -> Processes:
             timeout=timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
         )
-    # One process may rightly be busy for hours (a stage, a checkpoint) while others wait here.
+    # A process may legitimately wait for hours while another is busy with a stage or a checkpoint.
     group = dist.new_group(backend="gloo", timeout=A_DAY)
     return Processes(dist.get_rank(), world_size, group)
 
 
 def leave() -> None:
-    """Take leave of the others, as PyTorch asks at the end of a process."""
+    """Destroy the process groups, as PyTorch requires at the end of a process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether this only tells that another process has gone, which knows why."""
+    """Whether this error only says that another process has ended, which reports the cause."""
     by_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     return by_gloo or isinstance(error, dist.DistError)
 
 
-def give_way(error: BaseException, *, mistake: bool) -> None:
-    """Let one process tell of a failure for all, where `torchrun` started several.
+def wait_for_report(error: BaseException, *, mistake: bool) -> None:
+    """Wait, under `torchrun`, if another process reports this failure; `torchrun` then ends all.
 
-    It ends all when one has ended, and so this one while it waits. Of a user's mistake, which all
-    make, the main process tells; of a process that has gone, that one. A minute is long enough for
-    them: on a busy machine one process may import its modules many seconds after another.
+    A user's mistake, which all processes make, is reported by the main one; a process that has
+    ended is reported by itself. A minute is long enough: on a busy machine one process may import
+    its modules many seconds later than another.
+
+    Args:
+        error: the failure.
+        mistake: whether it is a user's mistake.
     """
-    others_tell = is_lost(error) or (mistake and os.environ.get("RANK") != "0")
-    if "TORCHELASTIC_RUN_ID" in os.environ and others_tell:
+    reported_elsewhere = is_lost(error) or (mistake and os.environ.get("RANK") != "0")
+    if "TORCHELASTIC_RUN_ID" in os.environ and reported_elsewhere:
         time.sleep(60)
 
 
-def tell_torchrun(message: str) -> None:
-    """Have the page that `torchrun` ends with say why, too."""
+def report_to_torchrun(message: str) -> None:
+    """Include a message in the summary that `torchrun` prints when it ends."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def restart_remarks(words: Sequence[str]) -> list[str]:
-    """What keeps a run from going on when `torchrun --max-restarts` starts its processes again.
+    """Warnings about what prevents a run from resuming under `torchrun --max-restarts`.
 
     Args:
-        words: of the command line.
+        words: the words of the command line.
     """
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return []
@@ -153,18 +157,18 @@ def restart_remarks(words: Sequence[str]) -> list[str]:
     if version >= (2, 13) and os.environ.get(STORE_SWITCH, "0") != "1":
         remarks.append(
             f"torchrun --max-restarts never recovers under torch {torch.__version__}, whose "
-            f"restarted processes meet at a store that is gone: start it with {STORE_SWITCH}=1"
+            f"restarted processes use a store that no longer exists: start it with {STORE_SWITCH}=1"
         )
     if not any(word.partition("=")[0] == "resume" for word in words):
         remarks.append(
-            "torchrun --max-restarts gives the same command again, which begins a new run: add "
-            "resume=auto, and a restart goes on from the last checkpoint"
+            "torchrun --max-restarts repeats the same command, which starts a new run: add "
+            "resume=auto, and a restart resumes from the last checkpoint"
         )
     return remarks
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: of several GPUs of a machine, its own.
+    """The device of this process: on a machine with several GPUs, the one of its local rank.
 
     Raises:
         UserError: there are more processes than GPUs.
@@ -174,7 +178,7 @@ def own_device(device: torch.device) -> torch.device:
     mine, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if mine >= count:
         raise UserError(
-            f"process {mine} of this machine has no GPU: it has {count}; start as many processes "
+            f"process {mine} of this machine has no GPU: it has {count}; start {count} processes "
             f"(torchrun --nproc_per_node={count})"
         )
     torch.cuda.set_device(mine)

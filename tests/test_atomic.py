@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmdit import atomic
-from mmdit.atomic import claim, clear, scratch, take_place, whole_file, write_atomically
+from mmdit.atomic import claim, clear, replace_folder, scratch, whole_file, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -18,7 +18,7 @@ def names(folder: Path) -> list[str]:
 
 
 def forked(body: Callable[[], object]) -> int:
-    """A process that does something and then is killed; its id."""
+    """Start a process that does something and is then killed; returns its id."""
     child = os.fork()
     if child == 0:
         try:
@@ -29,7 +29,7 @@ def forked(body: Callable[[], object]) -> int:
 
 
 def killed(place: Path) -> None:
-    """A writer of `place` that was killed."""
+    """Simulate a writer of `place` that was killed."""
 
     def write() -> None:
         with scratch(place) as beside:
@@ -40,7 +40,7 @@ def killed(place: Path) -> None:
     assert any(name.endswith(".tmp") for name in names(place.parent))
 
 
-def test_many_may_write_the_same_file_at_once(tmp_path):
+def test_many_processes_can_write_the_same_file_at_once(tmp_path):
     path = tmp_path / "new" / "file"
     contents = [bytes([i]) * 10_000 for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -49,7 +49,7 @@ def test_many_may_write_the_same_file_at_once(tmp_path):
     assert names(path.parent) == ["file"]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+def test_a_failed_write_leaves_the_previous_file(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, b"before")
     with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
@@ -67,7 +67,7 @@ def test_the_next_writer_clears_what_a_killed_one_left(tmp_path):
     assert names(tmp_path) == ["file", "other"]
 
 
-def test_a_later_start_clears_what_nobody_owns_and_nothing_else(tmp_path):
+def test_clear_removes_only_abandoned_scratch_folders(tmp_path):
     killed(tmp_path / "file")
     for name in (".mine.0.tmp", ".a_folder.0.tmp/lock", ".a_folder_of_mine.0.tmp/notes"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def test_a_later_start_clears_what_nobody_owns_and_nothing_else(tmp_path):
         assert names(tmp_path) == [".a_folder_of_mine.0.tmp", ".living.0.tmp", ".mine.0.tmp"]
 
 
-def test_a_living_writer_keeps_its_folder_whoever_writes_beside_it(tmp_path):
+def test_a_living_writer_keeps_its_scratch_folder_when_others_write(tmp_path):
     path = tmp_path / "file"
     begun, tell = os.pipe()
 
@@ -99,7 +99,7 @@ def test_a_living_writer_keeps_its_folder_whoever_writes_beside_it(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_a_forked_process_does_not_hold_what_its_parent_wrote(tmp_path):
+def test_a_forked_process_does_not_hold_its_parents_locks(tmp_path):
     begun, tell = os.pipe()
     with scratch(tmp_path / "file") as beside:
         child = forked(lambda: (os.write(tell, b"x"), time.sleep(60)))
@@ -113,7 +113,7 @@ def test_a_forked_process_does_not_hold_what_its_parent_wrote(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_one_of_many_gets_a_name(tmp_path):
+def test_exactly_one_of_many_processes_claims_a_name(tmp_path):
     def attempt(i: int) -> bool:
         return claim(tmp_path / "file", bytes([i]) * 1000)
 
@@ -124,7 +124,7 @@ def test_one_of_many_gets_a_name(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_a_name_is_claimed_without_hard_links_too(tmp_path, monkeypatch):
+def test_a_name_can_be_claimed_without_hard_links(tmp_path, monkeypatch):
     def refused(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -135,7 +135,7 @@ def test_a_name_is_claimed_without_hard_links_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch, exchange):
+def test_a_folder_is_replaced_by_another(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(atomic, "_renameat2", lambda: None)
     place = tmp_path / "place"
@@ -144,7 +144,7 @@ def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch, exchange):
     with scratch(place) as beside:
         (beside / "new").mkdir()
         (beside / "new" / "file").touch()
-        take_place(beside, place)
+        replace_folder(beside, place)
     assert names(place) == ["file"] and names(tmp_path) == ["place"]
 
 
@@ -165,7 +165,7 @@ def test_two_renames_that_were_interrupted_are_undone(tmp_path, monkeypatch, aga
         killed.setattr(atomic, "_remove", lambda folder: None)
         with pytest.raises(KeyboardInterrupt), scratch(place) as beside:
             (beside / "new").mkdir()
-            take_place(beside, place)
+            replace_folder(beside, place)
     assert not place.exists()
     if again is clear:
         clear(tmp_path)
@@ -175,7 +175,7 @@ def test_two_renames_that_were_interrupted_are_undone(tmp_path, monkeypatch, aga
     assert names(place) == ["old"] and names(tmp_path) == ["place"]
 
 
-def test_an_error_names_the_place_and_not_what_lies_beside_it(tmp_path, monkeypatch):
+def test_an_error_names_the_target_and_not_the_scratch_folder(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError) as caught:
         write_atomically(tmp_path / "folder", b"")
@@ -185,6 +185,6 @@ def test_an_error_names_the_place_and_not_what_lies_beside_it(tmp_path, monkeypa
     assert caught.value.filename == str(tmp_path / "file")
 
 
-def test_a_long_name_is_written_too(tmp_path):
+def test_a_file_with_a_long_name_can_be_written(tmp_path):
     write_atomically(tmp_path / ("x" * 255), b"whole")
     assert names(tmp_path) == ["x" * 255]

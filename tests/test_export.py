@@ -1,4 +1,4 @@
-"""Weights of a run as one file, in one command."""
+"""Exporting the weights of a run to one file."""
 
 import math
 import os
@@ -48,7 +48,7 @@ def run(tmp_path: Path, randomize: Callable[[nn.Module, int], nn.Module]) -> Pat
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_an_exported_file_is_the_run(run: Path, tmp_path: Path, weights: str) -> None:
+def test_an_exported_file_loads_like_the_run(run: Path, tmp_path: Path, weights: str) -> None:
     out = tmp_path / "new" / "model.safetensors"
     main([str(run), str(out), "--weights", weights])
     assert read_weights(out).sha256 == read_weights(run, weights).sha256
@@ -68,7 +68,7 @@ def test_an_older_checkpoint_is_exported_by_its_folder(run: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("form", "name"), [("single_file", "vae.safetensors"), ("diffusers", "vae")]
 )
-def test_public_layouts(run: Path, tmp_path: Path, form: str, name: str) -> None:
+def test_public_layouts_are_loaded_again(run: Path, tmp_path: Path, form: str, name: str) -> None:
     main([str(run), str(tmp_path / name), "--format", form])
     if form == "single_file":
         assert "decoder.conv_in.weight" in open_file(tmp_path / name).infos
@@ -78,17 +78,17 @@ def test_public_layouts(run: Path, tmp_path: Path, form: str, name: str) -> None
     torch.testing.assert_close(again.encode(x), whole.encode(x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_command_says_who_reads_the_file(
+def test_the_command_warns_which_programs_can_read_the_file(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     main([str(run), str(tmp_path / "vae.safetensors"), "--format", "single_file"])
-    told = "autoencoder has latent_channels 4 for 16, width 32 for 128"
-    assert told in caplog.text
-    assert told in open_file(tmp_path / "vae.safetensors").metadata["mmdit.readers"]
+    message = "autoencoder has latent_channels 4 for 16, width 32 for 128"
+    assert message in caplog.text
+    assert message in open_file(tmp_path / "vae.safetensors").metadata["mmdit.readers"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["nowhere", "x.safetensors"], "nowhere: there is no such file or folder"),
         (["run", "x.bin"], "x.bin must end in .safetensors"),
@@ -96,13 +96,13 @@ def test_the_command_says_who_reads_the_file(
         (["damaged", "x.safetensors"], "is damaged: ema/shard"),
     ],
 )
-def test_mistakes_end_in_one_line(
+def test_mistakes_give_one_line(
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
-    told: str,
+    expected: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (run / "config").write_text("a file, no folder")
@@ -114,8 +114,9 @@ def test_mistakes_end_in_one_line(
         main(words)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert told in message
-    assert message.count("\n") == 1 or words[0] == "damaged"  # a warning names the older one, too
+    assert expected in message
+    # A warning names the older checkpoint.
+    assert message.count("\n") == 1 or words[0] == "damaged"
     assert not Path("x.safetensors").exists()
 
 

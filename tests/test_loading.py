@@ -1,4 +1,4 @@
-"""Weights are opened once, however many models are made of them."""
+"""Weights are read once, however many models are loaded from them."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ def run(pipe: mmdit.Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes that are read from each file, by its path; of safetensors files."""
+    """Bytes read from each safetensors file, by path."""
     count: Counter[str] = Counter()
     opened = io.open
 
@@ -60,7 +60,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Sizes of what is hashed with SHA-256."""
+    """Sizes of the data hashed with SHA-256."""
     sizes: list[int] = []
     real, of_file = hashlib.sha256, hashlib.file_digest
 
@@ -96,7 +96,7 @@ def config(**given: Any) -> Any:
 def test_the_weights_of_a_run_are_read_and_hashed_once(
     run: Path, read: Counter[str], hashed: list[int]
 ) -> None:
-    """With all that an image's metadata says of them: verified, and identified by their hash."""
+    """Including verification and the hash that image metadata state."""
     subject = open_subject(config(), {"checkpoint": str(run)})
     files = {str(path): path.stat().st_size for path in run.rglob("*/ema/*.safetensors")}
     assert read.keys() == files.keys()
@@ -122,11 +122,13 @@ def test_the_header_of_a_file_with_five_models_is_read_once(
     before = content_hash.cache_info().misses
     opened = mmdit.load_pipeline(path, tokenizers=tiny_published, t5_length=20)
     assert seen == [path]
-    assert content_hash.cache_info().misses == before + 1  # its values are hashed once, too
+    assert content_hash.cache_info().misses == before + 1  # its content is hashed once, too
     assert opened.state_dict().keys() == pipe.state_dict().keys()
 
 
-def test_a_source_says_what_it_is(run: Path, pipe: mmdit.Pipeline, tmp_path: Path) -> None:
+def test_a_source_is_recognized_as_a_run_or_as_public(
+    run: Path, pipe: mmdit.Pipeline, tmp_path: Path
+) -> None:
     save_module(tmp_path / "ours.safetensors", pipe.autoencoder)
     mmdit.save_single_file(pipe.autoencoder, tmp_path / "public.safetensors")
     for source in (run, run / "checkpoints" / "step_00000001", tmp_path / "ours.safetensors"):

@@ -29,7 +29,7 @@ from mmdit.request import Request
 
 @register
 class Letters(nn.Module):
-    """All that the pipeline asks of a conditioner: two widths and `encode`."""
+    """The minimal interface of a text conditioner: two widths and `encode`."""
 
     context_width, pooled_width = 6, 5
 
@@ -41,7 +41,7 @@ class Letters(nn.Module):
 
 @pytest.fixture
 def pipe(randomize):
-    """A pipeline that paints 8 x 8 pictures, or up to 16 x 16, in four steps."""
+    """A pipeline that samples 8 x 8 images, or up to 16 x 16, in four steps."""
     pipe = Pipeline(
         mmdit=MMDiT(
             depth=3,
@@ -79,12 +79,12 @@ def batches(pipe):
     return seen
 
 
-def picture(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_image(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (*shape, 3), generator=generator, dtype=torch.uint8)
 
 
-def test_painted_pictures_are_uint8_prompts_outermost(pipe):
+def test_images_are_uint8_prompts_outermost(pipe):
     images = pipe(["a", "b"], num_images=2, height=8, width=12)
     assert images.shape == (4, 8, 12, 3) and images.dtype == torch.uint8
     alone = pipe("b", height=8, width=12, seed=1)
@@ -102,8 +102,8 @@ def test_the_network_sees_every_time_of_the_grid_and_twice_the_batch_if_guided(
 
 
 def test_strength_zero_encodes_and_decodes(pipe, batches):
-    image = picture(8, 12)
-    with torch.no_grad():  # as the pipeline computes: kernels may round otherwise under autograd
+    image = random_image(8, 12)
+    with torch.no_grad():  # as in the pipeline: kernels may round differently under autograd
         latent = pipe.autoencoder.encode(from_pixels(image[None]))
         expected = to_pixels(pipe.autoencoder.decode(latent))
     assert torch.equal(pipe("a", image=image, strength=0.0), expected)
@@ -111,33 +111,39 @@ def test_strength_zero_encodes_and_decodes(pipe, batches):
 
 
 def test_strength_one_keeps_nothing(pipe):
-    images = [pipe("a", image=picture(8, 8, seed=seed), strength=1.0) for seed in (0, 1)]
+    images = [pipe("a", image=random_image(8, 8, seed=seed), strength=1.0) for seed in (0, 1)]
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], pipe("a"))
 
 
-def test_strength_says_how_many_steps_are_left(pipe, batches):
-    told = []
-    pipe("a", image=picture(8, 8), strength=0.3, steps=10, progress=lambda *step: told.append(step))
-    assert len(batches) == len(told) == 3
+def test_strength_determines_how_many_steps_remain(pipe, batches):
+    reported = []
+    pipe(
+        "a",
+        image=random_image(8, 8),
+        strength=0.3,
+        steps=10,
+        progress=lambda *step: reported.append(step),
+    )
+    assert len(batches) == len(reported) == 3
     assert batches[0][1] == pytest.approx(pipe.objective.shift.grid(10)[7].item())
 
 
-def test_progress_is_told_the_latents_which_a_decoder_turns_into_the_pictures(pipe):
-    told = []
-    painted = pipe("a", num_images=2, steps=3, progress=lambda *step: told.append(step))
-    assert [i for i, _, _ in told] == [0, 1, 2]
-    assert [t for _, t, _ in told] == pipe.objective.times(3)[1:].tolist()
-    latents = [z for _, _, z in told]
+def test_progress_receives_the_latents_that_decode_to_the_images(pipe):
+    reported = []
+    sampled = pipe("a", num_images=2, steps=3, progress=lambda *step: reported.append(step))
+    assert [i for i, _, _ in reported] == [0, 1, 2]
+    assert [t for _, t, _ in reported] == pipe.objective.times(3)[1:].tolist()
+    latents = [z for _, _, z in reported]
     assert all(z.shape == pipe.noise([0, 1], 8, 8).shape for z in latents)
-    with torch.no_grad():  # as the pipeline decodes: kernels may round otherwise under autograd
-        assert torch.equal(to_pixels(pipe.autoencoder.decode(latents[-1])), painted)
+    with torch.no_grad():  # as in the pipeline: kernels may round differently under autograd
+        assert torch.equal(to_pixels(pipe.autoencoder.decode(latents[-1])), sampled)
     assert not torch.equal(latents[0], latents[-1])
 
 
-def test_the_picture_is_mixed_with_the_noise_of_its_seed(pipe):
-    """A solver that does nothing shows where the path begins."""
-    image = picture(8, 8)
+def test_the_image_is_mixed_with_the_noise_of_its_seed(pipe):
+    """A solver that does nothing returns the start of the path."""
+    image = random_image(8, 8)
     begun = []
 
     def solver(velocity, z, grid, progress):
@@ -152,12 +158,12 @@ def test_the_picture_is_mixed_with_the_noise_of_its_seed(pipe):
     assert 0 < t < 1
 
 
-def test_each_prompt_has_its_picture_or_all_share_one(pipe):
-    images = picture(2, 8, 8)
-    painted = pipe(["a", "b"], image=images, strength=0.0, num_images=2)
+def test_each_prompt_has_its_own_image_or_all_share_one(pipe):
+    images = random_image(2, 8, 8)
+    sampled = pipe(["a", "b"], image=images, strength=0.0, num_images=2)
     alone = [pipe("a", image=image, strength=0.0)[0] for image in images]
     for i, expected in enumerate([alone[0], alone[0], alone[1], alone[1]]):
-        assert (painted[i].int() - expected.int()).abs().max() <= 1
+        assert (sampled[i].int() - expected.int()).abs().max() <= 1
     shared = pipe(["a", "b"], image=images[0], strength=0.0)
     assert (shared.int() - alone[0].int()).abs().max() <= 1
 
@@ -165,20 +171,23 @@ def test_each_prompt_has_its_picture_or_all_share_one(pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image": picture(8, 8)}, "image and strength belong together"),
+        ({"image": random_image(8, 8)}, "image and strength belong together"),
         ({"strength": 0.5}, "image and strength belong together"),
         (
-            {"image": picture(8, 8), "strength": 1.5},
+            {"image": random_image(8, 8), "strength": 1.5},
             r"strength=1.5 must .* and at most 1",
         ),
-        ({"image": picture(8, 8), "strength": float("nan")}, "strength=nan"),
-        ({"image": picture(8, 10), "strength": 0.5}, "width=10 must be a multiple of 4"),
-        ({"image": picture(20, 8), "strength": 0.5}, "height=20 .* from 4 to 16"),
-        ({"image": picture(8, 8), "strength": 0.5, "width": 12}, "width=12 .* image has 8"),
-        ({"image": picture(8, 8).float(), "strength": 0.5}, "float32.* uint8"),
-        ({"image": picture(8, 8).numpy(), "strength": 0.5}, "ndarray.* uint8"),
-        ({"image": picture(8, 8)[..., 0], "strength": 0.5}, r"\(8, 8\) must be \(height, width"),
-        ({"image": picture(3, 8, 8), "strength": 0.5}, r"\(1, height, width, 3\)"),
+        ({"image": random_image(8, 8), "strength": float("nan")}, "strength=nan"),
+        ({"image": random_image(8, 10), "strength": 0.5}, "width=10 must be a multiple of 4"),
+        ({"image": random_image(20, 8), "strength": 0.5}, "height=20 .* from 4 to 16"),
+        ({"image": random_image(8, 8), "strength": 0.5, "width": 12}, "width=12 .* image has 8"),
+        ({"image": random_image(8, 8).float(), "strength": 0.5}, "float32.* uint8"),
+        ({"image": random_image(8, 8).numpy(), "strength": 0.5}, "ndarray.* uint8"),
+        (
+            {"image": random_image(8, 8)[..., 0], "strength": 0.5},
+            r"\(8, 8\) must be \(height, width",
+        ),
+        ({"image": random_image(3, 8, 8), "strength": 0.5}, r"\(1, height, width, 3\)"),
         ({"height": 0}, "height=0"),
         ({"steps": 0}, "steps=0"),
         ({"steps": 10**9}, "steps=1000000000 must be a whole number from 1 to 10,000"),
@@ -198,30 +207,33 @@ def test_each_prompt_has_its_picture_or_all_share_one(pipe):
         *(({"num_images": n}, "num_images=.* must be a whole") for n in ("2", 2.0, False)),
         *(({"steps": n}, "steps=.* must be a whole number") for n in ("4", 4.5, True)),
         *(({"guidance": g}, "guidance=.* must be a finite") for g in ("2", float("inf"), True)),
-        ({"image": picture(8, 8), "strength": "0.5"}, "strength='0.5' must be a finite number"),
+        (
+            {"image": random_image(8, 8), "strength": "0.5"},
+            "strength='0.5' must be a finite number",
+        ),
         ({"solver": "euler"}, r"solver='euler' must be a function of mmdit\.flow\.solvers"),
         ({"grid": "uniform"}, r"grid='uniform' must be an object of mmdit\.flow\.grids"),
         ({"negative_prompt": []}, "negative_prompt is an empty list"),
         ({"negative_prompt": "\ud800"}, "half of a surrogate pair"),
     ],
 )
-def test_what_cannot_be_painted_is_refused(pipe, arguments, message):
+def test_impossible_requests_are_rejected(pipe, arguments, message):
     with pytest.raises(UserError, match=message):
         pipe("a", **arguments)
 
 
-def test_prompts_and_images_of_one_call_are_bounded_together(pipe):
+def test_the_total_number_of_images_is_limited(pipe):
     with pytest.raises(UserError, match=r"2 prompts x num_images=9000 are 18,000 images.*10,000"):
         pipe(["a", "b"], num_images=9000)
 
 
-def test_a_models_own_number_of_steps_is_bounded_too(pipe):
+def test_the_default_number_of_steps_is_limited_too(pipe):
     pipe.steps = 10**9
     with pytest.raises(UserError, match="steps=1000000000"):
         pipe("a")
 
 
-def test_the_last_seeds_are_used_and_differ(pipe):
+def test_the_largest_seeds_are_valid_and_differ(pipe):
     last = 2**64 - 1
     images = pipe("a", seed=last - 1, num_images=2, steps=1)
     alone = pipe("a", seed=last, steps=1)[0]
@@ -241,7 +253,7 @@ def test_guidance_may_be_an_object_that_skips_layers(pipe, batches):
     assert torch.equal(pipe("a", guidance=guide), pipe("a"))
 
 
-def test_layers_that_do_not_exist_are_refused(pipe):
+def test_skipping_layers_that_do_not_exist_is_rejected(pipe):
     with pytest.raises(UserError, match="7"):
         pipe("a", guidance=SkipLayerGuidance(inner=ClassifierFreeGuidance()))
 
@@ -249,21 +261,21 @@ def test_layers_that_do_not_exist_are_refused(pipe):
 @pytest.mark.parametrize(
     ("arguments", "evaluations"),
     [
-        ({}, 8),  # four steps, each with the prompt and without
+        ({}, 8),  # four steps, each conditional and unconditional
         ({"guidance": 1.0}, 4),
         ({"num_images": 3}, 8),
         ({"solver": midpoint}, 16),
         ({"solver": heun, "guidance": 1.0}, 7),
         ({"strength": 0.5, "image": torch.zeros(8, 8, 3, dtype=torch.uint8)}, 4),
-        # Of the first step, at sigma = 1, and the last, at 0.009, the prompt alone.
+        # The first step, at sigma = 1, and the last, at 0.009, are conditional only.
         ({"guidance": GuidanceInterval(inner=ClassifierFreeGuidance())}, 6),
     ],
 )
-def test_evaluations_of_the_network_are_counted_for_each_picture(pipe, arguments, evaluations):
+def test_network_evaluations_are_counted_per_image(pipe, arguments, evaluations):
     assert pipe.sample(Request("a", **arguments)).function_evaluations == evaluations
 
 
-def test_a_grid_may_be_given_instead_of_the_formulations_own(pipe, batches):
+def test_a_grid_replaces_that_of_the_formulation(pipe, batches):
     pipe("a", grid=KarrasGrid(sigma_max=9.0), guidance=1.0)
     assert batches[0][1] == pytest.approx(
         KarrasGrid(sigma_max=9.0)(4, PublishedShift(alpha=3.0), RectifiedFlow())[0].item()
@@ -277,16 +289,16 @@ def test_state_and_guidance_stay_float32_while_networks_are_bfloat16(pipe):
         dtypes.update((z.dtype, velocity(z, 0.9).dtype))
         return z
 
-    expected = pipe("aab", image=picture(8, 8), strength=0.7)
+    expected = pipe("aab", image=random_image(8, 8), strength=0.7)
     pipe.mmdit.bfloat16()
     pipe.autoencoder.bfloat16()
-    pipe("aab", image=picture(8, 8), strength=0.7, solver=solver)
+    pipe("aab", image=random_image(8, 8), strength=0.7, solver=solver)
     assert dtypes == {torch.float32}
-    close = pipe("aab", image=picture(8, 8), strength=0.7)
+    close = pipe("aab", image=random_image(8, 8), strength=0.7)
     assert (close.float() - expected.float()).abs().mean() < 4
 
 
-def test_precision_is_that_of_the_autocast_around_a_call_and_the_flow_stays_float32(pipe):
+def test_networks_follow_the_surrounding_autocast_and_the_flow_stays_float32(pipe):
     computed, flow = set(), set()
     for network in (pipe.mmdit.context_embedding, pipe.autoencoder.decoder.conv_in):
         network.register_forward_hook(lambda *hooked: computed.add(hooked[-1].dtype))
@@ -306,7 +318,7 @@ def test_precision_is_that_of_the_autocast_around_a_call_and_the_flow_stays_floa
 
 @pytest.mark.parametrize("direction", ["process_in", "process_out"])
 def test_latents_are_normalized_as_in_the_reference(golden, monkeypatch, direction):
-    """With an encoder and a decoder that do nothing, scale and shift are all that is left."""
+    """With an identity encoder and decoder, only scale and shift remain."""
     case = golden("latent_format")
     x = case.inputs["x"]
     autoencoder = Autoencoder(width=32, multipliers=(1,), blocks=0)
@@ -316,25 +328,25 @@ def test_latents_are_normalized_as_in_the_reference(golden, monkeypatch, directi
     case.check(direction, run(x))
 
 
-def test_numbers_of_numpy_and_torch_are_numbers(pipe):
+def test_numpy_and_torch_numbers_are_accepted(pipe):
     plain = pipe("a", steps=2, seed=3, guidance=2.5, height=8, num_images=2)
     others = {"steps": np.int64(2), "seed": torch.tensor(3), "guidance": np.float32(2.5)}
-    painted = pipe("a", **others, height=np.int32(8), num_images=np.uint8(2))
-    assert torch.equal(painted, plain)
+    sampled = pipe("a", **others, height=np.int32(8), num_images=np.uint8(2))
+    assert torch.equal(sampled, plain)
 
 
-def test_a_prompt_is_encoded_once_however_many_pictures_it_gets(pipe, monkeypatch):
+def test_a_prompt_is_encoded_once_for_all_its_images(pipe, monkeypatch):
     read = []
     encode = pipe.text.encode
     monkeypatch.setattr(pipe.text, "encode", lambda texts: read.append(texts) or encode(texts))
-    painted = pipe(["a", "b"], num_images=3, seeds=[4] * 6, steps=1)
+    sampled = pipe(["a", "b"], num_images=3, seeds=[4] * 6, steps=1)
     assert read == [["a", "b"], [""]]
     repeated = pipe.encode(["b", "a", "b", "b"])
     assert read[2:] == [["b", "a"]]
     assert torch.equal(repeated.c_vec, encode(["b", "a", "b", "b"]).c_vec)
     for i, prompt in enumerate("aaabbb"):
         alone = pipe(prompt, seed=4, steps=1)[0]
-        assert (painted[i].int() - alone.int()).abs().max() <= 1
+        assert (sampled[i].int() - alone.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -345,7 +357,7 @@ def test_a_prompt_is_encoded_once_however_many_pictures_it_gets(pipe, monkeypatc
         ZeroUnconditional(inner=ClassifierFreeGuidance(scale=3.0)),
     ],
 )
-def test_no_negative_prompt_is_encoded_where_guidance_reads_none(pipe, monkeypatch, guide):
+def test_no_negative_prompt_is_encoded_if_guidance_reads_none(pipe, monkeypatch, guide):
     read = []
     encode = pipe.text.encode
     monkeypatch.setattr(pipe.text, "encode", lambda texts: read.append(texts) or encode(texts))
@@ -355,11 +367,11 @@ def test_no_negative_prompt_is_encoded_where_guidance_reads_none(pipe, monkeypat
 
 
 @pytest.mark.parametrize("solver", [euler, dpmpp_2m])
-def test_the_stages_called_by_hand_give_the_same_image_bit_for_bit(pipe, solver):
-    wish = Request(
+def test_the_stages_called_separately_give_the_same_image_bit_for_bit(pipe, solver):
+    request = Request(
         ["ab", "c"], negative_prompt="e", num_images=2, seed=7, steps=3, height=12, solver=solver
     )
-    images, seeds, evaluations = pipe.sample(wish)
+    images, seeds, evaluations = pipe.sample(request)
     assert seeds == [7, 8, 7, 8] and evaluations == 6
 
     times = pipe.objective.times(3)
@@ -372,10 +384,10 @@ def test_the_stages_called_by_hand_give_the_same_image_bit_for_bit(pipe, solver)
     assert torch.equal(pipe.decode(z), images)
 
 
-def test_encoded_prompts_are_sampled_like_the_prompts_themselves(pipe):
-    wish = {"num_images": 2, "steps": 2, "seed": 3}
-    expected = pipe(["ab", "c"], negative_prompt="e", **wish)
-    encoded = pipe(pipe.encode(["ab", "c"]), negative_prompt=pipe.encode(["e"]), **wish)
+def test_encoded_prompts_give_the_same_images_as_the_prompts(pipe):
+    options = {"num_images": 2, "steps": 2, "seed": 3}
+    expected = pipe(["ab", "c"], negative_prompt="e", **options)
+    encoded = pipe(pipe.encode(["ab", "c"]), negative_prompt=pipe.encode(["e"]), **options)
     assert torch.equal(encoded, expected)
     with pytest.raises(UserError, match=r"4 and 6 wide \(c_vec, c_ctxt\), but .* reads 5 and 6"):
         pipe(Condition(torch.zeros(1, 4), torch.zeros(1, 4, 6)))
@@ -383,17 +395,17 @@ def test_encoded_prompts_are_sampled_like_the_prompts_themselves(pipe):
         pipe(pipe.encode(["a", "b", "c"]), negative_prompt=pipe.encode(["a", "b"]))
 
 
-def test_a_part_of_the_way_can_be_denoised_alone(pipe):
-    """Denoising to the middle and on from there is denoising to the end."""
+def test_denoising_can_be_split_into_two_calls(pipe):
+    """Denoising to the middle and then from there gives the same as denoising to the end."""
     times, positive = pipe.objective.times(4), pipe.encode(["a"])
-    wish = {"guidance": ClassifierFreeGuidance(scale=1.0), "steps": 4}
-    whole, count = pipe.denoise(pipe.noise([0], 8, 8), times, positive, **wish)
-    middle, first = pipe.denoise(pipe.noise([0], 8, 8), times[:3], positive, **wish)
-    end, second = pipe.denoise(middle, times[2:], positive, **wish)
+    options = {"guidance": ClassifierFreeGuidance(scale=1.0), "steps": 4}
+    whole, count = pipe.denoise(pipe.noise([0], 8, 8), times, positive, **options)
+    middle, first = pipe.denoise(pipe.noise([0], 8, 8), times[:3], positive, **options)
+    end, second = pipe.denoise(middle, times[2:], positive, **options)
     assert torch.equal(end, whole) and (first, second, count) == (2, 2, 4)
 
 
-def test_denoising_asks_for_the_negative_condition_that_guidance_reads(pipe):
+def test_denoising_requires_the_negative_condition_that_guidance_reads(pipe):
     with pytest.raises(UserError, match="SkipLayerGuidance moves away from a negative prompt"):
         pipe.denoise(
             pipe.noise([0], 8, 8),
@@ -411,32 +423,32 @@ def test_a_request_needs_no_model():
         Request("a", steps=0)
 
 
-def test_each_picture_follows_its_own_control(pipe):
-    """One control image for all, or one for each picture, whatever guidance makes of the batch."""
+def test_each_image_follows_its_own_control(pipe):
+    """One control image for all or one per image, even if guidance doubles the batch."""
     net = ControlNet(depth=1, width=16, num_heads=2, latent_channels=4, pooled_width=5)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
     controls = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=net)
-    wish = {"seeds": [7] * 4, "steps": 2, "num_images": 2}
+    options = {"seeds": [7] * 4, "steps": 2, "num_images": 2}
 
-    def paint(prompts: list[str], latents: torch.Tensor, **wish: object) -> torch.Tensor:
-        return pipe(prompts, extra={"control": latents}, **wish).int()
+    def sample(prompts: list[str], latents: torch.Tensor, **options: object) -> torch.Tensor:
+        return pipe(prompts, extra={"control": latents}, **options).int()
 
     for guidance in (1.0, 3.0):
-        painted = paint(["a", "b"], controls, guidance=guidance, **wish)
+        sampled = sample(["a", "b"], controls, guidance=guidance, **options)
         for i, prompt in enumerate("aabb"):
-            alone = paint([prompt], controls[i : i + 1], guidance=guidance, seed=7, steps=2)[0]
-            assert (painted[i] - alone).abs().max() <= 1
-        assert (painted[0] - painted[1]).abs().max() > 10
+            alone = sample([prompt], controls[i : i + 1], guidance=guidance, seed=7, steps=2)[0]
+            assert (sampled[i] - alone).abs().max() <= 1
+        assert (sampled[0] - sampled[1]).abs().max() > 10
     message = r"extra\['control'\] has 2 rows for 4 images: give one for all, or one per image"
     with pytest.raises(UserError, match=message):
-        paint(["a", "b"], controls[:2], **wish)
+        sample(["a", "b"], controls[:2], **options)
     with pytest.raises(NotFinite, match=r"the source of extra\['control'\] gave NaN"):
-        paint(["a", "b"], controls * torch.nan, **wish)
+        sample(["a", "b"], controls * torch.nan, **options)
 
 
-def test_a_network_gets_what_it_reads_and_nothing_else(pipe):
+def test_extra_conditions_must_be_exactly_those_the_network_reads(pipe):
     control = {"control": torch.zeros(1, 4, 4, 4)}
     with pytest.raises(UserError, match="extra has control, but MMDiT reads nothing besides"):
         pipe("a", extra=control, steps=1)
@@ -460,7 +472,7 @@ def test_a_control_image_is_encoded_in_the_range_of_its_control_net(pipe, contro
         control_type=control_type,
     )
     torch.nn.init.ones_(net.to_residuals[0].weight)
-    edges = picture(2, 8, 12)
+    edges = random_image(2, 8, 12)
     with pytest.raises(UserError, match="control: MMDiT follows no control image"):
         pipe(["a", "b"], control=edges)
     pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=net)
@@ -478,13 +490,16 @@ def test_a_control_image_is_encoded_in_the_range_of_its_control_net(pipe, contro
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"control": picture(8, 8).float()}, "control is torch.float32, but must be .* uint8"),
-        ({"control": picture(3, 8, 8)}, r"control of shape \(3, 8, 8, 3\) must be"),
-        ({"control": picture(8, 8), "height": 12}, "height=12 .* control has 8"),
-        ({"control": picture(8, 8), "image": picture(8, 12), "strength": 1.0}, "width=12 .* has 8"),
+        ({"control": random_image(8, 8).float()}, "control is torch.float32, but must be .* uint8"),
+        ({"control": random_image(3, 8, 8)}, r"control of shape \(3, 8, 8, 3\) must be"),
+        ({"control": random_image(8, 8), "height": 12}, "height=12 .* control has 8"),
+        (
+            {"control": random_image(8, 8), "image": random_image(8, 12), "strength": 1.0},
+            "width=12 .* has 8",
+        ),
         ({"extra": [1]}, r"extra=\[1\] must be a mapping from names to tensors"),
     ],
 )
-def test_control_that_does_not_fit_is_refused(arguments, message):
+def test_control_that_does_not_fit_is_rejected(arguments, message):
     with pytest.raises(UserError, match=message):
         Request("a", **arguments)

@@ -1,4 +1,4 @@
-"""Pipelines of public weights: against the reference, against diffusers, and saved again."""
+"""Pipelines from public weights: compared with the reference and diffusers, and saved again."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ from tests.checkpoints_for_tests import write_checkpoint
 
 
 def hints(model: dict[str, Any]) -> dict[str, Any]:
-    """What the shapes of a golden case do not tell."""
+    """Hints for a golden case that its shapes do not determine."""
     names = {
         "num_heads": "num_heads",
         "num_attention_heads": "num_heads",
@@ -44,10 +44,10 @@ def hints(model: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_the_whole_way_from_tokens_to_pixels_matches_the_reference(golden, tmp_path):
+def test_sampling_from_tokens_to_pixels_matches_the_reference(golden, tmp_path):
     case = golden("pipeline")
     models, calls = case.config["model"], case.config["call"]
-    # The case has no encoder of images: one of ours fills the file.
+    # The case has no image encoder: ours completes the file.
     spare = Autoencoder(width=32, multipliers=[1, 1], blocks=1)
     vae = open_file(mmdit.save_single_file(spare, tmp_path / "vae.safetensors"))
     image_encoder = {f"first_stage_model.{key}": vae[key] for key in vae.infos}
@@ -91,7 +91,7 @@ def test_the_whole_way_from_tokens_to_pixels_matches_the_reference(golden, tmp_p
 
 
 def conditioner(models: dict[str, Any]) -> TextConditioner:
-    """A conditioner that is given token ids, so that its tokenizers hardly matter."""
+    """A conditioner that receives token ids, so that its tokenizers hardly matter."""
     parts = {}
     for kind, model in models.items():
         tokenizer = (
@@ -108,7 +108,7 @@ def conditioner(models: dict[str, Any]) -> TextConditioner:
 
 @pytest.fixture
 def tiny(tiny_published) -> Path:
-    """A whole MMDiT-X pipeline of tiny random models, as a folder in diffusers' layout."""
+    """A complete MMDiT-X pipeline of tiny random models, as a folder in diffusers' layout."""
     return tiny_published
 
 
@@ -116,7 +116,7 @@ PAINT = {"steps": 8, "guidance": 4.5, "height": 32, "width": 24, "seed": 3}
 
 
 def latents(pipe: Pipeline, prompt: str, **settings: Any) -> torch.Tensor:
-    """What the pipeline would decode."""
+    """The latents that the pipeline would decode."""
     seen = []
     handle = pipe.autoencoder.decoder.register_forward_pre_hook(
         lambda _, args: seen.append(args[0])
@@ -162,7 +162,7 @@ def test_eight_guided_steps_match_diffusers(tiny, negative, use_t5):
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_single_file_with_its_tokenizers_beside_it_paints_the_same(tiny, tmp_path):
+def test_a_single_file_with_its_tokenizers_gives_the_same_images(tiny, tmp_path):
     folder = mmdit.load_pipeline(tiny, t5_length=20)
     path = mmdit.save_single_file(folder, tmp_path / "whole.safetensors")
     whole = mmdit.load_pipeline(path, t5_length=20, tokenizers=tiny)
@@ -177,10 +177,10 @@ def test_a_saved_folder_is_saved_again_bit_for_bit(tiny, tmp_path):
         assert (again / file).read_bytes() == (tiny / file).read_bytes(), file
 
 
-# What a user asks for
+# Options
 
 
-def test_an_encoder_left_out_is_neither_needed_nor_loaded(tiny, tmp_path):
+def test_an_unused_encoder_is_neither_needed_nor_loaded(tiny, tmp_path):
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     short = mmdit.save_diffusers(pipe.mmdit, tmp_path / "short" / "transformer").parent
     mmdit.save_diffusers(pipe.autoencoder, short / "vae")
@@ -195,7 +195,7 @@ def test_an_encoder_left_out_is_neither_needed_nor_loaded(tiny, tmp_path):
         mmdit.load_pipeline(short, use_clip_l=False, use_clip_g=False)
 
 
-def test_each_encoder_left_out_speaks_zeros_in_its_place(tiny):
+def test_each_absent_encoder_contributes_zeros(tiny):
     full = mmdit.load_pipeline(tiny, t5_length=20).text.encode(["a red cat"])
     zeroed = {"clip_l": (slice(0, 77), slice(0, 16)), "clip_g": (slice(0, 77), slice(16, 40))}
     zeroed["t5"] = (slice(77, None), slice(None))
@@ -231,20 +231,18 @@ def test_t5_in_float16_keeps_its_wide_layer_in_float32(tiny):
         assert t5(torch.tensor([[5, 6, 1]])).isfinite().all()
 
 
-def test_frozen_encoders_say_what_they_say_in_their_pipeline(tiny, tmp_path, monkeypatch):
+def test_frozen_encoders_give_the_same_embeddings_as_in_their_pipeline(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.parent)
     text = frozen_text(source=tiny.name, t5_length=20, dropout=0.3)
     assert text.frozen and text.dropout == 0.3
-    assert not text.encode([""]).c_vec.any()  # training's: as if all were dropped
-    monkeypatch.chdir(tmp_path)  # its description finds the tokenizers from anywhere
+    assert not text.encode([""]).c_vec.any()  # as in training, when all are dropped
+    monkeypatch.chdir(tmp_path)  # the description works in any folder
     again = build(describe(text))
     again.load_state_dict(text.state_dict())
     expected = mmdit.load_pipeline(tiny, t5_length=20).text.encode(["a red cat"])
     for found in (text.encode(["a red cat"]), again.encode(["a red cat"])):
         for one, other in zip(found[:2], expected[:2], strict=True):
-            torch.testing.assert_close(
-                one, other
-            )  # other kernels compute where there are gradients
+            torch.testing.assert_close(one, other)  # kernels differ when gradients are computed
 
 
 def test_frozen_encoders_can_be_left_out(tiny):
@@ -276,12 +274,12 @@ def test_the_published_sizes_choose_their_preset():
         chosen_preset(of("sd3.5-medium"), "a.safetensors", "sd3-medium")
 
 
-def test_a_preset_that_is_none_is_named(tiny):
+def test_an_unknown_preset_is_rejected(tiny):
     with pytest.raises(UserError, match=r"preset='sd4' must be one of sd3-medium, sd3\.5-medium"):
         mmdit.load_pipeline(tiny, preset="sd4")
 
 
-def test_the_shift_is_the_folders_own(tiny, tmp_path):
+def test_the_shift_is_read_from_the_folder(tiny, tmp_path):
     assert mmdit.load_pipeline(tiny, t5_length=20).objective.shift.alpha == 3.0
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     path = copy / "scheduler" / "scheduler_config.json"
@@ -303,14 +301,14 @@ def test_the_shift_is_the_folders_own(tiny, tmp_path):
             mmdit.load_pipeline(copy, t5_length=20)
 
 
-def test_two_towers_in_one_source_must_be_told_apart(tiny):
+def test_a_source_with_two_towers_requires_a_choice(tiny):
     with pytest.raises(UserError, match="which='clip_l' or which='clip_g'"):
         mmdit.load_clip(tiny)
     assert mmdit.load_clip(tiny, "clip_g").pooled_width == 24
     assert mmdit.load_clip(tiny / "text_encoder").pooled_width == 16
 
 
-def test_a_tower_is_saved_in_its_place_whatever_its_activation(tiny, tmp_path):
+def test_a_tower_is_saved_under_its_kind_with_any_activation(tiny, tmp_path):
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     config = copy / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "gelu"}))
@@ -323,8 +321,8 @@ def test_a_tower_is_saved_in_its_place_whatever_its_activation(tiny, tmp_path):
     assert_same_model(again, pipe, "two cats")
 
 
-def test_a_folder_saved_without_an_encoder_is_opened_without_it(tiny, tmp_path):
-    """Also where an earlier saving had left the encoder in the same folder."""
+def test_a_folder_saved_without_an_encoder_is_loaded_without_it(tiny, tmp_path):
+    """Even if an earlier save left that encoder in the same folder."""
     folder = mmdit.save_diffusers(mmdit.load_pipeline(tiny, t5_length=20), tmp_path / "folder")
     (folder / "notes.txt").write_text("mine")
     short = mmdit.load_pipeline(folder, t5_length=20, use_t5=False)
@@ -334,7 +332,7 @@ def test_a_folder_saved_without_an_encoder_is_opened_without_it(tiny, tmp_path):
     assert_same_model(again, short, "a cat")
 
 
-def test_a_saving_that_is_killed_leaves_the_old_folder_whole(tiny, tmp_path, monkeypatch):
+def test_a_save_that_is_killed_leaves_the_old_folder_intact(tiny, tmp_path, monkeypatch):
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     folder = mmdit.save_diffusers(pipe, tmp_path / "folder")
     monkeypatch.setattr(T5Tokenizer, "save", lambda *_: 1 / 0)
@@ -344,14 +342,14 @@ def test_a_saving_that_is_killed_leaves_the_old_folder_whole(tiny, tmp_path, mon
     assert_same_model(again, pipe, "a cat")
 
 
-def test_the_index_of_another_pipeline_is_refused(tiny, tmp_path):
+def test_the_index_of_another_pipeline_is_rejected(tiny, tmp_path):
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     (copy / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(UserError, match="holds a FluxPipeline"):
         mmdit.load_pipeline(copy, t5_length=20)
 
 
-def test_the_toys_autoencoder_is_saved_and_opened_again(tmp_path):
+def test_the_toy_autoencoder_is_saved_and_loaded_again(tmp_path):
     toy = Autoencoder(width=32, multipliers=[1, 1, 1], blocks=0, scale=0.7, shift=0.1)
     for saved in (
         mmdit.save_single_file(toy, tmp_path / "toy.safetensors"),
@@ -363,7 +361,7 @@ def test_the_toys_autoencoder_is_saved_and_opened_again(tmp_path):
             assert torch.equal(again.state_dict()[key], tensor), key
 
 
-def test_negative_prompts_one_for_each_prompt(tiny):
+def test_negative_prompts_can_differ_per_prompt(tiny):
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     wish = {**PAINT, "steps": 2}
     both = pipe(
@@ -387,14 +385,14 @@ def without_seed(wish: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in wish.items() if key != "seed"}
 
 
-def test_the_noise_is_that_of_the_reference(tiny):
-    """Which draws (1, c, h, w) from a CPU generator of the seed."""
+def test_the_noise_equals_that_of_the_reference(tiny):
+    """The reference draws (1, c, h, w) from a CPU generator with the seed."""
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     expected = torch.randn(1, 16, 16, 12, generator=torch.Generator("cpu").manual_seed(7))
     assert torch.equal(pipe.noise([7], 32, 24), expected)
 
 
-def test_a_control_net_takes_the_place_of_the_network(tiny):
+def test_a_controlled_network_can_replace_the_network(tiny):
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     net = ControlNet(depth=1, width=64, num_heads=4, pooled_width=40)
     plain = latents(pipe, "a cat")
@@ -406,12 +404,12 @@ def test_a_control_net_takes_the_place_of_the_network(tiny):
     assert not torch.equal(latents(pipe, "a cat", **control), plain)
 
 
-# Every loader, of a run and of public weights
+# All loaders, for a run and for public weights
 
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """A run of this project that has the parts of the tiny published pipeline."""
+    """A run of this project with the parts of the tiny public pipeline."""
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     raw = copy.deepcopy(pipe)
     for parameter in raw.parameters():
@@ -439,7 +437,7 @@ def test_the_parts_of_a_run_are_loaded_like_public_ones(run, tiny):
         mmdit.load_clip(run)
 
 
-def test_an_encoder_that_a_run_has_not_is_named(run, tiny, tmp_path):
+def test_an_encoder_missing_from_a_run_is_named(run, tiny, tmp_path):
     short = mmdit.load_pipeline(tiny, use_t5=False, use_clip_g=False, t5_length=20)
     write_checkpoint(tmp_path / "short", 1, {"ema": short})
     with pytest.raises(UserError, match="short was trained without t5"):
@@ -447,7 +445,7 @@ def test_an_encoder_that_a_run_has_not_is_named(run, tiny, tmp_path):
     assert describe(mmdit.load_clip(tmp_path / "short")) == describe(short.text.clip_l.model)
 
 
-def test_what_does_not_apply_to_a_source_is_refused(run, tiny):
+def test_arguments_that_do_not_apply_to_a_source_are_rejected(run, tiny):
     for loader, argument in (
         (mmdit.load_pipeline, {"preset": "sd3-medium"}),
         (mmdit.load_pipeline, {"t5_length": 77}),

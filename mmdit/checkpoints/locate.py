@@ -1,4 +1,4 @@
-"""Where weights come from: a file, a folder, or a model on the Hugging Face hub."""
+"""Locating weights: a file, a folder, or a model on the Hugging Face hub."""
 
 import re
 from collections.abc import Sequence
@@ -25,40 +25,40 @@ from mmdit.printable import logger
 
 log = logger("mmdit.checkpoints")
 
-# `owner/name`, `owner/name@revision`, `owner/name/file.safetensors`, as the hub's own tools write.
+# `owner/name`, `owner/name@revision`, `owner/name/file.safetensors`, as in the hub's own tools.
 HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>refs/pr/\d+|\w[\w.-]*))?"
     r"(/(?P<file>(\w[\w.-]*/)*\w[\w.-]*\.safetensors))?"
 )
 ADAPTER_CONFIG = "adapter_config.json"
-# Names of the encoders' own files, beside the single files of the hub's repositories.
+# Names of the encoders' separate files, next to the single files in repositories on the hub.
 STANDALONE = {
     "clip_l": ("clip_l.safetensors",),
     "clip_g": ("clip_g.safetensors",),
     "t5": ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
 }
-# A model that has a repository of its own, like openai/clip-vit-large-patch14, lies at its root.
+# A model with its own repository, like openai/clip-vit-large-patch14, is at the repository's root.
 ALONE = ("model*.safetensors", "diffusion_pytorch_model*.safetensors", "merges.txt", "spiece.model")
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?"
 )
-# `model.fp16.safetensors`, `model.safetensors.index.fp16.json`: beside the plain ones, or alone.
+# `model.fp16.safetensors`, `model.safetensors.index.fp16.json`: next to the plain ones, or alone.
 VARIANT = re.compile(r"model\.\w+\.safetensors|\.index\.\w+\.json")
 SHARD = re.compile(r"(diffusion_pytorch_model|model)\S*-\d+-of-(\d+)\.safetensors")
 
 
 def local(source: str | Path, folders: Sequence[str]) -> Path:
-    """The file or folder that a source names; of the hub, a file or the named folders are fetched.
+    """Resolve a source to a local file or folder, downloading it from the hub if necessary.
 
     Args:
-        source: a path; the name of a preset; or `owner/name` on the hub, with `@revision` (branch,
-            tag or commit) and `/path/in/it.safetensors` behind it where wanted. Behind a file,
-            `:ema` chooses what stands under that prefix, or in a pickle's nested dict of that name.
-        folders: of a repository in diffusers' layout. Of one that holds a single model, its weights
-            are fetched as well.
+        source: a path; the name of a preset; or `owner/name` on the hub, optionally followed by
+            `@revision` (branch, tag or commit) and `/path/in/it.safetensors`. After a file, `:ema`
+            selects the tensors with that prefix, or a pickle's nested dict of that name.
+        folders: subfolders to download from a repository in diffusers' layout. Weights at the root
+            of a repository with a single model are downloaded as well.
 
     Raises:
-        UserError: there is no such file, folder or model, or it may not or cannot be fetched.
+        UserError: the file, folder or model does not exist, or it cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists() or split_part(path)[1]:
@@ -68,8 +68,8 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
         return Path(f"{local(head, folders)}:{part}")
     source = PRESETS[str(source)].hub if str(source) in PRESETS else source
     on_hub = HUB_ID.fullmatch(str(source))
-    a_file = on_hub is not None and on_hub["file"] is not None
-    like_a_path = path.suffix in (".safetensors", *PICKLES) and not a_file
+    names_file = on_hub is not None and on_hub["file"] is not None
+    like_a_path = path.suffix in (".safetensors", *PICKLES) and not names_file
     if like_a_path or on_hub is None or Path(source).parents[-2].is_dir():
         raise UserError(f"{source}: there is no such file or folder")
     return download(folders=folders, **on_hub.groupdict())
@@ -82,7 +82,12 @@ def download(
     revision: str | None = None,
     file: str | None = None,
 ) -> Path:
-    """A file of a repository, or a snapshot of its folders; from the cache where it has them."""
+    """Download a file of a repository, or a snapshot of its folders, unless they are cached.
+
+    Raises:
+        UserError: the repository, revision or file does not exist, access is restricted, or the
+            hub cannot be reached.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
@@ -96,7 +101,7 @@ def download(
                 ignore_patterns=["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.fp16-*"],
             )
         )
-    except Exception as error:  # its own classes and those of the http client beneath
+    except Exception as error:  # the library's own classes and its HTTP client's
         asked = repository + (f"@{revision}" if revision else "") + (f"/{file}" if file else "")
         raise UserError(_hub_message(repository, asked, error)) from None
 
@@ -128,17 +133,17 @@ def _hub_message(repository: str, asked: str, error: Exception) -> str:
 
 
 class Place:
-    """Where models are looked for. Its files are opened when they are needed, each of them once.
+    """A location of public weights; its files are opened on demand, each of them once.
 
     Args:
         source: a file; a folder in diffusers' layout, or one of its subfolders; a folder with the
-            encoders' own files; what `local` takes besides.
+            encoders' separate files; or anything else that `local` resolves.
         folders: as in `local`.
-        allow_pickle: read the tensors of .ckpt and .pt files that are named.
-        verify: compare files with the hashes that are known of them, and look at all values.
+        allow_pickle: read the tensors of a .ckpt or .pt file if `source` names one.
+        verify: compare files with their known hashes, and check all values for NaN.
 
     Raises:
-        UserError: it is not there, and cannot be fetched.
+        UserError: it does not exist, and cannot be downloaded.
     """
 
     def __init__(
@@ -155,12 +160,12 @@ class Place:
         self._verified: set[Path] = set()
 
     def like(self, source: str | Path, folders: Sequence[str] = ()) -> "Place":
-        """Another place, whose files are opened by the same rules."""
+        """Another location, with the same rules for opening files."""
         rules = {"allow_pickle": self.allow_pickle, "verify": self.verify}
         return Place(source, folders, **rules)
 
     def opened(self, path: Path) -> Archive:
-        """A file of this place; its header is read once."""
+        """Open a file of this location; its header is read only once."""
         if path not in self._archives:
             pickle = self.allow_pickle and path == self.path
             shards = path.suffix == ".json"
@@ -169,10 +174,10 @@ class Place:
         return self._archives[path]
 
     def weights_of(self, kind: str) -> tuple[Archive, Path]:
-        """The archive in which a model of this kind is to be found, and the folder it lies in.
+        """The archive that contains a model of this kind, and its folder.
 
         Raises:
-            UserError: no weights are there, more than one candidate, or one that is damaged.
+            UserError: there are no weights or several candidates, or the weights are damaged.
         """
         archive, folder = self._find(kind)
         if self.verify and not self._verified.issuperset(archive.paths):
@@ -184,7 +189,7 @@ class Place:
         path = self.path
         file = split_part(path)[0]
         if file.exists() and not (file.is_file() or file.is_dir()):
-            raise UserError(f"{file} is not a regular file, and is not read")
+            raise UserError(f"{file} is not a regular file: give a file or a folder of weights")
         if file.is_file():
             if path.name.endswith(".index.json"):
                 return self.opened(path), path.parent
@@ -222,31 +227,31 @@ class Place:
         places = f"{path / SUBFOLDERS[kind]} and {path}" if kind in SUBFOLDERS else str(path)
         there = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
         pickles = [file.name for file in there if file.suffix in PICKLES]
-        told = f"; pickles like {pickles[0]} are read only as files by name" if pickles else ""
+        hint = f"; pickles like {pickles[0]} are read only if named as a file" if pickles else ""
         held = [f"{a.name.name} holds {what}" for a in archives if (what := recognize(a.infos))]
         raise UserError(
-            f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{told}. "
+            f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{hint}. "
             + (
                 "; ".join(held[:5])
-                or "Incomplete downloads show as *.incomplete or *.part; a single file on the hub "
-                "is asked for as owner/name/file.safetensors"
+                or "Incomplete downloads end in .incomplete or .part; a single file on the hub "
+                "is named like owner/name/file.safetensors"
             )
         )
 
     def load(self, kind: str, *, dtype: torch.dtype | None = None, **hints: Any) -> Network:
-        """The model of this kind; see `mmdit.checkpoints.public.load`.
+        """Load the model of this kind; see `mmdit.checkpoints.public.load`.
 
-        A config.json beside the weights is read for what shapes do not tell, and compared with
-        them.
+        A config.json next to the weights supplies what their shapes do not determine, and is
+        compared with them.
 
         Raises:
-            UserError: nothing of the kind is there, or it does not fit.
+            UserError: there is no such model, or it does not fit.
         """
         expect_computable(dtype)
         archive, folder = self.weights_of(kind)
         layout = layout_of(archive, folder)
         config = read_config(folder, kind) if layout else {}
-        with torch.device("cpu"):  # also where other networks are built on meta, to be counted
+        with torch.device("cpu"):  # even inside a block that builds networks on meta
             module = load(
                 archive,
                 kind,
@@ -260,19 +265,19 @@ class Place:
 
 
 def adapter_in(folder: Path) -> str | None:
-    """What a folder is that PEFT wrote, or a pipeline's folder with such a subfolder."""
+    """Describe the PEFT adapter in a folder, or in a subfolder of a pipeline; None without one."""
     for place in (folder, *(folder / name for name in SUBFOLDERS.values())):
         path = place / ADAPTER_CONFIG
         if path.is_file():
             base = str(read_json(path).get("base_model_name_or_path", "not named"))
             return (
-                f"{path} tells of a LoRA or another adapter of PEFT, which changes a model and is "
-                f"not one. Only base weights are loaded here; its base model is {base[:100]!r}"
+                f"{path} describes a LoRA or another PEFT adapter, which modifies a model but is "
+                f"not one. Only base weights can be loaded; its base model is {base[:100]!r}"
             )
     return None
 
 
 def layout_of(archive: Archive, folder: Path) -> str | None:
-    """'diffusers' for the weights of a folder with a config.json; None for any other file."""
+    """'diffusers' for weights in a folder with a config.json; None for any other file."""
     named = archive.name == folder or WEIGHTS.fullmatch(archive.name.name)
     return "diffusers" if named and (folder / "config.json").is_file() else None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmdit.atomic import NEW, clear, flush, scratch, take_place
+from mmdit.atomic import NEW, clear, flush, replace_folder, scratch
 from mmdit.checkpoints.folders import LAYOUT, WEIGHTS_WRITTEN
 from mmdit.errors import UserError
 
@@ -40,7 +40,7 @@ def replacing(folder: Path, *, pipeline: bool) -> Iterator[Path]:
             ours = LAYOUT if pipeline else filter(WEIGHTS_WRITTEN.fullmatch, os.listdir(folder))
             leave = {*ours, *os.listdir(new)}
             share(folder, new, leave=leave)
-            take_place(beside, folder)
+            replace_folder(beside, folder)
             with suppress(OSError):  # it has been saved, if not yet for a power cut
                 flush(folder.parent)
             if new.is_dir():  # the old folder now: what was put into it meanwhile stays, too

@@ -33,7 +33,7 @@ from mmdit.cli.messages import explain
 from mmdit.cli.targets import check_targets
 from mmdit.errors import UserError, first_line
 from mmdit.printable import printable_lines, show
-from mmdit.processes import give_way, restart_remarks, tell_torchrun
+from mmdit.processes import report_to_torchrun, restart_remarks, wait_for_report
 from mmdit.streams import guarded
 
 Verbatim = dict[str, str]
@@ -141,10 +141,10 @@ def _launch(
         told = f"{len(failed)} jobs of this multirun failed:"
         show(told, *(f"  {line}" for line in failed), file=sys.stderr)
     message = explain(error, in_job=started, verbatim=verbatim, config_dir=config_dir)
-    give_way(error, mistake=message is not None)
+    wait_for_report(error, mistake=message is not None)
     remarks = restart_remarks(arguments)
     told = message or f"{type(error).__name__}: {first_line(error)}"
-    tell_torchrun("\n".join([told, *remarks]))
+    report_to_torchrun("\n".join([told, *remarks]))
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     if message is None:

@@ -36,7 +36,7 @@ from mmdit.recipes import config_hash
 from mmdit.runs.checkpoint import Checkpoint, checkpoints_in
 from mmdit.runs.folder import RunFolder
 from mmdit.runs.native import Weights, load_strictly
-from mmdit.runs.status import mend
+from mmdit.runs.status import clean_up_if_killed
 from mmdit.text.clip_pair import CLIPPair
 
 log = logger("mmdit.stages")
@@ -100,7 +100,7 @@ def find_or_train(
     trained = trained_in(path, stage)
     if trained is not None:
         log.info("reusing the %s of %s", stage, path)
-        mend(path)
+        clean_up_if_killed(path)
     else:
         run = RunFolder(path, wait=True)
         trained = trained_in(path, stage)  # by the process that was waited for

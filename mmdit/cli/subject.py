@@ -1,4 +1,4 @@
-"""The model that a program samples from or measures, as its command line names it."""
+"""Open the model that a command line names, to sample from it or to evaluate it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,37 +15,40 @@ from mmdit.loading import Run, Source, open_source
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.runs.checkpoint import newest_finished
-from mmdit.runs.status import mend
+from mmdit.runs.status import clean_up_if_killed
 from mmdit.text.conditioning import ENCODERS
 
-PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # free text: where parts of it are
+PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # paths, as typed
 
-# What a folder of weights has, or one of its subfolders; of an adapter, that it is one is said.
+# Files by which a folder of weights, or one of its subfolders, is recognized. Adapters are included
+# because they are rejected with a message of their own.
 NAMES = ("*.safetensors", "adapter_config.json")
 WEIGHTS = tuple(f"{folder}{name}" for folder in ("", "*/", "*/*/*/") for name in NAMES)
 
 
 class Subject(NamedTuple):
-    """A model on its device."""
+    """A pipeline on its device, and how reports identify it."""
 
     pipe: Pipeline
-    autocast: Autocast  # what it computes in, as a context
+    autocast: Autocast  # makes the context to compute in
     path: Path  # file or folder of its weights
-    run: Path | None  # the same, where this project trained it
-    facts: dict[str, Any]  # how a report names it: weights, weights_sha256, encoders used
+    run: Path | None  # the same, if this project trained it
+    facts: dict[str, Any]  # entries of reports: weights, weights_sha256, text encoders used
 
 
 def open_subject(
     config: DictConfig, text: Verbatim, *, hash_public: bool = True, **public: Any
 ) -> Subject:
-    """The newest finished run, or what checkpoint= names, on its device.
+    """Open what checkpoint= names, or else the newest finished run, on the device of the config.
 
     Args:
-        hash_public: read all of public weights for their hash, too; a run's is known.
-        public: further options of public weights, as `allow_pickle`.
+        config: config of the program.
+        text: options as typed, where Hydra would reinterpret them.
+        hash_public: also hash public weights, which reads all their bytes; a run's hash is known.
+        public: further options for public weights, such as `allow_pickle`.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no such model, or it cannot be read.
     """
     device = available(config.device)
     used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
@@ -66,7 +69,7 @@ def open_subject(
 def open_named(
     config: DictConfig, text: Mapping[str, str], kinds: list[str], **rules: Any
 ) -> Source:
-    """The weights of checkpoint=, or of the newest finished run.
+    """Open the weights that checkpoint= names, or else those of the newest finished run.
 
     Raises:
         UserError: there are none, or they cannot be read.
@@ -82,19 +85,19 @@ def open_named(
         raise UserError(
             f"checkpoint={given}: that folder has no complete checkpoint, and no other weights"
         )
-    mend(path)
+    clean_up_if_killed(path)
     return open_source(given, kinds, weights=config.weights, **rules)
 
 
 def computing(
     source: Source, device: torch.device, precision: str
 ) -> tuple[Autocast, torch.dtype | None]:
-    """What a model computes in, and the dtype of its weights: public ones are cast, not a run's."""
+    """The autocast to compute in, and the dtype to load: only public weights are cast to it."""
     if isinstance(source, Run):
         return autocast(device, precision), None
     return autocast(device, "fp32"), chosen_dtype(device, precision)
 
 
 def facts_of(source: Source, *, hashed: bool = True) -> dict[str, Any]:
-    """How a report names weights."""
+    """Entries that identify weights in a report."""
     return {"weights": source.name, "weights_sha256": source.sha256 if hashed else None}

@@ -1,16 +1,16 @@
-"""Run folders, read: which checkpoints a run has, and where its weights are.
+"""Reading run folders: which checkpoints a run has, and where its weights are.
 
 runs/shapes-001/
-    config.json            what was run
-    command.txt            the command line that goes on with it
+    config.json            the config of the run
+    command.txt            the command line that resumes it
     metrics.jsonl          one line per logged step
-    loss.png, samples/     to look at
+    loss.png, samples/     loss curves and sample images
     checkpoints/step_00001000/
-        raw/, ema/         weights as trained and averaged, in files of tensors or parts of them
-        optimizer/         its moments, likewise
+        raw/, ema/         weights as trained and averaged, in safetensors files
+        optimizer/         moments, likewise
         manifest.json      step, metrics, descriptions, config, sizes and hashes; written last
     checkpoints/frozen_<hash>/
-                           weights that nobody trains, which all checkpoints share
+                           frozen weights, shared by all checkpoints
 """
 
 import hashlib
@@ -32,13 +32,13 @@ from mmdit.runs.native import Weights
 
 T = TypeVar("T")
 log = logger(__name__)
-STEP_FOLDER = re.compile(r"step_\d{8,}")  # others are being written, or were set aside
+STEP_FOLDER = re.compile(r"step_\d{8,}")  # others are unfinished or damaged
 WEIGHTS = ("ema", "raw")
 FROZEN = "frozen"
 
 
 class Checkpoint(NamedTuple):
-    """A complete checkpoint on disk, and what its manifest says."""
+    """A complete checkpoint on disk, with the content of its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -49,7 +49,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether it is that of the run's last step."""
+        """Whether it belongs to the last step of the run."""
         return bool(self.manifest["finished"])
 
     @property
@@ -60,34 +60,35 @@ class Checkpoint(NamedTuple):
     def group(self, name: str) -> Path:
         """The folder of a group: 'raw', 'ema', 'optimizer' or 'frozen'.
 
-        The last holds the weights that nobody trains. All checkpoints of a run share it; older
-        versions wrote it into each of them.
+        Frozen weights are shared by all checkpoints of a run; older versions wrote them into each
+        checkpoint.
         """
         shared = self.manifest.get(FROZEN) if name == FROZEN else None
         return self.folder.with_name(str(shared["folder"])) if shared else self.folder / name
 
     def fault(self, group: str | None = None) -> str | None:
-        """What is not as it was written; None if nothing. Reads all bytes.
+        """How the files differ from what was written; None if intact. Reads all bytes.
 
         Args:
-            group: 'ema', 'raw' (with what is frozen), 'optimizer' or 'frozen'; None is all of them.
+            group: 'ema' or 'raw' (each with the frozen weights), 'optimizer' or 'frozen'; None
+                checks all.
         """
-        return self._look(group, lambda path: (None, native.file_hash(path)))[1]
+        return self._inspect(group, lambda path: (None, native.file_hash(path)))[1]
 
     def read(self, group: str) -> Weights:
-        """The tensors of a group and what is frozen; every byte is read once, and verified.
+        """Read the tensors of a group, with the frozen ones; every byte is read once and verified.
 
         Args:
             group: as in `fault`.
 
         Raises:
-            UserError: there is no such group; a file is missing, or its content has changed.
+            UserError: the group does not exist; a file is missing, or its content has changed.
         """
-        found, fault = self._look(group, tensor_files.read_parts)
+        found, fault = self._inspect(group, tensor_files.read_parts)
         if fault and not self.folder.is_dir():
             raise UserError(
                 f"{self.folder} was deleted while it was read, by a run that keeps only its newest "
-                "checkpoints (training.keep): give the command again"
+                "checkpoints (training.keep): run the command again"
             )
         if fault:
             others = [
@@ -103,17 +104,22 @@ class Checkpoint(NamedTuple):
         return Weights(self.folder / group, tensors, metadata, hashes.get(group))
 
     def weights_sha256(self, group: str) -> str:
-        """Hash of a group's tensors, with what is frozen; see `Weights.sha256`.
+        """Hash of a group's tensors, with the frozen ones; see `Weights.sha256`.
 
-        Older manifests do not state it: the files are read then.
+        Manifests of older versions do not state it; it is then computed from the files.
         """
         stated: dict[str, str] = self.manifest.get("weights_sha256", {})
         return stated.get(group) or self.read(group).sha256
 
-    def _look(
+    def _inspect(
         self, group: str | None, read: Callable[[Path], tuple[T, str]]
     ) -> tuple[list[T], str | None]:
-        """What `read` gives of each file, with its SHA-256, and what is not as it was written."""
+        """The results of `read` for each file, and how the files differ from what was written.
+
+        Args:
+            group: as in `fault`.
+            read: returns something and the SHA-256 of the file.
+        """
         expected = self._files()
         if group is None:
             folders = {path.parent for path in expected} | set(self.folder.glob("*"))
@@ -121,20 +127,20 @@ class Checkpoint(NamedTuple):
             names = {group, FROZEN} if group in WEIGHTS else {group}
             folders = {self.group(name) for name in names}
         paths = [path for path in expected if path.parent in folders]
-        with ThreadPoolExecutor(4) as threads:  # reading and hashing leave Python to others
-            looked = list(threads.map(lambda path: _look(path, expected[path], read), paths))
+        with ThreadPoolExecutor(4) as threads:  # reading and hashing release the GIL
+            results = list(threads.map(lambda path: _inspect(path, expected[path], read), paths))
         faults = [
             f"{_name(path)} {fault}"
-            for path, (_, fault) in zip(paths, looked, strict=True)
+            for path, (_, fault) in zip(paths, results, strict=True)
             if fault
         ]
         there = {path for folder in folders for path in folder.glob("*.safetensors")}
-        more = sorted(map(_name, there - set(paths)))
-        faults += [f"{name} is not part of it" for name in more]
-        return [found for found, _ in looked if found is not None], "; ".join(faults) or None
+        unexpected = sorted(map(_name, there - set(paths)))
+        faults += [f"{name} is not part of it" for name in unexpected]
+        return [found for found, _ in results if found is not None], "; ".join(faults) or None
 
     def _files(self) -> dict[Path, dict[str, Any]]:
-        """Size and SHA-256 of each file, as the manifest has them."""
+        """Size and SHA-256 of each file, according to the manifest."""
         files = {self.folder / name: facts for name, facts in self.manifest["files"].items()}
         if shared := self.manifest.get(FROZEN):
             folder = self.folder.with_name(str(shared["folder"]))
@@ -143,14 +149,14 @@ class Checkpoint(NamedTuple):
 
 
 def _name(path: Path) -> str:
-    """A file of a checkpoint as messages call it: `ema/shard-00001-model-00001.safetensors`."""
+    """Name of a checkpoint's file in messages: `ema/shard-00001-model-00001.safetensors`."""
     return f"{path.parent.name}/{path.name}"
 
 
-def _look(
+def _inspect(
     path: Path, expected: Mapping[str, Any], read: Callable[[Path], tuple[T, str]]
 ) -> tuple[T | None, str | None]:
-    """What `read` gives of a file, or what is wrong with it."""
+    """The result of `read` for a file, or what is wrong with the file."""
     changed = "does not have the content that was written (its SHA-256 differs)"
     try:
         size = path.stat().st_size
@@ -167,13 +173,13 @@ def _look(
 
 
 def sealed(facts: Mapping[str, Any]) -> bytes:
-    """A manifest as bytes, with its own hash, so that no byte of it can change unseen."""
+    """A manifest as bytes, including its own hash, so that any change is detected."""
     digest = hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
     return json.dumps({"manifest_sha256": digest, **facts}, indent=1).encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Facts of a checkpoint folder, written after all its other files.
+    """Read the manifest of a checkpoint, which is written after all its other files.
 
     Raises:
         UserError: it is missing or damaged.
@@ -190,18 +196,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def step_folders(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, whole or damaged, oldest step first."""
+    """The checkpoint folders of a run, intact or damaged, oldest step first."""
     found = [path for path in run.glob("checkpoints/step_*") if STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, key=number_of)
 
 
 def number_of(folder: Path) -> int:
-    """The step that the name of a checkpoint folder says."""
+    """The step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step_"))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """What a checkpoint folder says of itself.
+    """Open a checkpoint by its manifest; its tensors are not read.
 
     Raises:
         UserError: its manifest is missing or damaged.
@@ -209,18 +215,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     manifest = read_manifest(folder)
     if STEP_FOLDER.fullmatch(folder.name) and number_of(folder) != manifest["step"]:
         raise UserError(
-            f"checkpoint {folder} is that of step {manifest['step']}: its name was changed"
+            f"checkpoint {folder} was written at step {manifest['step']}: the folder was renamed, "
+            f"rename it to step_{manifest['step']:08d}"
         )
     return Checkpoint(folder, manifest)
 
 
 def checkpoints_in(run: Path, *, warn: bool = True) -> list[Checkpoint]:
-    """The checkpoints of a run, oldest step first; found by manifest, never by clock.
+    """The checkpoints of a run, oldest step first; sorted by step, never by file time.
 
-    One whose manifest is damaged is left out, and named in a warning if `warn` is on.
+    One whose manifest is damaged is left out, with a warning if `warn` is on.
 
     Raises:
-        UserError: there are some, and the manifests of all are damaged.
+        UserError: there are checkpoints, but the manifests of all are damaged.
     """
     found, faults = [], []
     for folder in step_folders(run):
@@ -231,12 +238,12 @@ def checkpoints_in(run: Path, *, warn: bool = True) -> list[Checkpoint]:
     if faults and not found:
         raise UserError("; ".join(faults))
     for fault in faults if warn else ():
-        log.warning("%s: it does not count", fault)
+        log.warning("%s: ignoring it", fault)
     return found
 
 
 def is_native(source: str | Path) -> bool:
-    """Whether a source was written by this project's training: a run, a checkpoint, its weights."""
+    """Whether a path holds weights trained by this project: a run, a checkpoint or an export."""
     path = Path(source).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
         return describes_module(open_file(path))
@@ -253,23 +260,22 @@ def is_run_folder(path: Path) -> bool:
 def describes_module(archive: Archive) -> bool:
     """Whether a file's header describes a module as `save_module` does: JSON that names a class.
 
-    Others put prose there.
+    Other programs put prose there.
     """
     return '"class"' in archive.metadata.get("description", "")
 
 
 def read_weights(source: Path, weights: str = "ema") -> Weights:
-    """The weights of a run, a checkpoint or an exported file; read once, verified on the way.
+    """Read the weights of a run, a checkpoint or an exported file, once, and verify them.
 
-    Of a run, the newest checkpoint whose weights are undamaged; a damaged one is named in a
-    warning.
+    For a run, these are the newest checkpoint with intact weights; damaged ones give a warning.
 
     Args:
         source: a run folder, a checkpoint folder, one of its groups, or an exported file.
         weights: 'ema' or 'raw', for runs and checkpoints.
 
     Raises:
-        UserError: nothing is there, or what is there is damaged.
+        UserError: the source does not exist or is damaged.
     """
     if weights not in WEIGHTS:
         raise UserError(f"weights={weights} must be ema or raw")
@@ -301,22 +307,22 @@ def read_weights(source: Path, weights: str = "ema") -> Weights:
 
 
 def newest_finished(root: Path) -> Path | None:
-    """The text-to-image run that was finished last; autoencoders are no such runs."""
+    """The text-to-image run that finished last, or None; runs of autoencoders do not count."""
     finished = []
     for run in runs_in(root):
         try:
             done = [c.manifest["finished_at"] for c in checkpoints_in(run) if c.finished]
             finished += [(time, run) for time in done]
         except UserError as error:
-            log.warning("%s: the run does not count", error)
+            log.warning("%s: ignoring the run", error)
     return max(finished)[1] if finished else None
 
 
 def runs_in(root: Path) -> list[Path]:
-    """The text-to-image runs below a folder, in subfolders too, where names with a slash lie.
+    """The text-to-image runs below a folder, including subfolders, for names with a slash.
 
     A run is a folder with a `config.json` or a `scores.json`. Folders that cannot be read, and
-    linked ones below the first level, are left out.
+    symbolic links below the first level, are left out.
     """
     return sorted(_runs_in(root, links=True))
 
@@ -329,5 +335,5 @@ def _runs_in(folder: Path, *, links: bool = False) -> Iterator[Path]:
     for path in (folder / name for name in entries):
         if (path / "config.json").is_file() or (path / "scores.json").is_file():
             yield path
-        elif not (path / "checkpoints").is_dir():  # which a stage has, and no run within
+        elif not (path / "checkpoints").is_dir():  # that is a stage, with no run inside
             yield from _runs_in(path)

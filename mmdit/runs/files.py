@@ -1,4 +1,4 @@
-"""Files and folders of a run, as several machines see them."""
+"""File helpers for runs, whose folders several processes and machines may share."""
 
 import contextlib
 import fcntl
@@ -13,18 +13,18 @@ from pathlib import Path
 from mmdit.atomic import claim, clear
 from mmdit.errors import UserError
 
-PATIENCE = 60.0  # seconds until files of another machine must be seen here
+TIMEOUT = 60.0  # seconds until files written by another machine must be visible here
 
 
 def make_empty(folder: Path, names: Iterable[str]) -> None:
-    """Make a new folder with empty ones in it."""
+    """Create a folder that contains only empty subfolders of these names."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in names:
         (folder / name).mkdir(parents=True)
 
 
 def remove(path: Path) -> None:
-    """A folder with all that it holds; of a link, which may lead to another disk, the link."""
+    """Remove a folder and its content; for a link, perhaps to another disk, only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -32,33 +32,38 @@ def remove(path: Path) -> None:
 
 
 def unused(path: Path) -> Path:
-    """`path`, or it with a number in front of its last suffix where it is taken."""
+    """`path`, or if it exists, `path` with a number inserted before its last suffix."""
     numbered = (path.with_suffix(f".{number}{path.suffix}") for number in count(2))
     return next(p for p in chain([path], numbered) if not p.exists())
 
 
 class NumberedFiles:
-    """Files `<number>-<name>` of a folder, which other processes may fill at the same time.
+    """Files `<number>-<name>` in a folder to which other processes may add at the same time.
 
     Attributes:
-        first: number of the first file that was added; 1 before.
+        first: number of the first file added; 1 before that.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.first = folder, 1
-        self._next, self._seen = 1, -1  # the number to try, and the folder's time when it was free
+        self._next, self._seen = 1, -1  # next number to try, and the folder's mtime then
         clear(folder)
 
     def add(self, name: str, data: bytes, *, first: int | None = None) -> Path:
-        """Write a file under the next free number, whole or not at all.
+        """Write a file under the next free number, atomically.
 
         Args:
-            first: number to begin with; None is that after all files of the folder.
+            name: name of the file, without its number.
+            data: its content.
+            first: lowest number to try; None is the one after all files in the folder.
+
+        Returns:
+            Path of the file.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
-        with _alone(self.folder):
+        with _exclusive(self.folder):
             number = self._free() if first is None else first
             while not claim(path := self.folder / f"{number:05d}-{name}", data):
                 number += 1
@@ -69,7 +74,7 @@ class NumberedFiles:
         return path
 
     def _free(self) -> int:
-        """The number after all others; looked for only where somebody else has been here."""
+        """The number after all others; the folder is listed only if another process changed it."""
         if self._seen == self.folder.stat().st_mtime_ns:
             return self._next
         numbers = (re.match(r"\d+(?=-)", name) for name in os.listdir(self.folder))
@@ -77,8 +82,8 @@ class NumberedFiles:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the same block; not on file systems without locks."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Exclude other processes from the block; without effect on file systems without locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -89,13 +94,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def sizes(paths: Iterable[Path], folder: Path) -> dict[str, int]:
-    """Bytes of files, by their paths in `folder`."""
+    """File sizes in bytes, by path relative to `folder`."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 @contextlib.contextmanager
 def writing(path: Path, run: Path) -> Iterator[None]:
-    """Tell what to do where a file of a run cannot be written.
+    """Turn an error of writing a run's file into a UserError that says how to go on.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
@@ -104,29 +109,29 @@ def writing(path: Path, run: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} could not be written ({error}): {go_on(run)} when there is space and the "
-            "folder can be written to"
+            f"{path} could not be written ({error}): {how_to_go_on(run)} once there is space "
+            "and the folder is writable"
         ) from error
 
 
-def go_on(run: Path) -> str:
-    """What to do to go on with a run that has ended; a stage is found again by its recipe."""
+def how_to_go_on(run: Path) -> str:
+    """How to go on with a run that has ended, for messages; a stage is found by its recipe."""
     stage = (run / "recipe.json").is_file()
     return "give the same command again" if stage else f"go on with resume={run}"
 
 
 def await_file(path: Path, size: int) -> None:
-    """Return when a file that a process wrote is seen here; network file systems take a moment.
+    """Wait until a file of another process is complete here; network file systems take a moment.
 
     Raises:
         UserError: it does not appear.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not path.is_file() or path.stat().st_size != size:
         if time.monotonic() > deadline:
             raise UserError(
-                f"{path} was written by another process and cannot be seen by the main one: the "
-                "run folder must lie on a file system that all machines share (runs=<folder>)"
+                f"{path} was written by another process, but the main one cannot see it: the run "
+                "folder must be on a file system that all machines share (runs=<folder>)"
             )
         time.sleep(0.2)
 

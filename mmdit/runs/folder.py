@@ -1,4 +1,4 @@
-"""Run folders being written: one training run each, locked while in use."""
+"""Run folders, one per training run, locked while a process writes to them."""
 
 import fcntl
 import json
@@ -19,18 +19,18 @@ from mmdit.recipes import differences
 from mmdit.runs.checkpoint import Checkpoint, checkpoints_in, runs_in
 from mmdit.runs.lengthening import before_its_end, how_to_lengthen
 from mmdit.runs.signals import Interrupted
-from mmdit.runs.status import LOCK, state_of, tidy, write_status
+from mmdit.runs.status import LOCK, clean_up, state_of, write_status
 
 log = logger(__name__)
 
-# What may differ between a run and its continuation: where and how often, ...
+# Config keys that may differ between a run and its continuation: where and how often, ...
 FREE = (
     *("run", "runs", "resume", "logger", "device", "compile", "parallel"),
     *("activation_checkpointing", "computed"),
     *(f"latents.{key}" for key in ("folder", "root", "shard_size", "threads", "verify")),
-    *("variant", "metrics", "clip", "imports"),  # for what is measured afterwards
+    *("variant", "metrics", "clip", "imports"),  # for measurements after training
     *("sampling", "text_device"),
-    # Whatever they are called, they are known by what was found there.
+    # Data are identified by their content, not by their location.
     *(f"data.{key}" for key in ("root", "report", "index", "threads", "max_bad_fraction")),
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every")),
     *(f"training.{key}" for key in ("keep", "keep_every", "keep_best")),
@@ -39,23 +39,23 @@ FREE = (
         for key in ("asynchronous", "accumulation", "workers", "timeout", "nonfinite")
     ),
 )
-LONGEST_NAME = 240  # bytes of a part: file systems take 255, and a number is appended
-# ... and the learning rate, which one lowers on purpose after a loss that was not finite. A variant
-# of a sweep must have been trained with its own.
+LONGEST_NAME = 240  # bytes of a path component: file systems allow 255, and a number is appended
+# ... and the learning rate, which is lowered on purpose after a loss that was not finite. A variant
+# of a sweep, however, must have been trained with its own.
 LOWERED = ("optimizer.lr",)
 
 
 class RunFolder:
-    """A run folder held by this process, alone or for those that train with it.
+    """A run folder, locked by this process on behalf of all processes of the run.
 
     Args:
-        path: made if it is not there.
-        wait: for another process to let go of it.
-        held: False in the processes that train with the one that holds it.
+        path: the folder; created if it does not exist.
+        wait: wait until another process releases the folder, instead of raising.
+        held: whether this process takes the lock; False in the other processes of the run.
 
     Raises:
-        UserError: another process is using it, and `wait` is off; or it cannot be written or
-            locked.
+        UserError: another process is using the folder and `wait` is off; or it cannot be written
+            or locked.
     """
 
     def __init__(self, path: Path, *, wait: bool = False, held: bool = True) -> None:
@@ -90,10 +90,10 @@ class RunFolder:
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
         HELD.add(self)
-        tidy(path)
+        clean_up(path)
 
     def _wait(self, lock: IO[str]) -> None:
-        """Return when no other process holds the folder."""
+        """Wait until no other process holds the folder."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,22 +101,22 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_EX)
 
     def _owner(self) -> str:
-        """The number of the process that holds the folder, as it noted it."""
+        """ID of the process that holds the folder, as written in the lock file."""
         assert self._lock is not None
         self._lock.seek(0)
         return self._lock.read().strip() or "unknown"
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         if self._lock is not None:
             self._lock.close()
 
     @contextmanager
     def marked(self, step: int) -> Iterator[dict[str, Any]]:
-        """Keep `status.json` while training runs from `step` on.
+        """Keep `status.json` up to date while the block trains from `step` on.
 
-        What is put into the dictionary is kept, too. After a kill -9 it says RUNNING until somebody
-        looks: see `mmdit.runs.status`.
+        Whatever the block puts into the dictionary is stored, too. After a kill -9 the file says
+        RUNNING until the run is next looked at: see `mmdit.runs.status`.
         """
         facts: dict[str, Any] = {}
         self._mark("RUNNING", step=step)
@@ -136,26 +136,26 @@ class RunFolder:
             write_status(self.path, state, **facts)
 
     def keep_command(self, again: str) -> None:
-        """Keep in `command.txt` the command line that goes on with this run."""
+        """Store in `command.txt` the command line that resumes this run."""
         if self._lock is not None:
             write_atomically(self.path / "command.txt", f"{again}\n".encode())
 
     def command(self) -> str | None:
-        """The command line that goes on with this run, if it was kept."""
+        """The command line that resumes this run, if it was stored."""
         path = self.path / "command.txt"
         return path.read_text(errors="replace").strip() if path.is_file() else None
 
     def latest(self) -> Checkpoint | None:
-        """The complete checkpoint of the greatest step."""
+        """The newest complete checkpoint, or None."""
         found = checkpoints_in(self.path)
         return found[-1] if found else None
 
 
-HELD: weakref.WeakSet[RunFolder] = weakref.WeakSet()  # by this process
+HELD: weakref.WeakSet[RunFolder] = weakref.WeakSet()  # those this process has locked
 
 
 def _leave_to_parent() -> None:
-    """In a forked process: a loader worker that outlives a kill -9 must not hold the folder."""
+    """Release the locks in a forked process: a data-loader worker may outlive a kill -9."""
     for folder in list(HELD):
         folder.close()
 
@@ -163,14 +163,14 @@ def _leave_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_to_parent)
 
 
-def told_of(run: Path) -> str:
-    """A run in a list: its folder, and how it stands where that is known."""
+def with_state(run: Path) -> str:
+    """A run as messages list it: its folder and, if known, its state."""
     state = state_of(run)
     return f"{run} ({state})" if state else str(run)
 
 
 def numbered_runs(root: Path, name: str) -> list[Path]:
-    """The run folders `<name>-<number>` under `root`, in the order of their numbers."""
+    """The run folders `<name>-<number>` under `root`, sorted by number."""
     place = root / name
     pattern = re.compile(re.escape(place.name) + r"-([0-9]{3,})")
     there = list(place.parent.iterdir()) if place.parent.is_dir() else []
@@ -179,18 +179,18 @@ def numbered_runs(root: Path, name: str) -> list[Path]:
 
 
 def check_name(name: str | None) -> None:
-    """Refuse a name under which no run can lie below the folder of all runs.
+    """Check that a run can have this name below the folder of all runs.
 
     Raises:
-        UserError: it is empty or absolute, leads out of the folder, has a part that no file system
-            takes, or holds characters that cannot be seen.
+        UserError: it is empty or absolute, leads out of the folder, has a component that is too
+            long, or contains characters that are not printable.
     """
-    name = name or ""  # name=null is that
+    name = name or ""  # of name=null
     parts = name.split("/")
     if any(part in ("", ".", "..") or part != part.strip() for part in parts):
         problem = "must be a name, or names with single slashes between them, below runs="
     elif not name.isprintable():
-        problem = "must not hold line breaks and other characters that cannot be seen"
+        problem = "must not contain line breaks or other characters that are not printable"
     elif any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
         problem = f"is too long: at most {LONGEST_NAME} bytes"
     else:
@@ -200,10 +200,10 @@ def check_name(name: str | None) -> None:
 
 
 def next_run(root: Path, name: str) -> Path:
-    """A new folder `<name>-<number>`, made by this call alone.
+    """Create a new folder `<name>-<number>`, which no other process creates at the same time.
 
     Raises:
-        UserError: the name is none, see `check_name`.
+        UserError: the name is invalid, see `check_name`.
     """
     check_name(name)
     runs = numbered_runs(root, name)
@@ -218,10 +218,10 @@ def next_run(root: Path, name: str) -> Path:
 
 
 def open_together(processes: Processes, *arguments: Any, **options: Any) -> RunFolder:
-    """`open_run` by the main process, which holds the folder for the others.
+    """Call `open_run` in the main process, which locks the folder for all.
 
     Raises:
-        UserError: what `open_run` raises, in all processes.
+        UserError: as `open_run`, in all processes.
     """
     folder: RunFolder | None = None
     problem: UserError | None = None
@@ -230,44 +230,46 @@ def open_together(processes: Processes, *arguments: Any, **options: Any) -> RunF
             folder = open_run(*arguments, **options)
         except UserError as error:
             problem = error
-    path, told = processes.broadcast((folder and folder.path, problem))
-    if told is not None:
-        raise problem or told
+    path, failure = processes.broadcast((folder and folder.path, problem))
+    if failure is not None:
+        raise problem or failure
     return folder or RunFolder(path, held=False)  # type: ignore[arg-type]
 
 
 def open_run(
     root: Path, *, name: str, run: str | None, resume: str | None, config: Mapping[str, Any]
 ) -> RunFolder:
-    """The folder of this run: a new one, or the one to go on with.
+    """Open the folder of this run: a new one, or one to resume.
 
     Args:
         root: folder of all runs.
-        name: of the experiment; new runs are called `<name>-<number>`.
+        name: name of the experiment; new runs are called `<name>-<number>`.
         run: folder to use instead.
-        resume: None, 'auto' (the newest run of this name that has steps left; else one that was
-            stopped before its first checkpoint, or is finished, with this very config; else a new
-            one), 'finish' (`run`, whether it is new, was stopped or is finished; while another
-            process works on it, that is waited for), or a run folder.
-        config: plain config; kept in the folder, and compared when resuming.
+        resume: which run to resume:
+            None: none, start a new one;
+            'auto': the newest run of this name with steps left; otherwise one with exactly this
+            config that is finished or was stopped before its first checkpoint; otherwise none;
+            'finish': `run`, whether it is new, stopped or finished, once no other process uses it;
+            a run folder: that one.
+        config: plain config; stored in the folder, and compared when resuming.
 
     Raises:
-        UserError: the folder is in use, holds another run, or is not there to resume.
+        UserError: the folder is in use, holds another run, or does not exist to resume.
     """
     if resume is None:
         folder = RunFolder(Path(run)) if run else RunFolder(next_run(root, name))
         if folder.latest() is not None:
             raise UserError(
                 f"run folder {folder.path} already holds a run at step {folder.latest().step}: "  # type: ignore[union-attr]
-                f"go on with it with resume={folder.path}, or choose another folder"
+                f"resume it with resume={folder.path}, or choose another folder"
             )
     elif resume == "finish":
         if run is None:
-            raise UserError("resume=finish needs run=<folder>, which says what is to be finished")
+            raise UserError("resume=finish needs run=<folder>, the run to finish")
         folder = RunFolder(Path(run), wait=True)
     elif resume == "auto":
         candidates = [Path(run)] if run else numbered_runs(root, name)
-        chosen = _to_go_on_with(candidates, config)
+        chosen = _run_to_resume(candidates, config)
         if chosen is None:
             log.info(
                 "resume=auto: no run %s has steps left, starting a new one", run or f"{name}-*"
@@ -277,7 +279,7 @@ def open_run(
     else:
         path = Path(resume)
         if not (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
-            runs = [told_of(run) for run in runs_in(root)]
+            runs = [with_state(run) for run in runs_in(root)]
             listed = ", ".join(runs[:10]) + (f" and {len(runs) - 10} more" if runs[10:] else "")
             raise UserError(
                 f"resume={resume}: there is no run in that folder (no config.json, no checkpoints);"
@@ -287,9 +289,10 @@ def open_run(
     return _claim(folder, config, FREE if resume == "finish" else (*FREE, *LOWERED))
 
 
-def _to_go_on_with(candidates: Sequence[Path], config: Mapping[str, Any]) -> Path | None:
-    """What resume=auto chooses among runs, the newest last; one that is damaged is no reason to
-    leave a newer one.
+def _run_to_resume(candidates: Sequence[Path], config: Mapping[str, Any]) -> Path | None:
+    """The run that resume=auto chooses; candidates are sorted, the newest last.
+
+    Older candidates are read only if needed, so that a damaged one does not matter to a newer one.
     """
     same = None
     for path in reversed(candidates):
@@ -302,7 +305,7 @@ def _to_go_on_with(candidates: Sequence[Path], config: Mapping[str, Any]) -> Pat
 
 
 def _config_of(run: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Of the newest checkpoint; where there is none, what a run that was begun has left."""
+    """The config of the newest checkpoint; if there is none, the run's config.json."""
     if checkpoints:
         return dict(checkpoints[-1].manifest["config"])
     try:
@@ -312,31 +315,31 @@ def _config_of(run: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
 
 
 def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[str]) -> RunFolder:
-    """Keep the config in the folder, or compare it with that of the newest checkpoint."""
+    """Compare the config with that of the newest checkpoint, if any, and store it."""
     latest = folder.latest()
     if latest is not None:
         before = _config_of(folder.path, [latest])
         free = (*may_differ, *before_its_end(before, config, latest.step))
         was, here = _computed(before), _computed(config)
         if was == here:
-            free = (*free, "precision")  # asked for, or chosen by auto: the same
+            free = (*free, "precision")  # requested or chosen by auto: no difference
         changed = differences(before, config, free)
         if changed:
             folder.close()
             more = f"; {len(changed) - 10} more" if changed[10:] else ""
-            told = "; ".join(map(str, changed[:10])) + more
+            listed = "; ".join(map(str, changed[:10])) + more
             raise UserError(
-                f"cannot go on with {folder.path}, its config differs: {told}. Give its own "
-                f"command: {folder.command() or 'that which began it, with resume='}; or start a "
+                f"cannot resume {folder.path}, its config differs: {listed}. Give its own command: "
+                f"{folder.command() or 'the one that started it, with resume='}; or start a "
                 "new run without resume= (a sweep: under another name=)"
                 + how_to_lengthen(before, config, folder.path, checkpoints_in(folder.path))
             )
         for change in differences(before, config, (*FREE, "precision")):
-            log.info("going on with another value: %s", change)
+            log.info("resuming with a different value: %s", change)
         if None not in (was, here) and was != here:
             log.warning(
-                "%s was computed in %s up to here and is in %s from now on, because precision=auto "
-                "means that on this machine; to keep it, give precision=%s",
+                "%s was computed in %s so far and is computed in %s from now on, because "
+                "precision=auto selects that on this machine; to keep it, give precision=%s",
                 *(folder.path, was, here, was),
             )
     write_atomically(folder.path / "config.json", json.dumps(config, indent=1).encode())
@@ -344,7 +347,7 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
 
 
 def _computed(config: Mapping[str, Any]) -> str | None:
-    """bf16 or fp32, in which a run computes; None where an older one does not tell."""
+    """The precision a run computes in, bf16 or fp32; None if an older run does not state it."""
     precision = config.get("precision")
-    told = config.get("computed") or (precision if precision != "auto" else None)
-    return None if told is None else str(told)
+    computed = config.get("computed") or (precision if precision != "auto" else None)
+    return None if computed is None else str(computed)

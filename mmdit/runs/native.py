@@ -1,7 +1,7 @@
-"""Our own files: one safetensors file per module, with its description in the header.
+"""The native format: one safetensors file per module, with its description in the header.
 
-The header's metadata holds the module's description (plain JSON, see `mmdit.registry`), so a file
-says by itself what it is. Files appear whole or not at all.
+The header's metadata contains the module's description (plain JSON, see `mmdit.registry`), so that
+a file can be loaded without any other information. Files are written atomically.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]  # of a description
 
 
 def save_module(path: Path, module: nn.Module) -> None:
-    """Write a registered module: its tensors and its description."""
+    """Save a registered module: its tensors and its description."""
     save_tensors(path, module.state_dict(), {"description": describe(module)})
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A module's tensors in memory, verified as they were read, and the description that builds it.
+    """A module's tensors, read and verified, with the description to build the module from.
 
     Attributes:
         path: the exported file, or a group's folder in a checkpoint.
-        tensors: on the CPU.
-        metadata: what is stated beside them; `description` is the module's.
-        stated_sha256: their hash, where a manifest states it.
+        tensors: the tensors by key, on the CPU.
+        metadata: what the file states besides them; `description` is that of the module.
+        stated_sha256: their hash, if a manifest states it.
     """
 
     path: Path
@@ -52,16 +52,17 @@ class Weights:
     def sha256(self) -> str:
         """Hash of the tensors and their names, in hexadecimal; see `tensors_hash`.
 
-        It is the same however many processes wrote them, and in an exported file.
+        It does not depend on the number of processes that wrote them, and is the same for an
+        exported file.
         """
         return self.stated_sha256 or tensors_hash(self.tensors)
 
     @property
     def description(self) -> dict[str, Any]:
-        """What builds the module.
+        """The description to build the module from; see `mmdit.registry.build`.
 
         Raises:
-            UserError: nothing describes one.
+            UserError: the metadata contain none.
         """
         if "description" not in self.metadata:
             raise UserError(
@@ -71,13 +72,13 @@ class Weights:
         return described
 
     def module(self, change: Change | None = None) -> nn.Module:
-        """The module, with these tensors as its own; in eval mode, on the CPU.
+        """Build the module around these tensors, without copying; in eval mode, on the CPU.
 
         Args:
-            change: amends the description first.
+            change: amends the description before the module is built.
 
         Raises:
-            UserError: they do not fit the description, or hold NaN or infinite values.
+            UserError: the tensors do not fit the description, or contain NaN or infinite values.
         """
         description = self.description if change is None else change(self.description)
         check_description(description, self.tensors, self.path)
@@ -85,10 +86,10 @@ class Weights:
 
 
 def load_module(path: Path) -> nn.Module:
-    """The module a file describes, with its tensors; in eval mode, on the CPU.
+    """Load the module that a file describes; in eval mode, on the CPU.
 
     Raises:
-        UserError: the file is not there, is damaged, or does not fit its own description.
+        UserError: the file does not exist, is damaged, or does not fit its own description.
     """
     return Weights(path, *load_tensors(path)).module()
 
@@ -96,7 +97,7 @@ def load_module(path: Path) -> nn.Module:
 def check_description(
     description: dict[str, Any], found: Mapping[str, "Shaped"], source: Path
 ) -> None:
-    """Compare what a description asks for with what there is, before anything is allocated.
+    """Check that tensors fit a description, before anything is allocated.
 
     Raises:
         UserError: they do not fit.
@@ -105,31 +106,31 @@ def check_description(
         module = build_on_meta(description)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    if told := differences(module.state_dict(), found):
-        raise UserError(f"{source} does not fit {type(module).__name__}: {told}")
+    if wrong := mismatches(module.state_dict(), found):
+        raise UserError(f"{source} does not fit {type(module).__name__}: {wrong}")
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy tensors into a module; every key must be there, fit, and be expected.
+    """Copy tensors into a module; the keys and shapes must be exactly those of the module.
 
     Raises:
-        UserError: with the first ten keys that are missing, unexpected or misshapen; nothing is
-            loaded then.
+        UserError: keys are missing, unexpected or misshapen; the message names the first ten of
+            each. Nothing is loaded then.
     """
-    if told := differences(module.state_dict(), tensors):
-        raise UserError(f"{source} does not fit {type(module).__name__}: {told}")
+    if wrong := mismatches(module.state_dict(), tensors):
+        raise UserError(f"{source} does not fit {type(module).__name__}: {wrong}")
     module.load_state_dict(dict(tensors))
 
 
 class Shaped(Protocol):
-    """A tensor, or what is known of one."""
+    """A tensor, or anything else with a shape."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
 
-def differences(wanted: Mapping[str, Shaped], found: Mapping[str, Shaped]) -> str:
-    """The first ten keys that are missing, unexpected or misshapen in `found`; '' if none is."""
+def mismatches(wanted: Mapping[str, Shaped], found: Mapping[str, Shaped]) -> str:
+    """Keys of `found` that are missing, unexpected or misshapen, ten of each; '' if none are."""
     faults = {
         "missing": [key for key in wanted if key not in found],
         "unexpected": [key for key in found if key not in wanted],
@@ -154,13 +155,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of ours, compared with the hash that is known of it.
+    """Read the tensors and the metadata of a native file, and verify its hash if known.
 
-    They are copied, since a mapped tensor changes with its file, and lies as it lies there.
+    The tensors are copied to memory, because a memory-mapped tensor would change with its file and
+    might not be aligned.
 
     Raises:
-        UserError: the file is not there, cannot be read as safetensors, is damaged, or is not one
-            of ours.
+        UserError: the file does not exist, is not valid safetensors, is damaged, or was not
+            written by this project.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: there is no such file")
@@ -177,9 +179,9 @@ def _read_metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
     own = {key: value for key, value in header.items() if key not in ("format", HASH, SEAL)}
     try:
         return {key: parse_json(value.encode()) for key, value in own.items()}
-    except ValueError as error:  # others write what they like
+    except ValueError as error:  # of another program
         raise UserError(
-            f"{path} was not written by this project: its header is no JSON ({error})"
+            f"{path} was not written by this project: its header is not JSON ({error})"
         ) from error
 
 
@@ -190,20 +192,20 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's weights and buffers, in hexadecimal; the same wherever they lie."""
+    """SHA-256 of a module's weights and buffers, in hexadecimal; independent of their device."""
     return tensors_hash(module.state_dict())
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors and their names, in hexadecimal; the same wherever they lie."""
+    """SHA-256 of tensors and their names, in hexadecimal; independent of their device."""
     return hash_in_order(sorted(tensors.items()))
 
 
 def hash_in_order(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """`tensors_hash` of tensors that come one by one, sorted by their names."""
+    """`tensors_hash` of tensors that arrive one by one, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        # A tensor that is spread over processes is gathered: every process must ask.
+        # A sharded tensor is gathered, which is a collective: every process must call this.
         gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         value = gathered.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -1,4 +1,4 @@
-"""What code a run is made by."""
+"""Version of the code that trains a run, for its manifests."""
 
 import contextlib
 import importlib.metadata
@@ -10,20 +10,22 @@ import torch
 
 
 def code_version() -> dict[str, Any]:
-    """What is running: versions of the package and of PyTorch, and the commit, if it is one's."""
+    """Versions of the package and of PyTorch, and the git commit if the code is a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(root), *words]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return ended.stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
 
     version: dict[str, Any] = {"version": None, "torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout on the path
+    with contextlib.suppress(
+        importlib.metadata.PackageNotFoundError
+    ):  # a checkout that is not installed
         version["version"] = importlib.metadata.version("sd3-mmdit")
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return {**version, "commit": None}  # a package installed inside somebody's repository
+            return {**version, "commit": None}  # installed inside another repository
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {**version, "commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
     except (OSError, subprocess.SubprocessError):

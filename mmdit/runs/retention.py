@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay."""
+"""Which checkpoints of a run are kept."""
 
 import dataclasses
 import math
@@ -10,14 +10,14 @@ from mmdit.runs.checkpoint import Checkpoint
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay when a new one has been written.
+    """Which checkpoints are kept when a new one has been written; the rest are deleted.
 
     Args:
-        last: how many of the newest.
-        every: those of steps that it divides stay for good; None is none.
-        best: name of a figure of the evaluation, like 'ema/loss'; the checkpoint of its best value
-            stays. None is none.
-        highest: whether the best value is the highest, not the lowest.
+        last: how many of the newest to keep.
+        every: keep those at multiples of this many steps permanently; None keeps none.
+        best: name of a validation metric, like 'ema/loss': keep the checkpoint with its best
+            value. None keeps none.
+        highest: whether the highest value is the best, rather than the lowest.
 
     Raises:
         UserError: a number is not whole and above 0.
@@ -34,7 +34,7 @@ class Retention:
                 whole_number(name, value)
 
     def kept(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
-        """The steps of those that stay; `checkpoints` from the oldest to the newest."""
+        """Steps of the checkpoints to keep; `checkpoints` are sorted, the oldest first."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = set(steps[-self.last :])
         if self.every is not None:

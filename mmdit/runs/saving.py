@@ -1,8 +1,8 @@
-"""Checkpoints being written: whole or absent, while training goes on, by any number of processes.
+"""Saving checkpoints atomically, in the background, from any number of processes.
 
-A save copies the tensors to the CPU and returns. A thread then writes them beside their place
-(`step_00001000.tmp`), flushes them, adds the manifest, and moves the folder to its name. A kill or
-a full disk at any moment leaves the checkpoint before it as it was.
+A save copies the tensors to the CPU and returns. A thread then writes them to a temporary folder
+(`step_00001000.tmp`), flushes them, adds the manifest, and renames the folder. If the process is
+killed or the disk is full at any moment, the previous checkpoint is still intact.
 """
 
 import errno
@@ -31,7 +31,7 @@ from mmdit.runs.checkpoint import (
     sealed,
     step_folders,
 )
-from mmdit.runs.files import await_file, gigabytes, go_on, make_empty, remove, sizes, unused
+from mmdit.runs.files import await_file, gigabytes, how_to_go_on, make_empty, remove, sizes, unused
 from mmdit.runs.native import file_hash
 from mmdit.runs.provenance import code_version
 from mmdit.runs.retention import Retention
@@ -46,13 +46,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class Saver:
     """Writes the checkpoints of one run, and finds and loads the newest.
 
-    All processes of the run make one and call its methods at the same points, except `facts`. What
-    goes wrong in one process is raised in all.
+    Every process of the run constructs one, and all call its methods (except `facts`) at the same
+    points. An error in one process is raised in all.
 
     Args:
-        run: run folder, held by this run alone, on a file system that all machines share.
-        processes: of the run.
-        keep: which checkpoints stay.
+        run: run folder, locked by this run, on a file system that all machines share.
+        processes: the processes of the run.
+        keep: which checkpoints to keep.
         config: plain config of the run, for the manifests.
         asynchronous: write while training goes on; False waits for each checkpoint.
     """
@@ -68,15 +68,15 @@ class Saver:
     ) -> None:
         self.run, self.keep, self.config, self.asynchronous = run, keep, config, asynchronous
         alone = processes.group is None
-        # What the thread says to the others must not mix with what training says meanwhile.
+        # The thread communicates over a group of its own, apart from training's communication.
         group = None if alone else dist.new_group(backend="gloo", timeout=A_DAY)
         self.processes = Processes(processes.rank, processes.world_size, group)
         self.code = code_version() if processes.main else {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Checkpoint] | None = None
         self._newest: Checkpoint | None = None
-        self._frozen: dict[str, Any] | None = None  # what manifests say of it, once it is written
-        self._by_main(self._sweep)
+        self._frozen: dict[str, Any] | None = None  # its entry in manifests, once written
+        self._in_main(self._remove_unfinished)
 
     def save(
         self,
@@ -87,26 +87,26 @@ class Saver:
         descriptions: Mapping[str, Any],
         metrics: Mapping[str, float],
     ) -> None:
-        """Write a checkpoint; returns when all tensors have been copied, and may change again.
+        """Write a checkpoint; returns once the tensors have been copied and may change again.
 
-        Waits for the save before it.
+        Waits for the previous save to end.
 
         Args:
-            step: number of steps made.
+            step: number of steps completed.
             finished: whether the run has reached its last step.
             tensors: group ('raw', 'ema', 'frozen', 'optimizer') -> key -> tensor, on any device;
-                the same keys in all processes. Of a DTensor each writes its part. What is frozen is
-                written once per run.
-            descriptions: group -> description of its module, of those that hold a module.
-            metrics: of the last evaluation.
+                the same keys in all processes. Each process writes its own part of a DTensor.
+                Frozen weights are written once per run.
+            descriptions: group -> description of its module, for groups that hold a module.
+            metrics: metrics of the last evaluation.
 
         Raises:
-            UserError: the save before it failed: the disk is full, or cannot be written.
+            UserError: the previous save failed, because the disk is full or not writable.
         """
-        self._settle()
+        self._finish_pending()
         staged: dict[str, dict[str, Tensor]] = {}
         changing = {name: group for name, group in tensors.items() if name != FROZEN}
-        self._together(lambda: staged.update(copies(tensors if self._frozen is None else changing)))
+        self._in_all(lambda: staged.update(copies(tensors if self._frozen is None else changing)))
         manifest = {
             "step": step,
             "finished": finished,
@@ -119,57 +119,59 @@ class Saver:
         }
         self._pending = self._thread.submit(self._write, staged, manifest)
         if not self.asynchronous:
-            self._settle()
+            self._finish_pending()
 
     def wait(self) -> Checkpoint:
-        """The newest checkpoint, when it has been written.
+        """Wait until the newest checkpoint has been written, and return it.
 
         Raises:
-            UserError: the disk is full, or cannot be written.
+            UserError: the disk is full, or not writable.
         """
-        self._settle()
+        self._finish_pending()
         assert self._newest is not None, "nothing has been saved or found yet"
         return self._newest
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is as it was written; None in a new run.
+        """The newest intact checkpoint; None in a new run.
 
-        Newer ones that are damaged are named in a warning and set aside, as `<name>.damaged`.
+        All its bytes are verified. Newer ones that are damaged are renamed to `<name>.damaged`,
+        with a warning.
 
         Raises:
-            UserError: there are checkpoints, and all of them are damaged.
+            UserError: there are checkpoints, but all are damaged.
         """
-        self._settle()
-        self._newest = self._by_main(self._find)
+        self._finish_pending()
+        self._newest = self._in_main(self._find)
         self._frozen = self._newest.manifest.get(FROZEN) if self._newest else None
         return self._newest
 
     def facts(self, checkpoint: Checkpoint, group: str) -> dict[str, tensor_files.Fact]:
-        """Shape and dtype of each tensor of a group: what to make room for before `load`."""
+        """Shape and dtype of each tensor of a group, to allocate memory before `load`."""
         folder = checkpoint.group(group)
         return tensor_files.facts(folder) if folder.is_dir() else {}
 
     def load(self, checkpoint: Checkpoint, tensors: Groups) -> None:
-        """Fill tensors in place from what `latest` found, whatever number of processes wrote it.
+        """Fill tensors in place from a checkpoint, written by any number of processes.
 
         Args:
-            tensors: group -> key -> tensor, on any device; of a DTensor, this process's part.
+            checkpoint: from `latest`.
+            tensors: group -> key -> tensor, on any device; a DTensor receives this process's part.
 
         Raises:
-            UserError: keys, shapes or dtypes differ from what was saved.
+            UserError: keys, shapes or dtypes differ from those saved.
         """
-        self._settle()
+        self._finish_pending()
 
         def fill() -> None:
             for name, group in tensors.items():
                 tensor_files.read_into(checkpoint.group(name), group)
 
-        self._together(fill)
+        self._in_all(fill)
 
     def close(self) -> None:
-        """Wait for what is being written; a failure not raised yet is raised."""
+        """Wait for the current save, and raise its error if it failed."""
         try:
-            self._settle()
+            self._finish_pending()
         finally:
             self._thread.shutdown()
             if self.processes.group is not None and dist.is_initialized():
@@ -184,43 +186,44 @@ class Saver:
         except Exception as failure:
             if error is None:
                 raise
-            log.error("%s", failure)  # another error is on its way already
+            log.error("%s", failure)  # another error is being raised already
 
-    # The rest runs in all processes at once, between two points where the thread is idle.
+    # What follows runs in all processes at once, between two points where the thread is idle.
 
-    def _settle(self) -> None:
-        """Wait for the thread."""
+    def _finish_pending(self) -> None:
+        """Wait for the thread, and raise its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._newest = pending.result()
 
-    def _together(self, work: Callable[[], T]) -> list[T]:
-        """`work` in each process, and what each gave; what one raises is raised in all."""
+    def _in_all(self, work: Callable[[], T]) -> list[T]:
+        """Call `work` in every process and return all results; an error in one is raised in all."""
         result: T | None = None
         problem: Exception | None = None
         try:
             result = work()
         except Exception as error:
             problem = error
-        told = problem
+        sent = problem
         if problem is not None and not isinstance(problem, OSError | UserError):
-            told = RuntimeError(f"{type(problem).__name__}: {problem}")  # others may not travel
-        outcomes = self.processes.gather((result, told))
+            sent = RuntimeError(f"{type(problem).__name__}: {problem}")  # others may not pickle
+        outcomes = self.processes.gather((result, sent))
         failures = [error for _, error in outcomes if error is not None]
         if failures:
             raise problem or failures[0]
         return [value for value, _ in outcomes]  # type: ignore[misc]
 
-    def _by_main(self, work: Callable[[], T]) -> T:
-        """What the main process makes of `work`, in all."""
-        given = self._together(lambda: work() if self.processes.main else None)
-        return given[0]  # type: ignore[return-value]
+    def _in_main(self, work: Callable[[], T]) -> T:
+        """Call `work` in the main process and return its result in all."""
+        results = self._in_all(lambda: work() if self.processes.main else None)
+        return results[0]  # type: ignore[return-value]
 
-    def _sweep(self) -> None:
+    def _remove_unfinished(self) -> None:
         """Remove what killed processes left unfinished."""
         remove_unfinished(self.run)
 
     def _find(self) -> Checkpoint | None:
+        """The newest intact checkpoint; damaged newer ones are renamed."""
         faults: dict[Path, str] = {}
         for folder in reversed(step_folders(self.run)):
             try:
@@ -229,57 +232,57 @@ class Saver:
             except UserError as error:
                 fault = str(error)
             if fault is None:
-                for damaged, told in faults.items():
-                    aside = unused(damaged.with_name(f"{damaged.name}.damaged"))
-                    damaged.rename(aside)
+                for damaged, reason in faults.items():
+                    renamed = unused(damaged.with_name(f"{damaged.name}.damaged"))
+                    damaged.rename(renamed)
                     log.warning(
-                        "checkpoint %s is damaged: %s. It is now %s; going on from step %d",
-                        *(damaged, told, aside.name, checkpoint.step),
+                        "checkpoint %s is damaged: %s. It is renamed to %s; going on from step %d",
+                        *(damaged, reason, renamed.name, checkpoint.step),
                     )
                 return checkpoint
             faults[folder] = fault
         if faults:
-            told = "; ".join(f"{folder}: {fault}" for folder, fault in faults.items())
+            listed = "; ".join(f"{folder}: {fault}" for folder, fault in faults.items())
             raise UserError(
-                f"all checkpoints of {self.run} are damaged ({told}): put back a copy of one, or "
-                "move them elsewhere to begin again"
+                f"all checkpoints of {self.run} are damaged ({listed}): restore a copy of one, or "
+                "move them elsewhere to start again"
             )
         return None
 
     def _write(self, staged: Groups, manifest: Mapping[str, Any]) -> Checkpoint:
-        """The thread's work: all of a checkpoint, or nothing."""
+        """Write a complete checkpoint or nothing; runs in the thread."""
         folder = self.run / "checkpoints" / f"step_{manifest['step']:08d}"
         building, sharing = folder.with_name(f"{folder.name}.tmp"), folder.with_name("frozen.tmp")
         try:
             if FROZEN in staged:
                 written = self._write_groups(sharing, {FROZEN: staged[FROZEN]})
-                self._frozen = self._by_main(lambda: self._share(sharing, written))
+                self._frozen = self._in_main(lambda: self._publish_frozen(sharing, written))
             groups = {name: group for name, group in staged.items() if name != FROZEN}
             written = self._write_groups(building, groups)
-            return self._by_main(lambda: self._commit(building, folder, written, manifest))
+            return self._in_main(lambda: self._commit(building, folder, written, manifest))
         except Exception as error:
             if self.processes.main:
                 shutil.rmtree(building, ignore_errors=True)
                 shutil.rmtree(sharing, ignore_errors=True)
             if isinstance(error, OSError):
-                raise self._explained(error, folder, staged) from error
+                raise self._write_error(error, folder, staged) from error
             raise
 
     def _write_groups(self, building: Path, groups: Groups) -> dict[str, int]:
-        """Write groups of tensors into a new folder, all processes together; sizes of its files."""
+        """Write groups of tensors into a new folder, from all processes; returns the file sizes."""
         names = sorted(groups)
-        self._by_main(lambda: make_empty(building, names))
+        self._in_main(lambda: make_empty(building, names))
         for name in names:
-            self._together(partial(self._write_group, building / name, groups[name]))
+            self._in_all(partial(self._write_group, building / name, groups[name]))
         mine = f"*/shard-{self.processes.rank + 1:05d}-*"
-        written = self._together(lambda: sizes(building.glob(mine), building))
+        written = self._in_all(lambda: sizes(building.glob(mine), building))
         return {name: size for part in written for name, size in part.items()}
 
     def _write_group(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         tensor_files.write(folder, tensors, self.processes.group)
 
-    def _share(self, building: Path, written: Mapping[str, int]) -> dict[str, Any]:
-        """Move what is frozen to where all checkpoints find it; what their manifests say of it."""
+    def _publish_frozen(self, building: Path, written: Mapping[str, int]) -> dict[str, Any]:
+        """Move frozen weights to where all checkpoints find them; returns their manifest entry."""
         files = _facts(building, written)
         digest = tensor_files.hash_of([building / FROZEN])
         flush(building / FROZEN)
@@ -293,7 +296,7 @@ class Saver:
     def _commit(
         self, building: Path, folder: Path, written: Mapping[str, int], manifest: Mapping[str, Any]
     ) -> Checkpoint:
-        """Add the manifest, and move the folder to its name."""
+        """Add the manifest, and rename the folder to its final name."""
         frozen = [folder.with_name(self._frozen["folder"])] if self._frozen else []
         facts = {
             **manifest,
@@ -309,52 +312,53 @@ class Saver:
         write_atomically(building / "manifest.json", sealed(facts))
         flush(building)
         former = None
-        if folder.exists():  # of a run that went on from an earlier one
+        if folder.exists():  # the run was resumed from an earlier one
             former = folder.rename(unused(folder.with_name(f"{folder.name}.old.tmp")))
         building.rename(folder)
         flush(folder.parent)
         flush(self.run)
         if former is not None:
             shutil.rmtree(former, ignore_errors=True)
-        self._retire(manifest["step"])
+        self._delete_old(manifest["step"])
         return open_checkpoint(folder)
 
-    def _retire(self, step: int) -> None:
-        """Delete what need not stay. A failure here is none of the checkpoint's."""
+    def _delete_old(self, step: int) -> None:
+        """Delete checkpoints that are not to be kept; failing to is not an error of the save."""
         everything = checkpoints_in(self.run, warn=False)
         found = [checkpoint for checkpoint in everything if checkpoint.step <= step]
         kept = self.keep.kept(found)
         try:
             for checkpoint in found:
                 if checkpoint.step not in kept:
-                    going = checkpoint.folder.with_name(checkpoint.folder.name + ".tmp")
-                    checkpoint.folder.rename(going)
-                    remove(going)
+                    unfinished = checkpoint.folder.with_name(checkpoint.folder.name + ".tmp")
+                    checkpoint.folder.rename(unfinished)
+                    remove(unfinished)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
 
-    def _explained(self, error: OSError, folder: Path, staged: Groups) -> UserError:
+    def _write_error(self, error: OSError, folder: Path, staged: Groups) -> UserError:
         found = step_folders(self.run)
-        before = f"{found[-1].name} before it is complete" if found else "there is none before it"
+        before = f"the previous one is {found[-1].name}" if found else "there is no previous one"
         if error.errno not in FULL:
             return UserError(
-                f"checkpoint {folder} could not be written ({error}); {before}. When the "
-                f"folder can be written to, {go_on(self.run)}"
+                f"checkpoint {folder} could not be written ({error}); {before}. Once the "
+                f"folder is writable, {how_to_go_on(self.run)}"
             )
         needed = sum(
             t.numel() * t.element_size() for group in staged.values() for t in group.values()
         )
         free = shutil.disk_usage(self.run).free
         return UserError(
-            f"checkpoint {folder} could not be written, the disk is full or its quota used up: it "
+            f"checkpoint {folder} could not be written, the disk is full or its quota exceeded: it "
             f"needs {gigabytes(needed)}, and {gigabytes(free)} are free there; {before}. Free some "
-            f"space (old runs; of this one, keep={self.keep.last} checkpoints stay) and "
-            f"{go_on(self.run)}; or move {self.run} to another disk first, and leave a link to it"
+            f"space (old runs; this one keeps keep={self.keep.last} checkpoints) and "
+            f"{how_to_go_on(self.run)}; or move {self.run} to another disk first, and leave a link "
+            "to it"
         )
 
 
 def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
-    """Contiguous copies on the CPU; of a DTensor, of this process's part."""
+    """Contiguous copies on the CPU; for a DTensor, a copy of this process's part."""
     return {
         name: {
             key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -365,7 +369,7 @@ def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
 
 
 def _facts(folder: Path, written: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files, once those that other machines wrote are seen here too."""
+    """Size and SHA-256 of files, after waiting for those written by other machines."""
     for name, size in written.items():
         await_file(folder / name, size)
     names = sorted(written)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and steps that never end."""
+"""Stopping a run: by a signal after the current step, or by a time limit on a step that hangs."""
 
 import faulthandler
 import signal
@@ -11,7 +11,7 @@ from mmdit.runs.checkpoint import Checkpoint
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; it has been saved."""
+    """The run was stopped by a signal, after saving a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, number: int) -> None:
         name = signal.Signals(number).name
@@ -20,12 +20,13 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Turns signals that ask for an end into a wish that the loop looks at after each step.
+    """Context manager that records signals, for the training loop to check after each step.
 
-    SIGUSR1 is how batch systems announce that they will stop a job (sbatch --signal=USR1@120), and
-    SIGHUP is what a closed terminal sends; where it is ignored, as under nohup, it stays so. A
-    second signal of the same kind does what it did before: it ends the process at once; but a
-    closed terminal may send several. SIGQUIT (Ctrl-\\) always ends it at once, unsaved.
+    SIGUSR1 announces that a batch system will stop the job (sbatch --signal=USR1@120), and SIGHUP
+    that the terminal was closed; if SIGHUP is ignored already, as under nohup, it stays ignored. A
+    second signal of the same kind has its usual effect and ends the process at once, except for
+    SIGHUP, which a closing terminal may send several times. SIGQUIT (Ctrl-\\) always ends the
+    process at once, without saving.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -48,21 +49,21 @@ class Signals:
                 signal.signal(number, handler)
 
     def flags(self) -> list[float]:
-        """1 for the signal received, 0 for the others."""
+        """1 for the signal this process received, 0 for the others; in the order of `NUMBERS`."""
         return [float(number == self.received) for number in self.NUMBERS]
 
     def agreed(self, flags: Sequence[float]) -> int | None:
-        """Of the sums of all processes' flags: a signal that any of them received."""
+        """A signal that any process received, given the sums of their flags; None if none did."""
         counts = zip(self.NUMBERS, flags, strict=False)
         return next((int(number) for number, count in counts if count), None)
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End the process, with the stack of every thread on stderr, if the block takes longer.
+    """End the process if the block takes longer, printing the stack of every thread to stderr.
 
-    A step that hangs (in a collective that another process never joins, in a file system) would
-    otherwise hold its machines for ever. Under `torchrun` the end of one process ends all.
+    A step that hangs (in a collective that another process never joins, or in a file system) would
+    otherwise occupy its machines for ever. Under `torchrun` the end of one process ends all.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:

@@ -1,8 +1,8 @@
-"""How a run stands, `status.json`, and what a killed process has left in its folder.
+"""The state of a run, `status.json`, and cleaning up what a killed process left in its folder.
 
-Its state is RUNNING, then FINISHED, PREEMPTED (a signal, after which all was saved) or FAILED. A
-process that is killed says nothing more: whoever looks next and finds that nobody holds the folder
-makes it FINISHED, where the last step had been saved, or KILLED.
+The state is RUNNING, then FINISHED, PREEMPTED (stopped by a signal, after saving) or FAILED. A
+process that is killed cannot change it: the next one that opens the run and finds the folder
+unlocked sets it to FINISHED, if the last step was saved, or to KILLED.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ FOLDERS = ("", "checkpoints", "evaluations", "samples", "snapshots")  # that a r
 
 
 def write_status(run: Path, state: str, **facts: Any) -> None:
-    """Say how a run stands; a full disk must not hide what happened."""
+    """Write the state of a run; a full disk gives only a warning, so as not to hide the cause."""
     content = json.dumps({"state": state, "process": os.getpid(), **facts}, indent=1)
     try:
         write_atomically(run / "status.json", content.encode())
@@ -33,7 +33,7 @@ def write_status(run: Path, state: str, **facts: Any) -> None:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """What `status.json` says; empty where there is none, or none that can be read."""
+    """Content of `status.json`; empty if it is missing or unreadable."""
     try:
         return dict(json.loads((run / "status.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -41,7 +41,7 @@ def read_status(run: Path) -> dict[str, Any]:
 
 
 def state_of(run: Path) -> str:
-    """The state of a run in lower case: 'running' where a process holds it; '' if unknown."""
+    """State of a run in lower case; 'running' only while a process holds it, '' if unknown."""
     state = str(read_status(run).get("state", ""))
     if state == "RUNNING":
         with suppress(OSError), (run / LOCK).open() as lock:
@@ -50,16 +50,16 @@ def state_of(run: Path) -> str:
     return state.lower()
 
 
-def mend(run: Path) -> None:
-    """`tidy` a run that was killed, unless a process holds it or this one may not write there."""
+def clean_up_if_killed(run: Path) -> None:
+    """Call `clean_up` for a run that was killed, if this process can lock its folder."""
     if read_status(run).get("state") == "RUNNING":
         with suppress(OSError), (run / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            tidy(run)
+            clean_up(run)
 
 
-def tidy(run: Path) -> None:
-    """Set right what a killed process has left in a run folder, which this process holds."""
+def clean_up(run: Path) -> None:
+    """Remove unfinished files and correct the state after a kill; this process holds the lock."""
     remove_unfinished(run)
     for name in FOLDERS:
         clear(run / name)
@@ -68,7 +68,7 @@ def tidy(run: Path) -> None:
         return
     try:
         found = checkpoints_in(run, warn=False)
-    except UserError:  # all are damaged, which is told when they are opened
+    except UserError:  # all are damaged, which is reported when they are opened
         found = []
     step = found[-1].step if found else 0
     if found and found[-1].finished and step > status.get("step", 0):
@@ -79,7 +79,7 @@ def tidy(run: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove the checkpoints that were being written or deleted."""
+    """Remove checkpoints whose writing or deletion was interrupted."""
     for path in run.glob("checkpoints/*.tmp"):
         log.info("removing %s, which was not finished", path)
         remove(path)

@@ -1,7 +1,7 @@
-"""Tensors in a folder of safetensors files, each of which holds some tensors or parts of them.
+"""Sharded tensors: a folder of safetensors files, each with some tensors or parts of them.
 
-Written by all processes of a run at once, by `torch.distributed.checkpoint`; read by any number of
-processes, each of which takes the parts it needs. Nothing in such a folder is a pickle.
+All processes of a run write them together, with `torch.distributed.checkpoint`; any number of
+processes can read them, each only the parts it needs. Such a folder contains no pickle.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ from torch.futures import Future
 from mmdit.bounds import parse_json
 from mmdit.checkpoints.headers import DTYPES, Header, read_header, read_tensors
 from mmdit.errors import UserError
-from mmdit.runs.native import differences, hash_in_order
+from mmdit.runs.native import hash_in_order, mismatches
 
-FILE_SIZE = 256 * 1024**2  # bytes; while a file is put together, Python does nothing else
+FILE_SIZE = 256 * 1024**2  # bytes; assembling a file blocks all other Python code
 
 
 class Fact(NamedTuple):
-    """What a folder holds under a key."""
+    """Shape and dtype of a stored tensor."""
 
     shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Keeps an error until all processes have come to the end, so that none waits for another."""
+    """Defers an error until all processes are done, so that none waits for another for ever."""
 
     problem: Exception | None = None
 
@@ -55,29 +55,30 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write tensors, flushed to the disk; together with the other processes of `group`.
+    """Write tensors and flush them to disk, together with the other processes of `group`.
 
     Args:
-        tensors: contiguous, on the CPU. Of a DTensor each process writes its own part, of a plain
-            tensor, which all have, one of them does.
-        group: of gloo; None for a single process.
+        folder: an empty folder.
+        tensors: contiguous, on the CPU. Each process writes its own part of a DTensor; a plain
+            tensor, which all have, is written by one of them.
+        group: gloo process group; None for a single process.
 
     Raises:
-        Exception: what went wrong in this process; the others must be told.
+        Exception: the error of this process; the caller must pass it on to the others.
     """
-    _hush()
+    _silence_dcp()
     writer = _Writer(str(folder), fqn_to_index_mapping=files_for(tensors), save_distributed=True)
-    writer.per_thread_copy_ahead = 0  # that is for tensors on GPUs, and would wait for their work
+    writer.per_thread_copy_ahead = 0  # for tensors on GPUs; would wait for their work
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
-    except CheckpointException as error:  # which is no Exception
+    except CheckpointException as error:  # not a subclass of Exception
         raise RuntimeError(f"{folder} could not be written: {error}") from error
     if writer.problem is not None:
         raise writer.problem
 
 
 def files_for(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of the file for each key, from 1: as few files as hold `FILE_SIZE` each."""
+    """File number for each key, from 1, such that files have at most about `FILE_SIZE` bytes."""
     number, filled, chosen = 1, 0, {}
     for key, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -89,10 +90,10 @@ def files_for(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def facts(folder: Path) -> dict[str, Fact]:
-    """Shape and dtype of all that a folder holds.
+    """Shape and dtype of all tensors in a folder; only headers are read.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: the folder does not exist, or a file cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of tensors")
@@ -107,10 +108,10 @@ def facts(folder: Path) -> dict[str, Fact]:
 
 
 def _starts(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
-    """Where in its tensor each part of a file begins.
+    """Offset of each part in its tensor, by key, as stated in a file's header.
 
     Raises:
-        UserError: the header says it of other tensors.
+        UserError: the header's offsets do not match its tensors.
     """
     try:
         stated = parse_json(header.metadata.get("DCP_SHARDING_INFO", "{}").encode())
@@ -127,20 +128,20 @@ def _starts(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
 
 
 def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place with what `folder` holds; of a DTensor, the part of this process.
+    """Fill tensors in place from a folder; a DTensor receives this process's part.
 
     Raises:
-        UserError: keys, shapes or dtypes differ, and nothing is filled then; or a file cannot be
+        UserError: keys, shapes or dtypes differ (then nothing is filled), or a file cannot be
             read.
     """
     found = facts(folder)
-    told = differences(tensors, found)
-    if not told and (cast := [k for k, fact in found.items() if fact.dtype != tensors[k].dtype]):
+    wrong = mismatches(tensors, found)
+    if not wrong and (cast := [k for k, fact in found.items() if fact.dtype != tensors[k].dtype]):
         key = cast[0]
-        told = f"{len(cast)} of another dtype: {key} {tensors[key].dtype}, not {found[key].dtype}"
-    if told:
-        raise UserError(f"{folder} does not fit: {told}")
-    _hush()
+        wrong = f"{len(cast)} of another dtype: {key} {tensors[key].dtype}, not {found[key].dtype}"
+    if wrong:
+        raise UserError(f"{folder} does not fit: {wrong}")
+    _silence_dcp()
     try:
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
@@ -148,18 +149,18 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Part(NamedTuple):
-    """A tensor, or what one file holds of it."""
+    """A tensor, or the part of it that one file holds."""
 
     key: str
-    start: tuple[int, ...]  # in the whole tensor
+    start: tuple[int, ...]  # offset in the whole tensor
     tensor: Tensor
 
 
 def read_parts(path: Path) -> tuple[list[Part], str]:
-    """What a file holds, and its SHA-256; every byte is read once.
+    """Read the parts in a file, and its SHA-256; every byte is read once.
 
     Raises:
-        UserError: it is not such a file.
+        UserError: it is not a valid file of this kind.
         OSError: it cannot be read.
     """
     header = read_header(path)
@@ -170,13 +171,14 @@ def read_parts(path: Path) -> tuple[list[Part], str]:
 
 
 def joined(parts: Iterable[Part], source: Path) -> dict[str, Tensor]:
-    """Whole tensors from what the files of a folder hold of them.
+    """Assemble whole tensors from their parts in the files of a folder.
 
     Args:
-        source: for messages.
+        parts: all parts, in any order.
+        source: the folder, for messages.
 
     Raises:
-        UserError: of a tensor, something is missing or there twice.
+        UserError: a part of a tensor is missing or duplicated.
     """
     by_key: dict[str, list[Part]] = {}
     for part in parts:
@@ -186,7 +188,7 @@ def joined(parts: Iterable[Part], source: Path) -> dict[str, Tensor]:
         ends = [[o + n for o, n in zip(p.start, p.tensor.shape, strict=True)] for p in own]
         shape = [max(sizes) for sizes in zip(*ends, strict=True)]
         if math.prod(shape) != sum(part.tensor.numel() for part in own):
-            raise _unreadable(source, ValueError(f"{key} is not whole"))
+            raise _unreadable(source, ValueError(f"{key} is incomplete"))
         if len(own) == 1:
             tensors[key] = own[0].tensor
             continue
@@ -198,7 +200,7 @@ def joined(parts: Iterable[Part], source: Path) -> dict[str, Tensor]:
 
 
 def hash_of(folders: Sequence[Path]) -> str:
-    """`tensors_hash` of all that some folders hold, with one tensor in memory at a time.
+    """`tensors_hash` of all tensors in some folders, with one tensor in memory at a time.
 
     Raises:
         UserError: a file cannot be read.
@@ -224,6 +226,6 @@ def _unreadable(folder: Path, error: BaseException) -> UserError:
     return UserError(f"{folder} cannot be read, a file is damaged or missing: {error}")
 
 
-def _hush() -> None:
-    """Keep DCP from warning that a single process is a single process."""
+def _silence_dcp() -> None:
+    """Silence the warning of `torch.distributed.checkpoint` about running in a single process."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unini")

@@ -265,7 +265,7 @@ def test_a_single_file_of_a_repository(tiny, hub):
         assert describe(model) == describe(tiny("mmdit"))
         assert hub.revisions.pop() == revision
     assert hub.fetched() == ["sub/one.safetensors"]
-    with pytest.raises(UserError, match=r"asked for as owner/name/file\.safetensors"):
+    with pytest.raises(UserError, match=r"named like owner/name/file\.safetensors"):
         mmdit.load_mmdit("some/model")
 
 

@@ -200,7 +200,7 @@ def test_digits_in_a_name_are_not_those_of_a_block(tmp_path, key, what):
 def test_a_folder_of_peft_is_named(tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": "stabilityai/sd3"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    message = r"tells of a LoRA .*Only base weights .*base model is 'stabilityai/sd3'"
+    message = r"describes a LoRA .*Only base weights .*base model is 'stabilityai/sd3'"
     with pytest.raises(UserError, match=message):
         mmdit.load_pipeline(tmp_path)
     lora = {"base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 2)}

@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(folder: Path) -> None:
     )
     with small_disk(disk, int(1.6 * size / 2**20)):
         told = train(folder, "run=disk/run", f"training.steps={STEPS}", code=2).stderr
-        assert "the disk is full or its quota used up" in told
+        assert "the disk is full or its quota exceeded" in told
         assert told.count("\n") == 1
         assert [checkpoint.step for checkpoint in checkpoints_in(disk / "run")] == [2]
         assert not any((disk / "run").glob("checkpoints/*.tmp"))

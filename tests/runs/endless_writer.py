@@ -1,4 +1,4 @@
-"""Saves checkpoints of a run without end; `test_saving.py` kills it, and it begins anew.
+"""Saves checkpoints of a run endlessly; `test_saving.py` kills it and starts it again.
 
 The parent starts one child after the other, so that PyTorch is imported once.
 """
@@ -16,12 +16,12 @@ from mmdit.runs.saving import Saver
 
 
 def tell(words: str) -> None:
-    """One write, so that a kill cannot cut the line."""
+    """A single write, so that a kill cannot truncate the line."""
     os.write(sys.stdout.fileno(), f"{words}\n".encode())
 
 
 def write_on(run: Path, parent: int) -> None:
-    """Go on from the newest checkpoint; each is full of the number of its step."""
+    """Continue from the newest checkpoint; all values in a checkpoint equal its step."""
     saver = Saver(run, Processes(), keep=Retention(last=2), config={})
     found = saver.latest()
     start = 0 if found is None else found.step

@@ -1,4 +1,4 @@
-"""One of several processes that save and load a sharded model; `test_saving_distributed.py`.
+"""One of several processes that save and load a sharded model, for `test_saving_distributed.py`.
 
 `saving_process.py <what>=<run folder> ...`, under torchrun; alone, `act` is called directly.
 """
@@ -22,7 +22,7 @@ from mmdit.runs.saving import Saver
 
 
 class Odd(nn.Module):
-    """Weights that two processes cannot share evenly, and a buffer that each has."""
+    """Weights that two processes cannot split evenly, and a replicated buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def build(shards: bool, replicas: int = 1) -> Odd:
 
 
 def tensors(module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """A group of weights, and one as of an optimizer: moments like the weights, and counts."""
+    """A group of weights, and an optimizer group: moments shaped like the weights, and counts."""
     weights = module.state_dict()
     moments = {f"{key}:exp_avg": value * 2 for key, value in weights.items()}
     return {"raw": weights, "optimizer": {**moments, "step": torch.tensor(3.0)}}
@@ -58,7 +58,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def act(what: str, run: Path, processes: Processes) -> dict[str, object]:
-    """Do something with the checkpoints of a run; what came of it."""
+    """Do something with the checkpoints of a run, and report the result."""
     module = build(processes.world_size > 1 and what != "save_plain", 1 + (what == "save_replicas"))
     report: dict[str, object] = {"dtensor": isinstance(module.first.weight, DTensor)}
     with Saver(run, processes, keep=Retention(last=3), config={}) as saver:
@@ -97,7 +97,7 @@ def load(saver: Saver, module: Odd) -> dict[str, object]:
 
 
 def save_on_a_full_disk(saver: Saver, module: Odd) -> dict[str, object]:
-    """The disk of the second process is full."""
+    """Simulate a full disk in the second process."""
     fsync = os.fsync
 
     def full(handle: int) -> None:
@@ -111,7 +111,7 @@ def save_on_a_full_disk(saver: Saver, module: Odd) -> dict[str, object]:
     try:
         saver.wait()
     except UserError as error:
-        report["told"] = str(error)
+        report["error"] = str(error)
     os.fsync = fsync
     found = saver.latest()
     return {**report, "latest": None if found is None else found.step}

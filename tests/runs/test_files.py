@@ -8,7 +8,7 @@ from mmdit.runs.files import NumberedFiles
 from tests.kills_for_tests import changes_of, forked, killed_at
 
 
-def test_numbers_go_on_after_all_that_are_there(tmp_path):
+def test_numbers_continue_after_existing_files(tmp_path):
     (tmp_path / "00007-a.png").touch()
     (tmp_path / "notes.txt").touch()
     files = NumberedFiles(tmp_path)
@@ -20,7 +20,7 @@ def test_numbers_go_on_after_all_that_are_there(tmp_path):
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_processes_that_fill_one_folder_lose_nothing(tmp_path, monkeypatch, locks):
+def test_processes_that_add_to_one_folder_lose_nothing(tmp_path, monkeypatch, locks):
     if not locks:
         monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError()))
 
@@ -39,7 +39,7 @@ def test_processes_that_fill_one_folder_lose_nothing(tmp_path, monkeypatch, lock
     assert len(set(numbers)) == 32
 
 
-def test_a_kill_leaves_a_whole_file_or_none(tmp_path):
+def test_a_kill_leaves_a_complete_file_or_none(tmp_path):
     def write() -> None:
         NumberedFiles(tmp_path).add("x.png", b"whole")
 

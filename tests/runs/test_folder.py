@@ -1,4 +1,4 @@
-"""Run folders: who holds them, which one a run goes on with, and what may differ then."""
+"""Run folders: locking, which run is resumed, and what may differ then."""
 
 import errno
 import fcntl
@@ -50,7 +50,7 @@ def opened(root: Path, **changes: Any) -> Path:
     return folder.path
 
 
-def test_the_newest_run_with_steps_left_goes_on(tmp_path: Path) -> None:
+def test_the_newest_run_with_steps_left_is_resumed(tmp_path: Path) -> None:
     for number, step in ((1, 4), (2, 6), (3, 10)):
         save(tmp_path / f"a-{number:03d}", step)
     assert opened(tmp_path).name == "a-002"
@@ -63,8 +63,8 @@ ODD_NAMES = ["a[1]", "x*", "what?", "sweep/a", "sweep/[b]/c*", "ümlaut", "with 
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_run_of_any_name_goes_on(tmp_path: Path, name: str) -> None:
-    for other in ("a1", "xy", "whatx", "sweep/x", "a"):  # which a pattern would find
+def test_a_run_of_any_name_is_resumed(tmp_path: Path, name: str) -> None:
+    for other in ("a1", "xy", "whatx", "sweep/x", "a"):  # which a glob pattern would match
         save(tmp_path / f"{other}-009", 4)
     assert opened(tmp_path, name=name, resume=None) == tmp_path / f"{name}-001"
     save(tmp_path / f"{name}-001", 4)
@@ -80,10 +80,10 @@ def test_a_run_of_any_name_goes_on(tmp_path: Path, name: str) -> None:
         *("x" * 300, "a/" + "ü" * 130, "a\x1b[31m"),
     ],
 )
-def test_names_that_are_none_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"^name=") as told:
+def test_invalid_names_are_rejected_in_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"^name=") as refusal:
         opened(tmp_path, name=name, resume=None)
-    assert "\n" not in str(told.value) and len(str(told.value)) < 200
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,29 +92,29 @@ def test_the_newest_finished_run_is_found_in_subfolders(tmp_path: Path, name: st
     for run in ("b-001", name):
         save(tmp_path / run, 10, finished=True)
         (tmp_path / run / "config.json").write_text("{}")
-    save(tmp_path / "autoencoder-1", 10, finished=True)  # whose folder has no config
+    save(tmp_path / "autoencoder-1", 10, finished=True)  # without a config
     assert newest_finished(tmp_path) == tmp_path / name
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
         opened(tmp_path, resume="nowhere")
 
 
 def schedule(steps: int, *, begun: int = 10, decay: int | None = 4, final: float = 0.0) -> Any:
-    """A config whose training is as long as its schedule, unless `begun` says otherwise."""
+    """A config that trains for the length of its schedule, unless `begun` changes it."""
     end = {"steps": steps, "final": final} | ({} if decay is None else {"decay_steps": decay})
     return {**CONFIG, "training": {"steps": max(steps, begun)}, "schedule": end}
 
 
-def test_a_stable_run_is_lengthened_before_its_decay(tmp_path: Path) -> None:
+def test_a_stable_run_can_be_lengthened_before_its_decay(tmp_path: Path) -> None:
     run = tmp_path / "a-001"
     save(run, 6, schedule(10))
     assert opened(tmp_path, config=schedule(20)) == run
     save(run, 10, schedule(10), finished=True)
-    with pytest.raises(UserError, match=r"schedule.steps was 10, now 20") as told:
+    with pytest.raises(UserError, match=r"schedule.steps was 10, now 20") as refusal:
         opened(tmp_path, config=schedule(20))
-    copying, removing = re.findall(r"(?:cp|rm) -r [^&,]+", str(told.value))
+    copying, removing = re.findall(r"(?:cp|rm) -r [^&,]+", str(refusal.value))
     for command in (copying, removing):
         subprocess.run(shlex.split(command), check=True)
-    (copy,) = re.findall(r"resume=(\S+)", str(told.value).partition("rm -r")[2])
+    (copy,) = re.findall(r"resume=(\S+)", str(refusal.value).partition("rm -r")[2])
     assert opened(tmp_path, resume=copy, config=schedule(20)) == Path(copy)
     assert [c.step for c in checkpoints_in(Path(copy))] == [6]
     shutil.rmtree(step_folders(run)[0])
@@ -123,14 +123,14 @@ def test_a_stable_run_is_lengthened_before_its_decay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("final", "told"),
+    ("final", "advice"),
     [(0.0, "train anew.*schedule=warmup_constant"), (0.1, "add schedule.steps=10 .* 0.1 x lr")],
 )
-def test_a_cosine_that_cannot_be_lengthened_says_what_can(
-    tmp_path: Path, final: float, told: str
+def test_a_cosine_cannot_be_lengthened_and_the_message_says_what_can(
+    tmp_path: Path, final: float, advice: str
 ) -> None:
     save(tmp_path / "a-001", 6, schedule(10, decay=None, final=final))
-    with pytest.raises(UserError, match=rf"schedule.steps was 10, now 20.*{told}"):
+    with pytest.raises(UserError, match=rf"schedule.steps was 10, now 20.*{advice}"):
         opened(tmp_path, config=schedule(20, decay=None, final=final))
     save(tmp_path / "b-001", 6)
     with pytest.raises(UserError) as other:
@@ -138,7 +138,7 @@ def test_a_cosine_that_cannot_be_lengthened_says_what_can(
     assert "schedule" not in str(other.value)
 
 
-def test_a_run_without_a_checkpoint_is_the_last_choice(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_is_resumed_last(tmp_path: Path) -> None:
     save(tmp_path / "a-001", 4)
     killed_at_once = open_run(tmp_path, name="a", run=None, resume=None, config=CONFIG)
     killed_at_once.close()
@@ -149,20 +149,22 @@ def test_a_run_without_a_checkpoint_is_the_last_choice(tmp_path: Path) -> None:
     assert opened(tmp_path).name == "a-002"
 
 
-def test_a_command_given_again_after_the_end_begins_no_other_run(tmp_path: Path) -> None:
+def test_repeating_a_command_after_the_end_starts_no_new_run(tmp_path: Path) -> None:
     save(tmp_path / "a-001", 10, finished=True)
     assert opened(tmp_path).name == "a-001"
     assert opened(tmp_path, config={**CONFIG, "seed": 1}).name == "a-002"
 
 
-def test_a_lower_learning_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_learning_rate_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path / "a-001", 4)
     with caplog.at_level(logging.INFO):
         opened(tmp_path, config={**CONFIG, "optimizer": {"lr": 0.01}})
-    assert "another value: optimizer.lr was 0.1, now 0.01" in caplog.text
+    assert "a different value: optimizer.lr was 0.1, now 0.01" in caplog.text
 
 
-def test_an_older_run_that_is_damaged_stops_no_newer_one(tmp_path: Path) -> None:
+def test_a_damaged_older_run_does_not_stop_a_newer_one(tmp_path: Path) -> None:
     for number in (1, 2):
         save(tmp_path / f"a-{number:03d}", 4)
     (step_folders(tmp_path / "a-001")[0] / "manifest.json").write_text("")
@@ -173,7 +175,7 @@ def test_an_older_run_that_is_damaged_stops_no_newer_one(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])
-def test_a_run_goes_on_without_its_config_file(tmp_path: Path, content: str | None) -> None:
+def test_a_run_is_resumed_without_its_config_file(tmp_path: Path, content: str | None) -> None:
     run = tmp_path / "a-001"
     save(run, 4)
     if content is not None:
@@ -182,7 +184,7 @@ def test_a_run_goes_on_without_its_config_file(tmp_path: Path, content: str | No
     assert json.loads((run / "config.json").read_text()) == CONFIG
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_rejected(tmp_path: Path) -> None:
     run = tmp_path / "a-001"
     save(run, 4)
     save(run, 6, {**CONFIG, "seed": 1})
@@ -190,7 +192,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, resume=str(run))
 
 
-def test_a_job_of_a_sweep_waits_for_another_process_that_makes_it(
+def test_a_job_of_a_sweep_waits_for_the_process_that_runs_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = str(tmp_path / "a")
@@ -208,7 +210,7 @@ def test_a_job_of_a_sweep_waits_for_another_process_that_makes_it(
         assert waiting.result(10) == other.path
 
 
-def test_a_config_that_differs_is_answered_with_the_command_of_the_run(tmp_path: Path) -> None:
+def test_a_different_config_gives_the_command_of_the_run(tmp_path: Path) -> None:
     save(tmp_path / "a-001", 4)
     folder = RunFolder(tmp_path / "a-001")
     folder.keep_command("python train.py model=x resume=a-001")
@@ -217,7 +219,7 @@ def test_a_config_that_differs_is_answered_with_the_command_of_the_run(tmp_path:
         opened(tmp_path, config={**CONFIG, "seed": 1})
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run folder .*file/x cannot be written.*runs="):
         RunFolder(tmp_path / "file" / "x")
@@ -225,7 +227,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("wait", [False, True])
-def test_a_file_system_without_locks_is_not_taken_for_another_process(
+def test_a_file_system_without_locks_is_not_mistaken_for_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, wait: bool
 ) -> None:
     def flock(*_: object) -> None:
@@ -238,7 +240,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(
 
 @pytest.fixture
 def child() -> Iterator[int]:
-    """A forked process that waits to be killed."""
+    """A forked process that waits until it is killed."""
     child = os.fork()
     if not child:
         time.sleep(60)
@@ -254,7 +256,7 @@ def test_a_forked_worker_does_not_hold_the_folder(
     folder = RunFolder(tmp_path)
     request.getfixturevalue("child")
     with pytest.raises(UserError, match="in use"):
-        RunFolder(tmp_path)  # a fork must not let go of it either
+        RunFolder(tmp_path)  # a fork must not release it either
     folder.close()
     deadline = time.monotonic() + 10
     while True:
@@ -271,14 +273,14 @@ def test_how_to_resume() -> None:
     assert how_to_resume(Path("runs/x"), words) == (
         "python train.py model=toy 'prompt=a b' resume=runs/x"
     )
-    told = how_to_resume(Path("runs/sw/seed=0,1"), ["seed=0"])
-    assert told == """python train.py seed=0 'resume="runs/sw/seed=0,1"'"""
+    command = how_to_resume(Path("runs/sw/seed=0,1"), ["seed=0"])
+    assert command == """python train.py seed=0 'resume="runs/sw/seed=0,1"'"""
     sweep = ["-m", "seed=0,1", "run=x"]
     assert how_to_resume(None, sweep) == "python train.py -m seed=0,1 run=x"
 
 
 @pytest.mark.parametrize("asked", ["auto", "bf16"])
-def test_a_run_goes_on_in_another_precision_only_with_a_word(
+def test_resuming_in_another_precision_gives_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, asked: str
 ) -> None:
     began = {**CONFIG, "precision": "auto", "computed": "bf16"}
@@ -290,14 +292,14 @@ def test_a_run_goes_on_in_another_precision_only_with_a_word(
     # precision=auto on a machine without bf16
     assert opened(tmp_path, config={**began, "computed": "fp32"}).name == "a-001"
     assert re.search(
-        r"a-001 was computed in bf16 up to here and is in fp32 from now on.*precision=bf16$",
+        r"a-001 was computed in bf16 so far and is computed in fp32 from now on.*precision=bf16$",
         caplog.text.strip(),
     )
     with pytest.raises(UserError, match="precision was 'auto', now 'fp32'"):
         opened(tmp_path, config={**began, "precision": "fp32", "computed": "fp32"})
 
 
-def test_a_run_that_does_not_tell_its_precision_goes_on(
+def test_a_run_that_does_not_state_its_precision_is_resumed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path / "a-001", 4, {**CONFIG, "precision": "auto"})

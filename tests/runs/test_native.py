@@ -1,4 +1,4 @@
-"""Our own files: what is written is read again, and what does not fit is refused unbuilt."""
+"""The native format: files load as they were saved, and what does not fit is never built."""
 
 import json
 
@@ -18,7 +18,7 @@ from mmdit.text.tokenizers import CLIPWordTokenizer
 from tests.hostile_process import measured
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_a_module_is_loaded_as_it_was_saved(tmp_path):
     path = tmp_path / "ours.safetensors"
     save_tensors(path, {"a": torch.arange(3)}, {"facts": {"step": 2, "names": ["b"]}})
     tensors, header = load_tensors(path)
@@ -29,7 +29,7 @@ def test_what_is_written_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     "header", [{"format": "pt"}, {"description": "an SD3 model"}, {"a": "[" * 50_000}, None]
 )
-def test_a_file_of_another_project_is_told_from_ours(tmp_path, header):
+def test_a_file_of_another_project_is_rejected(tmp_path, header):
     path = tmp_path / "public.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata=header)
     with pytest.raises(UserError, match=r"public\.safetensors was not written by this project: it"):
@@ -93,16 +93,16 @@ DESCRIPTIONS = {
 @pytest.mark.parametrize("name", DESCRIPTIONS)
 def test_a_description_is_compared_before_it_is_built(tmp_path, monkeypatch, name):
     monkeypatch.setattr(building, "MOST_BUILT", 200)  # 6,000 take a second
-    description, told = DESCRIPTIONS[name]
+    description, message = DESCRIPTIONS[name]
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={"description": json.dumps(description)})
     with pytest.raises(UserError) as refusal:
         load_module(path)
     assert str(path) in str(refusal.value)
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
 
 
-def test_what_a_module_does_not_save_is_made_where_it_is_used(tmp_path):
+def test_a_module_without_tensors_is_loaded_on_the_cpu(tmp_path):
     absent = AbsentEncoder(width=4, pooled_width=4, length=5)
     save_module(tmp_path / "x.safetensors", absent)
     assert load_module(tmp_path / "x.safetensors").tokenize(["a"]).shape == (1, 5)
@@ -116,18 +116,18 @@ def written(tmp_path, randomize):
     return tmp_path / "vae.safetensors", module
 
 
-def test_loaded_weights_are_those_that_were_saved(written):
+def test_loaded_weights_equal_those_saved(written):
     path, module = written
     again = load_module(path)
     assert not again.training
     for key, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
     assert all(weight.requires_grad for weight in again.parameters())
-    path.write_bytes(bytes(path.stat().st_size))  # the module does not follow its file
+    path.write_bytes(bytes(path.stat().st_size))  # a loaded module does not change with its file
     assert torch.equal(again.state_dict()["scale"], module.scale)
 
 
-def test_a_flipped_bit_of_our_own_files_is_found(written):
+def test_a_flipped_bit_is_detected(written):
     path, _ = written
     whole = path.read_bytes()
     for place in range(9, len(whole), len(whole) // 15):
@@ -137,27 +137,27 @@ def test_a_flipped_bit_of_our_own_files_is_found(written):
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_weights_that_are_not_finite_are_refused(written, sealed):
+def test_weights_that_are_not_finite_are_rejected(written, sealed):
     path, module = written
     torch.nn.init.constant_(module.decoder.conv_in.bias, torch.inf)
     metadata = {"description": describe(module)}
     if sealed:
         save_tensors(path, module.state_dict(), metadata)
-    else:  # as older versions wrote it
+    else:  # as written by older versions
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
         save_file(module.state_dict(), path, metadata)
     with pytest.raises(UserError, match=r"1 tensors have values that are NaN or infinite"):
         load_module(path)
 
 
-def test_older_files_without_a_hash_open(written):
+def test_older_files_without_a_hash_are_loaded(written):
     path, module = written
     save_file(module.state_dict(), path, {"description": json.dumps(describe(module))})
     assert torch.equal(load_module(path).scale, module.scale)
 
 
 @pytest.mark.slow
-def test_what_descriptions_ask_for_is_refused_within_two_seconds_and_200_mb(tmp_path):
+def test_a_malicious_description_is_rejected_within_two_seconds_and_200_mb(tmp_path):
     paths = []
     for name, (description, _) in DESCRIPTIONS.items():
         paths.append(tmp_path / f"{name}.safetensors")

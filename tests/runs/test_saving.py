@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and every damage is seen."""
+"""Checkpoints are complete or absent, and all damage is detected."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ KINDS = ("raw", "ema", "optimizer", "manifest")
 
 
 def groups(seed: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Tensors of every kind that a run has."""
+    """Groups of tensors like those of a run."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -80,7 +80,7 @@ def save(
 
 
 def room(saver: Saver, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Zeros in the shapes of what a checkpoint holds."""
+    """Zeros with the shapes of the tensors in a checkpoint."""
     return {
         name: {
             key: torch.zeros(fact.shape, dtype=fact.dtype)
@@ -108,7 +108,7 @@ Make = Callable[..., Saver]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """`make(**keep)`: a saver of the run folder `tmp_path`."""
+    """`make(**keep)`: a saver for the run folder `tmp_path`."""
     opened: list[Saver] = []
 
     def new(*, asynchronous: bool = True, **keep: object) -> Saver:
@@ -125,7 +125,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_what_was_saved_is_loaded(make: Make, asynchronous: bool) -> None:
+def test_tensors_are_loaded_as_they_were_saved(make: Make, asynchronous: bool) -> None:
     saver = make(asynchronous=asynchronous)
     assert saver.latest() is None
     save(saver, 10, ema_loss=0.5)
@@ -139,7 +139,7 @@ def test_what_was_saved_is_loaded(make: Make, asynchronous: bool) -> None:
     assert equal(loaded, groups(10))
 
 
-def test_manifest_tells_where_a_checkpoint_comes_from(make: Make) -> None:
+def test_a_manifest_states_where_a_checkpoint_comes_from(make: Make) -> None:
     saver = make()
     save(saver, 1)
     manifest = read_manifest(saver.wait().folder)
@@ -152,7 +152,7 @@ def test_manifest_tells_where_a_checkpoint_comes_from(make: Make) -> None:
 
 
 def test_a_manifest_states_the_hash_of_each_module(make: Make, tmp_path: Path) -> None:
-    """That of its tensors, with what is frozen: it is known without reading them again."""
+    """The hash of its tensors and the frozen ones is known without reading them again."""
     saver = make()
     save(saver, 1)
     tensors, checkpoint = groups(1), saver.wait()
@@ -162,7 +162,7 @@ def test_a_manifest_states_the_hash_of_each_module(make: Make, tmp_path: Path) -
         assert tensors_hash(checkpoint.read(name).tensors) == digest
 
 
-def test_what_is_frozen_is_written_once(make: Make, tmp_path: Path) -> None:
+def test_frozen_weights_are_written_once(make: Make, tmp_path: Path) -> None:
     saver = make(last=5)
     for step in (1, 2):
         save(saver, step)
@@ -180,7 +180,7 @@ def test_what_is_frozen_is_written_once(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_what_is_frozen_is_verified(make: Make, tmp_path: Path, missing: bool) -> None:
+def test_frozen_weights_are_verified(make: Make, tmp_path: Path, missing: bool) -> None:
     saver = make()
     for step in (1, 2):
         save(saver, step)
@@ -197,8 +197,8 @@ def test_what_is_frozen_is_verified(make: Make, tmp_path: Path, missing: bool) -
     assert checkpoints_in(tmp_path)[-1].read("optimizer").tensors
 
 
-def test_a_checkpoint_of_before_keeps_what_is_frozen_to_itself(make: Make, tmp_path: Path) -> None:
-    """It is opened and gone on with; what is saved from then on shares it."""
+def test_an_older_checkpoint_contains_its_frozen_weights(make: Make, tmp_path: Path) -> None:
+    """It is opened and resumed; checkpoints saved from then on share the frozen weights."""
     saver = make()
     save(saver, 1)
     folder = saver.wait().folder
@@ -248,17 +248,17 @@ def test_a_group_may_be_empty_and_large_ones_become_several_files(
 
 
 @pytest.mark.parametrize(
-    ("tensors", "told"),
+    ("tensors", "message"),
     [
         ({"a": torch.zeros(2), "c": torch.zeros(1)}, "1 missing: c; 1 unexpected: b"),
         ({"a": torch.zeros(3), "b": torch.zeros(())}, r"1 misshapen: a \(2,\) instead of \(3,\)"),
         ({"a": torch.zeros(2).half(), "b": torch.zeros(())}, "dtype: a torch.float16, not torch.f"),
     ],
 )
-def test_loading_is_strict(make: Make, tensors: dict[str, Tensor], told: str) -> None:
+def test_loading_is_strict(make: Make, tensors: dict[str, Tensor], message: str) -> None:
     saver = make()
     save(saver, 1, {"raw": {"a": torch.ones(2), "b": torch.ones(())}})
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         saver.load(saver.wait(), {"raw": tensors})
     assert not any(tensor.any() for tensor in tensors.values())
 
@@ -270,7 +270,7 @@ def file_of(checkpoint: Path, kind: str) -> Path:
 
 
 def damage(path: Path, draw: random.Random) -> str:
-    """Cut a file off somewhere, or flip one of its bits; what was done."""
+    """Truncate a file or flip one of its bits; returns a description of the change."""
     content = bytearray(path.read_bytes())
     place = draw.randrange(len(content))
     if draw.random() < 0.5:
@@ -284,7 +284,7 @@ def damage(path: Path, draw: random.Random) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
-def test_every_corruption_is_seen(
+def test_every_corruption_is_detected(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, count: int
 ) -> None:
     saver = make()
@@ -298,7 +298,9 @@ def test_every_corruption_is_seen(
         done = damage(file_of(newest, kind), draw)
         caplog.clear()
         found = saver.latest()
-        named = any("is damaged" in told and newest.name in told for told in caplog.messages)
+        named = any(
+            "is damaged" in message and newest.name in message for message in caplog.messages
+        )
         if found is None or found.step != 1 or not named:
             silent.append(done)
         for path in (tmp_path / "checkpoints").glob("*.damaged*"):
@@ -311,7 +313,7 @@ def test_every_corruption_is_seen(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_file_is_seen(make: Make, kind: str) -> None:
+def test_a_missing_file_is_detected(make: Make, kind: str) -> None:
     saver = make()
     for step in (1, 2):
         save(saver, step)
@@ -321,7 +323,7 @@ def test_a_missing_file_is_seen(make: Make, kind: str) -> None:
     assert found.step == 1
 
 
-def test_a_file_that_does_not_belong_there_is_seen(make: Make) -> None:
+def test_an_unexpected_file_is_detected(make: Make) -> None:
     saver = make()
     save(saver, 1)
     folder = saver.wait().folder / "raw"
@@ -330,7 +332,7 @@ def test_a_file_that_does_not_belong_there_is_seen(make: Make) -> None:
         saver.latest()
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_written_anew(
+def test_a_damaged_checkpoint_is_renamed_and_written_again(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = make(last=1)
@@ -354,7 +356,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_written_anew(
     assert saver.wait().fault() is None
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(make: Make) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(make: Make) -> None:
     saver = make()
     for step in (1, 2):
         save(saver, step)
@@ -369,7 +371,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(make: Make
 
 
 @pytest.mark.parametrize("content", ['{"files": null}', '{"files": 5}', "[]", "{}", "\xff"])
-def test_a_manifest_that_says_nothing_is_damaged(make: Make, content: str) -> None:
+def test_an_empty_manifest_is_damaged(make: Make, content: str) -> None:
     saver = make()
     for step in (1, 2):
         save(saver, step)
@@ -378,9 +380,7 @@ def test_a_manifest_that_says_nothing_is_damaged(make: Make, content: str) -> No
     assert found is not None and found.step == 1
 
 
-def test_a_checkpoint_under_another_name_does_not_count(
-    make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_renamed_checkpoint_is_ignored(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     saver = make()
     for step in (1, 2):
         save(saver, step)
@@ -388,7 +388,7 @@ def test_a_checkpoint_under_another_name_does_not_count(
     folder.rename(folder.with_name("step_00000007"))
     found = make().latest()
     assert found is not None and found.step == 1
-    assert "is that of step 2: its name was changed" in caplog.text
+    assert "was written at step 2: the folder was renamed" in caplog.text
 
 
 def test_manifests_are_compared_byte_by_byte(tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_retention(
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.endswith("tmp")] == []
 
 
-def test_of_a_link_to_a_checkpoint_the_link_is_removed(make: Make, tmp_path: Path) -> None:
+def test_deleting_a_linked_checkpoint_removes_only_the_link(make: Make, tmp_path: Path) -> None:
     saver = make(last=1)
     save(saver, 1)
     elsewhere = saver.wait().folder.rename(tmp_path / "another disk")
@@ -443,12 +443,12 @@ def test_of_a_link_to_a_checkpoint_the_link_is_removed(make: Make, tmp_path: Pat
 
 
 @pytest.mark.parametrize("keep", [{"last": 0}, {"last": None}, {"every": 0}, {"every": 1.5}])
-def test_bad_retention_is_refused(keep: dict[str, object]) -> None:
+def test_invalid_retention_is_rejected(keep: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"^keep.* must be a whole number of at least 1"):
         Retention(**keep)  # type: ignore[arg-type]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
+def test_a_full_disk_leaves_the_previous_checkpoint(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = make()
@@ -463,9 +463,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         save(saver, 2)
         with pytest.raises(
             UserError, match=r"step_00000002.*disk is full.*needs .* GB.* free"
-        ) as told:
+        ) as refusal:
             saver.wait()
-    assert f"keep=2 checkpoints stay) and go on with resume={tmp_path};" in str(told.value)
+    assert f"this one keeps keep=2 checkpoints) and go on with resume={tmp_path};" in str(
+        refusal.value
+    )
     assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"]
     found = saver.latest()
     assert found is not None
@@ -533,10 +535,10 @@ def test_kill_at_any_moment_loses_at_most_one_interval(tmp_path: Path, kills: in
         parent.kill()
         parent.communicate()
     assert 0 <= max(lost) <= 1
-    assert leftovers  # some were killed while they wrote
+    assert leftovers  # some were killed while writing
 
 
-def test_weights_of_a_run_are_those_of_the_newest_whole_checkpoint(
+def test_weights_of_a_run_are_those_of_the_newest_intact_checkpoint(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = make()
@@ -552,10 +554,10 @@ def test_weights_of_a_run_are_those_of_the_newest_whole_checkpoint(
     for named in (newest, newest / "ema"):
         with pytest.raises(UserError, match=r"damaged: ema.* use an older one: .*step_00000001"):
             read_weights(named)
-    assert newest.is_dir()  # who reads changes nothing
+    assert newest.is_dir()  # reading changes nothing
 
 
-def test_weights_that_training_deletes_meanwhile_are_looked_for_again(
+def test_weights_that_training_deletes_meanwhile_are_searched_again(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = make(last=1)
@@ -574,5 +576,5 @@ def test_weights_that_training_deletes_meanwhile_are_looked_for_again(
     path = read_weights(tmp_path).path
     assert path.parent.name == "step_00000002"
     going = {2}
-    with pytest.raises(UserError, match=r"was deleted while it was read.*give the command again"):
+    with pytest.raises(UserError, match=r"was deleted while it was read.*run the command again"):
         read_weights(path)

@@ -1,4 +1,4 @@
-"""Checkpoints that several processes write together, and any other number reads."""
+"""Checkpoints written by several processes together, and read by any number."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ Reports = list[dict[str, Any]]
 
 
 def start(processes: int, *words: str) -> list[Reports]:
-    """What each of several processes reports of each `<what>=<run folder>`."""
+    """Start several processes; returns the reports of each on each `<what>=<run folder>`."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command = [sys.executable, *torchrun, str(SCRIPT), *words]
@@ -26,7 +26,7 @@ def start(processes: int, *words: str) -> list[Reports]:
 
 
 def alone(what: str, run: Path) -> dict[str, Any]:
-    """What this process reports."""
+    """The report of this process."""
     spec = importlib.util.spec_from_file_location("saving_process", SCRIPT)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -35,7 +35,7 @@ def alone(what: str, run: Path) -> dict[str, Any]:
     return report
 
 
-def test_another_number_of_processes_loads_what_was_saved(tmp_path: Path) -> None:
+def test_a_checkpoint_is_loaded_by_another_number_of_processes(tmp_path: Path) -> None:
     assert alone("save", tmp_path / "one") == {"dtensor": False, "step": 5}
     two, plain, loaded, failed = start(
         2,
@@ -50,8 +50,8 @@ def test_another_number_of_processes_loads_what_was_saved(tmp_path: Path) -> Non
         assert report["equal"]
         facts = report["facts"]
         assert (facts["first.weight:exp_avg"], facts["step"]) == ([7, 5], [])
-    # One process could not write: neither hung, and nothing was committed.
-    assert all("disk is full" in report["told"] for report in failed)
+    # One process could not write: neither hung, and no checkpoint was committed.
+    assert all("disk is full" in report["error"] for report in failed)
     assert [report["latest"] for report in failed] == [4, 4]
     assert failed[0]["there"] == ["step_00000004"]
 
