@@ -17,7 +17,7 @@ from mmdit.cli.images import described_png, fitted, open_image, slug
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import Subject, open_subject
 from mmdit.errors import UserError
-from mmdit.flow.condition import Condition, joined
+from mmdit.flow.condition import Condition, concatenate
 from mmdit.models.controlnet import ControlledMMDiT
 from mmdit.models.mmdit import MMDiT
 from mmdit.plots import LARGEST_GRID, Thumbnails, png
@@ -210,7 +210,7 @@ def sampled(
     negative = encode(negative_prompt) if options["guidance"].reads_negative else None
     while batch := list(islice(wanted, batch_size)):
         prompts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]
-        condition = joined([encode(prompt) for prompt in prompts])
+        condition = concatenate([encode(prompt) for prompt in prompts])
         request = Request(condition, negative_prompt=negative, seeds=seeds, **options)
         with precision():
             samples = pipe.sample(request, lambda *_, n=request.count: bar.update(n))

@@ -1,4 +1,4 @@
-"""The mathematics: paths, densities of t, predictions, the loss, grids, guidance, solvers."""
+"""The mathematics: paths, timestep densities, predictions, loss, grids, guidance, solvers."""
 
 from mmdit.flow.grids import CosineGrid, KarrasGrid, LDMGrid, UniformGrid
 from mmdit.flow.guidance import (

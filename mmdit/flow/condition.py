@@ -1,4 +1,4 @@
-"""What conditions a network, and the velocities that follow: the words that guidance speaks in."""
+"""What conditions a network, and the types of conditional velocities that guidance works on."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, Self
@@ -10,11 +10,11 @@ from mmdit.errors import UserError
 
 
 class Condition(NamedTuple):
-    """What conditions a network, sample by sample: text, and whatever else it reads.
+    """Conditioning of a batch: the text, and whatever else a network reads.
 
-    `extra` holds the rest (a control latent, a mask) by the name under which the network's
-    `forward` takes it; each tensor has one row per sample, as the text has. So all of it is
-    indexed, moved and joined together, and a new kind of condition is a new name.
+    `extra` holds other inputs (control latents, a mask), keyed by argument of the network's
+    `forward`. Like the text, each tensor has one row per sample, so that everything is indexed,
+    moved and concatenated together; a new kind of condition needs only a new key.
 
     Example:
         >>> condition = text.encode(["a red circle", "a blue square"])
@@ -27,22 +27,22 @@ class Condition(NamedTuple):
     extra: Mapping[str, Tensor] = {}  # each (b, ...)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same of every tensor: part of the batch, another device, rows repeated."""
+        """Apply a function to every tensor: select samples, change the device, repeat rows."""
         extra = {name: function(part) for name, part in self.extra.items()}
         return self._replace(c_vec=function(self.c_vec), c_ctxt=function(self.c_ctxt), extra=extra)
 
 
-def joined(conditions: Sequence[Condition]) -> Condition:
-    """One batch of several conditions, in their order.
+def concatenate(conditions: Sequence[Condition]) -> Condition:
+    """Concatenate several conditions into one batch, in order.
 
     Raises:
-        UserError: they do not hold the same kinds of tensors.
+        UserError: their extra tensors have different names.
     """
     names = [sorted(condition.extra) for condition in conditions]
     if any(others != names[0] for others in names):
         raise UserError(
-            f"conditions with different extra tensors cannot be joined, but have {names}: give "
-            "each of them all of these"
+            f"conditions with different extra tensors cannot be concatenated; they have {names}: "
+            "give each of them all of these"
         )
     return Condition(
         torch.cat([condition.c_vec for condition in conditions]),
@@ -56,10 +56,10 @@ ConditionalVelocity = Callable[[Tensor, float, Condition], Tensor]
 
 
 class LayeredVelocity(Protocol):
-    """The velocity of a network whose blocks can be passed by."""
+    """The velocity of a network that can skip some of its blocks."""
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition, /) -> Tensor:
         """dz/dt, shape of z_t."""
 
     def skipping(self, layers: Collection[int]) -> ConditionalVelocity:
-        """The velocity of the same network without some of its blocks."""
+        """The velocity of the same network without the blocks with these indices."""

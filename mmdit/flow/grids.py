@@ -1,7 +1,7 @@
-"""Where sampling stops: noise levels sigma of the straight path, from noise (1) down to data (0).
+"""Sampling grids: noise levels sigma of the straight path, from noise (1) down to data (0).
 
-Solvers follow the straight path whatever path the network was trained on (`mmdit.flow.paths`), so
-any grid serves any formulation.
+Solvers follow the straight path regardless of the path in training (`mmdit.flow.paths`), so any
+grid works with any formulation.
 """
 
 import math
@@ -18,40 +18,44 @@ from mmdit.registry import register
 
 
 class Grid(ABC):
-    """A way to spread steps over the noise levels."""
+    """A way to distribute solver steps over noise levels."""
 
     @abstractmethod
     def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
-        """Falling times for `steps` steps, the last 0: (steps + 1,), float64.
+        """Decreasing noise levels in [0, 1] for `steps` steps, the last 0: (steps + 1,), float64.
 
         Args:
-            steps: of the solver.
-            shift: of all times.
-            path: that the network was trained on; grids that step in a path's own time ask it.
+            steps: number of solver steps, at least 1.
+            shift: applied to all noise levels.
+            path: the path in training; grids with equal steps of a path's own time use it.
 
         Raises:
             UserError: fewer than one step.
         """
 
     def remaining(self, steps: int, shift: Shift, path: Path, *, strength: float) -> Tensor:
-        """The last part of the grid, to change a given image by `strength` in [0, 1].
+        """The end of the grid, for changing a given image: (n + 1,), float64.
 
-        It begins at step int(steps * (1 - strength)), as in the reference. diffusers counts
-        int(steps - steps * strength), which rounding puts one step later at a few points (40 steps
-        and strength 0.8: 8 instead of 7). Of the whole grid, `squeezed` to where the path starts.
+        It begins at step int(steps * (1 - strength)), as in the reference. diffusers uses
+        int(steps - steps * strength), which after rounding is sometimes one step later (with 40
+        steps and strength 0.8, 8 instead of 7). The full grid is `squeezed` to the path's start.
+
+        Args:
+            steps, shift, path: as in `__call__`.
+            strength: in [0, 1]; the share of the grid to keep.
 
         Raises:
             UserError: fewer than one step, or `strength` outside [0, 1].
         """
         if not 0.0 <= strength <= 1.0:
             raise UserError(f"strength {strength} must lie in [0, 1]")
-        whole = squeezed(self(steps, shift, path), noisiest=path.noisiest)
-        return whole[int(steps * (1.0 - strength)) :]
+        full = squeezed(self(steps, shift, path), noisiest=path.noisiest)
+        return full[int(steps * (1.0 - strength)) :]
 
 
 @register
 class UniformGrid(Grid):
-    """Equal steps of the straight path's own time, shifted; the published grid under its shift."""
+    """Equal steps of the straight path's own time, shifted; with `PublishedShift`, SD3's grid."""
 
     def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
         return shift.grid(steps)
@@ -59,7 +63,7 @@ class UniformGrid(Grid):
 
 @register
 class CosineGrid(Grid):
-    """Equal steps of the cosine path's time, of the usual one where another path is trained on."""
+    """Equal steps of the time of the cosine path: the training path, or else `Cosine()`."""
 
     def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
         cosine = path if isinstance(path, Cosine) else Cosine()
@@ -68,7 +72,7 @@ class CosineGrid(Grid):
 
 @register
 class LDMGrid(Grid):
-    """Equal steps of the timesteps of latent diffusion, of its usual betas on other paths."""
+    """Equal steps of latent diffusion's timesteps: the training path's, or else `LDMLinear()`'s."""
 
     def __call__(self, steps: int, shift: Shift, path: Path) -> Tensor:
         linear = path if isinstance(path, LDMLinear) else LDMLinear()
@@ -77,12 +81,12 @@ class LDMGrid(Grid):
 
 @register
 class KarrasGrid(Grid):
-    """Equal steps of the rho-th root of b / a, then 0 (Karras et al. 2022, Eq. 5).
+    """Equal steps of the rho-th root of b / a, followed by 0 (Karras et al. 2022, Eq. 5).
 
     Args:
         sigma_min, sigma_max: b / a at the last step and at the first; not sigma of the straight
             path, which is b / (a + b).
-        rho: larger spends more steps at little noise.
+        rho: exponent; larger values put more steps at low noise.
 
     Raises:
         UserError: not 0 < sigma_min < sigma_max, or rho not positive.
@@ -107,7 +111,7 @@ class KarrasGrid(Grid):
 
 
 def squeezed(grid: Tensor, *, noisiest: float) -> Tensor:
-    """A grid that starts at more noise than `noisiest`, scaled down so as to start there."""
+    """Scale down a grid that starts above the noise level `noisiest` so that it starts there."""
     return grid * min(1.0, noisiest / grid[0].item())
 
 

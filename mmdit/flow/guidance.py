@@ -1,7 +1,7 @@
 """Guidance: wrappers that turn a conditional velocity into the one that is integrated.
 
-They compose: `GuidanceRescale(inner=GuidanceInterval(inner=ClassifierFreeGuidance(scale=5)))`. What
-one of them has computed at a point, the next one does not compute again.
+They compose: `GuidanceRescale(inner=GuidanceInterval(inner=ClassifierFreeGuidance(scale=5)))`.
+Nested guidances share their network evaluations.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from torch import Tensor
 from mmdit.checks import number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
-from mmdit.flow.condition import Condition, LayeredVelocity, joined
+from mmdit.flow.condition import Condition, LayeredVelocity, concatenate
 from mmdit.flow.solvers import VelocityFunction
 from mmdit.registry import register
 
@@ -33,8 +33,8 @@ class GuidedPair:
         self, velocity: LayeredVelocity, positive: Condition, negative: Condition | None
     ) -> None:
         self.velocity, self.positive = velocity, positive
-        self._both = None if negative is None else joined([positive, negative])
-        self._newest: list[tuple[Tensor, float, Tensor]] = []  # one, or none yet
+        self._both = None if negative is None else concatenate([positive, negative])
+        self._newest: list[tuple[Tensor, float, Tensor]] = []  # at most one
 
     def conditional(self, z: Tensor, t: float) -> Tensor:
         """The conditional velocity."""
@@ -47,7 +47,7 @@ class GuidedPair:
 
     def both(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """The conditional and unconditional velocities, computed in one batch."""
-        assert self._both is not None, "a guidance that asks for both has `reads_negative` true"
+        assert self._both is not None, "`reads_negative` must be true if `both` is called"
         cond, uncond = wide(self.velocity(torch.cat([z, z]), t, self._both)).chunk(2)
         self._newest[:] = [(z, t, cond)]
         return cond, uncond
@@ -60,11 +60,11 @@ class GuidedPair:
 
 
 class Guidance(ABC):
-    """A way to strengthen the condition."""
+    """A way to strengthen the influence of the condition."""
 
     @property
     def reads_negative(self) -> bool:
-        """Whether it uses the negative prompt, which is otherwise not encoded."""
+        """Whether it uses the negative prompt; if not, that prompt is not encoded."""
         return True
 
     @abstractmethod
@@ -118,21 +118,21 @@ class ClassifierFreeGuidance(Guidance):
 
 @register
 class SkipLayerGuidance(Guidance):
-    """Guidance early on also away from a network that lacks some blocks (SD3.5 Medium).
+    """Additional guidance away from the same network without some blocks (SD3.5 Medium).
 
-    Adds s (v_cond - v_skipped), only while step i of the solver has start * steps < i <
-    end * steps, as in the reference: i counts from 0, also where an image starts half-way. The
-    window is one of times: t belongs to the step that begins at or before it, so that solvers may
-    evaluate between the points of the grid.
+    In steps i with start * steps < i < end * steps, it adds s (v_cond - v_skipped), as in the
+    reference. Steps count from 0 at the first that is taken, also when sampling starts from an
+    image. A time t between two points of the grid, where some solvers evaluate, belongs to the
+    step that contains it.
 
     Args:
         inner: the guidance that this is added to.
         skip_scale: s.
-        layers: blocks that the weaker network lacks.
-        start, end: of the window, as fractions of the steps.
+        layers: indices of the blocks that are skipped.
+        start, end: the window, as fractions of the steps.
 
     Raises:
-        UserError: no layers, or a window outside [0, 1].
+        UserError: no layers, a scale that is not finite, or a window outside [0, 1].
     """
 
     def __init__(
@@ -180,11 +180,13 @@ class SkipLayerGuidance(Guidance):
 
 @register
 class GuidanceInterval(Guidance):
-    """Guidance at middle noise levels only, the plain prompt elsewhere (Kynkaanniemi et al. 2024).
+    """Guidance limited to an interval of noise levels (Kynkaanniemi et al. 2024).
+
+    Outside of it the velocity is the conditional one.
 
     Args:
         inner: the guidance that is limited.
-        low, high: it acts while low < sigma <= high, noise levels of the straight path.
+        low, high: limits of the interval low < sigma <= high; noise levels of the straight path.
 
     Raises:
         UserError: not 0 <= low < high <= 1.
@@ -215,12 +217,12 @@ class GuidanceInterval(Guidance):
 class GuidanceRescale(Guidance):
     """Gives the guided x_0 the contrast of the unguided one (Lin et al. 2023, Sec. 3.4).
 
-    Strong guidance inflates the spread of the predicted data, which looks over-exposed. Of each
-    image, x_0 is scaled to the standard deviation of the conditional one, by a share `phi`.
+    Strong guidance increases the spread of the predicted data, which looks overexposed. The guided
+    x_0 of each image is rescaled towards the standard deviation of the conditional x_0.
 
     Args:
         inner: the guidance that is corrected.
-        phi: from 0 (no correction) to 1 (the whole).
+        phi: strength of the correction, from 0 (none) to 1 (full).
 
     Raises:
         UserError: `phi` lies outside [0, 1].
@@ -240,8 +242,8 @@ class GuidanceRescale(Guidance):
 
         def guided(z: Tensor, t: float) -> Tensor:
             x_0 = z - t * inner(z, t)
-            wanted, has = _spread(z - t * pair.conditional(z, t)), _spread(x_0)
-            factor = torch.where(has > 0, wanted / has, torch.ones_like(has))
+            wanted, actual = _spread(z - t * pair.conditional(z, t)), _spread(x_0)
+            factor = torch.where(actual > 0, wanted / actual, torch.ones_like(actual))
             return (z - x_0 * (1 + self.phi * (factor - 1))) / t
 
         return guided
@@ -249,13 +251,13 @@ class GuidanceRescale(Guidance):
 
 @register
 class ZeroUnconditional(Guidance):
-    """Guidance away from zeros, as if all encoders were dropped, whatever the negative prompt is.
+    """Replaces the encoding of the negative prompt by zeros, as if all encoders were dropped.
 
-    The unconditional input of the paper's training (App. B.3); the published samplers encode the
-    empty prompt instead. Text alone is zeroed: a control latent, a mask and the like stay.
+    This is the unconditional input in the paper's training (App. B.3); the published samplers
+    encode the empty prompt instead. Only text is zeroed: control latents, masks and the like stay.
 
     Args:
-        inner: the guidance that gets these zeros.
+        inner: the guidance that uses these zeros.
     """
 
     def __init__(self, *, inner: Guidance) -> None:
@@ -267,10 +269,10 @@ class ZeroUnconditional(Guidance):
 
     def guided(self, pair: GuidedPair, grid: Tensor, steps: int) -> VelocityFunction:
         c_vec, c_ctxt, _ = pair.positive
-        nothing = pair.positive._replace(
+        zeros = pair.positive._replace(
             c_vec=torch.zeros_like(c_vec), c_ctxt=torch.zeros_like(c_ctxt)
         )
-        return self.inner.guided(pair.against(nothing), grid, steps)
+        return self.inner.guided(pair.against(zeros), grid, steps)
 
 
 def _spread(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loss (Eq. 12): the one place that draws t, forms z_t and compares."""
+"""The training loss (Eq. 12): the only code that draws t, forms z_t and computes the error."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,7 +20,7 @@ Model = Callable[..., Tensor]  # (z_t, t, c_vec, c_ctxt, **extra), as `Condition
 
 
 class Draw(NamedTuple):
-    """What chance decides about a batch."""
+    """The random numbers of a training batch."""
 
     t: Tensor  # (b,)
     epsilon: Tensor  # (b, c, h, w)
@@ -31,14 +31,14 @@ class Objective:
     """A formulation: path x timestep density x prediction, for training and for sampling.
 
     Args:
-        path: how data becomes noise.
-        timesteps: density from which t is drawn.
+        path: interpolation between data and noise.
+        timesteps: density from which t is drawn in training.
         prediction: what the network outputs.
-        shift: of the noise level with resolution; the sampler uses the same object.
-        grid: where the sampler stops by default.
+        shift: shift of the noise level with resolution, in training and in sampling.
+        grid: the default noise levels of sampling; None for `UniformGrid`.
 
     Raises:
-        UserError: the prediction is not made for this path.
+        UserError: the prediction is not defined on this path.
     """
 
     LEAST_DETERMINANT = 1e-6  # relative to a_t + b_t; float32 keeps seven digits
@@ -60,24 +60,31 @@ class Objective:
         self.grid = UniformGrid() if grid is None else grid
 
     def draw(self, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Draw:
-        """t ~ pi(t), shifted, and epsilon ~ N(0, I): each sample from its own generator."""
+        """t ~ pi(t), shifted, and epsilon ~ N(0, I), both float32.
+
+        Args:
+            shape: the shape (c, h, w) of one sample.
+            generators: one per sample, so that a draw does not depend on the batch.
+        """
         t = torch.cat([self.timesteps.sample(1, generator) for generator in generators])
         epsilon = torch.stack(
             [torch.randn(*shape, generator=generator) for generator in generators]
         )
-        # The shift is one of noise levels: on every path it moves lambda by the same amount.
+        # Noise levels are shifted, not t, so that lambda moves by the same amount on every path.
         shifted = self.path.time_at(self.shift(self.path.straight(t.double())))
         return Draw(shifted.float(), epsilon)
 
     def __call__(self, model: Model, x_0: Tensor, condition: Condition, draw: Draw) -> Tensor:
-        """E || model(z_t, t) - target ||^2 per sample, averaged over its values.
+        """The mean of (model(z_t, t) - target)^2 over the values of each sample.
 
         Args:
+            model: the network.
             x_0: normalized latents (b, c, h, w).
-            condition: the text, and what else the network reads, of each sample.
+            condition: the conditioning of the batch.
+            draw: t and epsilon for the batch, from `draw`.
 
         Returns:
-            (b,), in no less than float32.
+            Losses (b,), at least float32.
         """
         t, epsilon = draw
         t = t.to(torch.promote_types(t.dtype, x_0.dtype))  # so that float64 stays on the path
@@ -88,36 +95,36 @@ class Objective:
         return (wide(output) - wide(target)).square().flatten(1).mean(1)
 
     def density(self, t: Tensor) -> Tensor:
-        """pi(t) of the times that `draw` gives, after the shift; integrates to one over (0, 1).
+        """Density of the times that `draw` returns, after the shift; integrates to 1 over (0, 1).
 
-        On a path that ends before all is noise, a shift to more noise gathers at t = 1 what it
-        moves beyond that end; this share is missing from the integral.
+        On a path that still contains signal at t = 1, a shift to more noise moves some times
+        beyond its end. They are clamped to t = 1, and the integral lacks their share.
         """
         path = self.path
         unshifted = self.shift.inverse(path.straight(t))
         drawn = path.time_at(unshifted)
-        # The shift moves lambda as a whole, so pi(t) / |lambda'_t| is carried along.
+        # The shift translates lambda, so pi(t) / |lambda'_t|, the density of lambda, is preserved.
         density = self.timesteps.pdf(drawn).to(t) * path.d_log_snr(t) / path.d_log_snr(drawn)
-        # A shift to less noise leaves none beyond where the end of the path has moved to.
+        # A shift to less noise moves the end of the path, too: no t beyond it is drawn.
         return density * (unshifted <= path.straight(torch.ones_like(t)))
 
     def weight(self, t: Tensor) -> Tensor:
-        """w_t, the effective weight of the noise level in Eq. 12, density included (Sec. 2)."""
+        """w_t, the effective weight of noise levels in Eq. 12, including the density (Sec. 2)."""
         path = self.path
         per_error = (self.prediction.determinant(path, t) / path.a(t)).square()
         return -2.0 * self.density(t) * per_error / path.d_log_snr(t)
 
     def times(self, steps: int, *, strength: float = 1.0, grid: Grid | None = None) -> Tensor:
-        """Noise levels sigma of the straight path for `velocity`, falling to 0: float64.
+        """Decreasing noise levels sigma of the straight path for sampling, down to 0: float64.
 
         Args:
-            steps: number of steps from pure noise.
-            strength: the part of them that is left to do, from the end; see `Grid.remaining`.
-            grid: instead of the formulation's own.
+            steps: number of steps from pure noise, at least 1.
+            strength: in [0, 1]; the share of the steps that is taken, see `Grid.remaining`.
+            grid: replaces the formulation's own.
 
         Raises:
-            UserError: fewer than one step, `strength` outside [0, 1], or at the first of them the
-                network's output says nothing about the data.
+            UserError: fewer than one step, `strength` outside [0, 1], or x_0 cannot be recovered
+                from the network's output at the first noise level.
         """
         grid = grid or self.grid
         times = grid.remaining(steps, self.shift, self.path, strength=strength)
@@ -131,7 +138,7 @@ class Objective:
         known = self.prediction.determinant(path, t).abs() / (path.a(t) + path.b(t))
         if known < self.LEAST_DETERMINANT:
             raise UserError(
-                f"{type(self.prediction).__name__} on {type(path).__name__} says nothing about the "
+                f"{type(self.prediction).__name__} on {type(path).__name__} does not determine the "
                 f"data at sigma = {sigma.item():g}, where {type(grid).__name__} starts: choose a "
                 "grid or a path that starts below 1, or another prediction"
             )
@@ -139,23 +146,25 @@ class Objective:
     def velocity(self, model: Model, z: Tensor, sigma: float, condition: Condition) -> Tensor:
         """dz/dsigma = epsilon - x_0 on the straight path, z = (1 - sigma) x_0 + sigma epsilon.
 
-        The network is asked on the path that it was trained on, at the same noise level. Followed
-        with Euler's method, this is DDIM, whatever that path is.
+        The network is evaluated on the path in training, at the same noise level. Integrated with
+        Euler's method, this is DDIM for every path.
 
         Args:
-            z: (b, c, h, w), on the straight path.
-            sigma: in (0, 1].
+            model: the network.
+            z: state (b, c, h, w) on the straight path.
+            sigma: noise level in (0, 1].
+            condition: the conditioning of the batch.
 
         Returns:
-            (b, c, h, w), in the precision of z or of the network, and no less than float32.
+            (b, c, h, w), in the wider dtype of z and the network's output, at least float32.
         """
         path = self.path
         t = path.time_at(torch.tensor([sigma], dtype=torch.float64))
         z_t = (path.a(t) + path.b(t)).item() * z
-        shown, time = self.prediction.inputs(path, z_t, t)
-        # Half the timesteps would fall together in bfloat16, before the network embeds them.
+        scaled, time = self.prediction.inputs(path, z_t, t)
+        # In bfloat16, half of the timesteps would coincide before the network embeds them.
         precise = at_least_float32(z.dtype)
         time = time.to(z.device, precise).expand(len(z))
         c_vec, c_ctxt, extra = condition
-        output = wide(model(shown, time, c_vec, c_ctxt, **extra))
+        output = wide(model(scaled, time, c_vec, c_ctxt, **extra))
         return self.prediction.straight_velocity(path, output, z_t, t)

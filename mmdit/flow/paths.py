@@ -1,8 +1,8 @@
 """Forward paths z_t = a_t x_0 + b_t epsilon, from data at t = 0 to noise at t = 1 (Sec. 2).
 
-All paths between data and Gaussian noise visit the same noise levels, at other times and in other
-units: z_t / (a_t + b_t) lies on the straight path at sigma = b_t / (a_t + b_t). Sampling happens
-there, for all of them; `straight` and `time_at` lead there and back.
+All paths between data and Gaussian noise visit the same noise levels, at different times and
+scales: z_t / (a_t + b_t) lies on the straight path at sigma = b_t / (a_t + b_t). Sampling always
+follows the straight path; `straight` and `time_at` convert between t and sigma.
 """
 
 import math
@@ -17,7 +17,7 @@ from mmdit.registry import register
 
 
 class Path(ABC):
-    """Coefficients of a path and what follows from them; every method maps t elementwise."""
+    """Coefficients of a path, and quantities derived from them; methods act elementwise on t."""
 
     @abstractmethod
     def a(self, t: Tensor) -> Tensor:
@@ -37,15 +37,15 @@ class Path(ABC):
 
     @abstractmethod
     def time_at(self, sigma: Tensor) -> Tensor:
-        """The t at which the path is as noisy as the straight one at sigma: inverts `straight`."""
+        """The t with the noise level of sigma on the straight path: the inverse of `straight`."""
 
     @property
     def noisiest(self) -> float:
-        """The sigma of the straight path from which sampling starts."""
+        """The noise level at which sampling starts: sigma on the straight path."""
         return 1.0
 
     def straight(self, t: Tensor) -> Tensor:
-        """The time sigma, in [0, 1], at which the straight path is as noisy."""
+        """The sigma in [0, 1] with the noise level of t, on the straight path."""
         return self.b(t) / (self.a(t) + self.b(t))
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -90,11 +90,11 @@ class Cosine(Path):
     """z_t = cos(pi t / 2) x_0 + sin(pi t / 2) epsilon (Nichol & Dhariwal 2021; Eq. 16).
 
     Args:
-        last: the t from which sampling starts. At 1 nothing but noise is left, and what an
-            epsilon-prediction says of the data would be divided by zero.
+        last: the t in (0, 1] at which sampling starts. At t = 1 only noise is left, and computing
+            x_0 from an epsilon-prediction would divide by zero.
 
     Raises:
-        UserError: `last` is not a time.
+        UserError: `last` lies outside (0, 1].
     """
 
     def __init__(self, *, last: float = 0.98) -> None:
@@ -126,16 +126,16 @@ class Cosine(Path):
 class LDMLinear(Path):
     """The path of latent diffusion: a_t^2 = prod_{s <= t} (1 - beta_s), a_t^2 + b_t^2 = 1 (Sec. 2).
 
-    The betas rise so that their roots do linearly. Step k of the T discrete ones lies at
-    t = (k + 1) / T, where `DiscreteUniform` draws for training; between them log a_t is linear, so
-    that sampling may stop anywhere. At t = 1 some signal is left (a_1 = 0.068).
+    The square roots of the betas increase linearly. Step k of the T discrete steps lies at
+    t = (k + 1) / T, where `DiscreteUniform` draws for training; between steps log a_t is linear,
+    so that sampling may evaluate anywhere. At t = 1 some signal is left (a_1 = 0.068).
 
     Args:
-        beta_start, beta_end: beta_0 and beta_{T-1}.
-        steps: T.
+        beta_start, beta_end: beta_0 and beta_{T-1}, increasing, in (0, 1).
+        steps: T, at least 2.
 
     Raises:
-        UserError: betas that do not lie, rising, in (0, 1), or no step.
+        UserError: betas that are not increasing or not in (0, 1), or too few steps.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class LDMLinear(Path):
             )
         whole_number("LDMLinear: steps", steps, 2)
         self.beta_start, self.beta_end, self.steps = beta_start, beta_end, steps
-        # A table of numbers, not of weights: it is there when networks are built on meta, too.
+        # A table of constants, not weights: it needs values even when networks are built on meta.
         with torch.device("cpu"):
             roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
         betas = roots.square()
@@ -166,11 +166,11 @@ class LDMLinear(Path):
         return self.a(t) * slope
 
     def db(self, t: Tensor) -> Tensor:
-        return -self.a(t) * self.da(t) / self.b(t)  # of a^2 + b^2 = 1
+        return -self.a(t) * self.da(t) / self.b(t)  # derivative of a^2 + b^2 = 1
 
     def time_at(self, sigma: Tensor) -> Tensor:
         knots = self._log_a.to(sigma)
-        # a = (1 - sigma) / hypot(1 - sigma, sigma); the path's own end is the noisiest.
+        # a = (1 - sigma) / hypot(1 - sigma, sigma), clamped at the path's end, its noisiest point.
         log_a = -torch.log1p((sigma / (1 - sigma)).square()) / 2
         log_a = log_a.clamp(min=knots[-1].item())
         i = torch.searchsorted(-knots, -log_a).clamp(1, self.steps)
@@ -186,20 +186,20 @@ class LDMLinear(Path):
         return start + slope * since
 
     def _piece(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The segment of log a_t that contains t: its start value, its slope, the time since."""
+        """The segment of log a_t that contains t: its first value, slope, and t since its start."""
         knots = self._log_a.to(t)
         i = (t.detach() * self.steps).long().clamp(0, self.steps - 1)
         return knots[i], (knots[i + 1] - knots[i]) * self.steps, t - i.to(t) / self.steps
 
 
 class VarianceExploding(Path):
-    """Paths that keep a_t = 1 and add ever more noise, as EDM does (Karras et al. 2022).
+    """Paths with a_t = 1 and increasing noise, as in EDM (Karras et al. 2022).
 
     Args:
-        sigma_max: the noise level b_t, EDM's sigma, from which sampling starts.
+        sigma_max: the b_t, EDM's sigma, at which sampling starts; positive.
 
     Raises:
-        UserError: it is not positive, or not finite.
+        UserError: `sigma_max` is not positive, or not finite.
     """
 
     def __init__(self, *, sigma_max: float) -> None:
@@ -221,7 +221,7 @@ class VarianceExploding(Path):
 
     @property
     def noisiest(self) -> float:
-        # Where the path itself ends earlier, it starts from there.
+        # Sampling starts at the end of the path where that comes before sigma_max.
         end = self.b(torch.ones((), dtype=torch.float64)).item()
         b = min(self.sigma_max, end)
         return b / (1.0 + b)
@@ -235,7 +235,7 @@ class EDM(VarianceExploding):
 
     Args:
         P_m, P_s: mean and standard deviation of log b_t; P_s positive.
-        sigma_max: the b from which sampling starts.
+        sigma_max: the b_t at which sampling starts; positive.
 
     Raises:
         UserError: P_s or `sigma_max` is not positive, or one of the three not finite.
@@ -252,12 +252,12 @@ class EDM(VarianceExploding):
         return (self.P_m + self.P_s * self._quantile(t)).exp()
 
     def db(self, t: Tensor) -> Tensor:
-        # The normal quantile rises as the inverse of the normal density.
+        # The derivative of the normal quantile is the inverse of the normal density.
         inverse_density = math.sqrt(2 * math.pi) * (self._quantile(t).square() / 2).exp()
         return self.b(t) * self.P_s * inverse_density
 
     def time_of_noise(self, b: Tensor) -> Tensor:
-        # Not torch.special.ndtr, whose lower tail is cut at 1e-16: little noise would be none.
+        # Not torch.special.ndtr, whose lower tail vanishes below 1e-16: low noise would become 0.
         return torch.erfc((self.P_m - b.log()) / (self.P_s * math.sqrt(2))) / 2
 
     def _quantile(self, t: Tensor) -> Tensor:
@@ -269,13 +269,13 @@ class EDM(VarianceExploding):
 class MatchedEDM(VarianceExploding):
     """`edm/rf` and `edm/cos`: a_t = 1, b_t = sigma_data tan(pi t / 2) (Sec. 5.1).
 
-    The noise levels under which the loss of the F-prediction weighs them as `rf` and `v/cos` do:
+    The noise levels for which the loss of the F-prediction has the weight of `rf` and `v/cos`:
     their w(lambda) is the same function, t / (1 - t) = e^(-lambda/2). The F-prediction's is
-    p(lambda) (e^-lambda + sigma_data^2), so p must be a hyperbolic secant, whose quantile this is.
+    p(lambda) (e^-lambda + sigma_data^2), so p must be a hyperbolic secant, whose quantile b_t is.
 
     Args:
-        sigma_data: that of `FPrediction`, positive.
-        sigma_max: the b from which sampling starts.
+        sigma_data: the `sigma_data` of `FPrediction`, positive.
+        sigma_max: the b_t at which sampling starts; positive.
 
     Raises:
         UserError: `sigma_data` or `sigma_max` is not positive, or not finite.
@@ -297,11 +297,11 @@ class MatchedEDM(VarianceExploding):
 
 
 def _inside(t: Tensor) -> Tensor:
-    """t off exactly 0 and 1, where a path that explodes has infinite noise or none."""
+    """t clamped to the open interval (0, 1): at its ends b_t is 0 or infinite."""
     limits = torch.finfo(t.dtype)
     return t.clamp(limits.tiny, 1.0 - limits.eps / 2)
 
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """(b,) -> (b, 1, ..., 1), so that it multiplies each sample and never mixes them."""
+    """(b,) -> (b, 1, ..., 1), in dtype and on the device of x, to broadcast over samples."""
     return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))

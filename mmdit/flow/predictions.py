@@ -1,7 +1,7 @@
-"""What the network's output means, and how to read x_0, epsilon and velocity from it (Sec. 2).
+"""The meaning of a network's output, and its conversion to x_0, epsilon and velocity (Sec. 2).
 
-Every output is a mix p_t x_0 + q_t epsilon. Together with z_t = a_t x_0 + b_t epsilon that makes
-two equations, of which all conversions are solutions.
+Every output is a combination p_t x_0 + q_t epsilon. With z_t = a_t x_0 + b_t epsilon it forms a
+system of two linear equations, which all conversions solve.
 """
 
 from abc import ABC, abstractmethod
@@ -23,37 +23,37 @@ class Coefficients(NamedTuple):
 
 
 class Prediction(ABC):
-    """Meaning of a network's output on a path."""
+    """The meaning of a network's output on a path."""
 
     @abstractmethod
     def coefficients(self, path: Path, t: Tensor) -> Coefficients:
-        """p_t and q_t, shape of t."""
+        """p_t and q_t, with the shape of t."""
 
     def inputs(self, path: Path, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is shown of z_t (b, ...) and t (b,)."""
+        """The network's inputs for z_t (b, ...) and t (b,): scaled latents and times."""
         return z_t, t
 
     def misfit(self, path: Path) -> str | None:
-        """What a path lacks that the output is made for; None if nothing."""
+        """A property that this prediction requires and the path lacks; None if it fits."""
         return None
 
     def target(self, path: Path, x_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
-        """What a perfect network outputs for this pair; same shape as x_0."""
+        """The training target for this pair: p_t x_0 + q_t epsilon, same shape as x_0."""
         p, q = self.coefficients(path, t)
         return like(p, x_0) * x_0 + like(q, x_0) * epsilon
 
     def determinant(self, path: Path, t: Tensor) -> Tensor:
-        """a q - b p: an error of epsilon, z_t being known, is an error of the output times a/it."""
+        """a q - b p; for given z_t, an output error e is an epsilon error e a / determinant."""
         p, q = self.coefficients(path, t)
         return path.a(t) * q - path.b(t) * p
 
     def x_0(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The data that the output speaks of; same shape as z_t."""
+        """The predicted data; same shape as z_t."""
         _, q = self.coefficients(path, t)
         return self._solved(path, t, q, -path.b(t), z_t, output)
 
     def epsilon(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that the output speaks of; same shape as z_t."""
+        """The predicted noise; same shape as z_t."""
         p, _ = self.coefficients(path, t)
         return self._solved(path, t, -p, path.a(t), z_t, output)
 
@@ -64,9 +64,10 @@ class Prediction(ABC):
         return self._solved(path, t, da * q - db * p, db * path.a(t) - da * path.b(t), z_t, output)
 
     def straight_velocity(self, path: Path, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """epsilon - x_0, which moves the straight path; same shape as z_t.
+        """epsilon - x_0, the velocity of the straight path; same shape as z_t.
 
-        On that path itself a velocity comes back bit for bit: its factors are exactly 0 and 1.
+        For a velocity prediction on that path this is the output, bit for bit, because the factors
+        are exactly 0 and 1.
         """
         p, q = self.coefficients(path, t)
         return self._solved(path, t, -(p + q), path.a(t) + path.b(t), z_t, output)
@@ -81,7 +82,7 @@ class Prediction(ABC):
 
 @register
 class Velocity(Prediction):
-    """The output is the velocity of the path: epsilon - x_0 on the straight one (Eq. 14)."""
+    """The output is the velocity of the path: epsilon - x_0 on the straight path (Eq. 14)."""
 
     def coefficients(self, path: Path, t: Tensor) -> Coefficients:
         return Coefficients(path.da(t), path.db(t))
@@ -107,15 +108,15 @@ class V(Prediction):
 class FPrediction(Prediction):
     """The output is EDM's F: x_0 = c_skip z_t + c_out F(c_in z_t, c_noise) (Karras et al. 2022).
 
-    Its input has unit variance whatever the noise, and so has its target. On a path with a_t = 1;
+    Input and target have unit variance at every noise level. It requires a path with a_t = 1;
     with sigma = b_t, c_skip = sigma_data^2 / (sigma^2 + sigma_data^2), c_out = sigma sigma_data /
     sqrt(sigma^2 + sigma_data^2), c_in = 1 / sqrt(sigma^2 + sigma_data^2), c_noise = log(sigma) / 4.
 
     Args:
-        sigma_data: standard deviation of the data, as the preconditioning sees it; positive.
+        sigma_data: standard deviation of the data that the preconditioning assumes; positive.
 
     Raises:
-        UserError: it is not.
+        UserError: `sigma_data` is not positive, or not finite.
     """
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
@@ -130,7 +131,7 @@ class FPrediction(Prediction):
 
     def misfit(self, path: Path) -> str | None:
         keeps = (path.a(torch.linspace(0.1, 0.9, 9, device="cpu")) == 1.0).all()
-        return None if keeps else "a_t = 1, as the paths edm and matched_edm have it"
+        return None if keeps else "a_t = 1 (the paths edm and matched_edm have it)"
 
     def inputs(self, path: Path, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = path.b(t)

@@ -1,4 +1,4 @@
-"""The shift of t with resolution: one object for training and sampling (Eq. 23)."""
+"""The shift of noise levels with resolution, shared by training and sampling (Eq. 23)."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Shift:
         return self.alpha * t / (self.alpha * t + (1.0 - t))
 
     def grid(self, steps: int) -> Tensor:
-        """Falling times from 1 to 0 for `steps` steps: (steps + 1,), float64.
+        """Decreasing noise levels from 1 to 0 for `steps` steps: (steps + 1,), float64.
 
         Raises:
             UserError: fewer than one step.
@@ -39,17 +39,17 @@ class Shift:
         return self(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))
 
     def inverse(self, t: Tensor) -> Tensor:
-        """The time that is shifted to t."""
+        """The t' that the shift maps to t."""
         return t / (t + self.alpha * (1.0 - t))
 
 
 @register
 class PublishedShift(Shift):
-    """The shift of the published SD3 samplers, whose grid passes through it twice.
+    """The shift of the published SD3 samplers, which apply it twice to the grid.
 
-    The reference and diffusers space their times linearly between end points that are shifted
-    already, t = 1 and the least training time 1/1000, shift them again and append 0. At alpha = 3
-    the last step therefore begins at 0.0089; shifted once, 1/1000 would be 0.0030.
+    The reference and diffusers space times linearly between end points that are already shifted,
+    t = 1 and the smallest training time 1/1000, shift them again and append 0. At alpha = 3 the
+    last step therefore begins at 0.0089; shifted once, 1/1000 would become 0.0030.
     """
 
     def grid(self, steps: int) -> Tensor:

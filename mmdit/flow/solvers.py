@@ -1,9 +1,9 @@
-"""Solvers of dz/dt = v(z, t): stateless functions over a falling grid of times.
+"""Solvers of dz/dt = v(z, t): stateless functions of a decreasing grid of times.
 
-`velocity(z, t)` takes z (b, ...) and a float t, the noise level of the straight path
-(`Objective.velocity` brings every formulation there); the grid runs from noise (1) to data (0).
-`progress`, if given, is called after each step as `progress(i, t, z)`: the number of
-the step, from 0, the time and the state, which it may look at and must leave as it is.
+`velocity(z, t)` takes z (b, ...) and a float t, the noise level of the straight path, to which
+`Objective.velocity` converts every formulation; the grid runs from noise (1) to data (0).
+`progress`, if given, is called after each step as `progress(i, t, z)` with the index of the step,
+from 0, the new time, and the new state, which it must not modify.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Solver = Callable[[VelocityFunction, Tensor, Tensor, Progress | None], Tensor]
 def euler(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
-    """First order, one evaluation a step; exact on straight paths."""
+    """Euler's method: first order, one evaluation per step; exact on straight trajectories."""
     for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         z = z + (t_next - t) * velocity(z, t)
         if progress is not None:
@@ -36,11 +36,11 @@ def euler(
 def heun(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
-    """Second order (trapezoid), two evaluations a step, one in the last."""
+    """Heun's method: second order (trapezoidal), two evaluations per step, one in the last."""
     for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         v = velocity(z, t)
         guess = z + (t_next - t) * v
-        # The network is not trained at t = 0, where all noise is gone: Euler ends the path.
+        # The network is not trained at t = 0, without noise, so the last step is Euler's.
         z = guess if t_next == 0 else z + (t_next - t) * (v + velocity(guess, t_next)) / 2
         if progress is not None:
             progress(i, t_next, z)
@@ -50,7 +50,7 @@ def heun(
 def midpoint(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
-    """Second order, two evaluations a step, at its start and at its middle."""
+    """Midpoint method: second order, two evaluations per step, at its start and at its middle."""
     for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
         middle = (t + t_next) / 2
         half = z + (middle - t) * velocity(z, t)
@@ -63,10 +63,10 @@ def midpoint(
 def dpmpp_2m(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022) with the clock -log t, as SD3's published sampler runs it.
+    """DPM-Solver++(2M) (Lu et al. 2022) with the clock -log t, as in SD3's published sampler.
 
-    Second order, one evaluation a step, on the straight path. -log t is half the log-SNR of a path
-    that keeps a_t = 1; `dpmpp_2m_log_snr` takes that of the straight one.
+    Second order, one evaluation per step, on the straight path. -log t is half the log-SNR of a
+    path with a_t = 1; `dpmpp_2m_log_snr` uses that of the straight path.
     """
     return _two_step(velocity, z, grid, -grid.log(), progress)
 
@@ -76,7 +76,7 @@ def dpmpp_2m_log_snr(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022) with its own clock, half the log-SNR: log((1 - t) / t).
 
-    Second order, one evaluation a step, on the straight path; the flow form of diffusers.
+    Second order, one evaluation per step, on the straight path, as in diffusers for flow models.
     """
     return _two_step(velocity, z, grid, -grid.logit(), progress)
 
@@ -89,11 +89,14 @@ def euler_ancestral(
     *,
     eta: float = 1.0,
 ) -> Tensor:
-    """Euler's method with fresh noise: part of the old noise is replaced at every step.
+    """Euler's method with fresh noise: part of the noise is replaced at every step.
 
-    At eta = 1 ancestral sampling, the posterior of the diffusion (Ho et al. 2020, Sec. 3.2), at 0
-    `euler` (Song et al. 2021, Eq. 16). First order, one evaluation a step. The noise is keyed by
-    the latent that an image starts from: it depends neither on the batch nor on the device.
+    eta = 1 is ancestral sampling from the diffusion's posterior (Ho et al. 2020, Sec. 3.2), eta = 0
+    is `euler` (Song et al. 2021, Eq. 16). First order, one evaluation per step. Fresh noise is
+    keyed by an image's initial latent, so it depends neither on the batch nor on the device.
+
+    Args:
+        eta: in [0, 1]; scales the standard deviation of the fresh noise.
 
     Raises:
         UserError: eta outside [0, 1].
@@ -120,16 +123,16 @@ def euler_ancestral(
 def _two_step(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, clock: Tensor, progress: Progress | None
 ) -> Tensor:
-    """Follow x_0, read from the velocity and extrapolated half a step along a rising clock.
+    """Two-step method: extrapolates the predicted x_0 half a step along an increasing clock.
 
-    Were x_0 constant over a step, z would reach (t_next/t) z + (1 - t_next/t) x_0 exactly.
+    If x_0 is constant over a step, z becomes exactly (t_next/t) z + (1 - t_next/t) x_0.
     """
     before, h_before = z, math.inf
     ticks = clock.diff().tolist()
     steps = zip(pairwise(grid.tolist()), ticks, strict=True)
     for i, ((t, t_next), h) in enumerate(steps):
         x_0 = z - t * velocity(z, t)
-        # Euler where there is no slope: in the first step, and where the clock runs to infinity.
+        # Euler where the slope is unknown: in the first step, and where the clock is infinite.
         known = math.isfinite(h) and math.isfinite(h_before)
         guess = x_0 + h / (2 * h_before) * (x_0 - before) if known else x_0
         z = t_next / t * z + (1 - t_next / t) * guess

@@ -1,7 +1,7 @@
-"""Timestep densities pi(t): from which t is *drawn* in training (Sec. 3.1).
+"""Timestep densities pi(t), from which training *draws* t (Sec. 3.1).
 
-t = 1 is noise. A density is never a loss weight here: t is drawn from it, and the loss stays plain.
-Each class turns a uniform u into t by a monotone map, so that one keyed draw serves all of them.
+t = 1 is noise. A density is never used as a loss weight: t is drawn from it, and the loss is not
+weighted. Each class maps a uniform u to t monotonically, so that all share one keyed draw.
 """
 
 import math
@@ -24,11 +24,11 @@ class TimestepDensity(ABC):
 
     @abstractmethod
     def pdf(self, t: Tensor) -> Tensor:
-        """pi(t), which integrates to one over (0, 1)."""
+        """pi(t), which integrates to 1 over (0, 1)."""
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         """n draws of t, float32 (n,)."""
-        # Off exactly 0 and 1, which LogitNormal would map from an infinite logit.
+        # Exclude exactly 0 and 1, whose logit is infinite in LogitNormal.
         u = torch.rand(n, generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
         return self.from_uniform(u).float()
 
@@ -46,15 +46,15 @@ class Uniform(TimestepDensity):
 
 @register
 class DiscreteUniform(TimestepDensity):
-    """One of the T discrete timesteps of latent diffusion, at t = 1/T, 2/T, ..., 1.
+    """Uniform over the T discrete timesteps of latent diffusion, t = 1/T, 2/T, ..., 1.
 
-    Its `pdf` is the uniform one: the weight of each step, spread over the step.
+    Its `pdf` is that of `Uniform`: the probability of a step, spread over the step's width.
 
     Args:
         steps: T, at least 1.
 
     Raises:
-        UserError: fewer.
+        UserError: `steps` is less than 1.
     """
 
     def __init__(self, *, steps: int = 1000) -> None:
@@ -99,10 +99,10 @@ class Mode(TimestepDensity):
     """`rf/mode(s)`: mode sampling with heavy tails (Eq. 20). s = 0 is uniform.
 
     Args:
-        s: in [-1, 2/(pi - 2)], where the map is monotone; positive favours the middle.
+        s: scale in [-1, 2/(pi - 2)], where the map is monotone; positive favours the middle.
 
     Raises:
-        UserError: `s` lies outside.
+        UserError: `s` lies outside this range.
     """
 
     LARGEST = 2.0 / (math.pi - 2.0)

@@ -1,4 +1,4 @@
-"""A watch over sampling: it counts evaluations and stops at the first step that went wrong."""
+"""Monitors sampling: counts evaluations and stops at the first step with invalid latents."""
 
 import math
 from collections import deque
@@ -9,30 +9,30 @@ from torch import Tensor
 from mmdit.errors import NotFinite
 from mmdit.flow.solvers import Progress
 
-REMEMBERED = 8  # newest evaluations: more than any solver makes in a step
-SUMMANDS = 2**20  # of squares, more than any norm here adds up
+REMEMBERED = 8  # latest evaluations kept: more than any solver makes in a step
+SUMMANDS = 2**20  # more squares than any norm here sums
 
 
 class Watch:
-    """Looks at the latents after every step, one reduction each.
+    """Checks the latents after every step, at the cost of one reduction.
 
     Args:
-        steps: that the solver makes, for messages.
-        progress: called after each step that is in order.
+        steps: number of solver steps, for messages.
+        progress: called after each step with valid latents.
     """
 
     def __init__(self, steps: int, progress: Progress | None = None) -> None:
         self.steps, self.progress = steps, progress
-        self.evaluations = 0  # of the network, summed over the images
+        self.evaluations = 0  # network evaluations, summed over the images
         self._newest: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
 
     def evaluated(self, z_t: Tensor, velocity: Tensor) -> None:
-        """Note what the network made of a batch of latents."""
+        """Record the network's output for a batch of latents."""
         self.evaluations += len(z_t)
         self._newest.append((z_t, velocity))
 
     def step(self, i: int, t: float, z: Tensor) -> None:
-        """A solver's `progress`.
+        """Check the latents after a step; passed to solvers as `progress`.
 
         Raises:
             NotFinite: the latents are NaN, infinite, or too large to compute with.
@@ -43,11 +43,11 @@ class Watch:
             self.progress(i, t, z)
 
     def check(self, z: Tensor, stage: str) -> None:
-        """Raise NotFinite, with the cause, unless the latents can be computed with."""
+        """Raise NotFinite, with the likely cause, if a latent is not `in_range`."""
         if not in_range(z):
             raise NotFinite(
                 f"sampling, {stage}: the latents are NaN, infinite or too large to compute with, "
-                f"because {self._cause()}"
+                f"because {self._cause()}"  # the cause is a full sentence with advice
             )
 
     def _cause(self) -> str:
@@ -55,16 +55,16 @@ class Watch:
             if in_range(given) and not in_range(velocity):
                 return (
                     "the network's output is. Try bfloat16 or float32 instead of float16 "
-                    "(dtype=torch.bfloat16, or precision=bf16 or fp32 on a command line); look for "
-                    "damaged weights with verify=true; or use less guidance"
+                    "(dtype=torch.bfloat16, or precision=bf16 or fp32 on a command line); check "
+                    "for damaged weights with verify=true; or use less guidance"
                 )
         return (
-            "guidance or the solver made them so: the network's output is finite. Use less "
-            "guidance, more steps or another solver"
+            "of guidance or the solver: the network's output is finite. Use less guidance, more "
+            "steps or another solver"
         )
 
 
 def in_range(x: Tensor) -> bool:
-    """Whether no value is NaN, infinite, or so large that a sum of squares, as in norms, is."""
+    """Whether all values are finite and small enough that sums of squares, as in norms, are too."""
     limit = math.sqrt(torch.finfo(x.dtype).max / SUMMANDS)
-    return not x.numel() or x.abs().amax().item() < limit  # which NaN never is
+    return not x.numel() or x.abs().amax().item() < limit  # false for NaN

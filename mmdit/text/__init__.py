@@ -1,4 +1,4 @@
-"""Prompts to `c_vec` and `c_ctxt`: tokenizers, encoders, conditioning."""
+"""From prompts to `c_vec` and `c_ctxt`: tokenizers, encoders, conditioning."""
 
 from mmdit.text.clip_pair import CLIPPair, PlacedImageModel
 from mmdit.text.conditioning import AbsentEncoder, TextConditioner, TextEncoder

@@ -19,34 +19,36 @@ GREATEST_SCALE = 100.0
 
 @register
 class PlacedImageModel(CLIPImageModel):
-    """CLIP's image tower, in which places start out as strong as what lies there.
+    """CLIP's image tower with position embeddings initialized on the scale of patch embeddings.
 
-    CLIP's initialization leaves them faint beside the patches, and a small tower long learns only
-    what is there, not where. After 400 steps of 128 toy images it chose the right one of four
-    places for 29 % of 512 single objects; from this start, for all of them.
+    CLIP initializes positions far smaller than patches, so that for a long time a small tower
+    learns what is in an image, but not where. After 400 steps with 128 toy images each, it located
+    29 % of 512 single objects in the right one of four places; with this initialization, all.
     """
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """CLIP's initialization, but for the position embedding."""
+        """CLIP's initialization, except for the position embedding."""
         super().reset_parameters()
         nn.init.normal_(self.position_embedding)
 
 
 @register
 class CLIPPair(nn.Module):
-    """A text and an image tower with a common space (Radford et al. 2021).
+    """A text and an image tower with a shared embedding space (Radford et al. 2021).
 
-    Features are float32 vectors of length 1, so that a product of two is their cosine. They are
-    computed of each image and each prompt alone: no batch changes them. Embeddings are what they
-    were before: the paper's FID of 49.70 needs those, for features of length 1 lie at most 4 apart.
+    Embeddings are the towers' projections; features are embeddings normalized to length 1, in
+    float32, so that a dot product of two is their cosine similarity. Both are computed for each
+    image and each prompt independently of its batch. Frechet distances use the embeddings: the
+    paper's FID of 49.70 could not occur between features, whose squared distance is at most 4.
 
     Args:
         text: a tokenizer and a `CLIPTextModel` with a projection.
         image: the image tower.
 
     Raises:
-        UserError: the text tower is none of CLIP, has no projection, or leads to another space.
+        UserError: the text tower is not a `CLIPTextModel`, has no projection, or projects to
+            another width than the image tower.
     """
 
     def __init__(self, *, text: TextEncoder, image: CLIPImageModel) -> None:
@@ -55,16 +57,16 @@ class CLIPPair(nn.Module):
         if not isinstance(tower, CLIPTextModel) or isinstance(tower.projection, nn.Identity):
             raise UserError(
                 f"text.model, a {type(tower).__name__}, must be a CLIPTextModel with a "
-                "projection_width: without its projection a prompt has no place beside images"
+                "projection_width: prompts share a space with images only after this projection"
             )
         width = image.projection_width
         if tower.pooled_width != width:
             raise UserError(
-                f"projection_width {tower.pooled_width} of the text tower must be that of the "
+                f"projection_width {tower.pooled_width} of the text tower must equal that of the "
                 f"image tower, {width}"
             )
         self.text, self.image, self.width = text, image, width
-        # Of the cosines in the loss, as a logarithm; the start is a temperature of 0.07.
+        # Logarithm of the factor on cosines in the loss; it starts at a temperature of 0.07.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @property
@@ -73,18 +75,18 @@ class CLIPPair(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Factor of the cosines in the loss, at most 100: beyond, training is unstable."""
+        """Factor on the cosines in the loss, at most 100: above that, training is unstable."""
         return self.logit_scale.exp().clamp(max=GREATEST_SCALE)
 
     def image_embeddings(self, pixels: Tensor) -> Tensor:
-        """Images (n, h, w, 3) uint8, resized by `clip_pixels`, to (n, d) of any length."""
+        """Embeddings (n, d), not normalized, of images (n, h, w, 3) uint8; resizes the images."""
         images = clip_pixels(pixels, self.image.image_size)
         return wide(self.image(images))
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """`image_embeddings` of length 1."""
+        """Features (n, d) of images (n, h, w, 3) uint8: embeddings normalized to length 1."""
         return F.normalize(self.image_embeddings(pixels), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to (n, d)."""
+        """Features (n, d) of prompts: embeddings normalized to length 1."""
         return F.normalize(wide(self.text(self.text.tokenize(prompts)).pooled), dim=-1)

@@ -11,7 +11,7 @@ from mmdit.text.tokenizers import PromptTokenizer
 from mmdit.text.vocabularies import VocabularyFile, expect_file, write_json
 
 START, END, ZERO = "<|startoftext|>", "<|endoftext|>", "!"
-# Contractions, runs of letters, single digits, runs of anything else but space.
+# Contractions, runs of letters, single digits, runs of anything else except whitespace.
 WORD = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -28,20 +28,20 @@ Merges = list[tuple[str, str]]
 class CLIPTokenizer(PromptTokenizer):
     """The tokenizer of the public CLIP-L and CLIP-G.
 
-    A prompt is read as one string. The reference splits it at spaces first, takes (word:1.3) for a
-    weight, drops such brackets, and cuts a long prompt between words instead of tokens; otherwise
-    the ids are the same. As in the reference, CLIP-G reads an exclamation mark as what it is;
-    diffusers takes it for padding there, so that its id becomes 0. The text <|endoftext|> in a
-    prompt is the end token in all three.
+    A prompt is tokenized as one string. The reference first splits it at spaces, interprets
+    (word:1.3) as a weight, drops such brackets, and truncates a long prompt between words instead
+    of tokens; otherwise the ids are the same. As in the reference, CLIP-G tokenizes an exclamation
+    mark literally; diffusers treats it as padding there, so that its id becomes 0. The text
+    <|endoftext|> in a prompt is the end token in all three.
 
     Args:
         vocabulary: vocab.json, or a tokenizer.json, which holds the merges as well.
         merges: merges.txt; None with a tokenizer.json.
-        length: of every row of ids.
+        length: number of ids per prompt, special tokens and padding included.
         pad_with_end: pad with the end token (CLIP-L) or with id 0 (CLIP-G).
 
     Raises:
-        UserError: a file is damaged, or of another tokenizer.
+        UserError: a file is damaged, or belongs to another tokenizer.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CLIPTokenizer(PromptTokenizer):
             self._vocabulary = vocabulary.json(ORIGIN)
             self._merges = _read_merges(merges)
         _check_vocabulary(self._vocabulary, vocabulary)
-        # Its symbols: each byte, alone or at the end of a word; one for each merge; start and end.
+        # Tokens: each byte, within and at the end of a word; one for each merge; start and end.
         needed = len(self._vocabulary) - 2 * 256 - 2
         if len(self._merges) != needed:
             fault = (
@@ -92,10 +92,10 @@ class CLIPTokenizer(PromptTokenizer):
         super().__init__(tokenizer, pad=self._pad, length=length)
 
     def unknown_words(self, text: str) -> list[str]:
-        return []  # every byte has its token
+        return []  # every byte has a token
 
     def save(self, folder: Path) -> None:
-        """Write the files of a `tokenizer/` folder, which transformers opens as CLIPTokenizer."""
+        """Write a `tokenizer/` folder that transformers opens as CLIPTokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self._pad}
         write_json(folder / "vocab.json", self._vocabulary)
@@ -109,7 +109,7 @@ class CLIPTokenizer(PromptTokenizer):
 
 
 def clip_tokenizer_in(folder: str | Path, *, pad_with_end: bool, length: int = 77) -> CLIPTokenizer:
-    """The tokenizer of a folder with vocab.json and merges.txt, or with a tokenizer.json alone.
+    """Read the tokenizer in a folder with vocab.json and merges.txt, or only a tokenizer.json.
 
     Raises:
         UserError: files are missing or damaged.
@@ -133,8 +133,8 @@ def clip_tokenizer_in(folder: str | Path, *, pad_with_end: bool, length: int = 7
             pad_with_end=pad_with_end,
         )
     raise UserError(
-        f"{folder} holds no CLIP tokenizer: {' and '.join(missing)} missing, and no tokenizer.json "
-        f"to replace them. Such files are in {ORIGIN}"
+        f"{folder} contains no CLIP tokenizer: {' and '.join(missing)} missing, and there is no "
+        f"tokenizer.json to replace them. Such files are in {ORIGIN}"
     )
 
 
@@ -148,7 +148,7 @@ def _read_tokenizer_json(file: VocabularyFile) -> tuple[dict[str, int], Merges]:
     match model:
         case {"vocab": dict(vocabulary), "merges": list(merges)}:
             return vocabulary, _pairs(merges, file)
-    raise file.unfit("it is not a tokenizer.json of CLIP: it has no BPE merges", ORIGIN)
+    raise file.unfit("it is not a CLIP tokenizer.json: it has no BPE merges", ORIGIN)
 
 
 def _pairs(merges: Sequence[str | Sequence[str]], file: VocabularyFile) -> Merges:
@@ -165,10 +165,10 @@ def _pairs(merges: Sequence[str | Sequence[str]], file: VocabularyFile) -> Merge
 def _check_vocabulary(ids: dict[str, int], file: VocabularyFile) -> None:
     absent = [token for token in (START, END, ZERO) if token not in ids]
     if absent:
-        raise file.unfit(f"it is not a vocabulary of CLIP: it lacks {', '.join(absent)}", ORIGIN)
+        raise file.unfit(f"it is not a CLIP vocabulary: it lacks {', '.join(absent)}", ORIGIN)
     symbols = pre_tokenizers.ByteLevel.alphabet()
     if any(symbol not in ids or f"{symbol}</w>" not in ids for symbol in symbols):
-        raise file.unfit("it is not a vocabulary of CLIP: it lacks some bytes", ORIGIN)
+        raise file.unfit("it is not a CLIP vocabulary: it lacks some bytes", ORIGIN)
     last = len(ids) - 1
     numbers = [number for number in ids.values() if isinstance(number, int)]
     if sorted(numbers) != list(range(len(ids))) or ids[ZERO] != 0 or ids[END] != last:

@@ -1,4 +1,4 @@
-"""Prompts to conditions: three encoders make c_vec and c_ctxt (App. B.2)."""
+"""From prompts to conditions: three text encoders give c_vec and c_ctxt (App. B.2)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from mmdit.models.t5 import T5Encoder
 from mmdit.registry import register
 from mmdit.text.tokenizers import PromptTokenizer
 
-NAMES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}  # as people call them
-ENCODERS = tuple(NAMES)  # in the order in which a conditioner holds them
+NAMES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}  # for messages
+ENCODERS = tuple(NAMES)  # in the order of a conditioner's `encoders`
 EMPTY_PROMPTS = ("zeros", "encoded")
 
 
 class TokenIds(NamedTuple):
-    """A batch of prompts as each encoder reads them, each (b, length) int64."""
+    """Token ids of a batch of prompts for each encoder, each (b, length) int64."""
 
     clip_l: Tensor
     clip_g: Tensor
@@ -31,14 +31,14 @@ class TokenIds(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """What one encoder says of a batch of prompts."""
+    """Output of one encoder for a batch of prompts."""
 
     hidden: Tensor  # (b, length, d)
-    pooled: Tensor  # (b, p); T5 pools nothing: p = 0
+    pooled: Tensor  # (b, p); T5 has no pooled output: p = 0
 
 
 class Encodings(NamedTuple):
-    """What each encoder says of a batch of prompts."""
+    """Outputs of all encoders for a batch of prompts."""
 
     clip_l: Encoding
     clip_g: Encoding
@@ -47,7 +47,11 @@ class Encodings(NamedTuple):
 
 @register
 class TextEncoder(nn.Module):
-    """A tokenizer and the network that reads its ids.
+    """A tokenizer and the network that encodes its ids.
+
+    Args:
+        tokenizer: prompts to ids.
+        model: ids to hidden states and, for CLIP, a pooled vector.
 
     Raises:
         UserError: the network has too few ids or positions for the tokenizer.
@@ -89,12 +93,15 @@ class TextEncoder(nn.Module):
 
 @register
 class AbsentEncoder(nn.Module):
-    """Stands where an encoder is left out: zeros, as if it were always dropped (App. B.3).
+    """Replaces an encoder that is left out: outputs zeros, as if always dropped (App. B.3).
 
     Args:
-        width: of the hidden states of the encoder left out.
-        pooled_width: of its pooled vector; 0 for T5.
-        length: of its rows of ids.
+        width: channels of the omitted encoder's hidden states.
+        pooled_width: channels of its pooled vector; 0 for T5.
+        length: number of ids per prompt.
+
+    Raises:
+        UserError: a width or length is not positive, or the length is out of range.
     """
 
     def __init__(self, *, width: int, pooled_width: int = 0, length: int) -> None:
@@ -104,12 +111,12 @@ class AbsentEncoder(nn.Module):
             raise UserError(f"AbsentEncoder: length {length} must be at most {LONGEST_PROMPT}")
         self.width, self.pooled_width, self.length = width, pooled_width, length
         self.place: Tensor
-        # Holds nothing, but follows the module to its device and dtype.
+        # Empty, but moves with the module and so records its device and dtype.
         self.register_buffer("place", torch.empty(0), persistent=False)
 
     @classmethod
     def instead_of(cls, encoder: "TextEncoder | AbsentEncoder") -> Self:
-        """One of the same widths, length and device."""
+        """A replacement for `encoder`, with the same widths, length and device."""
         width, pooled_width = encoder.width, encoder.pooled_width
         absent = cls(width=width, pooled_width=pooled_width, length=encoder.length)
         return absent.to(encoder.device)
@@ -128,24 +135,26 @@ class AbsentEncoder(nn.Module):
 
 @register
 class TextConditioner(nn.Module):
-    """CLIP-L, CLIP-G and T5 side by side.
+    """The paper's text conditioning: CLIP-L, CLIP-G and T5 (App. B.2).
 
-    c_vec is the two pooled CLIP vectors, concatenated. c_ctxt is the sequence of the two CLIPs'
-    hidden states, concatenated channel-wise and zero-padded to T5's width, followed by T5's.
-    An encoder that is dropped contributes zeros, and so does an absent one.
+    c_vec is the concatenation of the two pooled CLIP vectors. c_ctxt is a sequence: the hidden
+    states of the two CLIPs, concatenated channel-wise and zero-padded to T5's width, then T5's.
+    A dropped encoder contributes zeros, and so does an absent one.
 
-    Encoders may differ in dtype and device. The condition has one dtype, the widest among them
-    (float32 for CLIP in float32 beside T5 in bfloat16), which rounds nobody's values. It lies on
-    the device of `clip_l`; the network brings it to its own device and dtype.
+    Encoders may differ in dtype and device. The condition has the widest of their dtypes (float32
+    for CLIP in float32 and T5 in bfloat16), so that no value is rounded. It is on the device of
+    `clip_l`; the network moves it to its own device and dtype.
 
     Args:
         clip_l, clip_g, t5: the encoders.
-        dropout: probability with which training drops each encoder, independently (App. B.3).
-        empty_prompt: how `encode` reads an empty prompt: 'zeros', as if all encoders were dropped
+        dropout: probability in [0, 1] with which training drops each encoder, independently
+            (App. B.3).
+        empty_prompt: how `encode` treats an empty prompt: 'zeros', as if all encoders were dropped
             (the paper's training), or 'encoded' like any other (the public weights' guidance).
 
     Raises:
-        UserError: the encoders do not fit each other or their places, or an impossible argument.
+        UserError: the encoders do not fit together or are exchanged, or an argument is out of
+            range.
     """
 
     def __init__(
@@ -169,7 +178,7 @@ class TextConditioner(nn.Module):
         if clip_l.length != clip_g.length:
             raise UserError(
                 f"length {clip_l.length} of text.clip_l and {clip_g.length} of text.clip_g must be "
-                "the same: their states lie side by side"
+                "the same: their hidden states are concatenated channel-wise"
             )
         if clip_l.width + clip_g.width > t5.width:
             raise UserError(
@@ -180,7 +189,7 @@ class TextConditioner(nn.Module):
         self.dropout, self.empty_prompt = dropout, empty_prompt
         self.context_width = t5.width
         self.pooled_width = clip_l.pooled_width + clip_g.pooled_width
-        self.context_length = clip_l.length + t5.length  # the CLIPs lie side by side
+        self.context_length = clip_l.length + t5.length  # the CLIPs share their tokens
 
     @property
     def encoders(self) -> tuple[TextEncoder | AbsentEncoder, ...]:
@@ -188,42 +197,42 @@ class TextConditioner(nn.Module):
         return self.clip_l, self.clip_g, self.t5
 
     def tokenize(self, prompts: Sequence[str]) -> TokenIds:
-        """Ids of the prompts for each encoder, on the CPU: a loader's worker can make them."""
+        """Token ids of the prompts, on the CPU, so that a data loader's worker can compute them."""
         return TokenIds(*(encoder.tokenize(prompts) for encoder in self.encoders))
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """What the reader of these prompts should know: words not understood, text cut off."""
+        """Warnings about prompts: unknown words and truncated text."""
         remarks = []
         for prompt in dict.fromkeys(prompts):
             if unknown := self._unknown(prompt):
                 words = _shown(unknown) + (", ..." if len(unknown) > 8 else "")
-                remarks.append(f"this model does not know {len(unknown)} of the words: {words}")
+                remarks.append(f"words unknown to this model ({len(unknown)}): {words}")
             if cuts := self._cuts(prompt):
                 read = "; ".join(
-                    f"{name} reads {length} tokens, not its last {excess}"
+                    f"{name} reads {length} tokens and ignores the last {excess}"
                     for name, length, excess in cuts
                 )
-                remarks.append(f"a prompt of {len(prompt)} characters is cut: {read}")
+                remarks.append(f"a prompt of {len(prompt)} characters is truncated: {read}")
         return remarks
 
     def remarks_on_captions(self, captions: Sequence[str]) -> list[str]:
-        """What to know before training on captions like these: what of them is not understood."""
+        """Warnings before training on such captions: unknown words and truncated text."""
         unknown = [words for caption in captions if (words := self._unknown(caption))]
         cut = [cuts for caption in captions if (cuts := self._cuts(caption))]
         remarks = []
         if unknown:
             counts = Counter(word for words in unknown for word in words)
-            often = _shown([word for word, _ in counts.most_common(8)])
+            frequent = _shown([word for word, _ in counts.most_common(8)])
             remarks.append(
-                f"{len(unknown)} of {len(captions)} captions have words that the text encoders do "
-                f"not know, and cannot tell apart: {often}. The toy's know the words of "
-                "data=shapes; text=published reads any"
+                f"{len(unknown)} of {len(captions)} captions have words that are unknown to the "
+                f"text encoders, which cannot tell them apart: {frequent}. The toy encoders know "
+                "the words of data=shapes; text=published reads any word"
             )
         if cut:
             lengths = {name: length for cuts in cut for name, length, _ in cuts}
             read = ", ".join(f"{name} reads {length} tokens" for name, length in lengths.items())
             remarks.append(
-                f"{len(cut)} of {len(captions)} captions are cut, being too long: {read}"
+                f"{len(cut)} of {len(captions)} captions are too long and truncated: {read}"
             )
         return remarks
 
@@ -238,7 +247,7 @@ class TextConditioner(nn.Module):
         return [word for word in first if word in in_all]
 
     def _cuts(self, prompt: str) -> list[tuple[str, int, int]]:
-        """Encoders that read less than all: name, tokens that it reads, tokens that are left."""
+        """Encoders that truncate the prompt: name, tokens that it reads, tokens that it drops."""
         return [
             (name, encoder.length, excess)
             for name, encoder in zip(NAMES.values(), self.encoders, strict=True)
@@ -246,26 +255,31 @@ class TextConditioner(nn.Module):
         ]
 
     def draw_kept(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Which encoders each training sample keeps: bool (b, 3)."""
+        """Draw which encoders each training sample keeps, with its generator: bool (b, 3)."""
         draws = torch.stack([torch.rand(3, generator=generator) for generator in generators])
         return draws >= self.dropout
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing in it is trained, so that its words for a prompt never change."""
+        """Whether no weight is trained, so that a prompt always has the same encoding."""
         return not any(weight.requires_grad for weight in self.parameters())
 
     def forward(self, ids: TokenIds, kept: Tensor | None = None) -> Condition:
-        """Token ids to the condition; `kept` (b, 3) says which encoders speak, all when None."""
+        """The condition for token ids.
+
+        Args:
+            ids: of `tokenize`.
+            kept: bool (b, 3), the encoders that are not dropped; None keeps all.
+        """
         return self.join(self.encodings(ids), kept)
 
     def encodings(self, ids: TokenIds) -> Encodings:
-        """What each encoder says, on its own device."""
-        both = zip(self.encoders, ids, strict=True)
-        return Encodings(*(encoder(own_ids) for encoder, own_ids in both))
+        """Each encoder's output, on the encoder's device."""
+        pairs = zip(self.encoders, ids, strict=True)
+        return Encodings(*(encoder(own_ids) for encoder, own_ids in pairs))
 
     def join(self, encodings: Encodings, kept: Tensor | None = None) -> Condition:
-        """The condition that the encoders' words make; `kept` as in `forward`."""
+        """The condition made of the encoders' outputs; `kept` as in `forward`."""
         device = self.clip_l.device
         hidden, pooled = [], []
         for i, encoding in enumerate(encodings):
@@ -279,25 +293,25 @@ class TextConditioner(nn.Module):
             pooled.append(vector)
         clip = torch.cat(hidden[:2], dim=-1)
         clip = F.pad(clip, (0, self.context_width - clip.shape[-1]))
-        # Concatenation promotes to the widest dtype; T5's empty vector gives c_vec a say in T5's.
+        # Concatenation promotes to the widest dtype, in c_vec too: T5's empty vector takes part.
         return Condition(torch.cat(pooled, dim=-1), torch.cat([clip, hidden[2]], dim=1))
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Condition of each prompt; `empty_prompt` says what an empty one means.
+        """The condition for prompts, where `empty_prompt` decides about empty ones.
 
         Raises:
-            NotFinite: an encoder gives NaN or infinite values; the message names it.
+            NotFinite: an encoder outputs NaN or infinite values; the message names it.
         """
         ids, kept = self.tokenize(prompts), None
         if self.empty_prompt == "zeros":
-            spoken = torch.tensor([bool(prompt.strip()) for prompt in prompts])
-            kept = spoken[:, None].expand(-1, 3)
+            nonempty = torch.tensor([bool(prompt.strip()) for prompt in prompts])
+            kept = nonempty[:, None].expand(-1, 3)
         condition: Condition = self(ids, kept)
         expect_finite_encodings(self.split(condition))
         return condition
 
     def split(self, condition: Condition) -> Encodings:
-        """What each encoder says in a condition: inverts `join`."""
+        """Each encoder's part of a condition: the inverse of `join`."""
         narrow, wide, n = self.clip_l, self.clip_g, self.clip_l.length
         clip, t5 = condition.c_ctxt[:, :n], condition.c_ctxt[:, n:]
         pooled = condition.c_vec.split([narrow.pooled_width, wide.pooled_width], dim=-1)
@@ -316,5 +330,5 @@ def expect_finite_encodings(encodings: Encodings) -> None:
 
 
 def _shown(words: Sequence[str]) -> str:
-    """The first eight words, of those that are long their beginnings."""
+    """The first eight words, long ones abbreviated."""
     return ", ".join(f"{word[:40]}..." if len(word) > 43 else word for word in words[:8])

@@ -14,33 +14,33 @@ from mmdit.text.tokenizers import PromptTokenizer
 from mmdit.text.vocabularies import VocabularyFile, expect_file, write_json
 
 PAD, END, UNKNOWN = SPECIAL = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
-SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]  # the ids after all others
+SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]  # ids follow all others
 ORIGIN = "`tokenizer_3/` of a diffusers folder of SD3, and in google/t5-v1_1-xxl on the hub"
 
 
 class Unigrams(NamedTuple):
-    """What a sentencepiece model consists of."""
+    """Contents of a sentencepiece model."""
 
-    pieces: list[tuple[str, float]]  # with their scores; the place is the id
-    character_map: bytes  # how characters are normalized, in sentencepiece's compiled form
+    pieces: list[tuple[str, float]]  # with their scores; the index is the id
+    character_map: bytes  # normalization of characters, in sentencepiece's compiled form
 
 
 @register
 class T5Tokenizer(PromptTokenizer):
     """The tokenizer of T5 v1.1.
 
-    It reads sentencepiece's file but splits as the `tokenizers` library does, like the reference:
-    stacked accents and the names of special tokens come out differently. A prompt is read as one
-    string and cut at `length`; the reference takes (word:1.3) for a weight, drops such brackets,
-    and cuts after 226 characters instead.
+    It reads sentencepiece's file but splits text with the `tokenizers` library, like the reference;
+    the two differ for stacked accents and for the names of special tokens. A prompt is tokenized
+    as one string and truncated to `length`; the reference interprets (word:1.3) as a weight, drops
+    such brackets, and truncates after 226 characters instead.
 
     Args:
         model: spiece.model, or a tokenizer.json.
-        length: length of every row of ids. The weights do not determine it: SD3 and the reference
-            use 77, diffusers 256.
+        length: number of ids per prompt, end token and padding included. The weights do not
+            determine it: SD3 and the reference use 77, diffusers 256.
 
     Raises:
-        UserError: the file is damaged, or of another tokenizer.
+        UserError: the file is damaged, or belongs to another tokenizer.
     """
 
     def __init__(self, *, model: VocabularyFile, length: int) -> None:
@@ -73,14 +73,14 @@ class T5Tokenizer(PromptTokenizer):
         return [word for word in words if 2 in self._tokenizer.encode(word).ids]
 
     def save(self, folder: Path) -> None:
-        """Write the files of a `tokenizer_3/` folder, which transformers opens as T5TokenizerFast.
+        """Write a `tokenizer_3/` folder that transformers opens as T5TokenizerFast.
 
-        Without spiece.model if this tokenizer was read from a tokenizer.json.
+        It has no spiece.model if this tokenizer was read from a tokenizer.json.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._sentencepiece is not None:
             (folder / "spiece.model").write_bytes(self._sentencepiece)
-        # Its reader chooses the length.
+        # Whoever reads the file chooses the length.
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -99,16 +99,16 @@ class T5Tokenizer(PromptTokenizer):
 
 
 def t5_tokenizer_in(folder: str | Path, *, length: int) -> T5Tokenizer:
-    """The tokenizer of a folder with spiece.model, or with a tokenizer.json alone.
+    """Read the tokenizer in a folder with spiece.model, or only a tokenizer.json.
 
     Raises:
-        UserError: both are missing, or the one that is there is damaged.
+        UserError: both files are missing, or the one that is present is damaged.
     """
     for path in (Path(folder) / name for name in ("spiece.model", "tokenizer.json")):
         if path.is_file():
             return T5Tokenizer(model=VocabularyFile.read(path, ORIGIN), length=length)
     raise UserError(
-        f"{folder} holds no T5 tokenizer: spiece.model and tokenizer.json are both missing. "
+        f"{folder} contains no T5 tokenizer: spiece.model and tokenizer.json are both missing. "
         f"Such files are in {ORIGIN}"
     )
 
@@ -120,16 +120,16 @@ def _read_sentencepiece(file: VocabularyFile) -> Unigrams:
     except RuntimeError as error:
         raise file.unfit("it is not a sentencepiece model", ORIGIN) from error
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
-    # The library does not hand out the map: field 2 of the normalizer, field 3 of the model.
+    # The library does not expose the map: it is field 2 of the normalizer, field 3 of the model.
     normalizer = dict(_fields(data)).get(3, b"")
     character_map = dict(_fields(normalizer)).get(2)
     if not character_map:
-        raise file.unfit("it ends before the map of characters", ORIGIN)
+        raise file.unfit("it ends before the character map", ORIGIN)
     return Unigrams(pieces, character_map)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Fields of a protocol-buffers message that hold bytes: their numbers and contents."""
+    """Numbers and contents of the length-delimited fields of a Protocol Buffers message."""
     position = 0
 
     def varint() -> int:  # seven bits a byte, the lowest first; the last byte is below 128
@@ -163,4 +163,4 @@ def _read_tokenizer_json(file: VocabularyFile) -> Unigrams:
         (precompiled,) = [step for step in steps if step["type"] == "Precompiled"]
         return Unigrams(pieces, base64.b64decode(precompiled["precompiled_charsmap"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise file.unfit("it is not a tokenizer.json of T5", ORIGIN) from error
+        raise file.unfit("it is not a T5 tokenizer.json", ORIGIN) from error

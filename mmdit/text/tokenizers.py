@@ -1,4 +1,4 @@
-"""Text to token ids, one call for every tokenizer: `tokenizer(texts) -> (b, length) int64`."""
+"""Text to token ids, with one interface: `tokenizer(texts) -> (b, length) int64`."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -16,15 +16,15 @@ UNKNOWN = "[UNK]"
 
 
 class PromptTokenizer(ABC):
-    """Cuts and pads prompts to `length` ids, special tokens included.
+    """Tokenizes prompts, truncated and padded to `length` ids, special tokens included.
 
     Args:
-        tokenizer: text to ids with their special tokens, neither cut nor padded.
-        pad: the token that fills a row.
-        length: of every row of ids.
+        tokenizer: adds special tokens, but neither truncates nor pads.
+        pad: the padding token.
+        length: number of ids per prompt, at least 3.
 
     Raises:
-        UserError: the length leaves no room for a word.
+        UserError: the length leaves no room for a word, or exceeds the limit.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, pad: str, length: int) -> None:
@@ -41,29 +41,32 @@ class PromptTokenizer(ABC):
         return torch.tensor([item.ids for item in encoded], dtype=torch.int64)
 
     def identity(self) -> str:
-        """SHA-256 of all that ids follow from: vocabulary, rules, length and padding."""
+        """SHA-256 of everything that determines ids: vocabulary, rules, length and padding."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def excess(self, text: str) -> int:
-        """Tokens of `text` beyond `length`, which are cut off."""
+        """Number of tokens by which `text` exceeds `length`; these are dropped."""
         overflowing = self._tokenizer.encode(text).overflowing
-        # Each overflowing part carries start, end and padding of its own.
+        # Each overflowing part has start, end and padding of its own, which do not count.
         return sum(part.special_tokens_mask.count(0) for part in overflowing)
 
     @abstractmethod
     def unknown_words(self, text: str) -> list[str]:
-        """Words of `text` that ids cannot tell from others, in order, each once."""
+        """Words of `text` that the vocabulary does not represent, in order, each once."""
 
 
 class WordTokenizer(PromptTokenizer):
-    """Word-level tokenizer over a closed vocabulary, for the toy encoders.
+    """Word-level tokenizer with a closed vocabulary, for the toy encoders.
 
-    Case is folded, punctuation stands alone, other words become [UNK].
+    Text is lowercased, punctuation is split off, and words outside the vocabulary become [UNK].
     """
 
     def __init__(self, *, vocabulary: Sequence[str], template: str, pad: str, length: int) -> None:
         if len(vocabulary) > MOST_WORDS:
-            raise UserError(f"a vocabulary of {len(vocabulary):,} words: {MOST_WORDS:,} at most")
+            raise UserError(
+                f"a vocabulary of {len(vocabulary):,} words is too large: the limit is "
+                f"{MOST_WORDS:,}"
+            )
         ids = {token: i for i, token in enumerate(vocabulary)}
         tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -83,11 +86,11 @@ class WordTokenizer(PromptTokenizer):
 
 @register
 class CLIPWordTokenizer(WordTokenizer):
-    """CLIP's layout: start, words, end; the end token has the highest id.
+    """Word-level tokenizer with CLIP's layout: start, words, end; the end token has the highest id.
 
     Args:
         words: the vocabulary.
-        length: of every row of ids.
+        length: number of ids per prompt, special tokens and padding included.
         pad_with_end: pad with the end token (CLIP-L) or with id 0 (CLIP-G).
     """
 
@@ -102,11 +105,11 @@ class CLIPWordTokenizer(WordTokenizer):
 
 @register
 class T5WordTokenizer(WordTokenizer):
-    """T5's layout: words, end; pad is 0, end 1, unknown 2.
+    """Word-level tokenizer with T5's layout: words, end; padding is 0, end 1, unknown 2.
 
     Args:
         words: the vocabulary.
-        length: of every row of ids.
+        length: number of ids per prompt, end token and padding included.
     """
 
     def __init__(self, *, words: Sequence[str], length: int) -> None:

@@ -1,4 +1,4 @@
-"""Files of published tokenizers: read them, or say what is wrong with them."""
+"""Files of published tokenizers, embedded in the model's description."""
 
 import base64
 import json
@@ -13,13 +13,13 @@ from mmdit.registry import register
 
 @register
 class VocabularyFile:
-    """A file of a tokenizer, which travels with the model: its description holds its content.
+    """A tokenizer's file, whose content is part of the model's description.
 
-    So nothing outside of a checkpoint is needed to open it, and nothing outside of it is read.
+    A checkpoint is therefore self-contained: opening it neither needs nor reads any other file.
 
     Args:
-        name: of the file.
-        content: its bytes, compressed by zlib, in base 64.
+        name: the file's name.
+        content: its bytes, compressed by zlib, in base64.
 
     Raises:
         UserError: the content is damaged, or larger than any vocabulary.
@@ -33,11 +33,15 @@ class VocabularyFile:
         except (ValueError, zlib.error) as error:
             raise UserError(f"the content of {name} is damaged ({error})") from None
         if unpacker.unconsumed_tail or not unpacker.eof:
-            raise UserError(f"the content of {name} is cut off, or larger than any vocabulary")
+            raise UserError(f"the content of {name} is truncated, or larger than any vocabulary")
 
     @classmethod
     def read(cls, path: str | Path, origin: str) -> Self:
-        """A file on disk; `origin` says where such files come from.
+        """Read a file.
+
+        Args:
+            path: the file.
+            origin: where such files are found, for error messages.
 
         Raises:
             UserError: it cannot be read, is not a regular file, or is larger than any vocabulary.
@@ -72,13 +76,13 @@ class VocabularyFile:
         try:
             return self.bytes(origin).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.unfit("it is no UTF-8 text", origin) from error
+            raise self.unfit("it is not UTF-8 text", origin) from error
 
     def json(self, origin: str) -> dict[str, Any]:
-        """The JSON object in it.
+        """The content as a JSON object.
 
         Raises:
-            UserError: it holds something else.
+            UserError: it is something else.
         """
         self.text(origin)
         try:
@@ -90,32 +94,32 @@ class VocabularyFile:
         return content
 
     def unfit(self, fault: str, origin: str) -> UserError:
-        """The error for a file of no use: the fault, its likely cause, where to get the file."""
+        """The error for an unusable file: the fault, its likely cause, where to get the file."""
         head = self.data[:64].lstrip()
         if head.startswith(b"<"):
             cause = "a web page was saved in its place"
         elif head.startswith(b"version https://git-lfs"):
             cause = "it is a git-lfs pointer, and `git lfs pull` fetches its content"
         else:
-            cause = "it was cut off on its way here, or is a file of another kind"
+            cause = "its download was incomplete, or it is a file of another kind"
         return UserError(f"{self.place}: {fault}; probably {cause}. Such files are in {origin}")
 
 
 def expect_file(value: object) -> None:
-    """Refuse the path that older versions noted in place of a file's content.
+    """Reject a path, which older versions recorded instead of the file's content.
 
     Raises:
-        UserError: it is one, or something else.
+        UserError: the value is not a `VocabularyFile`.
     """
     if not isinstance(value, VocabularyFile):
         raise UserError(
-            f"the tokenizer is noted as the file {value!r}, as older versions did; what a "
-            "checkpoint names elsewhere is not read. Put the folders tokenizer/, tokenizer_2/ and "
-            "tokenizer_3/ into the run's folder or beside the file, or name the folder that holds "
-            "them as tokenizers=<folder> (of sample.py: text.tokenizers=<folder>)"
+            f"the tokenizer is recorded as the path {value!r}, as older versions did; files "
+            "outside of the checkpoint are not read. Put the folders tokenizer/, tokenizer_2/ and "
+            "tokenizer_3/ into the run's folder or next to the file, or pass the folder that "
+            "contains them as tokenizers=<folder> (for sample.py: text.tokenizers=<folder>)"
         )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a tokenizer's file."""
+    """Write a tokenizer's JSON file."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")

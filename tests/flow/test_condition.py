@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdit.errors import UserError
-from mmdit.flow.condition import Condition, joined
+from mmdit.flow.condition import Condition, concatenate
 
 
 def condition(start: int, b: int = 2, **extra: torch.Tensor) -> Condition:
@@ -27,16 +27,16 @@ def test_map_reaches_every_tensor():
 
 def test_conditions_are_joined_in_their_order():
     first, second = condition(0, mask=torch.zeros(2, 1)), condition(1, b=1, mask=torch.ones(1, 1))
-    both = joined([first, second])
+    both = concatenate([first, second])
     assert torch.equal(both.c_vec[2:], second.c_vec) and torch.equal(both.c_ctxt[:2], first.c_ctxt)
     assert both.extra["mask"].flatten().tolist() == [0, 0, 1]
-    assert joined([condition(0), condition(1)]).extra == {}
+    assert concatenate([condition(0), condition(1)]).extra == {}
 
 
-def test_conditions_of_different_kinds_are_not_joined():
-    message = r"cannot be joined, but have \[\['mask'\], \[\]\]: give each of them all"
+def test_conditions_of_different_kinds_are_not_concatenated():
+    message = r"cannot be concatenated; they have \[\['mask'\], \[\]\]: give each of them all"
     with pytest.raises(UserError, match=message):
-        joined([condition(0, mask=torch.zeros(2, 1)), condition(1)])
+        concatenate([condition(0, mask=torch.zeros(2, 1)), condition(1)])
 
 
 def test_a_condition_without_more_than_text_is_copied():

@@ -373,7 +373,7 @@ def test_the_prediction_of_edm_needs_the_path_of_edm(path):
 @pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(last=1.0)], ids=type)
 def test_noise_alone_does_not_tell_an_epsilon_prediction_the_data(path):
     """At sigma = 1 the data would be a difference of two noises, divided by zero."""
-    with pytest.raises(UserError, match=r"says nothing about the data at sigma = 1, where Uniform"):
+    with pytest.raises(UserError, match=r"does not determine the data at sigma = 1, where Uniform"):
         mixed(path, Epsilon()).times(4)
     starts_below = mixed(path, Epsilon(), KarrasGrid())
     assert starts_below.times(4)[0] < 1

@@ -115,7 +115,7 @@ def refusal(vocabulary: Path, merges: Path | None) -> str:
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b'{"!": 0, "a": ', "not complete JSON"),
         (b"[0]", "not a JSON object"),
-        (b"\xff\xfe\x00", "no UTF-8 text"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (b'{"!": 0}', r"it lacks <|startoftext|>, <|endoftext|>"),
         (b'{"!": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}', "it lacks some bytes"),
     ],
@@ -153,7 +153,7 @@ def test_merges_that_do_not_belong_to_the_vocabulary_are_refused(
 
 
 def test_files_of_other_tokenizers_are_refused(clip_files, t5_files, tmp_path):
-    assert "no UTF-8 text" in refusal(t5_files / "spiece.model", clip_files / "merges.txt")
+    assert "not UTF-8 text" in refusal(t5_files / "spiece.model", clip_files / "merges.txt")
     assert "no BPE merges" in refusal(clip_files / "vocab.json", None)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["<pad>", 0.0]]}}))

@@ -86,7 +86,7 @@ CHARACTERS = '"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAA
         ("spiece.model", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("spiece.model", b"c a\nca t</w>\n", "not a sentencepiece model"),
         ("tokenizer.json", b'{"model": ', "not complete JSON"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "not a tokenizer.json of T5"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "not a T5 tokenizer.json"),
         (
             "tokenizer.json",
             f'{{"model": {{"vocab": [["a", 0]]}}, {CHARACTERS}}}'.encode(),
@@ -114,7 +114,7 @@ def test_a_model_that_was_cut_off_is_refused_wherever_the_cut_is(t5_files, tmp_p
     path = tmp_path / "spiece.model"
     for size in range(1, len(whole) * 99 // 100, len(whole) // 50):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"probably it was cut off"):
+        with pytest.raises(UserError, match=r"probably its download was incomplete"):
             T5Tokenizer(model=VocabularyFile.read(path, ORIGIN), length=77)
 
 

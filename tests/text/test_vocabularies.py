@@ -1,4 +1,4 @@
-"""Tokenizers of a checkpoint travel in it; what a checkpoint names elsewhere is not read."""
+"""Checkpoints contain their tokenizers; files outside of a checkpoint are not read."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ def test_a_description_builds_the_same_tokenizer_without_the_files(clip_files, t
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b"0" * 20_000_000, "is cut off, or larger than any vocabulary"),
+        (b"0" * 20_000_000, "is truncated, or larger than any vocabulary"),
         (b"no zlib", "is damaged"),
     ],
 )
@@ -89,7 +89,7 @@ def test_a_path_in_a_file_is_not_read(exported, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for named in ("/dev/zero", str(tmp_path / "pipe"), "../../etc/passwd", "vocab.json"):
         as_older_versions_wrote(exported, tmp_path / "x.safetensors", named)
-        with pytest.raises(UserError, match="is noted as the file") as refusal:
+        with pytest.raises(UserError, match="is recorded as the path") as refusal:
             mmdit.load_pipeline(tmp_path / "x.safetensors")
         assert "tokenizers=<folder>" in str(refusal.value)
         assert repr(named) in str(refusal.value)
