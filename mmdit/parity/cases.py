@@ -1,4 +1,4 @@
-"""What is timed: a use of a model, here and in diffusers or transformers, on the same weights."""
+"""The cases of the speed comparison: uses of a model, ours and the peer's with equal weights."""
 
 import copy
 from collections.abc import Callable
@@ -20,18 +20,18 @@ Call = Callable[[], Tensor]
 
 
 class Case(NamedTuple):
-    """A kind of model of a size, one of its uses, and the size of its inputs."""
+    """A model, one of its uses, and the size of its inputs."""
 
     kind: str
     model: dict[str, Any]
     use: str  # forward, train, encode or decode
     batch: int
-    pixels: int = 0
-    text: int = 0  # tokens
+    pixels: int = 0  # side of the images
+    text: int = 0  # number of tokens
 
 
 SMALL = {"class": "MMDiT", "depth": 6, "width": 384, "num_heads": 6}  # 33M parameters
-# The size of configs/model/toy.yaml, whose MLPs, half as wide, diffusers' class does not have.
+# The size of configs/model/toy.yaml, except for its narrower MLPs, which diffusers lacks.
 TOY = {
     "class": "MMDiT",
     "depth": 4,
@@ -45,7 +45,7 @@ TOY = {
 }
 D24 = {"class": "MMDiT", "depth": 24, "width": 1536, "num_heads": 24}  # 2.0B: SD3 Medium
 VAE: dict[str, Any] = {"class": "Autoencoder"}
-T5 = {**ENCODERS["t5"], "depth": 4}  # of 24 equal layers
+T5 = {**ENCODERS["t5"], "depth": 4}  # instead of 24 equal layers
 CASES = {
     "small_forward": Case("mmdit", SMALL, "forward", batch=4, pixels=256, text=154),
     "small_train": Case("mmdit", SMALL, "train", batch=4, pixels=256, text=154),
@@ -61,7 +61,7 @@ CASES = {
 
 
 def random_model(description: dict[str, Any], dtype: torch.dtype) -> Network:
-    """A model of ours in which no weight is zero and activations stay of the order of one."""
+    """One of our models, with random nonzero weights that keep activations of order 1."""
     with Unfilled():
         model: Network = build(description).to(dtype)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def random_model(description: dict[str, Any], dtype: torch.dtype) -> Network:
 
 
 def twin(kind: str, model: Network) -> nn.Module:
-    """The peer's model with a copy of our weights."""
+    """The peer's counterpart of our model, with a copy of its weights."""
     import diffusers
     import transformers
 
@@ -98,7 +98,7 @@ def twin(kind: str, model: Network) -> nn.Module:
 
 
 def compiled(kind: str, model: nn.Module, *, ours: bool) -> nn.Module:
-    """The same model, its weights shared, compiled: ours by `compile`, theirs by the same units."""
+    """A compiled copy that shares the model's weights: ours by `compile`, theirs block by block."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin: Any = copy.deepcopy(model, shared)
     match kind:
@@ -118,7 +118,7 @@ def compiled(kind: str, model: nn.Module, *, ours: bool) -> nn.Module:
 
 
 def random_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    """Random inputs, and the target of a training step."""
+    """Random inputs of a case, including the target of a training step."""
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -142,7 +142,7 @@ def random_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def our_call(case: Case, model: Any, x: Inputs) -> Call:
-    """A case with our model."""
+    """A case as a call of our model."""
     match case.kind, case.use:
         case "mmdit", "train":
             step = adamw(model, lr=1e-4)
@@ -160,7 +160,7 @@ def our_call(case: Case, model: Any, x: Inputs) -> Call:
 
 
 def their_call(case: Case, model: Any, x: Inputs) -> Call:
-    """The same with the peer's."""
+    """A case as a call of the peer's model."""
 
     def velocity() -> Tensor:
         return model(
@@ -189,7 +189,7 @@ def their_call(case: Case, model: Any, x: Inputs) -> Call:
 
 
 def training_step(call: Call, optimizer: torch.optim.Optimizer, x: Inputs) -> Call:
-    """Forward under bf16 autocast, squared error, backward, update."""
+    """A training step: forward under bf16 autocast, squared error, backward, update."""
 
     def step() -> Tensor:
         with torch.autocast(x["target"].device.type, dtype=torch.bfloat16):

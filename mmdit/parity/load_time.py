@@ -1,4 +1,4 @@
-"""What it takes to load a transformer, here and in diffusers: time, and memory beyond the file."""
+"""The cost of loading a transformer, here and in diffusers: time, and memory beyond the file."""
 
 import importlib.util
 import threading
@@ -16,17 +16,22 @@ from mmdit import loading, published
 
 
 class Load(NamedTuple):
-    """What loading took."""
+    """Cost of one load."""
 
     seconds: float
-    anonymous: int | None  # bytes at the peak, beyond mapped files; None where it is not told
+    anonymous: int | None  # peak bytes beyond mapped files; None where not available
 
 
 def measure_loading(source: Path, scratch: Path, *, rounds: int) -> list[dict[str, Any]]:
-    """The fastest load of some rounds, ours and theirs in turn, each in a process of its own.
+    """The fastest of several loads, ours and theirs alternating, each in its own process.
 
-    Nothing is converted: the weights stay in the dtype of the file. All files are in the page
-    cache, for they have just been read or written.
+    Nothing is converted: the weights keep the dtype of the file. All files are in the page cache,
+    because they have just been read or written.
+
+    Args:
+        source: file or folder of a transformer.
+        scratch: where the weights are saved in diffusers' layout.
+        rounds: number of loads of each kind.
     """
     model = loading.load_mmdit(source, verify=False)
     folder = str(published.save_diffusers(model, scratch / "transformer"))
@@ -55,12 +60,12 @@ def _seconds(load: Load) -> float:
 
 
 def load_ours(source: str) -> Load:
-    """Our loader's share of a process."""
+    """Cost of loading with our loader, in this process."""
     return timed(lambda: loading.load_mmdit(source, verify=False))
 
 
 def load_theirs(folder: str, dtype: str) -> Load:
-    """diffusers' loader's share of a process."""
+    """Cost of loading with diffusers, in this process."""
     from diffusers import SD3Transformer2DModel
     from diffusers.utils import logging
 
@@ -70,7 +75,7 @@ def load_theirs(folder: str, dtype: str) -> Load:
 
 
 def timed(load: Callable[[], object]) -> Load:
-    """Seconds, and the peak of anonymous memory above what there was, sampled as it runs."""
+    """Duration of a call, and the peak increase of anonymous memory, sampled during the call."""
     before = anonymous()
     if before is None:
         start = time.perf_counter()
@@ -95,7 +100,7 @@ def timed(load: Callable[[], object]) -> Load:
 
 
 def anonymous() -> int | None:
-    """Bytes of this process that no file backs, where the system tells (Linux)."""
+    """Bytes of this process that are not backed by a file; None if unavailable (not Linux)."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""The models of the public formats, here and in diffusers or transformers: run, and watched.
+"""Runs models of the public formats here and in diffusers or transformers, recording all stages.
 
-A side knows, for one kind of model, how the peer gets a file's weights, and which part of ours
-corresponds to which part of the peer.
+A side defines, for one kind of model, how the peer loads a file's weights, and which part of our
+model corresponds to which part of the peer's.
 """
 
 import re
@@ -29,7 +29,7 @@ Config = dict[str, Any]
 
 
 class Stages(dict[str, Tensor]):
-    """What the parts of a model compute, by name, in order."""
+    """Outputs of a model's parts, by name, in the order of computation."""
 
     def __init__(self, bar: tqdm) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Stages(dict[str, Tensor]):
         self.bar.update()
 
     def watch(self, module: nn.Module, *names: str) -> None:
-        """Keep what a part returns; of several tensors, those whose name is not empty."""
+        """Record a part's output; of several tensors, those whose name is not empty."""
 
         def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:
             self._keep(names, output if isinstance(output, tuple) else (output,))
@@ -48,7 +48,7 @@ class Stages(dict[str, Tensor]):
         module.register_forward_hook(keep)
 
     def watch_inputs(self, module: nn.Module, *names: str) -> None:
-        """Keep what a part is given."""
+        """Record a part's inputs."""
         module.register_forward_pre_hook(lambda _, arguments: self._keep(names, arguments))
 
     def _keep(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -58,15 +58,15 @@ class Stages(dict[str, Tensor]):
 
 
 def compute_in(dtype: torch.dtype, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Convert the weights of a model, those of its blocks only while each is running.
+    """Convert a model's weights, but those of its blocks only while each block is running.
 
-    The blocks' weights stay mapped from the file: the whole of T5 in float32 would take 19 GB.
+    The blocks' weights stay mapped from the file: all of T5 in float32 would take 19 GB.
     """
     late = {id(parameter) for block in blocks for parameter in block.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in late:
             parameter.data = parameter.data.to(dtype)
-    stored: list[tuple[nn.Parameter, Tensor]] = []  # of the block that is running
+    stored: list[tuple[nn.Parameter, Tensor]] = []  # unconverted weights of the running block
 
     def widen(block: nn.Module, _arguments: Any) -> None:
         stored[:] = [(parameter, parameter.data) for parameter in block.parameters()]
@@ -83,7 +83,7 @@ def compute_in(dtype: torch.dtype, model: nn.Module, blocks: Sequence[nn.Module]
 
 
 def parts(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Parts of a model by name; of a list, its elements."""
+    """Parts of a model by name; a list of modules is replaced by its elements."""
     found: list[nn.Module] = []
     for name in names:
         part = model.get_submodule(name)
@@ -92,7 +92,7 @@ def parts(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def tensors_of(match: Match) -> dict[str, Tensor]:
-    """The tensors of a file under its own keys, mapped, but for those that no model needs."""
+    """A file's tensors by the file's keys, mapped, without those that no model needs."""
     needless = re.compile("|".join(match.format.extras) or r"(?!)")
     stored = {
         key: match.tensor(key)
@@ -108,15 +108,15 @@ def noise(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def times(generator: torch.Generator, batch: int) -> Tensor:
-    """Times that 1000 multiplies exactly."""
+    """Random times (b,), multiples of 1/64, so that multiplying by 1000 is exact."""
     return torch.randint(1, 65, (batch,), generator=generator) / 64
 
 
 class Side(ABC):
-    """How a kind of model is run here and there.
+    """How to run one kind of model, ours and the peer's.
 
     Attributes:
-        our_blocks, their_blocks: names of the parts that are widened one at a time.
+        our_blocks, their_blocks: names of the parts whose weights are converted one at a time.
     """
 
     our_blocks: tuple[str, ...] = ()
@@ -124,19 +124,25 @@ class Side(ABC):
 
     @abstractmethod
     def inputs(self, model: Any, size: Mapping[str, int], generator: torch.Generator) -> Inputs:
-        """Random ones that fit our model; `size`: height, width, text_length, batch_size."""
+        """Random inputs for our model.
+
+        Args:
+            model: our model.
+            size: height and width in pixels, text_length in tokens, and batch_size.
+            generator: source of randomness.
+        """
 
     @abstractmethod
     def ours(self, model: Any, x: Inputs, stages: Stages) -> None:
-        """Run our model, and keep what its parts compute."""
+        """Run our model, recording its stages."""
 
     @abstractmethod
     def peer(self, match: Match, config: Config) -> nn.Module:
-        """The peer's model with a file's weights."""
+        """The peer's model with the weights of a file."""
 
     @abstractmethod
     def theirs(self, model: Any, x: Inputs, stages: Stages) -> None:
-        """Run the peer's model, and keep what its parts compute, under our names."""
+        """Run the peer's model, recording its stages under our names."""
 
 
 class TransformerSide(Side):
@@ -271,13 +277,12 @@ class CLIPSide(Side):
         tensors, width = tensors_of(match), config["hidden_size"]
         with torch.device("meta"), Unfilled():
             model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
-        # Where a single file has none or one that is not read, diffusers' converter puts the
-        # identity.
+        # diffusers' converter uses the identity if a single file has no projection or an unread one
         if match.format.identity not in tensors:
             tensors["text_projection.weight"] = torch.eye(width)
         model.load_state_dict(tensors, assign=True)
         positions = torch.arange(config["max_position_embeddings"])[None]
-        model.text_model.embeddings.position_ids = positions  # in no file: still on meta
+        model.text_model.embeddings.position_ids = positions  # not in the file: still on meta
         return model
 
     def theirs(self, model: Any, x: Inputs, stages: Stages) -> None:
@@ -316,7 +321,7 @@ class T5Side(Side):
         tensors = tensors_of(match)
         with torch.device("meta"), Unfilled():
             model = T5EncoderModel(T5Config(**config))
-        # One tensor under two names, of which files have one or both.
+        # One tensor has two names; a file contains one or both.
         names = ("shared.weight", "encoder.embed_tokens.weight")
         tensors |= dict.fromkeys(names, next(tensors[name] for name in names if name in tensors))
         model.load_state_dict(tensors, assign=True)
@@ -360,7 +365,7 @@ class ControlNetSide(Side):
         from diffusers import SD3ControlNetModel
 
         tensors = tensors_of(match)
-        if match.format.layout == "original":  # which diffusers does not read: by our table
+        if match.format.layout == "original":  # diffusers cannot read it: rename by our table
             with torch.device("meta"), Unfilled():
                 renamed = build(match.format.describe(match.infos, {}))
             load_into(renamed, match)

@@ -1,7 +1,7 @@
 """Random weights of the published sizes, as files in the published layout.
 
-Every tensor is drawn under its own key and written at once: the memory needed is that of the
-largest tensor, and a tensor that a format stores twice is the same twice.
+Every tensor is drawn with a generator of its own key and written immediately: the largest tensor
+determines the memory needed, and a tensor that a format stores twice has the same values twice.
 """
 
 import json
@@ -22,7 +22,7 @@ from mmdit.keys import generator_for
 from mmdit.registry import build
 
 SIZES = (*PRESETS, "tiny")
-FULL_SIZE = ("mmdit", "autoencoder")  # unless more is asked for: T5 alone has 9.5 GB
+FULL_SIZE = ("mmdit", "autoencoder")  # the default at published sizes: T5 alone has 9.5 GB
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "clip_l": {"class": "CLIPTextModel", "width": 768, "depth": 12, "num_heads": 12},
@@ -92,7 +92,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def models_of_size(name: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
-    """The models that a size has, of the kinds asked for, on meta."""
+    """The models of a size, limited to the given kinds, on the meta device."""
     described = TINY if name == "tiny" else published(name)
     with torch.device("meta"), Unfilled():
         return {kind: build(described[kind]) for kind in kinds if kind in described}
@@ -127,9 +127,19 @@ def size_of(model: nn.Module) -> int:
 def write_random(
     models: Mapping[str, nn.Module], folder: Path, *, seed: int, name: str
 ) -> dict[str, Path]:
-    """Files of random bfloat16 weights, by kind: a ControlNet has its own, as it is published.
+    """Write random bfloat16 weights; a ControlNet gets a file of its own, as when published.
 
-    What shapes do not tell stands in the header where no published size tells it, either.
+    For the tiny size, headers contain what cannot be inferred from shapes; for published sizes the
+    preset determines it.
+
+    Args:
+        models: models by kind, on the meta device.
+        folder: an existing folder.
+        seed: seed of the weights.
+        name: of SIZES; part of the files' names.
+
+    Returns:
+        Paths by kind.
     """
     together = {kind: model for kind, model in models.items() if kind != "controlnet"}
     apart = {kind: model for kind, model in models.items() if kind == "controlnet"}
@@ -143,7 +153,7 @@ def write_random(
 
 
 def drawn_tensors(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every key of the original layout: under which key it is drawn, and its shape."""
+    """Keys of the original layout, each with the key that seeds its values, and its shape."""
     tensors = {}
     for kind, model in models.items():
         format = next(f for f in FORMATS if f.kind == kind and f.layout == "original")
@@ -161,7 +171,7 @@ def write(
     seed: int,
     metadata: Mapping[str, str],
 ) -> None:
-    """A safetensors file, tensor by tensor."""
+    """Write a safetensors file, tensor by tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for key, (_, shape) in tensors.items():
@@ -179,10 +189,10 @@ def write(
 
 
 def draw(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Values that keep activations near 1, and leave nothing at its initial value."""
+    """Random values that keep activations near 1, none of them an initial value."""
     generator = generator_for(seed, "weights", key)
     noise = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
-    if len(shape) == 1:  # of norms around 1, else around 0
+    if len(shape) == 1:  # norm weights around 1, biases around 0
         return noise.mul_(0.1).add_(1.0 if key.endswith("weight") else 0.0)
     if key == "pos_embed":
         return noise

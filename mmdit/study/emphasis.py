@@ -1,4 +1,4 @@
-"""What a formulation emphasizes, written down at the start of a run."""
+"""Which noise levels a formulation emphasizes, recorded at the start of a run."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,15 @@ log = logger(__name__)
 
 
 def report_formulation(objective: Objective, folder: Path, points: int = 400) -> None:
-    """Write `objective.json` and `objective.png`: where t is drawn, and the effective weight.
+    """Write the density of training and the effective weight over log-SNR, and log a summary.
 
-    Over the log-SNR lambda, which all paths share: the density from which training draws, and w of
-    Eq. 12, each relative to its greatest value.
+    `objective.json` has the density of the drawn times and w of Eq. 12, `objective.png` both over
+    the log-SNR lambda, which all paths share, each relative to its maximum.
+
+    Args:
+        objective: the formulation.
+        folder: where the files are written.
+        points: number of times t, equally spaced in (0, 1).
     """
     t = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     log_snr, density = objective.path.log_snr(t), objective.density(t)

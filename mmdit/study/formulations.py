@@ -1,7 +1,7 @@
 """The 61 formulations of the paper's study (Sec. 5.1).
 
-Each names the family in `configs/objective/` that it belongs to, and what it sets there. The study
-has no shift, so each takes back that of `train.yaml`.
+Each has a family in `configs/objective/` and the values that it sets there. The study uses no
+shift, so each formulation resets that of `train.yaml`.
 """
 
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ EDM_P_S = (0.6, 1.2, 1.8)
 
 
 class Formulation(NamedTuple):
-    """A row of the study: its name in the paper, and what it sets."""
+    """A formulation of the study: its name in the paper, and its settings."""
 
     name: str
     family: str  # objective/<family>.yaml
-    settings: dict[str, Any]  # of the objective
+    settings: dict[str, Any]  # overrides of the family's objective
 
     @property
     def option(self) -> str:
-        """The name as an option of a group: rf_lognorm_0.50_1.00 for rf/lognorm(0.50,1.00)."""
+        """The name as a config option: rf_lognorm_0.50_1.00 for rf/lognorm(0.50,1.00)."""
         return self.name.replace("/", "_").replace("(", "_").replace(",", "_").rstrip(")")
 
 

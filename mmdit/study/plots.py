@@ -1,7 +1,7 @@
-"""The plots of a study's report, by matplotlib: twenty and more variants in one frame, each named.
+"""The plots of a study's report, made with matplotlib, for twenty or more labelled variants.
 
-A colour is a family of formulations ("rf/lognorm"); its members differ in shade, line and marker.
-Where points have no room for names they carry their places in the ranking.
+A colour stands for a family of formulations ("rf/lognorm"); its members differ in shade, line and
+marker. Where there is no room for names, points are labelled with their places in the ranking.
 """
 
 import io
@@ -29,7 +29,7 @@ INK, GRID = "#222222", "#e3e3e3"
 
 
 class Style(NamedTuple):
-    """How a variant is drawn in every plot."""
+    """The appearance of a variant, the same in every plot."""
 
     place: int  # in the ranking, from 1
     colour: tuple[float, float, float]
@@ -38,7 +38,7 @@ class Style(NamedTuple):
 
 
 def styles(variants: Sequence[str]) -> dict[str, Style]:
-    """Styles of the variants, given best first."""
+    """Styles by variant; `variants` are ordered from the best to the worst."""
     families: dict[str, list[str]] = {}
     for variant in variants:
         families.setdefault(re.split(r"[( ]", variant)[0], []).append(variant)
@@ -58,7 +58,7 @@ def styles(variants: Sequence[str]) -> dict[str, Style]:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a file's content; the same figure gives the same bytes."""
+    """The figure as PNG bytes; the same figure always gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
@@ -109,7 +109,7 @@ def scores_by_steps(records: Sequence[Record], look: Mapping[str, Style], weight
 
 
 def trade_off(records: Sequence[Record], look: Mapping[str, Style], weights: str) -> bytes:
-    """CLIP score against Frechet distance in each sampler setting; the first front is joined."""
+    """CLIP score against Frechet distance for each sampler setting, with a line along front 1."""
     rows = [
         {**row, "variant": record["variant"], "seed": record["seed"]}
         for record in records
@@ -150,7 +150,7 @@ def trade_off(records: Sequence[Record], look: Mapping[str, Style], weights: str
 def loss_by_flops(
     figures: Sequence[Record], look: Mapping[str, Style], law: PowerLaw | None
 ) -> bytes:
-    """Validation loss against the operations of training, one point a run (Figure 8)."""
+    """Validation loss against training FLOPs, one point per run (Figure 8)."""
     figure = _figure(9, max(4.2, 0.19 * len(look) + 1.2))
     axes = figure.add_subplot()
     ends = []
@@ -182,7 +182,7 @@ def loss_by_flops(
 
 
 def loss_and_accuracy(figures: Sequence[Record], look: Mapping[str, Style]) -> bytes:
-    """Accuracy against validation loss: the mean of each variant, joined to its runs."""
+    """Accuracy against validation loss: each variant's mean, connected to its runs."""
     figure = _figure(8, 5.2)
     axes = figure.add_subplot()
     for variant, style in look.items():
@@ -227,7 +227,7 @@ def _frame(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _log_y(axes: Axes) -> None:
-    """Logarithmic, with plain round numbers as ticks: scores seldom span a power of ten."""
+    """Make y logarithmic with round numbers as ticks: scores rarely span a power of ten."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -235,8 +235,8 @@ def _log_y(axes: Axes) -> None:
 
 
 def _numbered(axes: Axes, x: float, y: float, style: Style) -> None:
-    """A disc that carries the variant's place in the ranking."""
-    order = 3 + 1 / style.place  # better ones lie on top, each number with its disc
+    """Draw a disc with the variant's place in the ranking."""
+    order = 3 + 1 / style.place  # better ones on top, each number on its own disc
     bright = 0.3 * style.colour[0] + 0.59 * style.colour[1] + 0.11 * style.colour[2] > 0.6
     axes.plot(
         *([x], [y], "o"),
@@ -261,10 +261,10 @@ def _numbered(axes: Axes, x: float, y: float, style: Style) -> None:
 def _name_at_the_right(
     figure: Figure, axes: Axes, ends: Iterable[tuple[float, float, str]], look: Mapping[str, Style]
 ) -> None:
-    """Place and name of each curve beside the frame, spread so that none covers another."""
+    """Label each curve with its place and name at the right, spread so that none overlap."""
     ends = sorted(ends, key=lambda end: end[1])
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high)  # what is written beside must not widen the frame
+    axes.set_ylim(low, high)  # labels must not change the limits
     to_share = axes.transScale + axes.transLimits
     shares = [float(to_share.transform((x, y))[1]) for x, y, _ in ends]
     line_height = 0.155 / (axes.get_position().height * figure.get_figheight())
@@ -294,10 +294,10 @@ def _name_at_the_right(
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, moved to be at least `gap` apart and in [0, 1].
+    """Move ascending heights so that they are at least `gap` apart and lie in [0, 1].
 
-    The sum of the squared moves is least: less i gaps, the i-th height must only not fall, and
-    neighbours that would fall share their mean (isotonic regression).
+    The sum of squared displacements is minimal: after subtracting i gaps from the i-th height, the
+    heights must not decrease, which is isotonic regression (decreasing neighbours are averaged).
     """
     groups: list[list[float]] = []
     for i, height in enumerate(heights):

@@ -52,11 +52,11 @@ class Features(Protocol):
 class StudyProtocol:
     """Samples the same prompts under every setting and computes the study's metrics.
 
-    These are the CLIP score, Frechet and kernel distance of CLIP's image features to those of real
-    images of the same kinds of scenes, and compositional accuracy.
+    These are the CLIP score, the Frechet and kernel distances of CLIP's image features to those of
+    real images of the same kinds of scenes, and compositional accuracy.
 
     Args:
-        samples: number of images per setting, one per scene, over all six tasks in turn.
+        samples: number of images per setting, one per scene, cycling through the six tasks.
         references: number of real images to compare with.
         seed: image i starts from the noise of seed + i.
         batch_size: number of images per batch.
@@ -70,7 +70,7 @@ class StudyProtocol:
     ) -> None:
         if samples < len(TASKS) or references < 2 or batch_size < 1:
             raise UserError(
-                f"metrics: samples {samples} must be at least {len(TASKS)} (one scene a task), "
+                f"metrics: samples {samples} must be at least {len(TASKS)} (one scene per task), "
                 f"references {references} at least 2, batch_size {batch_size} at least 1"
             )
         self.samples, self.references = samples, references
@@ -91,19 +91,19 @@ class StudyProtocol:
         progress: Progress | None = None,
         autocast: Autocast = nullcontext,
     ) -> list[dict[str, Any]]:
-        """A row of metrics for each of `SETTINGS`.
+        """Metrics for each of `SETTINGS`.
 
         Args:
             pipe: the model.
             features: CLIP, the same for all models that are compared.
-            data: the split that scenes and real images are taken from.
+            data: the split from which scenes and real images are taken.
             progress: called after every solver step, as in `Pipeline.denoise`.
-            autocast: precision of the model; `features` computes in its own.
+            autocast: context that sets the model's precision; `features` has its own.
         """
         scenes = scenes_of(data, self.samples)
         prompts = [short_caption(scene) for scene in scenes]
         text_features = features.text_features(prompts)
-        # Different scenes from those sampled, of the same kinds.
+        # Scenes of the same kinds, but not those sampled.
         others = scenes_of(data, self.references, start=self.samples)
         real = features.image_embeddings(
             torch.stack([torch.from_numpy(data.render(scene)) for scene in others])
@@ -130,7 +130,7 @@ class StudyProtocol:
     def _sample(
         self, pipe: Pipeline, prompts: Sequence[str], setting: Setting, progress: Progress | None
     ) -> tuple[Tensor, float]:
-        """Images (n, h, w, 3) uint8, and evaluations of the network for each."""
+        """Images (n, h, w, 3) uint8, and network evaluations per image."""
         images = []
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
@@ -146,6 +146,6 @@ class StudyProtocol:
 
 
 def scenes_of(data: Shapes, count: int, *, start: int = 0) -> list[Scene]:
-    """`count` scenes, the tasks in turn, from the one numbered `start` on."""
+    """`count` scenes, cycling through the tasks, beginning with number `start`."""
     numbers = range(start, start + count)
     return [data.scene_for_task(TASKS[i % len(TASKS)], i // len(TASKS)) for i in numbers]

@@ -1,8 +1,9 @@
 """The study's statistics: non-dominated sorting, averaged ranks, correlations, trends (Sec. 5.1).
 
-For every control setting the variants that no other beats in CLIP score (up) and Frechet distance
-(down) get the rank 1 and are taken out; of the rest the unbeaten get 2, and so on. A variant's
-ranks are averaged over the settings. Only the order of the scores counts, so their units do not.
+In every control setting, the variants that no other dominates in CLIP score (higher is better) and
+Frechet distance (lower is better) get rank 1 and are removed; those then not dominated get rank 2,
+and so on. A variant's ranks are averaged over the settings. Only the order of scores matters, not
+their units.
 """
 
 import math
@@ -17,18 +18,18 @@ from mmdit.errors import UserError
 from mmdit.keys import generator_for
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
-MOST_NAMED = 10  # faults listed in a message
+MOST_NAMED = 10  # problems listed in a message
 
 
 class Point(NamedTuple):
-    """What one variant scores in one control setting."""
+    """The scores of one variant in one control setting."""
 
-    clip: float  # more is better
-    fd: float  # less is better
+    clip: float  # higher is better
+    fd: float  # lower is better
 
 
 class Run(NamedTuple):
-    """The scores of one training run: of one variant, from one seed, on one dataset."""
+    """The scores of one training run: one variant, seed and dataset."""
 
     variant: str
     seed: int
@@ -42,14 +43,14 @@ class Run(NamedTuple):
 
 
 class Control(NamedTuple):
-    """What is the same for all variants that are ranked against each other."""
+    """A control setting, within which variants are ranked: a dataset and a sampler setting."""
 
     dataset: str
     setting: Hashable
 
 
 class RankTable(NamedTuple):
-    """The front number of every variant in every control setting, for each seed on its own."""
+    """The front number of every variant in every control setting, separately for each seed."""
 
     variants: list[str]
     seeds: list[int]
@@ -58,7 +59,7 @@ class RankTable(NamedTuple):
 
 
 class Average(NamedTuple):
-    """A mean over control settings and seeds; an interval only where there are several seeds."""
+    """A mean over control settings and seeds; without an interval if there is only one seed."""
 
     mean: float
     low: float | None
@@ -66,18 +67,18 @@ class Average(NamedTuple):
 
     @property
     def half_width(self) -> float | None:
-        """Half of the interval, the number after a plus-minus sign."""
+        """Half the width of the interval, the number after a plus-minus sign."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 def fronts(points: Sequence[Point]) -> NDArray[np.int64]:
     """The number of the non-dominated front of each point, from 1.
 
-    A point dominates another if it is no worse in both scores and better in one. Equal points
-    therefore do not dominate each other and share a front.
+    A point dominates another if it is no worse in both scores and better in at least one. Equal
+    points therefore do not dominate each other and share a front.
 
     Args:
-        points: finite.
+        points: finite scores.
     """
     clip, fd = np.array(points, dtype=np.float64).reshape(-1, 2).T
     no_worse = (clip[:, None] >= clip) & (fd[:, None] <= fd)
@@ -92,12 +93,12 @@ def fronts(points: Sequence[Point]) -> NDArray[np.int64]:
 def rank_table(runs: Sequence[Run], settings: Iterable[Hashable]) -> RankTable:
     """Sort the variants of every control setting into fronts.
 
-    Runs of one seed are ranked among themselves, as the paper ranks one run of each variant: scores
-    of different seeds are never mixed before they are sorted. The order of `runs` has no influence.
+    Runs are ranked within each seed, as the paper ranks one run of each variant: scores of
+    different seeds are never compared. The order of `runs` does not matter.
 
     Args:
         runs: one for every variant, seed and dataset.
-        settings: that each run must have scores in; others are not looked at.
+        settings: the sampler settings to rank in; each run must have scores in all of them.
 
     Raises:
         UserError: the runs cannot be compared, see `check`.
@@ -115,7 +116,7 @@ def rank_table(runs: Sequence[Run], settings: Iterable[Hashable]) -> RankTable:
 
 
 def check(runs: Sequence[Run], settings: Sequence[Hashable]) -> None:
-    """Refuse runs whose ranks would mean nothing.
+    """Reject runs that cannot be compared.
 
     Raises:
         UserError: fewer than two variants; different protocols or sample counts; a variant, seed
@@ -123,8 +124,8 @@ def check(runs: Sequence[Run], settings: Sequence[Hashable]) -> None:
     """
     variants = sorted({run.variant for run in runs})
     if len(variants) < 2:
-        found = f"the only one is {variants[0]}" if variants else "there is none"
-        raise UserError(f"a ranking compares at least 2 variants, {found}")
+        found = f"the only one is {variants[0]}" if variants else "there are none"
+        raise UserError(f"a ranking compares at least 2 variants, but {found}")
     for field in ("protocol", "samples"):
         holders: dict[Any, Run] = {}
         for run in runs:
@@ -158,12 +159,12 @@ def check(runs: Sequence[Run], settings: Sequence[Hashable]) -> None:
             for run, setting in wanted
             if not all(math.isfinite(score) for score in run.points[setting])
         ),
-        "scores must be finite numbers; they are not of",
+        "scores must be finite numbers; these are not:",
     )
 
 
-def _refuse(faults: Iterable[str], what: str) -> None:
-    found = list(faults)
+def _refuse(problems: Iterable[str], what: str) -> None:
+    found = list(problems)
     if found:
         more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise UserError(f"{what} {'; '.join(found[:MOST_NAMED])}{more}")
@@ -179,16 +180,17 @@ def average_ranks(
     """Each variant's rank, averaged over the chosen control settings, then over the seeds.
 
     The interval is the 95 % percentile bootstrap over seeds: seeds are drawn with replacement, the
-    same for all variants, whose runs share them. It is never wider than the range of the seeds, so
-    of two or three it means little more than that.
+    same ones for all variants. It is never wider than the range over the seeds; with two or three
+    seeds it is little more informative than that range.
 
     Args:
-        chosen: which control settings count.
-        resamples: how many times the seeds are drawn.
-        seed: of these draws.
+        table: the front numbers.
+        chosen: whether a control setting is included.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
 
     Returns:
-        None where no setting is chosen.
+        Averages by variant, or None if no setting is chosen.
     """
     columns = [i for i, control in enumerate(table.controls) if chosen(control)]
     if not columns:
@@ -215,9 +217,9 @@ class Correlation(NamedTuple):
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
-    """Pearson's and Spearman's coefficients; None for fewer than three points or a constant.
+    """Pearson's and Spearman's coefficients; None for fewer than three points or constant values.
 
-    Spearman's is Pearson's of the ranks, where equal values share the mean of their ranks.
+    Spearman's is Pearson's coefficient of the ranks, where equal values share their mean rank.
     """
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return None
@@ -235,7 +237,7 @@ def _ranks(values: Floats) -> Floats:
 
 
 class PowerLaw(NamedTuple):
-    """y = scale * x ** exponent, and the share of the variance of log y that it explains."""
+    """y = scale * x ** exponent, with the fraction of the variance of log y that it explains."""
 
     scale: float
     exponent: float
@@ -246,11 +248,11 @@ class PowerLaw(NamedTuple):
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The straight line through positive points in log-log axes, by least squares.
+    """Fit a power law to positive points by least squares in log-log space.
 
     Returns:
-        None where there are fewer than three x more than 10 % apart: two budgets fix no trend, and
-        runs of matched cost lie at nearly the same place.
+        None if fewer than three x are more than 10 % apart: two budgets do not determine a trend,
+        and runs of matched cost have nearly the same x.
     """
     apart: list[float] = []
     for value in sorted(x):

@@ -1,4 +1,4 @@
-"""Reads scores for the ranking: the `scores.json` of run folders, or a plain table of scores."""
+"""Reads scores for the ranking: the `scores.json` files of run folders, or a table of scores."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from mmdit.study.ranking import Point, Run
 
 
 class Setting(NamedTuple):
-    """A sampler setting and the weights that it runs with, or the name that a table gives to it."""
+    """A sampler setting and the weights that it is used with, or the name of a table's setting."""
 
     weights: str
     steps: int | None
@@ -30,7 +30,14 @@ SETTINGS = [Setting(weights, *sampler) for weights in ("ema", "raw") for sampler
 
 
 def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The `scores.json` of each run folder, and notes on omissions and differences."""
+    """Read the `scores.json` of each run folder.
+
+    Returns:
+        The records, and notes on omissions and differences.
+
+    Raises:
+        UserError: there is no such folder, there are no scores in it, or a file is invalid.
+    """
     if not folder.is_dir():
         raise UserError(f"runs={folder}: there is no such folder")
     runs = runs_in(folder)
@@ -49,17 +56,17 @@ def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     scored = {file.parent for file in files}
     unscored = [run.relative_to(folder).as_posix() for run in runs if run not in scored]
     if unscored:
-        notes.append(f"Left out, having no scores.json: {', '.join(unscored)}.")
+        notes.append(f"Ignored, without scores.json: {', '.join(unscored)}.")
     others = sum(setting_of(row) not in SETTINGS for r in records for row in r["scores"])
     if others:
-        notes.append(f"Left out, being no setting of the protocol: {others} scores.")
+        notes.append(f"Ignored, in other settings than the protocol's: {others} scores.")
     for record in records:
         losses = [record["validation"][weights]["loss"] for weights in ("ema", "raw")]
         if None in map(finite, losses):
-            notes.append(f"RUINED, its validation loss is not finite: {as_run(record)}.")
+            notes.append(f"DIVERGED, the validation loss is not finite: {as_run(record)}.")
         if skipped := record["training"].get("skipped_steps"):
             steps = record["training"]["steps"]
-            notes.append(f"{skipped} of {steps} steps left out, not finite: {as_run(record)}.")
+            notes.append(f"{skipped} of {steps} steps skipped, not finite: {as_run(record)}.")
     for key in ("steps", "batch_size"):
         values = sorted({record["training"][key] for record in records})
         if len(values) > 1:
@@ -86,7 +93,7 @@ def read_scores(file: Path) -> dict[str, Any]:
     """Read and validate one `scores.json`.
 
     Raises:
-        UserError: it is not JSON, lacks a field, has another protocol, or has a setting twice.
+        UserError: it is not JSON, lacks a field, has another protocol, or has a duplicate setting.
     """
     record = read_json(file)
     if not isinstance(record, dict):
@@ -97,7 +104,7 @@ def read_scores(file: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(record.get(name), kind) or isinstance(record.get(name), bool):
             raise UserError(
-                f"{file}: {name} is {record.get(name)!r}, and must be of type {kind.__name__}"
+                f"{file}: {name} is {record.get(name)!r}, but must be of type {kind.__name__}"
             )
     need(file, "training", record["training"], TRAINING_FIELDS)
     for name in TRAINING_FIELDS:
@@ -115,38 +122,41 @@ def read_scores(file: Path) -> dict[str, Any]:
             raise UserError(f"{file}: scores[{i}] needs names for weights and solver")
         key = tuple(row[name] for name in SCORE_FIELDS[:4])
         if key in seen:
-            raise UserError(f"{file}: scores[{i}] has a setting that is there already: {key}")
+            raise UserError(f"{file}: scores[{i}] repeats a setting: {key}")
         seen.add(key)
     return record
 
 
 def need(file: Path, where: str, value: Any, names: Sequence[str]) -> None:
-    """Refuse anything but an object with these fields."""
+    """Raise UserError unless `value` is an object with these fields."""
     missing = [n for n in names if n not in value] if isinstance(value, dict) else list(names)
     if missing:
         raise UserError(f"{file}: {where} has no {', '.join(missing)}")
 
 
 def as_run(record: Mapping[str, Any]) -> Run:
-    """The scores of the protocol's settings."""
+    """A record as a run to rank, with its scores in the protocol's settings."""
     points = {
         setting: point(row) for row in record["scores"] if (setting := setting_of(row)) in SETTINGS
     }
     facts = {name: record[name] for name in ("variant", "seed", "dataset", "samples")}
     # Scores are comparable only with the same number of references and the same noise.
-    beside = [f"{name} {record[name]}" for name in ("references", "noise_seed") if name in record]
-    protocol = ", ".join([record["protocol"], *beside])
+    further = [f"{name} {record[name]}" for name in ("references", "noise_seed") if name in record]
+    protocol = ", ".join([record["protocol"], *further])
     return Run(**facts, protocol=protocol, points=points)
 
 
 def setting_of(row: Mapping[str, Any]) -> Setting | None:
-    """The setting of a row of scores; None if another solver than the protocol's made them."""
+    """The setting of a row of scores; None if its solver is not the protocol's."""
     setting = Setting(row["weights"], row["steps"], float(row["guidance"]))
     return setting if row["solver"] == SOLVER else None
 
 
 def read_table(file: Path) -> tuple[list[Run], list[Setting]]:
-    """Rows {variant, setting, clip, fd}, with steps and guidance where known; and their settings.
+    """Read a table of rows {variant, setting, clip, fd}, optionally with steps and guidance.
+
+    Returns:
+        One run per variant, and all settings.
 
     Raises:
         UserError: it is not a list of such rows, or a variant has a setting twice.
@@ -159,11 +169,11 @@ def read_table(file: Path) -> tuple[list[Run], list[Setting]]:
         need(file, f"row {i}", row, ("variant", "setting", "clip", "fd"))
         sampler = (row.get("steps"), row.get("guidance"))
         if not all(value is None or is_number(value) for value in sampler):
-            raise UserError(f"{file}: row {i} needs numbers, or none, for steps and guidance")
+            raise UserError(f"{file}: steps and guidance of row {i} must be numbers or absent")
         points = by_variant.setdefault(str(row["variant"]), {})
         setting = Setting("", *sampler, str(row["setting"]))
         if setting in points:
-            raise UserError(f"{file}: row {i} has {row['variant']}, {setting} a second time")
+            raise UserError(f"{file}: row {i} repeats {row['variant']}, {setting}")
         points[setting] = point(row)
     settings = list(dict.fromkeys(s for points in by_variant.values() for s in points))
     runs = [Run(v, 0, "", "table", None, points) for v, points in by_variant.items()]
@@ -186,7 +196,11 @@ def finite(value: Any) -> float | None:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file."""
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -40,13 +40,17 @@ details { margin: 0.4em 0; } summary { cursor: pointer; }
 
 
 def write_report(out: Path, result: Record, records: Sequence[Record], suffix: str = "") -> Path:
-    """Write `report<suffix>.html`, and its plots as PNG files beside it.
+    """Write `report<suffix>.html`, and its plots as PNG files next to it.
 
     Args:
         out: an existing folder.
-        result: content of `rank.json`.
-        records: content of each `scores.json`, with the `folder` it lies in; none for a plain
-            table, whose report has no plots.
+        result: the content of `rank.json`.
+        records: the content of each `scores.json`, with its `folder`; empty for a table of scores,
+            whose report has no plots.
+        suffix: appended to the names of all files.
+
+    Returns:
+        The path of the report.
     """
     sections = [
         "<h1>Ranking of training formulations</h1>",
@@ -73,7 +77,7 @@ def write_report(out: Path, result: Record, records: Sequence[Record], suffix: s
 
 
 def _escaped(text: str) -> str:
-    """Text from outside as HTML."""
+    """Untrusted text as HTML."""
     return html.escape(printable(text))
 
 
@@ -101,7 +105,7 @@ def _summary(result: Record) -> str:
         f"{len(result['variants'])} variants in {len(result['controls'])} control settings. In "
         "every setting the variants are sorted into non-dominated fronts of (CLIP score up, "
         "Fréchet distance down); a variant's rank is its front number, averaged over the settings "
-        "(arXiv 2403.03206, Section 5.1). Less is better."
+        "(arXiv 2403.03206, Section 5.1). Lower is better."
     ]
     if result["runs"]:
         facts.append(
@@ -112,14 +116,14 @@ def _summary(result: Record) -> str:
     if len(result["seeds"]) > 1:
         facts.append(
             f"± is half of the 95 % percentile bootstrap interval over {len(result['seeds'])} "
-            f"seeds ({result['resamples']} resamples, seed {result['seed']}); of few seeds it "
+            f"seeds ({result['resamples']} resamples, seed {result['seed']}); with few seeds it "
             "is merely their range."
         )
     return "\n".join(f"<p>{_escaped(fact)}</p>" for fact in [*facts, *result["notes"]])
 
 
 def rank_cell(rank: Record | None) -> str:
-    """`1.54 ± 0.20`, without the interval where there is none; a dash where no setting counts."""
+    """`1.54 ± 0.20`, or without the interval if there is none; a dash if there is no rank."""
     if rank is None:
         return DASH
     average = Average(**rank)
@@ -139,12 +143,12 @@ def _ranks(result: Record) -> str:
         for place, row in enumerate(result["variants"], 1)
     ]
     heads = ["", "variant", *columns, *(f"paper: {name}" for name in columns)]
-    note = f"Paper: Table 1, which shows two members of each family; {DASH} is not shown there."
+    note = f"Paper: Table 1, which shows two members of each family; {DASH}: not shown there."
     return f"<h2>Ranks</h2>\n{table(heads, rows)}\n<p>{note}</p>"
 
 
 def _fronts(result: Record) -> str:
-    """The front numbers as a map of colours: dark is the first front."""
+    """The front numbers as a heat map, darkest for the first front."""
     worst = max(max(map(max, row["fronts"])) for row in result["variants"])
     lines = []
     for place, row in enumerate(result["variants"], 1):
@@ -183,7 +187,7 @@ def _setting_head(control: Record) -> str:
 
 
 def _figures_table(result: Record) -> str:
-    """Loss and scores of each variant; the standard deviation over seeds beside the mean."""
+    """Loss and scores of each variant: mean, and standard deviation over seeds."""
     names = {"loss": "validation loss", "clip": "CLIP score", "fd": "Fréchet distance"}
     names |= {"kid": "KID", "accuracy": "accuracy"}
     digits = {"loss": 4, "clip": 3, "fd": 2, "kid": 4, "accuracy": 3}
@@ -212,7 +216,7 @@ def _figures_table(result: Record) -> str:
 
 
 def mean_cell(values: Sequence[float | None], digits: int) -> str:
-    """The mean, with the standard deviation of several values; a dash where one is missing."""
+    """The mean, and the standard deviation of several values; a dash if one is missing."""
     numbers = [value for value in values if value is not None]
     if not numbers or len(numbers) < len(values):
         return DASH
@@ -239,7 +243,7 @@ def _runs(result: Record) -> str:
 
 
 def _plots(out: Path, result: Record, records: Sequence[Record], suffix: str) -> list[str]:
-    from mmdit.study import plots  # matplotlib is an extra: `eval/rank.py` looks for it
+    from mmdit.study import plots  # matplotlib is an extra: `eval/rank.py` checks for it
 
     look = plots.styles([row["variant"] for row in result["variants"]])
     sections = ["<h2>Plots</h2>", "<p>Numbers are places in the ranking.</p>"]
@@ -263,7 +267,7 @@ def _plots(out: Path, result: Record, records: Sequence[Record], suffix: str) ->
             f"trade_off-{dataset}",
             plots.trade_off(here, look, "ema"),
             f"{dataset}: CLIP score against Fréchet distance in the six sampler settings, averaged "
-            "weights, means over the seeds. Grey joins the variants that no other beats in both.",
+            "weights, means over the seeds. Grey connects the variants that no other dominates.",
         )
         figures = [f for f in result["figures"] if f["dataset"] == dataset]
         figures = [f for f in figures if f["loss"] is not None]
@@ -276,7 +280,7 @@ def _plots(out: Path, result: Record, records: Sequence[Record], suffix: str) ->
                 f"loss_by_flops-{dataset}",
                 plots.loss_by_flops(figures, look, law),
                 f"{dataset}: validation loss against training FLOPs (the paper's Figure 8); {fit}. "
-                "Only losses of one prediction and path can be compared.",
+                "Only losses of the same prediction and path are comparable.",
             )
         scored = [f for f in figures if f["accuracy"] is not None]
         if scored:
@@ -296,7 +300,7 @@ NO_PLOTS = (
 
 
 def correlation_text(correlations: Mapping[str, Record]) -> str:
-    """The coefficients in words."""
+    """The correlation coefficients as a sentence."""
     texts = [
         f"{kind} ({c['points']} runs): Pearson {c['pearson']:.2f}, Spearman {c['spearman']:.2f}"
         for kind, c in correlations.items()
@@ -305,7 +309,7 @@ def correlation_text(correlations: Mapping[str, Record]) -> str:
 
 
 def _figure(content: bytes, caption: str) -> str:
-    """A PNG within the page, and what it shows."""
+    """A PNG embedded in the page, with its caption."""
     data = base64.b64encode(content).decode()
     text = _escaped(caption)
     return (
@@ -315,7 +319,7 @@ def _figure(content: bytes, caption: str) -> str:
 
 
 def _samples(result: Record, records: Sequence[Record], width: int = 1000) -> list[str]:
-    """The newest grid of each run that has one, best variant first; wide ones made smaller."""
+    """The latest sample grid of each run that has one, best variant first, scaled to fit."""
     sections: list[str] = []
     for place, row in enumerate(result["variants"], 1):
         for record in records:

@@ -187,7 +187,7 @@ def test_a_study_is_ranked_with_the_papers_ranks_beside(report):
 
 
 def test_what_is_left_out_is_said(report):
-    assert "Left out, having no scores.json: half-done." in report[1]
+    assert "Ignored, without scores.json: half-done." in report[1]
 
 
 def test_trends_are_those_of_the_scores(report):
@@ -211,7 +211,7 @@ def test_runs_in_subfolders_are_ranked_and_what_they_left_out_is_noted(tmp_path)
     result = json.loads((tmp_path / "ranking" / "rank.json").read_text())
     assert len(result["runs"]) == 2
     assert all(run["run"].startswith("sweep/[a]/") for run in result["runs"])
-    assert any(re.match("3 of .* steps left out, not finite: ", note) for note in result["notes"])
+    assert any(re.match("3 of .* steps skipped, not finite: ", note) for note in result["notes"])
 
 
 def test_figures_that_a_study_lacks_leave_a_dash(tmp_path):
@@ -223,7 +223,7 @@ def test_figures_that_a_study_lacks_leave_a_dash(tmp_path):
     job({"runs": write_study(tmp_path, records)})
     text = (tmp_path / "ranking" / "rank.json").read_text()
     assert "NaN" not in text
-    assert f"RUINED, its validation loss is not finite: {VARIANTS[0]}" in text
+    assert f"DIVERGED, the validation loss is not finite: {VARIANTS[0]}" in text
     assert {f["variant"]: f["loss"] is None for f in json.loads(text)["figures"]} == {
         VARIANTS[0]: True,
         VARIANTS[1]: False,
@@ -320,7 +320,7 @@ MISTAKES = {
     "nan": (lambda r: r["scores"][3].update(fd=math.nan), "shapes: ema, 5 steps, guidance 5: clip"),
     "null": (lambda r: r["scores"][3].update(clip=None), "clip nan"),
     "row twice": (lambda r: r["scores"].append(r["scores"][2]), "scores[12] has a setting that is"),
-    "field": (lambda r: r.pop("samples"), "samples is None, and must be of type int"),
+    "field": (lambda r: r.pop("samples"), "samples is None, but must be of type int"),
     "deep field": (lambda r: r["training"].pop("flops"), "training has no flops"),
     "flops": (
         lambda r: r["training"].update(flops=0),
@@ -343,7 +343,7 @@ def test_runs_that_cannot_be_ranked_are_refused(name, tmp_path):
 def test_scores_of_other_settings_are_left_out_and_said(tmp_path):
     records = changed(lambda r: r["scores"].append({**r["scores"][0], "solver": "heun", "fd": 0}))
     read, notes = rank_input.read_runs(write_study(tmp_path, records))
-    assert notes == ["Left out, being no setting of the protocol: 1 scores."]
+    assert notes == ["Ignored, in other settings than the protocol's: 1 scores."]
     points = rank_input.as_run(read[1]).points
     assert points.keys() == set(SETTINGS)
     first = records[1]["scores"][0]
@@ -367,10 +367,10 @@ def test_unequal_training_is_said(tmp_path):
         ({"table": "bad.json"}, {}, "is not a readable JSON file"),
         ({"table": "object.json"}, {}, "must hold a JSON list"),
         ({"table": "row.json"}, {}, "row 0 has no setting, fd"),
-        ({"table": "twice.json"}, {}, "row 1 has a, x a second time"),
-        ({"table": "lists.json"}, {}, "row 0 needs numbers, or none, for steps and guidance"),
-        ({"table": "one.json"}, {}, "at least 2 variants, the only one is a"),
-        ({"table": "empty.json"}, {}, "at least 2 variants, there is none"),
+        ({"table": "twice.json"}, {}, "row 1 repeats a, x"),
+        ({"table": "lists.json"}, {}, "steps and guidance of row 0 must be numbers or absent"),
+        ({"table": "one.json"}, {}, "at least 2 variants, but the only one is a"),
+        ({"table": "empty.json"}, {}, "at least 2 variants, but there are none"),
         ({}, {"resamples": 3}, "resamples=3 must be a whole number of at least 100"),
         ({}, {"seed": -1}, "seed=-1 must be a whole number from 0 to"),
         ({}, {"report": "perhaps"}, "report='perhaps' must be true or false"),
@@ -399,7 +399,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path):
     write_study(tmp_path, [scores("rf")])
     done = run(f"runs={tmp_path}")
     assert done.returncode == 2
-    assert done.stderr == "a ranking compares at least 2 variants, the only one is rf\n"
+    assert done.stderr == "a ranking compares at least 2 variants, but the only one is rf\n"
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):

@@ -183,8 +183,8 @@ def test_the_interval_of_two_seeds_is_their_range():
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ([], "at least 2 variants, there is none"),
-        ([run("a", 0), run("a", 1)], "at least 2 variants, the only one is a"),
+        ([], "at least 2 variants, but there are none"),
+        ([run("a", 0), run("a", 1)], "at least 2 variants, but the only one is a"),
         (
             [run("a"), run("b", protocol="scores-2")],
             r"differ in protocol .*'scores-1' \(a, seed 0, shapes\); 'scores-2' \(b, seed 0",
@@ -199,7 +199,7 @@ def test_the_interval_of_two_seeds_is_their_range():
         ),
         (
             [run("a"), run("b", points=dict.fromkeys(SETTINGS, Point(0.3, math.nan)))],
-            "not of b, seed 0, shapes: 5 steps: clip 0.3, fd nan; b, .*: 50 steps",
+            "these are not: b, seed 0, shapes: 5 steps: clip 0.3, fd nan; b, .*: 50 steps",
         ),
         (
             [run("a"), run("b", points=dict.fromkeys(SETTINGS, Point(-math.inf, 1)))],
