@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from mmdit.checks import flag
+from mmdit.checks import flag, one_of
 from mmdit.cli.launch import Verbatim
 from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.loading import Run, Source, open_source
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast, autocast, chosen_dtype
-from mmdit.runs.checkpoint import newest_finished
+from mmdit.runs.checkpoint import WEIGHTS, newest_finished
 from mmdit.runs.status import clean_up_if_killed
 from mmdit.text.conditioning import ENCODERS
 
@@ -23,7 +23,7 @@ PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # paths, as typed
 # Files by which a folder of weights, or one of its subfolders, is recognized. Adapters are included
 # because they are rejected with a message of their own.
 NAMES = ("*.safetensors", "adapter_config.json")
-WEIGHTS = tuple(f"{folder}{name}" for folder in ("", "*/", "*/*/*/") for name in NAMES)
+WEIGHT_FILES = tuple(f"{folder}{name}" for folder in ("", "*/", "*/*/*/") for name in NAMES)
 
 
 class Subject(NamedTuple):
@@ -74,6 +74,7 @@ def open_named(
     Raises:
         UserError: there are none, or they cannot be read.
     """
+    one_of("weights", config.weights, WEIGHTS)  # before any file is searched for
     given: str | Path | None = text.get("checkpoint") or newest_finished(Path(config.runs))
     if given is None:
         raise UserError(
@@ -81,7 +82,7 @@ def open_named(
             "give checkpoint=<run folder, file or hub id>"
         )
     path = Path(given).expanduser()
-    if path.is_dir() and not any(any(path.glob(name)) for name in WEIGHTS):
+    if path.is_dir() and not any(any(path.glob(name)) for name in WEIGHT_FILES):
         raise UserError(
             f"checkpoint={given}: that folder has no complete checkpoint, and no other weights"
         )

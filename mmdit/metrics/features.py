@@ -48,8 +48,9 @@ def load_clip_features(
     Raises:
         UserError: `source` does not exist, is damaged, or is another kind of model.
     """
+    place = None if device is None else available(device)  # before any file is read
     opened = open_source(source, (), weights=weights, allow_pickle=allow_pickle, verify=verify)
-    return clip_features(opened, tokenizer=tokenizer, dtype=dtype, device=device)
+    return clip_features(opened, tokenizer=tokenizer, dtype=dtype, device=place)
 
 
 def clip_features(
