@@ -1,4 +1,4 @@
-"""Where things are computed."""
+"""Choosing the device to compute on."""
 
 import torch
 
@@ -6,13 +6,15 @@ from mmdit.errors import UserError
 
 
 def available(device: torch.device | str) -> torch.device:
-    """The device called 'cpu', 'cuda', 'cuda:1', ..., or 'auto': cuda where there is one.
+    """The device named 'cpu', 'cuda', 'cuda:1', ..., or 'auto': cuda if available, else cpu.
 
     Raises:
-        UserError: there is no such device here, or it computes nothing.
+        UserError: the device is not available, or is 'meta', which computes nothing.
     """
     if not isinstance(device, torch.device | str):
-        raise UserError(f"device={device} must be the name of a device, as cpu or cuda:1, or auto")
+        raise UserError(
+            f"device={device} must be the name of a device, such as cpu or cuda:1, or auto"
+        )
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

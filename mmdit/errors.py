@@ -1,4 +1,4 @@
-"""The one exception type that marks a user's mistake."""
+"""The exception type for users' mistakes, and one-line messages for other errors."""
 
 import errno
 import io
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from mmdit.printable import printable
 
-LONGEST_LINE = 5_000  # characters of a message; a value in it may have millions
+LONGEST_LINE = 5_000  # characters per line; a value in a message may have millions
 
 
 class UserError(ValueError):
-    """A user's mistake: its message is printed with no traceback, and the exit code is 2.
+    """A user's mistake: the message is printed without a traceback, and the exit code is 2.
 
     Args:
-        lines: of the message, usually one. Line breaks and other control characters in them come
-            from outside, as parts of names and values, and are escaped; what is longer than any
-            message is cut in its middle.
+        lines: lines of the message, usually one. Line breaks and other control characters in them
+            come from names and values, and are escaped; a line that is too long is cut in the
+            middle.
     """
 
     def __init__(self, *lines: object) -> None:
@@ -33,18 +33,18 @@ def _shortened(line: str) -> str:
 
 
 class NotFinite(UserError):
-    """Values came out NaN or infinite; the message names the stage and what to try."""
+    """Values are NaN or infinite; the message names the stage and suggests what to try."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, which is often a page; its type if it has none."""
-    if isinstance(error, KeyError):  # whose message is the key alone
+    """The first line of an exception's message, which may be long; its type if it has none."""
+    if isinstance(error, KeyError):  # its message is only the key
         return f"{error} is missing"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# What a file system says of a path that somebody named: no bug, wherever it shows.
-NOT_OURS = {
+# File-system errors about a path that the user named, which are never bugs.
+FILE_SYSTEM_ERRORS = {
     getattr(errno, name)
     for name in (
         *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP"),
@@ -57,12 +57,12 @@ NOT_OURS = {
 
 
 def path_trouble(error: OSError) -> str | None:
-    """One line on what the file system says of a path; None if that is not what failed.
+    """One-line message for an error of the file system; None for any other error.
 
-    An error of reading or writing an open file names no path: it is that of the function that was
-    at it.
+    An error of reading or writing an open file does not name its path, which is then looked up in
+    the local variables of the traceback.
     """
-    if error.errno not in NOT_OURS:
+    if error.errno not in FILE_SYSTEM_ERRORS:
         return None
     why = (error.strerror or type(error).__name__).lower()
     if error.filename is not None:

@@ -1,4 +1,4 @@
-"""Error messages for when an allocator, of a GPU or of the CPU, runs out of memory."""
+"""Clear error messages when the GPU or the CPU runs out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,8 @@ import torch
 
 from mmdit.errors import UserError
 
-# As C10's allocator of the CPU, CUDA's driver, cuBLAS and the kernel put it.
-SAYINGS = (
+# Messages of C10's CPU allocator, the kernel, CUDA's driver and cuBLAS.
+MESSAGES = (
     "DefaultCPUAllocator",
     "can't allocate memory",
     "Cannot allocate memory",
@@ -18,15 +18,19 @@ SAYINGS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this was raised for lack of memory."""
+    """Whether an error was raised because memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError | OSError) and any(s in str(error) for s in SAYINGS)
+    return isinstance(error, RuntimeError | OSError) and any(m in str(error) for m in MESSAGES)
 
 
 @contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
-    """Turn a lack of memory inside the block into a UserError: what was done, and what needs less.
+    """Turn an out-of-memory error inside the block into a UserError.
+
+    Args:
+        what: what the block does, for the message.
+        advice: what would need less memory, for the message.
 
     Raises:
         UserError: memory ran out.

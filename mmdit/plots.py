@@ -1,4 +1,4 @@
-"""Plots with Pillow alone: grids of captioned images, and curves of losses."""
+"""Plots drawn with Pillow only: grids of captioned images, and loss curves."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from mmdit.printable import printable
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Point: TypeAlias = tuple[float, float]
 
-LARGEST_GRID = 64  # images of a grid that can be looked at
+LARGEST_GRID = 64  # images in a grid that can still be viewed at once
 THUMBNAIL = 256  # pixels of a thumbnail's longer side
 INK, FAINT, PAPER = (40, 40, 40), (215, 215, 215), (255, 255, 255)
 PALETTE = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))
@@ -28,7 +28,7 @@ PALETTE = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 1
 def grid_image(
     images: Tensor, captions: Sequence[str], *, columns: int = 8, side: int = 128
 ) -> Image.Image:
-    """Images (n, h, w, 3) uint8, enlarged without smoothing, each above its caption."""
+    """A grid of images (n, h, w, 3) uint8, enlarged without smoothing, each above its caption."""
     font = ImageFont.load_default(11)
     columns = max(1, min(columns, len(images)))
     scale = max(1, side // images.shape[2])
@@ -49,15 +49,15 @@ def grid_image(
 
 
 def save_grid(images: Tensor, captions: Sequence[str], *, path: Path) -> Path:
-    """Write `grid_image` and give its path back."""
+    """Save `grid_image` as a PNG, and return the path."""
     write_atomically(path, png(grid_image(images, captions)))
     return path
 
 
 def png(image: Image.Image, **options: Any) -> bytes:
-    """An image as the bytes of a PNG file.
+    """Encode an image as PNG, to be written by the caller.
 
-    Pillow hides what the system says of a file that it cannot write, so we write files ourselves.
+    Pillow hides the system's error when it cannot write a file, so we write files ourselves.
     """
     data = io.BytesIO()
     image.save(data, format="PNG", **options)
@@ -65,7 +65,7 @@ def png(image: Image.Image, **options: Any) -> bytes:
 
 
 class Thumbnails:
-    """Small copies of images of one size, for a grid of them."""
+    """Collects small copies of images, all of one size, for a grid."""
 
     def __init__(self) -> None:
         self._images: list[Tensor] = []
@@ -79,14 +79,14 @@ class Thumbnails:
         self._captions.append(caption)
 
     def image(self) -> Image.Image:
-        """The grid of all of them."""
+        """The grid of all images added so far."""
         return grid_image(torch.stack(self._images), self._captions)
 
 
 def _wrapped(text: str, width: int, font: Font, most: int = 3) -> list[str]:
-    """At most `most` lines of at most `width` pixels; what does not fit ends in an ellipsis.
+    """Wrap text to at most `most` lines of `width` pixels; the rest is cut, with an ellipsis.
 
-    Lines break at spaces, and inside what has none: Chinese, Japanese, Thai, a long word.
+    Lines break at spaces, or anywhere in text without spaces: Chinese, Japanese, Thai, long words.
     """
     rest = printable(" ".join(text.split()))
     lines: list[str] = []
@@ -103,16 +103,16 @@ def _wrapped(text: str, width: int, font: Font, most: int = 3) -> list[str]:
 
 
 def _fitting(text: str, width: int, font: Font, suffix: str = "") -> int:
-    """How many characters of `text`, one at least, have room beside `suffix`, by bisection.
+    """Number of characters of `text`, at least one, that fit together with `suffix`; by bisection.
 
-    Never more than there are pixels, so that no text takes long, not even marks without width.
+    Never more than there are pixels, so that even text without width takes no time.
     """
     lengths = range(1, min(len(text), width) + 1)
     return max(1, bisect(lengths, False, key=lambda n: font.getlength(text[:n] + suffix) > width))
 
 
 def _before_mark(text: str, end: int) -> int:
-    """Where to break instead of between a letter and its accents or vowel signs."""
+    """Move a break back so as not to separate a letter from its accents or vowel signs."""
     start = end
     while start > 1 and unicodedata.category(text[start]).startswith("M"):
         start -= 1
@@ -125,42 +125,42 @@ def _cut(line: str, width: int, font: Font) -> str:
     return f"{line[: _fitting(line, width, font, '…')]}…"
 
 
-LOSSES = ("loss", "ema/loss", "raw/loss", "ema/psnr")  # what a run is followed by
+LOSSES = ("loss", "ema/loss", "raw/loss", "ema/psnr")  # metrics shown in a run's plot
 
 
 class Curves:
-    """Metrics against the step, with a bounded number of points however long the run is.
+    """Metrics over steps, with a bounded number of points however long the run is.
 
-    A curve of more than `parts` points is kept as the lowest and the highest of equal parts, which
-    double whenever there are too many: what leaps out stays.
+    A curve of more than `parts` points is stored as the minimum and the maximum of equal parts,
+    whose length doubles whenever there are too many. So outliers remain visible.
 
     Args:
         names: names of the metrics.
-        parts: kept of each curve; even.
+        parts: maximum number of parts of each curve; even.
     """
 
     def __init__(self, names: Sequence[str], *, parts: int = 2000) -> None:
         self._curves = {name: _Curve(parts) for name in names}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """The metrics of a row with its step; values that are not finite have no point."""
+        """Add the metrics of a row, which has a 'step'; values that are not finite are left out."""
         for name, curve in self._curves.items():
             value = row.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
                 curve.add((row["step"], value))
 
     def points(self) -> dict[str, list[Point]]:
-        """Points in order, by metric name, without metrics that have none."""
+        """Points (step, value) by metric name, sorted by step; empty ones are left out."""
         found = {name: curve.points() for name, curve in self._curves.items()}
         return {name: points for name, points in found.items() if points}
 
 
 class _Curve:
-    """Points in parts of `_size`, the last of which may not be full."""
+    """Points in parts of `_size`; the last part may be incomplete."""
 
     def __init__(self, most: int) -> None:
         self._most, self._size, self._count = most, 1, 0
-        self._parts: list[list[Point]] = []  # one point, or the lowest and the highest as they came
+        self._parts: list[list[Point]] = []  # one point, or minimum and maximum in order
         self._last: list[Point] = []
 
     def add(self, point: Point) -> None:
@@ -179,7 +179,7 @@ class _Curve:
 
 
 def _ends(points: list[Point]) -> list[Point]:
-    """The lowest and the highest, as they came."""
+    """The minimum and the maximum, in their original order."""
     if len(points) < 3:
         return points
     heights = [y for _, y in points]
@@ -188,7 +188,7 @@ def _ends(points: list[Point]) -> list[Point]:
 
 
 def plot_losses(losses: Curves, path: Path) -> None:
-    """The training loss and the validation losses against the step, as a PNG."""
+    """Plot the training loss and the validation losses over steps, as a PNG."""
     curves = losses.points()
     psnr = curves.pop("ema/psnr", [])
     if psnr:
@@ -197,12 +197,12 @@ def plot_losses(losses: Curves, path: Path) -> None:
 
 
 def plot(curves: Mapping[str, Sequence[Point]], path: Path, *, x_label: str, y_label: str) -> None:
-    """Write `plot_image`."""
+    """Save `plot_image` as a PNG."""
     write_atomically(path, png(plot_image(curves, x_label=x_label, y_label=y_label)))
 
 
 def plot_image(curves: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str) -> Image.Image:
-    """Named curves of (x, y) in one frame with ticks, a grid and a legend.
+    """Plot named curves of (x, y) in one frame with ticks, a grid and a legend.
 
     Points that are not finite are left out.
     """

@@ -1,42 +1,41 @@
-"""Text from outside as it is shown: it cannot forge lines, nor steer a terminal.
+"""Escaping untrusted text, so that it can neither forge log lines nor control a terminal.
 
-Names of files and keys, captions, prompts and values may hold anything. What is shown of them goes
-through `printable`: in the message of a `UserError`, in a record of a `logger`, on standard output
-through `show`.
+File names, keys, captions, prompts and values may contain anything. Before they are displayed, in
+the message of a `UserError`, in a record of a `logger` or by `show`, they pass through `printable`.
 """
 
 import logging
 import re
 from typing import TextIO
 
-# Controls (C0 with line breaks, DEL, C1), Unicode's line breaks, overrides of the direction of
-# writing, and halves of surrogate pairs, which stand for bytes that are not UTF-8.
+# Control characters (C0 with line breaks, DEL, C1), Unicode line breaks, bidirectional overrides,
+# and lone surrogates, which stand for bytes that are not UTF-8.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object) -> str:
-    r"""One line of text, in which escapes such as \x1b and \u202e stand for what is not printable.
+    r"""One line of text, with characters that are not printable escaped, as in \x1b and \u202e.
 
-    Applied again it changes nothing.
+    Idempotent: applying it again changes nothing.
     """
     return UNSAFE.sub(_escape, str(text))
 
 
 def printable_lines(text: str) -> str:
-    """Text whose line breaks are meant, each line `printable`."""
+    """Text whose line breaks are intended; each line is made `printable`."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def show(*lines: object, file: TextIO | None = None) -> None:
-    """Print lines, each `printable`."""
+    """Print lines, each made `printable`."""
     print(*map(printable, lines), sep="\n", file=file)
 
 
 class Printable(logging.Filter):
-    """Makes the arguments of records `printable`: only the message itself can break lines.
+    """Logging filter that makes the arguments of records `printable`.
 
-    On the loggers of this project, whoever handles what they log, and on the handlers of its
-    scripts, whoever logs.
+    Only the message itself can contain line breaks. The filter is added to the loggers of this
+    project, for any handler, and to the handlers of its scripts, for any logger.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -52,7 +51,7 @@ PRINTABLE = Printable()
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of this name; what it logs is printable, whoever handles it."""
+    """The logger of this name, whose records are printable with any handler."""
     log = logging.getLogger(name)
     log.addFilter(PRINTABLE)
     return log

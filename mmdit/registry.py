@@ -1,7 +1,7 @@
-"""Names to classes: how plain data in a checkpoint becomes a module again.
+"""Registry of classes by name: builds modules from the plain data in a checkpoint.
 
 A checkpoint describes a module as `{"class": "MMDiT", "depth": 24, ...}`: data only. `build` looks
-the name up here, so that nothing found inside a file is ever imported by path.
+the name up here, so that nothing named in a file is ever imported by path.
 """
 
 import functools
@@ -25,20 +25,23 @@ PLAIN: dict[Any, tuple[type | tuple[type, ...], str]] = {
 
 
 def register(cls: type[T]) -> type[T]:
-    """Class decorator: make `cls` buildable by name, and let instances know their own arguments.
+    """Class decorator: make `cls` buildable by name, and make its instances describable.
 
-    The arguments of the constructor (keyword-only; plain data or registered instances) are kept,
-    defaults included, so that `describe(instance)` can be stored as JSON and
+    Each instance records the arguments of its constructor, including defaults (keyword-only; plain
+    data or registered instances). So `describe(instance)` can be stored as JSON, and
     `build(describe(instance))` gives the same architecture.
+
+    Raises:
+        UserError: another module has registered a class of this name.
     """
     known = _classes.get(cls.__name__)
     if known is not None and known.__module__ != cls.__module__:
         raise UserError(
             f"{cls.__module__} registers a class {cls.__name__}, a name that {known.__module__} "
-            "has already: checkpoints could not tell them apart; choose another"
+            "uses already: checkpoints could not distinguish them; choose another name"
         )
     _classes[cls.__name__] = cls
-    if cls.__init__ is object.__init__:  # no arguments: nothing to remember but the name
+    if cls.__init__ is object.__init__:  # no arguments: the name is all there is to record
         cls._description = {"class": cls.__name__}  # type: ignore[attr-defined]
         return cls
     original = cls.__init__
@@ -66,7 +69,7 @@ def register(cls: type[T]) -> type[T]:
 
 
 def _signature(cls: type) -> inspect.Signature:
-    """The arguments of a constructor; `**shared` stands for those of the constructor above it."""
+    """Signature of a constructor, with `**shared` replaced by the arguments of its base class."""
     first, *above = (base for base in cls.__mro__ if "__init__" in vars(base))
     own = inspect.signature(first.__init__)  # type: ignore[misc]
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -77,7 +80,7 @@ def _signature(cls: type) -> inspect.Signature:
 
 
 def _check(cls: str, name: str, value: Any, annotation: Any) -> None:
-    """Refuse a value, from a config or a file, that is not of the plain type asked for."""
+    """Check that a value from a config or a file has the plain type of its annotation."""
     if get_origin(annotation) is Sequence:
         listed(f"{cls}: {name}", value)
         for i, item in enumerate(value):
@@ -86,7 +89,7 @@ def _check(cls: str, name: str, value: Any, annotation: Any) -> None:
     asked = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if not all(kind in PLAIN for kind in asked):
         return
-    # A bool is a number to Python, and to nobody else.
+    # Python counts a bool as an int; we do not.
     of_kind = asked if not isinstance(value, bool) else {bool} & {*asked}
     if not any(isinstance(value, PLAIN[kind][0]) for kind in of_kind):
         expectation = " or ".join(PLAIN[kind][1] for kind in asked)
@@ -96,18 +99,20 @@ def _check(cls: str, name: str, value: Any, annotation: Any) -> None:
 
 
 def describe(instance: Any) -> dict[str, Any]:
-    """`{"class": name, **arguments}` of an instance of a registered class."""
+    """The description `{"class": name, **arguments}` of an instance of a registered class."""
     return dict(instance._description)
 
 
 def build(description: dict[str, Any]) -> Any:
-    """Instance of the registered class that `description` names.
+    """Build an instance of a registered class from its description.
 
     Raises:
-        UserError: no class of that name is registered, or an argument does not fit it.
+        UserError: no class of this name is registered, or an argument is invalid.
     """
     if not isinstance(description, dict):
-        raise UserError(f"a description of a class is no {description!r}, but a table of arguments")
+        raise UserError(
+            f"a description of a class must be a table of arguments, not {description!r}"
+        )
     arguments = {key: _rebuilt(value) for key, value in description.items()}
     name = arguments.pop("class", None)
     if not isinstance(name, str) or name not in _classes:
@@ -128,7 +133,7 @@ def _rebuilt(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Registered instances as their descriptions, lists and dicts of any kind as Python's own."""
+    """Plain data: descriptions for registered instances; lists and dicts become Python's own."""
     if hasattr(value, "_description"):
         return describe(value)
     if isinstance(value, str | int | float | bool) or value is None:

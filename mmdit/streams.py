@@ -1,4 +1,4 @@
-"""Standard output whose reader may go away: `python sample.py ... | head -1`, a closed terminal."""
+"""Standard output whose reader may end: `python sample.py ... | head -1`, or a closed terminal."""
 
 import contextlib
 import errno
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ESHUTDOWN)
-SIGPIPE_CODE = 141  # 128 + SIGPIPE: how shells tell of a command whose reader has gone
+SIGPIPE_CODE = 141  # 128 + SIGPIPE: exit code that shells report for a broken pipe
 
 
 @contextlib.contextmanager
 def guarded(goes_on: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Let the block end quietly where nobody reads what it prints.
+    """End the block quietly when the reader of its output is gone.
 
-    Its exit code is then 141, or 2 where the output cannot be written for another reason, such as a
-    full disk, which is told in one line.
+    The exit code is then 141; or 2, with one line on standard error, if the output cannot be
+    written for another reason, such as a full disk.
 
     Args:
-        goes_on: whether the block's work matters more than what it prints; then a line on the other
-            stream is all that happens.
+        goes_on: whether the block should continue without its output; then one line on standard
+            error is all that happens.
     """
     before = sys.stdout, sys.stderr
     if before[0] is not None:
@@ -37,7 +37,7 @@ def guarded(goes_on: Callable[[], bool] = lambda: False) -> Iterator[None]:
 
 
 class _Guarded:
-    """A text stream that never raises an OSError, which logging would print page by page."""
+    """A text stream that never raises an OSError, for which logging would print a traceback."""
 
     def __init__(self, stream: TextIO, name: str, goes_on: Callable[[], bool]) -> None:
         self._stream, self._name, self._goes_on = stream, name, goes_on
@@ -59,7 +59,7 @@ class _Guarded:
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        """Print nothing there any more, and end the process or go on."""
+        """Discard all further output, and end the process or go on."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

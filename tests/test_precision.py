@@ -52,7 +52,7 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, known, dtyp
     assert said in precision.reason(CPU, "auto")
     for asked, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         assert precision.chosen_dtype(CPU, asked) == expected
-        assert precision.reason(CPU, asked) == f"{asked}, as asked for by precision={asked}"
+        assert precision.reason(CPU, asked) == f"{asked}, as requested by precision={asked}"
 
 
 def test_capabilities_are_those_of_the_processor_with_old_versions_of_torch_too(monkeypatch):

@@ -117,7 +117,9 @@ def test_an_argument_that_does_not_fit_is_a_users_mistake():
         build({"class": "Uniform", "s": 1.0})
     with pytest.raises(UserError, match=r"MMDiT: missing a required .*argument: 'depth'"):
         build({"class": "MMDiT", "width": 8})
-    with pytest.raises(UserError, match=r"a description of a class is no \['class'\]"):
+    with pytest.raises(
+        UserError, match=r"a description of a class must be a table of arguments, not \['class'\]"
+    ):
         build(["class"])
 
 
@@ -130,7 +132,9 @@ def test_a_name_is_taken_once():
     class Uniform:
         pass
 
-    with pytest.raises(UserError, match=r"a class Uniform, a name that mmdit\.flow\.timesteps has"):
+    with pytest.raises(
+        UserError, match=r"a class Uniform, a name that mmdit\.flow\.timesteps uses"
+    ):
         register(Uniform)
     assert type(build({"class": "Uniform"})).__module__ == "mmdit.flow.timesteps"
 

@@ -10,6 +10,12 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     *("mmdit/data", "mmdit/latents", "mmdit/metrics", "mmdit/study", "mmdit/text", "mmdit/flow"),
     *("mmdit/cli/eval", "mmdit/cli/memory", "docs", "configs", "README.md", "CONTRIBUTING.md"),
+    *("mmdit/runs", "mmdit/checkpoints/locate.py", "mmdit/cli/subject.py", "tests/runs"),
+    *("mmdit/loading.py", "mmdit/published.py", "mmdit/pipeline.py", "mmdit/request.py"),
+    *("mmdit/export.py", "mmdit/atomic.py", "mmdit/bounds.py", "mmdit/devices.py"),
+    *("mmdit/dtypes.py", "mmdit/errors.py", "mmdit/keys.py", "mmdit/out_of_memory.py"),
+    *("mmdit/plots.py", "mmdit/precision.py", "mmdit/printable.py", "mmdit/processes.py"),
+    *("mmdit/registry.py", "mmdit/streams.py", "tests/test_pipeline.py", "tests/test_published.py"),
 )
 WORDS = {
     r"[Pp]ictures?": "image",

@@ -86,7 +86,7 @@ DESCRIPTIONS = {
     "a fraction": ({**NET, "depth": 2.5}, "depth=2.5 must be a whole number"),
     "levels of description": (nested(100), "nested more than 32 levels deep"),
     "another kind": ({"class": "TextEncoder", "tokenizer": 3, "model": []}, "cannot be built"),
-    "no table": ([1], "a description of a class is no [1]"),
+    "no table": ([1], "a description of a class must be a table of arguments, not [1]"),
 }
 
 
