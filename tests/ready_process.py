@@ -8,6 +8,7 @@ its exit code like any other. What must be a new interpreter (torchrun, memory) 
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +23,11 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+IMPORTED = (
+    *("mmdit.cli.train", "mmdit.cli.sample", "mmdit.cli.eval.compositional", "mmdit.cli.eval.rank"),
+    "torch._dynamo",  # every optimizer imports it, in seconds
+)
 
 
 class Ready:
@@ -185,9 +191,6 @@ def become(words: list[str], cwd: str, env: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    import mmdit.cli.eval.compositional
-    import mmdit.cli.eval.rank
-    import mmdit.cli.sample
-    import mmdit.cli.train  # noqa: F401
-
+    for module in IMPORTED:
+        importlib.import_module(module)
     serve(sys.argv[1])
