@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mmdit.checkpoints.archive import write_archive
+from mmdit.checkpoints.atomic_save import replacing
 from mmdit.checkpoints.folders import (
     SUBFOLDERS,
     TOKENIZERS,
@@ -17,7 +18,6 @@ from mmdit.checkpoints.folders import (
     write_model,
 )
 from mmdit.checkpoints.locate import Place, local
-from mmdit.checkpoints.places import replacing
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.checkpoints.readers import REMARK, remark

@@ -1,6 +1,6 @@
-"""Safetensors files, opened but not read: what tensors there are, and each of them when asked for.
+"""Safetensors files, opened but not read: a list of their tensors, each read on request.
 
-A tensor is a view of the memory-mapped file. Nothing is copied until somebody converts it.
+A tensor is a view of the memory-mapped file. Nothing is copied until it is converted.
 """
 
 import copy
@@ -32,15 +32,15 @@ from mmdit.bounds import (
     read_bounded,
 )
 from mmdit.checkpoints.hashes import HASH, NO_HASH, NO_SEAL, SEAL, sealed, verify_hash
-from mmdit.checkpoints.headers import NAMES, TOO_MANY, Header, Info, read_header
+from mmdit.checkpoints.headers import DTYPE_NAMES, TOO_MANY, Header, Info, read_header
 from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
 
 log = logger("mmdit.checkpoints")
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-MOST_PARTS = 50  # dicts beside each other in a pickle
-DEEPEST_PART = 4  # dicts in dicts of a pickle, as {"ema": {"state_dict": {"key": tensor}}}
+MOST_PARTS = 50  # dicts on the top level of a pickle
+DEEPEST_PART = 4  # levels of nested dicts, as in {"ema": {"state_dict": {"key": tensor}}}
 
 
 class Archive:
@@ -49,13 +49,14 @@ class Archive:
     Attributes:
         infos: shape and dtype of every tensor.
         metadata: text entries of the headers.
-        headers: of each file; a pickle has none.
-        name: of the file, or of the folder of the shards, for messages.
-        parts: names of the nested dicts, of a pickle that holds several; its keys begin with them.
+        headers: the header of each file; empty for a pickle.
+        name: the file, or the folder of the shards, for messages.
+        paths: the files.
+        parts: names of the nested dicts of a pickle, with which its keys begin; otherwise empty.
     """
 
     parts: tuple[str, ...] = ()
-    root = ""  # what of every key in the file is not in `infos`
+    root = ""  # beginning of every key in the file that is left out in `infos`
 
     def __init__(self, paths: Sequence[Path], name: Path | None = None) -> None:
         self.name = paths[0] if name is None else name
@@ -63,13 +64,16 @@ class Archive:
         self.infos: dict[str, Info] = {}
         self.metadata: dict[str, str] = {}
         self.headers: dict[Path, Header] = {}
-        self._place: dict[str, Any] = {}
+        self._opened: dict[str, Any] = {}  # the open file that holds each key
         for path in paths:
             header = read_header(path)
             if len(self.infos) + len(header.infos) > MOST_TENSORS:
                 raise UserError(f"{self.name} lists {TOO_MANY}")
-            if twice := self.infos.keys() & header.infos.keys():
-                raise UserError(f"{path} repeats {sorted(twice)[0]}, which another shard holds too")
+            if repeated := self.infos.keys() & header.infos.keys():
+                raise UserError(
+                    f"{path} repeats {sorted(repeated)[0]}, which another shard holds, too: "
+                    "download the shards again"
+                )
             try:
                 opened = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -77,33 +81,35 @@ class Archive:
             self.headers[path] = header
             self.infos |= header.infos
             self.metadata |= header.metadata
-            self._place |= dict.fromkeys(header.infos, opened)
+            self._opened |= dict.fromkeys(header.infos, opened)
 
     def __getitem__(self, key: str) -> Tensor:
-        tensor: Tensor = self._place[self.root + key].get_tensor(self.root + key)
+        tensor: Tensor = self._opened[self.root + key].get_tensor(self.root + key)
         return tensor
 
     def verify(self) -> None:
-        """Compare the files with the hashes that are known of them.
+        """Compare the files with their known hashes, if they have any.
 
         Raises:
-            UserError: one is damaged.
+            UserError: a file is damaged.
         """
         for path in self.paths:
             header = self.headers.get(path)
             verify_hash(path, None if header is None else header.text)
 
     def without(self, *prefixes: str) -> Self:
-        """The same files, but for the tensors whose keys begin with one of these."""
+        """A view without the tensors whose keys begin with one of these prefixes."""
         view = copy.copy(self)
         view.infos = {k: info for k, info in self.infos.items() if not k.startswith(prefixes)}
         return view
 
     def part(self, name: str) -> Self:
-        """What stands under a prefix, as `ema` or `module.model`, or in a nested dict of the name.
+        """A view of the tensors under a prefix or in a nested dict: `ema`, `module.model`, ...
+
+        The prefix is removed from the keys.
 
         Raises:
-            UserError: nothing does.
+            UserError: there are none.
         """
         prefix = f"{name}."
         part = copy.copy(self)
@@ -115,7 +121,7 @@ class Archive:
         if not part.infos:
             first = list(dict.fromkeys(key.partition(".")[0] for key in self.infos))
             raise UserError(
-                f"{self.name} has nothing under {name!r}: its keys begin with "
+                f"{self.name} has no tensors under {name!r}: its keys begin with "
                 f"{', '.join(first[:10])}{', ...' if len(first) > 10 else ''}"
             )
         part.root, part.parts = self.root + prefix, ()
@@ -124,7 +130,7 @@ class Archive:
 
 
 class PickleArchive(Archive):
-    """Tensors of a pickled state dict, read with `weights_only`: no code in it is run."""
+    """Tensors of a pickled state dict, read with `weights_only`, which runs none of its code."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -134,10 +140,10 @@ class PickleArchive(Archive):
             )
         except UserError:
             raise
-        except pickle.UnpicklingError:  # whose text advises to run the code that may be in it
+        except pickle.UnpicklingError:  # whose message advises running the code in it
             raise UserError(
-                f"{path} cannot be read as a pickled state dict of tensors: it is damaged, no "
-                "pickle, or holds other objects than tensors"
+                f"{path} cannot be read as a pickled state dict of tensors: it is damaged, is not "
+                "a pickle, or holds objects other than tensors"
             ) from None
         except Exception as error:
             raise UserError(
@@ -158,7 +164,7 @@ class PickleArchive(Archive):
             raise UserError(f"{path} does not hold a state dict of tensors")
         if others := [key for key in values if key not in tensors]:
             log.warning(
-                "%s: left out, since they are not tensors: %s", path, ", ".join(others[:10])
+                "%s: ignoring values that are not tensors: %s", path, ", ".join(others[:10])
             )
         if len(tensors) > MOST_TENSORS:
             raise UserError(f"{path} holds {TOO_MANY}")
@@ -168,28 +174,29 @@ class PickleArchive(Archive):
         if len(nested) > MOST_PARTS:
             raise UserError(
                 f"{path} holds {len(nested):,} nested dicts; {MOST_PARTS} is several times what "
-                "any training writes beside its model"
+                "any training program writes"
             )
         self.parts = tuple(
             name for name in nested if any(key.startswith(f"{name}.") for key in tensors)
         )
         for key, value in tensors.items():
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise UserError(f"{path}: {key} is larger than what is stored of it")
-        self.name, self.paths, self.metadata, self._place = path, [path], {}, tensors
+                raise UserError(f"{path}: {key} is larger than its stored data")
+        self.name, self.paths, self.metadata, self._tensors = path, [path], {}, tensors
         self.headers = {}
         self.infos = {
-            k: Info(tuple(v.shape), NAMES.get(v.dtype, str(v.dtype))) for k, v in tensors.items()
+            k: Info(tuple(v.shape), DTYPE_NAMES.get(v.dtype, str(v.dtype)))
+            for k, v in tensors.items()
         }
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._place[self.root + key]
+        return self._tensors[self.root + key]
 
 
 def flattened(
     content: Mapping[Any, object], depth: int = DEEPEST_PART
 ) -> Iterator[tuple[str, object]]:
-    """The values of nested dicts, under their names joined by dots; not below `depth`."""
+    """The values of nested dicts, under their keys joined by dots, down to `depth` levels."""
     for key, value in content.items():
         if isinstance(value, Mapping) and depth > 1:
             yield from ((f"{key}.{name}", v) for name, v in flattened(value, depth - 1))
@@ -198,7 +205,7 @@ def flattened(
 
 
 def split_part(path: Path) -> tuple[Path, str]:
-    """A file and the part of it that is asked for, as in `file.pt:ema`; '' for all of it."""
+    """Split `file.pt:ema` into the file and the requested part; the part is '' for a whole file."""
     name, colon, part = str(path).rpartition(":")
     if colon and not path.exists() and Path(name).is_file():
         return Path(name), part
@@ -206,11 +213,11 @@ def split_part(path: Path) -> tuple[Path, str]:
 
 
 def _expect_short_pickle(path: Path) -> None:
-    """Refuse a pickle that would take minutes or gigabytes to be read; nothing in it is run.
+    """Refuse a pickle that would take minutes or gigabytes to read, without running any of it.
 
     Raises:
-        UserError: it has too many parts.
-        Exception: it is damaged, in the words of the libraries.
+        UserError: it has too many tensors or opcodes.
+        Exception: it is damaged; the exception is that of the library which found it so.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -223,18 +230,25 @@ def _expect_short_pickle(path: Path) -> None:
                         _count_opcodes(path, file)
         return
     with path.open("rb") as file:
-        for _ in range(4):  # a number, a version, facts on the machine, and the content
+        for _ in range(4):  # magic number, version, facts about the machine, content
             _count_opcodes(path, file)
 
 
 def _count_opcodes(path: Path, file: IO[bytes]) -> None:
     for count, _ in enumerate(pickletools.genops(file)):
         if count > MOST_OPCODES:
-            raise UserError(f"{path} holds more than a state dict of {MOST_TENSORS:,} tensors")
+            raise UserError(
+                f"{path} holds more than a state dict of {MOST_TENSORS:,} tensors could: it is "
+                "damaged, or was not made in good faith"
+            )
 
 
 def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
-    """The tensors of one file, or of a part of it (`file.pt:ema`).
+    """Open one file, or a part of it (`file.pt:ema`).
+
+    Args:
+        path: a safetensors file, or a pickle.
+        allow_pickle: also open pickles (.ckpt, .pt, .pth, .bin), without running their code.
 
     Raises:
         UserError: there is no such file; it is not a safetensors file, is cut off, or is a pickle
@@ -250,13 +264,13 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
             return PickleArchive(path)
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened: use the .safetensors file, "
-            "or allow_pickle=true to read its tensors alone (weights_only)"
+            "or allow_pickle=true to read only its tensors (weights_only)"
         )
     return Archive([path])
 
 
 def open_shards(index: Path) -> Archive:
-    """The tensors that an index file (`*.safetensors.index.json`) spreads over shards.
+    """Open the shards that an index file (`*.safetensors.index.json`) lists, as one archive.
 
     Raises:
         UserError: the index is invalid, shards are missing or lie outside its folder, or a tensor
@@ -275,7 +289,7 @@ def open_shards(index: Path) -> Archive:
         raise UserError(f"{index} lists {len(names):,} shards, more than {MOST_SHARDS:,}")
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} points to {name!r}, which is no .safetensors file beside it")
+            raise UserError(f"{index} points to {name!r}, not a .safetensors file beside it")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(
             f"{index.parent} lacks {len(missing)} of {len(names)} shards: "
@@ -292,7 +306,7 @@ def open_shards(index: Path) -> Archive:
 def write_archive(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """`write_sealed`, for what a user asked to be saved.
+    """Write a file that a user asked for: `write_sealed`, with its errors as a `UserError`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
@@ -304,7 +318,12 @@ def write_archive(
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a file that appears whole or not at all, with the hashes of `hashes.py`.
+    """Write a safetensors file atomically, with the hashes of `mmdit.checkpoints.hashes`.
+
+    Args:
+        path: the file.
+        tensors: by key, in the order they are written in.
+        metadata: text entries of the header.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -319,9 +338,9 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
                 new,
                 metadata={**metadata, HASH: NO_HASH, SEAL: NO_SEAL},
             )
-        except SafetensorError as error:  # of the disk, too
+        except SafetensorError as error:  # raised for a full disk, too
             raise OSError(first_line(error)) from error
-        new.chmod(mode)  # the library makes files that nobody else may read
+        new.chmod(mode)  # the library creates files that only their owner may read
         with new.open("r+b") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(length))
@@ -341,7 +360,15 @@ def write_shards(
     *,
     max_bytes: int = 10_000_000_000,
 ) -> None:
-    """Write `stem.safetensors`, or numbered shards of at most `max_bytes` each and their index."""
+    """Write `stem.safetensors`, or numbered shards and their index.
+
+    Args:
+        folder: where to write; earlier files of the same stem are removed.
+        stem: file name without its suffix.
+        tensors: by key.
+        metadata: text entries of each file's header.
+        max_bytes: largest size of a shard; only a single larger tensor may exceed it.
+    """
     for stale in folder.glob("*.safetensors*"):
         if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", stale.name):
             stale.unlink()

@@ -1,7 +1,7 @@
-"""Models built from descriptions that a file of others holds: on meta, where nothing is allocated.
+"""Build models from descriptions in files of unknown origin: on meta, where nothing is allocated.
 
-A description may ask for any size. It is built where that costs nothing and compared with the
-shapes that the file's header lists; only what fits is built to be used.
+A description may ask for any size. So the model is first built where that costs nothing, and
+compared with the shapes in the file's header; it gets memory only if they match.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch
 
 
 class Unfilled(TorchFunctionMode):
-    """Turns `nn.init` off, which takes seconds where all is replaced, or on meta."""
+    """Turns `nn.init` off, which would take seconds only for its values to be replaced."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -31,10 +31,10 @@ class Unfilled(TorchFunctionMode):
 
 
 class Bounded(TorchFunctionMode):
-    """Stops what makes more tensors than any model has.
+    """Stops code that creates more tensors than any model has.
 
     Raises:
-        UserError: the next tensor would be one too many.
+        UserError: the next tensor would exceed the limit.
     """
 
     made = 0
@@ -44,16 +44,16 @@ class Bounded(TorchFunctionMode):
         if self.made > MOST_BUILT:
             raise UserError(
                 f"its description is that of a model of more than {MOST_BUILT:,} tensors, twice as "
-                "many as any that is known here has"
+                "many as any supported model has"
             )
         return func(*args, **(kwargs or {}))
 
 
 def build_on_meta(description: dict[str, Any]) -> Any:
-    """The module that a description asks for, without memory for its tensors.
+    """The module of a description, without memory for its tensors.
 
     Raises:
-        UserError: the description cannot be that of a model.
+        UserError: the description does not describe a model.
     """
     expect_shallow(description)
     try:
@@ -61,14 +61,14 @@ def build_on_meta(description: dict[str, Any]) -> Any:
             module = build(description)
     except UserError:
         raise
-    except Exception as error:  # what a file asks for may be of any kind
+    except Exception as error:  # a file may ask for anything, so any error may follow
         what = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"its description cannot be built ({what})") from error
     return module
 
 
 def expect_shallow(description: Any) -> None:
-    """Refuse what is nested beyond any description.
+    """Refuse a description that is nested more deeply than that of any model.
 
     Raises:
         UserError: it is.
@@ -83,11 +83,15 @@ def expect_shallow(description: Any) -> None:
 
 
 def filled(description: dict[str, Any], tensors: Mapping[str, Tensor], source: Path) -> nn.Module:
-    """The module of a description that was found to fit these tensors, with them as its own.
+    """The module of a description, in eval mode on the CPU, with these tensors as its weights.
 
-    It is built again, since what its state does not hold (a buffer that is not persistent) must be
-    made where it is used. Tensors take the dtype that the module has; those that are mapped are
-    copied.
+    The description must have been compared with the tensors before (`build_on_meta`). The module is
+    built again, because buffers that its state dict lacks must be computed on a real device.
+
+    Args:
+        description: see `mmdit.registry`.
+        tensors: the module's state dict; converted to the dtypes that the module has.
+        source: the file, for messages.
 
     Raises:
         UserError: a tensor has values that are NaN or infinite.
@@ -101,7 +105,7 @@ def filled(description: dict[str, Any], tensors: Mapping[str, Tensor], source: P
 
 
 def expect_finite_weights(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Refuse weights that no model computes with.
+    """Refuse weights that are not finite.
 
     Raises:
         UserError: a tensor has values that are NaN or infinite.

@@ -1,4 +1,4 @@
-"""What is wrong with a file, and why, in one message."""
+"""Explain in one message what is wrong with a file, and the likely cause."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from mmdit.checkpoints.formats import ADAPTERS, FORMATS, WRAPPERS
 from mmdit.checkpoints.headers import Info
 from mmdit.checkpoints.tables import Slot
 
-NAMES = {
+KIND_NAMES = {
     "mmdit": "SD3 transformer",
     "autoencoder": "SD3 autoencoder",
     "clip_l": "CLIP-L text tower",
@@ -24,7 +24,7 @@ NAMES = {
 
 
 class Trace(NamedTuple):
-    """Keys that give away what a file is, or what was added to it."""
+    """A pattern of keys that shows what a file is, or what was added to it."""
 
     pattern: str  # searched in the keys
     what: str
@@ -35,18 +35,18 @@ UNET = r"^(model\.diffusion_model\.)?(input_blocks|output_blocks|middle_block)\.
 FLUX = r"^(model\.diffusion_model\.)?(double_blocks|single_blocks|single_transformer_blocks)\."
 CODES = "absmax|quant_map|quant_state|qweight|qzeros|SCB|comfy_quant"
 SCALES = "scale_(weight|input)|(weight|input)_scale"
-# PEFT's own names of base weights that lie beside adapters, and of layers that it replaced.
+# Names that PEFT gives to base weights beside adapters, and to layers that it has replaced.
 UNMERGED = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")
 UNMERGED_MEANS = (
-    "a model of PEFT whose adapters are not merged: only base weights are loaded here, so that it "
-    "must be merged with merge_and_unload() and saved again, or the base model given instead"
+    "a PEFT model whose adapters are not merged; only base weights can be loaded: merge it with "
+    "merge_and_unload() and save it again, or give the base model instead"
 )
 TRACES = [
     Trace(UNMERGED.pattern, UNMERGED_MEANS),
     Trace(
         ADAPTERS.pattern,
-        "a LoRA or another adapter, which changes a model and is not one: only base weights are "
-        "loaded here",
+        "a LoRA or another adapter, which changes a model and is not one: only base weights can be "
+        "loaded",
     ),
     Trace(
         rf"\.({CODES}|{SCALES})\b|(^|\.)scaled_fp8$",
@@ -112,20 +112,20 @@ TRACES = [
     ),
 ]
 PUBLISHED = tuple(prefix for format in FORMATS for prefix in format.prefixes if prefix)
-# What is left inside of keys where a wrapper was put around each block.
+# What a wrapper around each block leaves inside the keys.
 WITHIN = re.compile(r"\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 WRAPPED = re.compile(rf"^((?:{'|'.join(WRAPPERS)})\.){{1,4}}")
 
 BLOCK = re.compile(r"(?:blocks?|layers|down|up)\.(\d+)\.")
-# What the text stream of every block has, but for that of the last one.
-TEXT_GOES_ON = re.compile(
+# Parts of the text stream that every block has except the last.
+TEXT_CONTINUES = re.compile(
     r"blocks\.(\d+)\.(context_block\.(mlp|attn\.proj)\.|ff_context\.|attn\.to_add_out\.)"
 )
 TEXT_MODULATION = re.compile(r"blocks\.(\d+)\.(context_block\.adaLN_modulation|norm1_context)\.")
 
 
 class Faults(NamedTuple):
-    """What does not fit, by key."""
+    """How a file differs from what a model needs, by key."""
 
     missing: list[str]
     unexpected: list[str]
@@ -136,10 +136,10 @@ class Faults(NamedTuple):
         return any(len(part) for part in self)
 
 
-def explain_stranger(archive: Archive, kind: str) -> str:
+def explain_absent(archive: Archive, kind: str) -> str:
     """Message for a file in which no model of this kind was found."""
     keys = list(archive.infos)
-    what = f"{archive.name} holds no {NAMES[kind]}"
+    what = f"{archive.name} holds no {KIND_NAMES[kind]}"
     if not keys:
         return f"{what}: it holds no tensors at all"
     if archive.parts:
@@ -148,36 +148,36 @@ def explain_stranger(archive: Archive, kind: str) -> str:
     if elsewhere := _elsewhere(keys, kind):
         named = ", ".join(f"{prefix!r}" for prefix in elsewhere)
         return (
-            f"{what} under a known name, but keys like its own stand under {named}: to read those, "
-            f"give {archive.name}:{elsewhere[0].removesuffix('.')}"
+            f"{what} under a known prefix, but there are keys like its own under {named}: to read "
+            f"those, give {archive.name}:{elsewhere[0].removesuffix('.')}"
         )
     if wrapped := _wrapped_within(keys):
         return f"{what} as it is. {wrapped}"
     bare = [WRAPPED.sub("", key) for key in keys]
     if found := recognize(keys) or recognize(bare):
-        return f"{what}; what it holds is {found}{_other_tower(kind, found)}{_besides(keys)}"
-    return f"{what}, nor anything known; its keys begin with {', '.join(sorted(keys)[:5])}"
+        return f"{what}; it holds {found}{_other_tower(kind, found)}{_besides(keys)}"
+    return f"{what}, nor any other known model; its keys begin with {', '.join(sorted(keys)[:5])}"
 
 
 def _wrapped_within(keys: Iterable[str]) -> str | None:
-    """One sentence on keys that wrappers have changed; None if they have not."""
+    """One sentence about keys that a wrapper has changed; None if there are none."""
     found = next((match for key in keys if (match := WITHIN.search(key))), None)
     if found is None:
         return None
     return (
-        f"A training program has put {found[0][1:]!r} inside of the keys, as in {found.string}: "
+        f"A training program has put {found[0][1:]!r} inside the keys, as in {found.string}: "
         "save it again without that"
     )
 
 
 def _held(keys: Sequence[str], part: str) -> str:
-    """What stands in a nested dict of a pickle."""
+    """What a nested dict of a pickle holds."""
     below = [key.removeprefix(f"{part}.") for key in keys if key.startswith(f"{part}.")]
     return recognize(below) or f"keys like {min(below)}"
 
 
 def _elsewhere(keys: Sequence[str], kind: str) -> list[str]:
-    """Prefixes of a kind's keys that are neither published nor those of known wrappers."""
+    """Unknown prefixes, neither published nor of a known wrapper, of keys like those of a kind."""
     marks = "|".join(format.mark for format in FORMATS if format.kind == kind)
     pattern = re.compile(rf"((?:[^.]+\.){{1,6}}?)(?:{marks})")
     matches = [match for key in keys if (match := pattern.match(key))]
@@ -189,20 +189,20 @@ def _other_tower(kind: str, found: str) -> str:
     which = {"clip_l": "clip_g", "clip_g": "clip_l"}.get(kind)
     if which is None or found != "a CLIP text tower":
         return ""
-    return f" (by its width, the other one of SD3's two: which={which!r})"
+    return f" (by its width, the other of SD3's two: which={which!r})"
 
 
 def _besides(keys: Sequence[str]) -> str:
-    """In a file whose models have their prefixes: what stands under no known one."""
+    """A clause about keys under no known prefix, in a file whose models have their prefixes."""
     unknown = sorted(key for key in keys if not key.startswith(PUBLISHED))
     if not unknown or len(unknown) == len(keys):
         return ""
-    return f"; besides, it holds {len(unknown)} tensors of something unknown, as {unknown[0]}"
+    return f"; it also holds {len(unknown)} unknown tensors, such as {unknown[0]}"
 
 
 def recognize(keys: Iterable[str], own: str = "") -> str | None:
-    """What keys are probably those of, if not of the format `own`."""
-    # The blocks of a model have the same names but for their numbers; none is longer than this.
+    """What keys like these probably belong to; None if unknown, or to the format `own`."""
+    # The keys of a model's blocks differ only in the number; none is longer than 200 characters.
     keys = {re.sub(r"(?<![^._])\d+(?![^._])", "0", key[:200]) for key in keys}
     for trace in TRACES:
         compiled = re.compile(trace.pattern)
@@ -212,16 +212,16 @@ def recognize(keys: Iterable[str], own: str = "") -> str | None:
 
 
 def explain_infinite(name: object, keys: Sequence[str], dtype: torch.dtype | None) -> str:
-    """Message for weights that are not finite, or not in the `dtype` that they were asked for."""
+    """Message for weights that are not finite, or overflow in the requested `dtype`."""
     what = f"{name}: {len(keys)} tensors have values that are"
-    told = f"{', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}"
+    listed = f"{', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}"
     if dtype is not None:
         return (
-            f"{what} too large for {str(dtype).removeprefix('torch.')}: {told}. "
+            f"{what} too large for {str(dtype).removeprefix('torch.')}: {listed}. "
             "Use bfloat16 or float32. Nothing was loaded"
         )
     return (
-        f"{what} NaN or infinite: {told}. The training that wrote them diverged, or the file is "
+        f"{what} NaN or infinite: {listed}. The training that wrote them diverged, or the file is "
         "damaged. Nothing was loaded"
     )
 
@@ -234,12 +234,12 @@ def explain_faults(
     slots: Mapping[str, Slot],
     infos: Mapping[str, Info],
 ) -> str:
-    """The first ten keys of each fault, and the likely cause.
+    """Message with the first ten keys of each fault, and the likely cause.
 
     Args:
         source: the file.
         what: the model that it should be.
-        own: its format, "kind layout".
+        own: the model's format, "kind layout".
         faults: what differs.
         slots: what the model needs.
         infos: what the file has.
@@ -253,22 +253,22 @@ def explain_faults(
         ],
         "not of a floating-point type": [f"{k} ({t})" for k, t in faults.mistyped.items()],
     }
-    told = "; ".join(
+    listed = "; ".join(
         f"{len(keys)} {fault}: {', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}"
         for fault, keys in shown.items()
         if keys
     )
-    if stranger := recognize(faults.unexpected, own):
-        cause = f"The unexpected keys are those of {stranger}"
+    if recognized := recognize(faults.unexpected, own):
+        cause = f"The unexpected keys are those of {recognized}"
     else:
         cause = _wrapped_within(faults.unexpected) or likely_cause(faults, slots, infos)
-    return f"{source} does not fit {what}: {told}. {cause}. Nothing was loaded"
+    return f"{source} does not fit {what}: {listed}. {cause}. Nothing was loaded"
 
 
 def likely_cause(faults: Faults, slots: Mapping[str, Slot], infos: Mapping[str, Info]) -> str:
-    """One sentence: what probably happened to the file."""
+    """One sentence on what probably happened to the file."""
     if faults.mistyped:
-        return "Its weights are integers or codes: a quantized model is not read here"
+        return "Its weights are integers or codes: quantized models are not supported"
     if renamed := _renamed(faults, infos, slots):
         return "It looks as if keys were renamed: " + ", ".join(
             f"{new} for {old}" for old, new in renamed[:3]
@@ -305,33 +305,33 @@ def _renamed(
 
 
 def _ends(faults: Faults, slots: Mapping[str, Slot]) -> str | None:
-    """The text stream of the last block is short, which tells where the last block was."""
+    """A cause found from the last block, the only one without a full text stream."""
     last = max((int(m[1]) for key in slots if (m := BLOCK.search(key))), default=0)
-    goes_on = {int(m[1]) for key in faults.unexpected if (m := TEXT_GOES_ON.search(key))}
-    stops = {int(m[1]) for key in faults.missing if (m := TEXT_GOES_ON.search(key))}
+    continues = {int(m[1]) for key in faults.unexpected if (m := TEXT_CONTINUES.search(key))}
+    stops = {int(m[1]) for key in faults.missing if (m := TEXT_CONTINUES.search(key))}
     short = {int(m[1]) for key in faults.misshapen if (m := TEXT_MODULATION.search(key))}
     if inner := sorted(i for i in stops & short if i < last):
         return (
-            f"Block {inner[0]} is a last block (its text ends there), but another follows it: "
-            "blocks were added, or put in another order"
+            f"Block {inner[0]} is built as a last block (its text ends there), but others follow "
+            "it: blocks were added or reordered"
         )
-    if last in goes_on:
+    if last in continues:
         return (
-            f"Block {last} is the last one there but not a last block (its text goes on): the "
-            "blocks after it are missing"
+            f"Block {last} is the last one in the file but not the model's last (its text "
+            "continues): the blocks after it are missing"
         )
     return None
 
 
 def _incomplete(missing: Sequence[str], slots: Mapping[str, Slot]) -> str:
     if len(missing) > 0.9 * len(slots):
-        return "Nearly all is missing: it is another model, or a part of one"
+        return "Nearly all tensors are missing: it is another model, or a part of one"
     blocks = {key[: m.end() - 1] for key in missing if (m := BLOCK.search(key))}
     if len(blocks) != 1 or not all(BLOCK.search(key) for key in missing):
         return "The file is incomplete: tensors were left out when it was saved"
     block = blocks.pop()
     if len(missing) == sum(key.startswith(f"{block}.") for key in slots):
-        return f"The file is incomplete: {block} is missing altogether"
+        return f"The file is incomplete: {block} is missing completely"
     return f"The file is incomplete: tensors of {block} were left out when it was saved"
 
 
@@ -345,5 +345,5 @@ def _resized(faults: Faults) -> str:
     ):
         return "The position table is not square: it was cropped or resized"
     if all(has[1:] == needs[1:] and has[:1] < needs[:1] for has, needs in shapes):
-        return "Rows were cut off: the tensors are a part of the model's, or a smaller model's"
+        return "Rows were cut off: the tensors are part of the model's, or those of a smaller model"
     return "Tensors of another model, or resized ones, are mixed in"

@@ -25,7 +25,7 @@ SUBFOLDERS = {
     "t5": "text_encoder_3",
 }
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
-# What a saved pipeline consists of, and the files of weights that `write_model` leaves in a folder.
+# The subfolders of a saved pipeline, and the weight files that `write_model` writes.
 LAYOUT = {*SUBFOLDERS.values(), *TOKENIZERS.values(), "scheduler"}
 WEIGHTS_WRITTEN = re.compile(
     r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -39,9 +39,9 @@ CLASSES = {
     "t5": "T5EncoderModel",
     "clip_image": "CLIPVisionModelWithProjection",
 }
-# Where the config.json of a whole CLIP, as openai/clip-vit-large-patch14, speaks of its half.
+# Part of the config.json of a whole CLIP, like openai/clip-vit-large-patch14, for each tower.
 HALVES = {"clip_l": "text_config", "clip_g": "text_config", "clip_image": "vision_config"}
-# Settings of diffusers' scheduler that change its steps, and so the image.
+# Settings of diffusers' scheduler that change its steps, and so the image, and SD3's values.
 STEPS = {
     "num_train_timesteps": 1000,
     "use_dynamic_shifting": False,
@@ -52,27 +52,30 @@ STEPS = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
-# The version of diffusers that first had all of SD3.5.
+# The first version of diffusers that supports all of SD3.5.
 VERSION = "0.32.0"
 
 Config = dict[str, Any]
 
 
 def read_config(folder: Path, kind: str | None = None) -> Config:
-    """The config.json of a model's folder, of its half of a whole CLIP; empty if there is none."""
+    """The config.json in a model's folder; empty if there is none.
+
+    For a tower of a whole CLIP it is the part about this tower.
+    """
     config = read_json(folder / "config.json")
     half = config.get(HALVES.get(kind or "", ""))
     if not isinstance(half, dict):
         return config
-    # The space that both halves share is told above them; theirs may say what nothing follows.
+    # The shared space is described at the top level; what the towers say of it may be wrong.
     return {**half, **{key: config[key] for key in ("projection_dim",) if key in config}}
 
 
 def read_json(path: Path) -> Config:
-    """The object in a JSON file; empty when there is no file.
+    """The object in a JSON file; empty if there is no file.
 
     Raises:
-        UserError: it is not a JSON object.
+        UserError: the file does not hold a JSON object.
     """
     if not path.is_file():
         return {}
@@ -88,10 +91,10 @@ def read_json(path: Path) -> Config:
 
 
 def read_index(folder: Path, kinds: Iterable[str]) -> list[str]:
-    """The kinds that model_index.json says were left out when the folder was saved.
+    """The kinds of model that were left out when a folder was saved, by its model_index.json.
 
     Raises:
-        UserError: it is the index of another pipeline.
+        UserError: the folder holds another kind of pipeline.
     """
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name", "StableDiffusion3Pipeline")
@@ -101,7 +104,7 @@ def read_index(folder: Path, kinds: Iterable[str]) -> list[str]:
 
 
 def stored_shift(folder: Path, default: float) -> float:
-    """The shift of scheduler/scheduler_config.json, where there is one.
+    """The shift in scheduler/scheduler_config.json, or `default` without one.
 
     Raises:
         UserError: it is not a positive number, or the scheduler differs from SD3's.
@@ -121,7 +124,11 @@ def stored_shift(folder: Path, default: float) -> float:
 
 
 def hints_of(kind: str, config: Config) -> Description:
-    """The values of a config.json that shapes do not determine, as arguments of our classes."""
+    """The values of a config.json that shapes do not determine, as arguments of our classes.
+
+    Raises:
+        UserError: a value is invalid.
+    """
     names = {
         "mmdit": {"num_attention_heads": "num_heads"},
         "autoencoder": {"scaling_factor": "scale", "shift_factor": "shift"},
@@ -133,12 +140,12 @@ def hints_of(kind: str, config: Config) -> Description:
     hints = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     for theirs, ours in names.items():
         if ours in hints and not fits(ours, hints[ours]):
-            raise UserError(f"config.json: {theirs} is {hints[ours]!r}, which is no {ours}")
+            raise UserError(f"config.json: {theirs} is {hints[ours]!r}, not a valid {ours}")
     return hints
 
 
 def fits(argument: str, value: Any) -> bool:
-    """Whether a value read from JSON can be this argument of a model."""
+    """Whether a value read from JSON is valid for this argument of a model."""
     match argument:
         case "num_heads":
             return isinstance(value, int) and value > 0
@@ -150,7 +157,7 @@ def fits(argument: str, value: Any) -> bool:
 
 
 def check_config(kind: str, module: nn.Module, config: Config, folder: Path) -> None:
-    """Compare config.json with the architecture that the weights have.
+    """Compare config.json with the architecture of the weights.
 
     Raises:
         UserError: they contradict each other.
@@ -168,7 +175,7 @@ def check_config(kind: str, module: nn.Module, config: Config, folder: Path) -> 
 
 
 def config_of(kind: str, module: nn.Module) -> Config:
-    """The fields of config.json that follow from the architecture."""
+    """The fields of config.json that follow from a model's architecture."""
     a = describe(module)
     match kind:
         case "mmdit":
@@ -196,7 +203,7 @@ def config_of(kind: str, module: nn.Module) -> Config:
                 "latent_channels": a["latent_channels"],
                 "layers_per_block": a["blocks"],
                 "norm_num_groups": 32,
-                # As decimals that float32 rounds to the same number.
+                # Decimals that round to the same float32.
                 "scaling_factor": float(f"{module.scale:.7g}"),
                 "shift_factor": float(f"{module.shift:.7g}"),
                 "up_block_types": ["UpDecoderBlock2D"] * len(widths),
@@ -296,10 +303,16 @@ def write_model(
     kind: str | None = None,
     max_bytes: int = 10_000_000_000,
 ) -> None:
-    """Write one model with its config.json, as diffusers or transformers names the files.
+    """Write one model and its config.json, with the file names of diffusers or transformers.
+
+    Args:
+        module: the model.
+        folder: created if it does not exist.
+        kind: see `Format.kind`; None infers it from the module.
+        max_bytes: largest size of a shard.
 
     Raises:
-        UserError: it has no public format, or an architecture that config.json cannot say.
+        UserError: it has no public format, or an architecture that config.json cannot express.
     """
     kind = kind_of(module) if kind is None else kind
     if (ratio := describe(module).get("mlp_ratio", 4.0)) != 4.0:
@@ -309,7 +322,7 @@ def write_model(
         )
     folder.mkdir(parents=True, exist_ok=True)
     config: Config = {**REQUIRED_FIELDS[kind], **config_of(kind, module)}
-    if "_class_name" not in config:  # transformers' way to say it
+    if "_class_name" not in config:  # transformers' equivalent
         config["architectures"] = [CLASSES[kind]]
         config["torch_dtype"] = str(module.compute_dtype).removeprefix("torch.")
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
@@ -324,9 +337,10 @@ def write_folder(
     """Write a whole pipeline: models, tokenizers, scheduler, and the index that names them.
 
     Args:
-        models: by kind; an encoder left out is left out in the folder, too.
-        shift: of the timesteps.
-        tokenizers: by kind of the encoder; each has `save(folder)`.
+        models: the models by kind; an encoder that is missing here is left out in the folder, too.
+        folder: created if it does not exist.
+        shift: the shift of the timesteps, alpha in Eq. 23.
+        tokenizers: the tokenizers by kind of their encoder; each has `save(folder)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = {
@@ -358,5 +372,5 @@ def write_folder(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON sorted and indented, as the libraries do."""
+    """Write JSON with sorted keys and indentation, as the libraries do."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

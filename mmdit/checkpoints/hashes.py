@@ -1,14 +1,15 @@
-"""Hashes that are known of files: what they are, and whether they still hold.
+"""Known hashes of files: where they come from, and whether the files still match them.
 
-A file that we write states two in its header's metadata: that of its content, under the key that
-other programs use as well, and that of the header itself. Whoever merges, casts or edits a file may
-keep our metadata, which is then about other bytes. So the second tells whether they are still ours:
+A file that we write states two hashes in its header's metadata: that of its content, under the key
+that other programs use as well, and that of the header itself, the *seal*. A program that merges,
+casts or edits a file may keep our metadata, which then describes other bytes. The seal shows this:
 
 - We put the metadata last in the header. The safetensors library puts it first.
-- The seal says how long the header was. Adding or removing an entry changes that.
+- The seal states the length of the header. Adding or removing an entry changes that.
 
-Where both are as we left them, nobody wrote the file again, and what differs was damaged, or edited
-in place. Where they are not, another program did, and what it kept is of no use.
+If both are as we wrote them, no program has rewritten the file, and any difference is damage or an
+edit in place. If they are not, another program has rewritten it, and the hashes that it kept mean
+nothing.
 """
 
 import functools
@@ -24,41 +25,42 @@ from mmdit.printable import logger
 log = logger("mmdit.checkpoints")
 
 HASH = "modelspec.hash_sha256"  # of all bytes after the header
-SEAL = "mmdit.seal"  # length of the header, and its hash while these digits are zeros
+SEAL = "mmdit.seal"  # length of the header, and its hash with zeros in place of the hash
 NO_HASH = "0x" + 64 * "0"
 NO_SEAL = f"{0:08d}-{64 * '0'}"
 
 
 def sealed(header: dict[str, Any], length: int, content: str) -> bytes:
-    """The text of a header, which has `NO_HASH` and `NO_SEAL` in its metadata, with its hashes.
+    """The text of a header with its hashes filled in for `NO_HASH` and `NO_SEAL`.
 
     Args:
-        header: as it was read from a file.
-        length: of its text.
-        content: hash of what follows it.
+        header: parsed header of a file, with `NO_HASH` and `NO_SEAL` in its metadata.
+        length: length of its text, in bytes, which stays the same.
+        content: SHA-256 of the bytes that follow the header.
     """
     metadata = dict(sorted(header["__metadata__"].items()))  # the library's order is random
     metadata |= {HASH: f"0x{content}", SEAL: f"{length:08d}-{64 * '0'}"}
     tensors = {key: value for key, value in header.items() if key != "__metadata__"}
-    whole = {**tensors, "__metadata__": metadata}
-    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-    assert len(text) == length, "the hashes have the length that was kept for them"
+    complete = {**tensors, "__metadata__": metadata}
+    text = json.dumps(complete, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    assert len(text) == length, "the hashes fill exactly the space reserved for them"
     digest = hashlib.sha256(text).hexdigest()
     return text.replace(metadata[SEAL].encode(), f"{length:08d}-{digest}".encode())
 
 
 class Known(NamedTuple):
-    """A hash that is known of a file before its content is read."""
+    """The hash that a file should have, known before its content is read."""
 
     sha256: str
-    start: int  # of the bytes that it is of: the whole file, or what follows the header
-    origin: str  # 'hub', 'seal', or 'header' where it need not be of these bytes
+    start: int  # first of the hashed bytes: 0, or the end of the header
+    origin: str  # 'hub', 'seal', or 'header' if it may describe other bytes
 
 
 def known_hash(path: Path, header: bytes | None) -> Known | None:
-    """What hash is known of a file: by the hub's cache, or by its own header.
+    """The hash that a file should have, from the hub's cache or its own header; None if unknown.
 
     Args:
+        path: the file.
         header: text of a safetensors file's header; None for other files.
 
     Raises:
@@ -82,15 +84,20 @@ def known_hash(path: Path, header: bytes | None) -> Known | None:
 def expect(path: Path, known: Known, found: str) -> None:
     """Compare the hash of a file's content with the known one.
 
+    Args:
+        path: the file, for messages.
+        known: the hash it should have.
+        found: the hash it has.
+
     Raises:
-        UserError: they differ. Where the known one may be of other bytes, that is only reported.
+        UserError: they differ. If the known one may describe other bytes, that is only a warning.
     """
     if found == known.sha256:
         return
     if known.origin == "hub":
         raise UserError(
-            f"{path} is damaged: its SHA-256 is not {known.sha256[:16]}..., by which the hub's "
-            "cache calls it. Download it again (`hf download --force-download`)"
+            f"{path} is damaged: its SHA-256 is not {known.sha256[:16]}..., its name in the hub's "
+            "cache. Download it again (`hf download --force-download`)"
         )
     if known.origin == "seal":
         raise UserError(
@@ -98,29 +105,30 @@ def expect(path: Path, known: Known, found: str) -> None:
             f"{known.sha256[:16]}...). Copy or download it again"
         )
     log.warning(
-        "%s: its header states the hash of other content: it was merged, cast or edited by a "
-        "program that kept the header, or is damaged. There is nothing to compare it with",
+        "%s: the hash in its header is not that of its content: it was merged, cast or edited by a "
+        "program that kept the header, or is damaged. It cannot be verified",
         path,
     )
 
 
 def verify_hash(path: Path, header: bytes | None) -> None:
-    """Compare a file with the hash that is known of it, if one is.
+    """Compare a file with its known hash, if there is one.
 
     Args:
-        header: as in `known_hash`.
+        path: the file.
+        header: text of a safetensors file's header; None for other files.
 
     Raises:
-        UserError: the file is not what the hub's cache or our own seal says.
+        UserError: the file does not match the hash in the hub's cache or in our own seal.
     """
     if (known := known_hash(path, header)) is None:
-        log.debug("%s: no hash is known that it could be compared with", path)
+        log.debug("%s: it has no known hash, so it is not verified", path)
     else:
         expect(path, known, content_of(path, known.start))
 
 
 def _is_sealed(path: Path, text: bytes, *, last: bool, metadata: dict[str, Any]) -> bool:
-    """Whether a header is as we wrote it; not, if another program wrote it again.
+    """True if a header is as we wrote it, False if another program has rewritten it.
 
     Raises:
         UserError: it was changed in place.
@@ -133,20 +141,20 @@ def _is_sealed(path: Path, text: bytes, *, last: bool, metadata: dict[str, Any])
     if not seal or hashlib.sha256(text.replace(seal[2].encode(), b"0" * 64)).hexdigest() != seal[2]:
         raise UserError(
             f"{path}: its header is not as it was written: it was edited, or is damaged. Copy or "
-            "download it again (of a public file, verify=false opens it as it is)"
+            "download it again (verify=false opens a public file as it is)"
         )
     return True
 
 
 def content_of(path: Path, offset: int = 0) -> str:
-    """SHA-256 of what follows `offset`; read once for the five models of one unchanged file."""
+    """SHA-256 of the bytes from `offset` on; an unchanged file is read once for all its models."""
     stat = path.stat()
     return content_hash(path, offset, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
 def content_hash(path: Path, offset: int, size: int, changed: int) -> str:
-    """SHA-256 of what follows `offset` in a file of that size and time of change."""
+    """SHA-256 of the bytes from `offset` on; size and time of change are keys of the cache."""
     with path.open("rb") as file:
         file.seek(offset)
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""Headers of safetensors files, and what stands behind them read from front to back.
+"""Headers of safetensors files, and the tensors after them, read from front to back.
 
-Files of the public are mapped and never read as a whole (`mmdit.checkpoints.archive`). Those of a
-run are copied to memory: each byte is read once, and hashed on its way.
+Public files are memory-mapped and never read as a whole (`mmdit.checkpoints.archive`). The files of
+a run are copied to memory: each byte is read once, and hashed on the way.
 """
 
 import math
@@ -16,7 +16,7 @@ from mmdit.bounds import LONGEST_JSON, LONGEST_KEY, MOST_ENTRIES, MOST_TENSORS, 
 from mmdit.errors import UserError, first_line
 
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-PIECE = 1 << 22  # bytes that are read and hashed at once, while the processor's cache holds them
+PIECE = 1 << 22  # bytes read and hashed at a time, small enough for the processor's cache
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -32,26 +32,26 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 TOO_MANY = (
-    f"more than {MOST_TENSORS:,} tensors, which is more than any model that is read here has: "
+    f"more than {MOST_TENSORS:,} tensors, which is more than any supported model has: "
     "it is damaged, or was not made in good faith"
 )
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Info(NamedTuple):
-    """What a header says of a tensor."""
+    """Shape and dtype of a tensor, as the header states them."""
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F16, BF16, F8_E4M3, ...
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself."""
+    """The parsed header of a safetensors file."""
 
     infos: dict[str, Info]
     metadata: dict[str, str]
-    places: dict[str, tuple[int, int]]  # first byte of each tensor behind the header, and its end
-    text: bytes  # JSON; the eight bytes of its length stand before it
+    offsets: dict[str, tuple[int, int]]  # first byte and end of each tensor, after the header
+    text: bytes  # JSON; in the file, eight bytes with its length come before it
 
     @property
     def raw(self) -> bytes:
@@ -60,16 +60,17 @@ class Header(NamedTuple):
 
 
 class Digest(Protocol):
-    """A hash that takes in bytes, as `hashlib` makes them."""
+    """A hash object of `hashlib`, which is fed with bytes."""
 
     def update(self, data: memoryview, /) -> None: ...
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, compared with the size of the file.
+    """Read the header of a safetensors file and check it against the size of the file.
 
     Raises:
-        UserError: saying what the file is instead, as far as can be told.
+        UserError: the file is cut off, or is not a safetensors file; the message says what it
+            seems to be instead.
     """
     try:
         size = path.stat().st_size
@@ -81,7 +82,7 @@ def read_header(path: Path) -> Header:
             if length > LONGEST_JSON:
                 raise UserError(
                     f"{path} has a header of {length:,} bytes; {LONGEST_JSON:,} is several times "
-                    "what any model that is read here needs"
+                    "what any supported model needs"
                 )
             file.seek(8)
             text = file.read(length)
@@ -91,7 +92,7 @@ def read_header(path: Path) -> Header:
     if size >= needed:
         try:
             header = _parsed(text)
-            needed += max((end for _, end in header.places.values()), default=0)
+            needed += max((end for _, end in header.offsets.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f" ({first_line(error)})" if isinstance(error, ValueError) else ""
             raise UserError(
@@ -101,55 +102,60 @@ def read_header(path: Path) -> Header:
             raise UserError(f"{path} lists {TOO_MANY}")
     if size < needed:
         raise UserError(
-            f"{path} is damaged, it is cut off: it has {size:,} bytes and should have at least "
+            f"{path} is damaged: the file is cut off, with {size:,} bytes instead of at least "
             f"{needed:,}; download it again"
         )
     return header
 
 
 def _parsed(text: bytes) -> Header:
-    """A header's JSON.
+    """The header that this JSON states.
 
     Raises:
-        Exception: it is none, or not one of tensors.
+        Exception: it is not JSON, or does not describe tensors.
     """
     tensors = parse_json(text)
     stated = tensors.pop("__metadata__", None)
     metadata = {} if stated is None else {k: str(v) for k, v in stated.items()}
     infos = {k: Info(tuple(v["shape"]), str(v["dtype"])) for k, v in tensors.items()}
-    places = {k: (v["data_offsets"][0], v["data_offsets"][1]) for k, v in tensors.items()}
+    offsets = {k: (v["data_offsets"][0], v["data_offsets"][1]) for k, v in tensors.items()}
     if len(metadata) > MOST_ENTRIES:
         raise ValueError(f"its metadata has {len(metadata):,} entries")
     if (longest := max(map(len, infos), default=0)) > LONGEST_KEY:
         raise ValueError(f"a tensor's name has {longest:,} characters")
-    return Header(infos, metadata, places, text)
+    return Header(infos, metadata, offsets, text)
 
 
 def read_tensors(path: Path, header: Header, digest: Digest) -> dict[str, Tensor]:
-    """All tensors of a file, in memory of their own.
+    """Copy all tensors of a file to memory, hashing them on the way.
 
     Args:
-        digest: takes in every byte behind the header, in their order.
+        path: a safetensors file.
+        header: its header.
+        digest: is updated with every byte after the header, in order.
+
+    Returns:
+        The tensors by key, in the order of the header.
 
     Raises:
-        UserError: the header does not describe what stands behind it.
+        UserError: the header does not describe the bytes that follow it.
         OSError: the file cannot be read.
     """
     tensors: dict[str, Tensor] = {}
     reached = 0
     with path.open("rb") as file:
         file.seek(8 + len(header.text))
-        for key, (start, end) in sorted(header.places.items(), key=lambda item: item[1]):
+        for key, (start, end) in sorted(header.offsets.items(), key=lambda item: item[1]):
             shape, dtype = header.infos[key].shape, DTYPES.get(header.infos[key].dtype)
-            whole = all(isinstance(n, int) and n >= 0 for n in shape)
-            if not whole or dtype is None or start != reached:
+            valid = all(isinstance(n, int) and n >= 0 for n in shape)
+            if not valid or dtype is None or start != reached:
                 raise _contradicted(path, key)
             if end - start != math.prod(shape) * dtype.itemsize:
                 raise _contradicted(path, key)
             tensors[key] = torch.empty(shape, dtype=dtype)
             content = tensors[key].reshape(-1).view(torch.uint8).numpy().data
-            for place in range(0, end - start, PIECE):
-                piece = content[place : place + PIECE]
+            for at in range(0, end - start, PIECE):
+                piece = content[at : at + PIECE]
                 if file.readinto(piece) != len(piece):
                     raise _contradicted(path, key)
                 digest.update(piece)
@@ -160,7 +166,9 @@ def read_tensors(path: Path, header: Header, digest: Digest) -> dict[str, Tensor
 
 
 def _contradicted(path: Path, key: str) -> UserError:
-    return UserError(f"{path} is damaged: {key} is not where its header says, or not of its size")
+    return UserError(
+        f"{path} is damaged: {key} has another position or size than its header states"
+    )
 
 
 def _what_it_is(start: bytes, size: int) -> str:
@@ -172,7 +180,7 @@ def _what_it_is(start: bytes, size: int) -> str:
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "it is a pickle (.ckpt, .pt) under another name"
     if start.startswith(b"GGUF"):
-        return "it is a GGUF file, whose quantized weights are not read here"
+        return "it is a GGUF file, whose quantized weights are not supported"
     if size == 0:
         return "it is empty"
     return f"its first bytes are not a header ({size:,} bytes); download or copy it again"

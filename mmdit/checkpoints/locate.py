@@ -14,7 +14,7 @@ from mmdit.checkpoints.archive import (
     open_shards,
     split_part,
 )
-from mmdit.checkpoints.diagnosis import NAMES, recognize
+from mmdit.checkpoints.diagnosis import KIND_NAMES, recognize
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config, read_json
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
@@ -221,16 +221,18 @@ class Place:
             return holding[0], path
         if len(holding) > 1:
             names = ", ".join(archive.name.name for archive in holding)
-            raise UserError(f"{path} holds several files with a {NAMES[kind]}: name one of {names}")
+            raise UserError(
+                f"{path} holds several files with a {KIND_NAMES[kind]}: name one of {names}"
+            )
         if adapter := adapter_in(path):
-            raise UserError(f"{path} holds no {NAMES[kind]}: {adapter}. Nothing was loaded")
+            raise UserError(f"{path} holds no {KIND_NAMES[kind]}: {adapter}. Nothing was loaded")
         places = f"{path / SUBFOLDERS[kind]} and {path}" if kind in SUBFOLDERS else str(path)
         there = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
         pickles = [file.name for file in there if file.suffix in PICKLES]
         hint = f"; pickles like {pickles[0]} are read only if named as a file" if pickles else ""
         held = [f"{a.name.name} holds {what}" for a in archives if (what := recognize(a.infos))]
         raise UserError(
-            f"{path} holds no {NAMES[kind]}: no *.safetensors in {places} has one{hint}. "
+            f"{path} holds no {KIND_NAMES[kind]}: no *.safetensors in {places} has one{hint}. "
             + (
                 "; ".join(held[:5])
                 or "Incomplete downloads end in .incomplete or .part; a single file on the hub "

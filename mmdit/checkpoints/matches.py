@@ -1,4 +1,4 @@
-"""Where in a file a model stands: under a published prefix, or one that a training wrapper left."""
+"""Find a model in a file: under a published prefix, or one that a training wrapper left."""
 
 import re
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mmdit.bounds import parse_json
 from mmdit.checkpoints.archive import Archive
-from mmdit.checkpoints.diagnosis import NAMES, PUBLISHED
+from mmdit.checkpoints.diagnosis import KIND_NAMES, PUBLISHED
 from mmdit.checkpoints.formats import ADAPTERS, FORMATS, Description, Format
 from mmdit.checkpoints.headers import Info
 from mmdit.errors import UserError
 
-ENTRY = "mmdit.descriptions"  # of the header's metadata, in the files we write
-# Scalars that trainers leave beside the text encoders, and nothing reads.
+ENTRY = "mmdit.descriptions"  # metadata key with the description of each model, in our own files
+# Scalars that training programs save beside the text encoders and nothing reads.
 STRAY = re.compile(r"(.*\.)?text_encoders\.\w+\.logit_scale")
 
 
@@ -25,8 +25,10 @@ class Match:
     """A model found in an archive.
 
     Attributes:
-        prefix: before its keys; all of it, where a wrapper's prefix stands before the format's.
-        wrapper: that part of the prefix that no format has.
+        archive: the file or files.
+        format: the model and its layout.
+        prefix: what its keys begin with, including the prefix of a wrapper.
+        wrapper: the part of the prefix that a training wrapper added; '' without one.
         others: prefixes of the other models in the archive.
     """
 
@@ -38,10 +40,10 @@ class Match:
 
     @cached_property
     def infos(self) -> Mapping[str, Info]:
-        """What stands under the prefix, the prefix stripped.
+        """The tensors under the prefix, by key without the prefix.
 
-        Keys under no known prefix belong to no model; they are in here too, to be reported, under
-        names that stand for none of its tensors.
+        Keys under no known prefix belong to no model. They are included so that they are reported,
+        under names that cannot be those of the model's tensors.
         """
         longest_first = sorted({self.prefix, *self.others}, key=len, reverse=True)
         mine: dict[str, Info] = {}
@@ -55,7 +57,7 @@ class Match:
 
     @cached_property
     def needed(self) -> Mapping[str, Info]:
-        """`infos` without a projection that is the identity, which means that there is none."""
+        """`infos` without a projection that is the identity, which stands for none at all."""
         infos, key = dict(self.infos), self.format.identity
         square = key in infos and len(shape := infos[key].shape) == 2 and shape[0] == shape[1]
         if square and torch.equal(self.tensor(key).float(), torch.eye(shape[0])):
@@ -63,50 +65,53 @@ class Match:
         return infos
 
     def tensor(self, key: str) -> Tensor:
+        """The tensor of a key without the prefix."""
         return self.archive[self.prefix + key]
 
 
 def find(archive: Archive, kind: str, *, layout: str | None = None) -> Match | None:
-    """Where a model of this kind stands in the archive, if it does.
+    """Find the model of this kind in an archive; None if there is none.
 
     Args:
-        layout: which to prefer where the keys of both are the same; None is 'original', but for a
-            whole CLIP, which has but one.
+        archive: where to look.
+        kind: see `Format.kind`.
+        layout: the layout to prefer where both have the same keys; None prefers 'original', except
+            for a whole CLIP (both towers), which only has 'diffusers'.
 
     Raises:
-        UserError: it stands in several places.
+        UserError: the archive holds several.
     """
     if layout is None and any(key.startswith("vision_model.") for key in archive.infos):
         layout = "diffusers"
     formats = [format for format in FORMATS if format.kind == kind]
-    if not any(format.places(archive.infos, archive.parts) for format in formats):
+    if not any(format.prefixes_in(archive.infos, archive.parts) for format in formats):
         return None
     keys = [key for key in archive.infos if not ADAPTERS.search(key)]
-    places = {format: format.places(keys, archive.parts) for format in FORMATS}
-    everywhere = {place for found in places.values() for place in found}
+    prefixes = {format: format.prefixes_in(keys, archive.parts) for format in FORMATS}
+    used = {prefix for found in prefixes.values() for prefix in found}
     matches: dict[str, Match] = {}
     for format in sorted(formats, key=lambda format: format.layout != (layout or "original")):
         bare_other = not layout and format.another(archive.infos)
-        for prefix, wrapper in places[format].items():
+        for prefix, wrapper in prefixes[format].items():
             if prefix or not bare_other or own_description(archive, kind):
-                others = other_prefixes(archive, prefix, wrapper) | everywhere - {prefix, ""}
+                others = other_prefixes(archive, prefix, wrapper) | used - {prefix, ""}
                 match = Match(archive, format, prefix, wrapper, frozenset(others))
                 matches.setdefault(prefix, match)
     published = [match for match in matches.values() if not match.wrapper][:1]
     found = published + [match for match in matches.values() if match.wrapper]
     if len(found) > 1:
         names = [match.prefix.removesuffix(".") for match in found]
-        told = ", ".join(f"{name!r}" if name else "no prefix" for name in names)
+        listed = ", ".join(f"{name!r}" if name else "no prefix" for name in names)
         chosen = next(name for name in names if name)
         raise UserError(
-            f"{archive.name} holds {len(found)} of the kind {NAMES[kind]}, under {told}: choose "
-            f"one, as {archive.name}:{chosen}"
+            f"{archive.name} holds {len(found)} models of the kind {KIND_NAMES[kind]}, under "
+            f"{listed}: choose one, e.g. {archive.name}:{chosen}"
         )
     return found[0] if found else None
 
 
 def other_prefixes(archive: Archive, prefix: str, wrapper: str) -> set[str]:
-    """Prefixes under which nothing belongs to the model that stands under `prefix`."""
+    """Prefixes of keys that do not belong to the model under `prefix`."""
     parts = {f"{part}." for part in archive.parts if not prefix.startswith(f"{part}.")}
     if not prefix:
         return parts
@@ -115,7 +120,11 @@ def other_prefixes(archive: Archive, prefix: str, wrapper: str) -> set[str]:
 
 
 def own_description(archive: Archive, kind: str) -> Description:
-    """What a file of ours tells of a model beyond its shapes; empty for a file of others."""
+    """The description of a model in a file of ours; empty in files of other programs.
+
+    Raises:
+        UserError: the entry of the header is damaged.
+    """
     try:
         return dict(parse_json(archive.metadata.get(ENTRY, "{}").encode()).get(kind, {}))
     except (ValueError, TypeError, AttributeError):

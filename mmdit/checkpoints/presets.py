@@ -7,10 +7,10 @@ class Preset(NamedTuple):
     """How a published model is meant to be used.
 
     Attributes:
-        hub: its repository.
-        depth, qk_norm, dual: what tells its architecture.
-        steps, guidance, shift: for sampling; guidance 1 is none.
-        t5_length: tokens that T5 reads.
+        hub: its repository on the Hugging Face hub.
+        depth, qk_norm, dual: what identifies its architecture; `dual` is True for MMDiT-X.
+        steps, guidance, shift: settings for sampling; guidance 1 is off.
+        t5_length: number of tokens that T5 reads.
     """
 
     hub: str

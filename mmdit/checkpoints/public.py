@@ -1,7 +1,7 @@
 """Public files to models and back: match the format, build on meta, check every key, assign.
 
-Nothing is read before all keys and shapes have been found right, and nothing is copied from the
-mapped file unless another dtype is asked for.
+No tensor is read before all keys and shapes have been checked, and none is copied from the mapped
+file unless another dtype is requested.
 """
 
 import json
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from mmdit.checkpoints.archive import Archive
 from mmdit.checkpoints.building import build_on_meta
 from mmdit.checkpoints.diagnosis import (
-    NAMES,
+    KIND_NAMES,
     UNMERGED,
     UNMERGED_MEANS,
     Faults,
+    explain_absent,
     explain_faults,
     explain_infinite,
-    explain_stranger,
 )
 from mmdit.checkpoints.formats import FORMATS, Description, Format
 from mmdit.checkpoints.headers import Info
@@ -44,7 +44,7 @@ from mmdit.registry import describe
 log = logger("mmdit.checkpoints")
 
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
-AT_ONCE = 1 << 30  # bytes whose values are looked at without being asked to: a tenth of a second
+ALWAYS_CHECKED = 1 << 30  # bytes; weights below this are always searched for NaN, in 0.1 s
 
 
 def load(
@@ -56,16 +56,20 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = False,
 ) -> Network:
-    """The model of this kind in the archive: in eval mode, on the CPU, its weights mapped.
+    """Load the model of this kind from an archive.
 
     Args:
+        archive: the file or files.
         kind: see `Format.kind`.
         layout: see `find`.
-        hints: what shapes do not tell (num_heads, activation, scale, shift).
-        dtype: what the model computes in; None keeps the file's, except that 8-bit floats become
-            bfloat16, and that tensors of several dtypes take that of most matrices.
-        verify: look for NaN and infinite values in any case. Otherwise a gigabyte or more is not
-            read for that alone, but only when it is converted.
+        hints: arguments that shapes do not determine (num_heads, activation, scale, shift).
+        dtype: the dtype the model computes in; None keeps the file's, except that 8-bit floats
+            become bfloat16, and tensors of mixed dtypes take that of most matrix values.
+        verify: always search the weights for NaN and infinite values. Otherwise weights of a
+            gigabyte or more are only searched if they are converted to another dtype.
+
+    Returns:
+        The model in eval mode, on the CPU, with memory-mapped weights.
 
     Raises:
         UserError: the archive holds no such model; keys are missing, unexpected or misshapen;
@@ -75,13 +79,13 @@ def load(
         raise UserError(f"dtype {dtype} must be torch.float16, bfloat16, float32 or float64")
     match = find(archive, kind, layout=layout)
     if match is None:
-        raise UserError(explain_stranger(archive, kind))
+        raise UserError(explain_absent(archive, kind))
     refuse_unmerged(match)
     if match.wrapper:
         log.warning(
-            "%s: the %s is read from under %r%s",
+            "%s: reading the %s from the keys under %r%s",
             archive.name,
-            NAMES[kind],
+            KIND_NAMES[kind],
             match.prefix,
             f"; the file has these parts: {', '.join(archive.parts)}" if archive.parts else "",
         )
@@ -93,11 +97,11 @@ def load(
         if key in infos
     }
     try:
-        told = match.format.describe(infos, {**own, **stored, **hints})
+        read = match.format.describe(infos, {**own, **stored, **hints})
         for name, value in hints.items():
-            if told.get(name, value) != value:
-                raise UserError(f"{name} {value} contradicts the weights, which have {told[name]}")
-        module = build_on_meta({**own, **stored, **hints, **told})
+            if read.get(name, value) != value:
+                raise UserError(f"{name} {value} contradicts the weights, which have {read[name]}")
+        module = build_on_meta({**own, **stored, **hints, **read})
     except UserError as error:
         raise UserError(f"{archive.name}: {error}. Nothing was loaded") from None
     load_into(module, match, dtype=dtype, verify=verify)
@@ -105,10 +109,14 @@ def load(
 
 
 def refuse_unmerged(match: Match) -> None:
-    """Refuse base weights that lie beside adapters, as PEFT saves them before they are merged."""
+    """Refuse base weights with unmerged adapters beside them, as PEFT saves them.
+
+    Raises:
+        UserError: the keys are of this kind.
+    """
     if unmerged := [key for key in match.infos if UNMERGED.search(key)]:
         raise UserError(
-            f"{match.archive.name}: its {NAMES[match.format.kind]} is {UNMERGED_MEANS} "
+            f"{match.archive.name}: its {KIND_NAMES[match.format.kind]} is {UNMERGED_MEANS} "
             f"({len(unmerged)} such keys: {', '.join(unmerged[:3])}, ...). Nothing was loaded"
         )
 
@@ -116,7 +124,13 @@ def refuse_unmerged(match: Match) -> None:
 def load_into(
     module: Network, match: Match, *, dtype: torch.dtype | None = None, verify: bool = False
 ) -> None:
-    """Give a module, on meta or not, the tensors of the match, or leave it untouched.
+    """Assign the tensors of a match to a module, on meta or not; on an error it stays unchanged.
+
+    Args:
+        module: its `compute_dtype` is set, too.
+        match: a model of the module's architecture.
+        dtype: see `load`.
+        verify: see `load`.
 
     Raises:
         UserError: as in `load`.
@@ -132,13 +146,13 @@ def load_into(
     compute_dtype = common_dtype(stored, format) if dtype is None else dtype
     dtypes = dict.fromkeys(stored, compute_dtype)
     if dtype is None and compute_dtype == torch.float16:
-        # These are computed with in float32: what the file holds of them is not narrowed.
+        # The model computes with these in float32, so they are not rounded to float16.
         for key in wide_keys(stored, format):
             dtypes[key] = torch.promote_types(computed_in(stored[key], None), compute_dtype)
     read_anyway = any(dtypes[key] != tensor.dtype for key, tensor in stored.items())
-    small = sum(tensor.nbytes for tensor in stored.values()) < AT_ONCE
+    small = sum(tensor.nbytes for tensor in stored.values()) < ALWAYS_CHECKED
     if not (verify or read_anyway or small):
-        log.debug("%s: values not looked at, verify=True does", match.archive.name)
+        log.debug("%s: not searched for NaN; verify=True does so", match.archive.name)
     elif bad := not_finite(stored):
         raise UserError(explain_infinite(match.archive.name, bad, None))
     tensors: dict[str, Tensor] = {}
@@ -162,15 +176,15 @@ def load_into(
 
 
 def wide_keys(stored: Mapping[str, Tensor], format: Format) -> set[str]:
-    """Keys of the tensors that a format keeps in float32 where the others are float16."""
+    """Keys of the tensors that a format keeps in float32 when the others are float16."""
     return {key for key in stored if re.fullmatch(format.wide, key)}
 
 
 def common_dtype(stored: Mapping[str, Tensor], format: Format) -> torch.dtype:
-    """The dtype that most values of the matrices have.
+    """The dtype of most values in the matrices.
 
     A model computes in one dtype, but files may keep matrices in one and norms or biases in
-    another. Tensors that the format keeps wide do not decide.
+    another. Tensors that the format keeps in float32 are not counted.
     """
     wide = wide_keys(stored, format)
     votes: Counter[torch.dtype] = Counter()
@@ -182,7 +196,7 @@ def common_dtype(stored: Mapping[str, Tensor], format: Format) -> torch.dtype:
 def warn_of_mixed_dtypes(
     name: object, stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Warn that tensors of several dtypes were converted, which loses digits or takes memory."""
+    """Warn that tensors of mixed dtypes were converted, which loses precision or takes memory."""
     changed = {d for key, d in dtypes.items() if computed_in(stored[key], None) != d}
     if changed:
         there = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
@@ -196,7 +210,7 @@ def warn_of_mixed_dtypes(
 
 
 def slots_of(module: nn.Module, format: Format) -> dict[str, Slot]:
-    """The tensors that a format stores of a module, by their key without prefix."""
+    """The tensors in which a format stores a module, by their keys without prefix."""
     stored = {k: v for k, v in module.state_dict().items() if k not in format.constants}
     return correspondence(stored, format.rules(describe(module)))
 
@@ -209,6 +223,13 @@ def check(
     infos: Mapping[str, Info],
 ) -> None:
     """Compare the keys, shapes and dtypes of a file with what a module needs.
+
+    Args:
+        match: where the model is in the file.
+        name: class of the module, for messages.
+        slots: what the module needs, by key.
+        sources: the key in the file that each of these is read from.
+        infos: what the file has.
 
     Raises:
         UserError: they differ.
@@ -234,10 +255,14 @@ def check(
                     f"{match.archive.name}: {copy} and {key} are one tensor stored twice, but they "
                     "differ: the file was edited or is damaged. Nothing was loaded"
                 )
-        if left_out := [key for key in infos if key not in known]:
-            log.info("%s: left out, being of no use: %s", match.archive.name, ", ".join(left_out))
+        if unused := [key for key in infos if key not in known]:
+            log.info(
+                "%s: ignoring unused tensors: %s",
+                match.archive.name,
+                ", ".join(unused),
+            )
         return
-    what = f"the {NAMES[match.format.kind]} ({name}, {match.format.layout} layout)"
+    what = f"the {KIND_NAMES[match.format.kind]} ({name}, {match.format.layout} layout)"
     own = f"{match.format.kind} {match.format.layout}"
     raise UserError(explain_faults(match.archive.name, what, own, faults, slots, infos))
 
@@ -246,10 +271,10 @@ def check(
 
 
 def kind_of(module: nn.Module) -> str:
-    """Which model of the public formats a module is.
+    """The kind of a module (see `Format.kind`).
 
     Raises:
-        UserError: none.
+        UserError: it has no public format.
     """
     match module:
         case MMDiT():
@@ -270,10 +295,16 @@ def kind_of(module: nn.Module) -> str:
 def exported(
     module: Network, layout: str, *, kind: str | None = None, prefixed: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The module's tensors under the keys of a layout, in the place of `kind`.
+    """Yield a module's tensors under the keys of a public layout.
+
+    Args:
+        module: the model.
+        layout: 'original' or 'diffusers'.
+        kind: see `Format.kind`; None infers it from the module.
+        prefixed: begin the keys with the model's prefix in single files.
 
     Raises:
-        UserError: the layout has no place for such a model.
+        UserError: the layout has no keys for such a model.
     """
     kind = kind_of(module) if kind is None else kind
     format = next((f for f in FORMATS if f.kind == kind and f.layout == layout), None)
@@ -285,7 +316,7 @@ def exported(
     dtype = module.compute_dtype
     for key in wide_keys(tensors, format):
         if same(tensors[key].to(dtype).to(tensors[key].dtype), tensors[key]):
-            tensors[key] = tensors[key].to(dtype)  # float32 only to compute with
+            tensors[key] = tensors[key].to(dtype)  # it fits: only the computation needs float32
     if layout == "diffusers" and format.identity and format.identity not in tensors:
         assert isinstance(module, CLIPTextModel)
         tensors[format.identity] = module.cast(torch.eye(module.width))
@@ -297,5 +328,5 @@ def exported(
 
 
 def descriptions(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Metadata entry by which our files tell what shapes do not."""
+    """Metadata entry with the full description of each model, which shapes alone do not give."""
     return {ENTRY: json.dumps({kind: describe(module) for kind, module in modules.items()})}

@@ -1,8 +1,7 @@
-"""Which other programs read a single file of ours as it is meant.
+"""Which other programs read our single files correctly.
 
-ComfyUI and diffusers derive some sizes from a file's shapes and take the others for those of the
-published models. A model outside of that is opened and computed wrongly, or refused, so that we
-say it when we write.
+ComfyUI and diffusers derive some sizes from a file's shapes and assume those of the published
+models for the others. They refuse any other model or compute it wrongly, so we say so on saving.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from torch import nn
 
 from mmdit.registry import describe
 
-# What ComfyUI and diffusers take for granted; where a list stands, one of its values.
+# The values that ComfyUI and diffusers assume.
 FIXED: dict[str, dict[str, Any]] = {
     "autoencoder": {
         "latent_channels": 16,
@@ -57,7 +56,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "pooled_width": 2048,
     },
 }
-# Of the transformer, ComfyUI reads the other sizes from the shapes.
+# Assumed for the transformer; ComfyUI reads its other sizes from the shapes.
 MMDIT = {"mlp_ratio": 4.0, "latent_channels": 16, "context_width": 4096, "pooled_width": 2048}
 # (depth, qk_norm, dual_attention, position_size) of the published transformers.
 PUBLISHED = [
@@ -67,43 +66,46 @@ PUBLISHED = [
 ]
 
 
-REMARK = "mmdit.readers"  # of the header's metadata, in the files we write
+REMARK = "mmdit.readers"  # metadata key with the remark, in our own files
 
 
 def remark(models: Mapping[str, nn.Module], unsaid: Sequence[str] = ()) -> str | None:
-    """Who reads a single file of these models as it is meant; None if all do.
+    """Which programs read a single file of these models correctly; None if all do.
 
     Args:
-        unsaid: what of a pipeline the file has no place for.
+        models: the models in the file, by kind.
+        unsaid: settings of a pipeline that the file cannot hold.
     """
     parts = []
-    if told := misread(models):
+    if clauses := misread(models):
         parts.append(
             "ComfyUI and diffusers refuse this file or compute something else from it: "
-            f"{'; '.join(told)}. This project reads its models as they are, by the description in "
-            "the file's header"
+            f"{'; '.join(clauses)}. This project reads its models as they are, by the description "
+            "in the file's header"
         )
     elif reason := only_in_comfyui(models):
         parts.append(f"ComfyUI and this project read this file, diffusers does not: {reason}")
     if unsaid:
         parts.append(
-            f"The file has no place for how the whole is used: {'; '.join(unsaid)}. A run, or its "
-            "native export (python -m mmdit.export), keeps that"
+            f"The file has no place for settings of the pipeline: {'; '.join(unsaid)}. A run, or "
+            "its native export (python -m mmdit.export), keeps them"
         )
     return ". ".join(parts) or None
 
 
 def misread(models: Mapping[str, nn.Module]) -> list[str]:
-    """What ComfyUI and diffusers would take for something else in a single file of these models.
+    """What ComfyUI and diffusers would get wrong in a single file of these models.
 
-    One clause for each model that they would not open as it is; empty if they read all rightly.
+    Returns:
+        One clause for each model that they would not read as it is; empty if they read all
+        correctly.
     """
-    told = []
+    clauses = []
     for kind, model in models.items():
         a = describe(model)
         assumed = dict(FIXED.get(kind, {}))
         if kind == "mmdit":
-            heads = a["width"] // 64  # and as many blocks, as ComfyUI derives them from the width
+            heads = a["width"] // 64  # ComfyUI derives heads and blocks from the width
             assumed = {**MMDIT, "width": 64 * heads, "depth": heads, "num_heads": heads}
         wrong = [
             f"{name} {a[name]} for {value}"
@@ -111,16 +113,16 @@ def misread(models: Mapping[str, nn.Module]) -> list[str]:
             if (list(a[name]) if isinstance(value, list) else a[name]) != value
         ]
         if wrong:
-            told.append(f"{kind} has {', '.join(wrong)}")
-    return told
+            clauses.append(f"{kind} has {', '.join(wrong)}")
+    return clauses
 
 
 def only_in_comfyui(models: Mapping[str, nn.Module]) -> str | None:
-    """Why diffusers would not open a transformer that ComfyUI opens rightly; None if it would."""
+    """Why diffusers would not read a transformer that ComfyUI reads; None if it would."""
     if "mmdit" not in models:
         return None
     a = describe(models["mmdit"])
     sizes = (a["depth"], a["qk_norm"], list(a["dual_attention"]), a["position_size"])
     if sizes in PUBLISHED and a["patch_size"] == 2:
         return None
-    return "its transformer is none of the published ones, which alone diffusers opens from a file"
+    return "its transformer is not one of the published ones, the only ones it opens from a file"

@@ -1,10 +1,9 @@
 """Reversible tables: how the tensors of a public format correspond to ours.
 
-A format is a list of rules. Each rewrites part of our key (`re.sub`), all rules in turn, which
-gives their key; some say besides that ours is a part of their tensor, or their tensor seen in
-another shape. Applied to a model, the rules list the correspondence of every tensor, and both
-directions follow from this one list: loading reads it from right to left, saving from left to
-right.
+A format is a list of rules. Each rewrites a part of our key (`re.sub`); all of them in turn give
+the key in the public file ("theirs"). Some also say that our tensor is a part of theirs, or theirs
+in another shape. Applied to a model, the rules give the correspondence of every tensor, and both
+directions follow from it: loading reads it from right to left, saving from left to right.
 """
 
 import re
@@ -18,27 +17,30 @@ Shape = tuple[int, ...]
 
 
 class Form(NamedTuple):
-    """How one tensor of ours sits in one of theirs.
+    """How one of our tensors is contained in one of theirs.
 
-    `read(theirs)` gives a view where it can; `write` is its inverse, over all of ours that share
-    a tensor of theirs, in the order of the model.
+    Attributes:
+        shape: from our shape to theirs.
+        read: from their tensor and our shape to our tensor, a view where possible.
+        write: the inverse, from all of our tensors that share one of theirs, in the model's order,
+            and their shape to their tensor.
     """
 
-    shape: Callable[[Shape], Shape]  # of theirs, from that of ours
-    read: Callable[[Tensor, Shape], Tensor]  # their tensor, shape of ours
-    write: Callable[[Sequence[Tensor], Shape], Tensor]  # ours, shape of theirs
+    shape: Callable[[Shape], Shape]
+    read: Callable[[Tensor, Shape], Tensor]
+    write: Callable[[Sequence[Tensor], Shape], Tensor]
 
 
 SAME = Form(lambda ours: ours, lambda theirs, _: theirs, lambda ours, _: ours[0])
 
 
 def reshaped(shape: Callable[[Shape], Shape]) -> Form:
-    """The same numbers in another shape."""
+    """The form of the same values in another shape."""
     return Form(shape, lambda theirs, ours: theirs.reshape(ours), lambda t, s: t[0].reshape(s))
 
 
 def rows(i: int, n: int) -> Form:
-    """Ours is the i-th of n equal stacks of their rows."""
+    """The form of the i-th of n equal groups of rows."""
     return Form(
         lambda ours: (n * ours[0], *ours[1:]),
         lambda theirs, _: theirs.chunk(n)[i],
@@ -55,29 +57,37 @@ SWAPPED = Form(
 
 
 class Rule(NamedTuple):
-    """One rewriting of our keys, and the form of the tensors whose keys it rewrites."""
+    """One rewriting of our keys, and the form of the tensors whose keys it rewrites.
 
-    ours: str  # regular expression
+    Attributes:
+        ours: regular expression, searched for in our key.
+        theirs: its replacement (see `re.sub`).
+        form: how the tensor is contained in theirs; None leaves it as it is.
+    """
+
+    ours: str
     theirs: str | Callable[[re.Match[str]], str]
     form: Form | None = None
 
 
 class Slot(NamedTuple):
-    """A tensor of theirs, and the tensors of ours that make it up."""
+    """One of their tensors, and those of ours that it consists of: (key, shape, form)."""
 
     shape: Shape
     parts: list[tuple[str, Shape, Form]]
 
     def read(self, theirs: Tensor) -> dict[str, Tensor]:
+        """Our tensors by key, from theirs."""
         return {key: form.read(theirs, shape) for key, shape, form in self.parts}
 
     def write(self, ours: Mapping[str, Tensor]) -> Tensor:
+        """Their tensor, from ours."""
         form = self.parts[0][2]
         return form.write([ours[key] for key, _, _ in self.parts], self.shape)
 
 
 def correspondence(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Slot]:
-    """Their keys, and what each holds, for a model with these tensors (which may be on meta)."""
+    """What each of their keys holds, for a model with these tensors (which may be on meta)."""
     slots: dict[str, Slot] = {}
     for key, tensor in tensors.items():
         theirs, form = key, SAME

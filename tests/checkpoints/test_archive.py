@@ -40,7 +40,7 @@ FOREIGN = {
     "gguf": (b"GGUF\x03" + bytes(100), "GGUF"),
     "zeros": (bytes(1000), "its first bytes are not a header"),
     "a header too long": (struct.pack("<Q", 2**40) + b"{" + bytes(99), "are not a header"),
-    "cut in the header": (packed({"a": A})[:30], "is cut off: it has 30 bytes"),
+    "cut in the header": (packed({"a": A})[:30], "is cut off, with 30 bytes"),
     "cut in the data": (packed({"a": A}, bytes(7)), "is cut off"),
     "no JSON": (packed(b"{,}    "), "damaged header"),
     "deep JSON": (packed(b'{"a":' + b"[" * 99999), "damaged header"),
@@ -98,7 +98,7 @@ def test_pickles_are_refused_unless_asked_for(tmp_path, monkeypatch, caplog):
         opened = open_file(path, allow_pickle=True)
         assert {key: info.dtype for key, info in opened.infos.items()} == {"a": "F32", "b": "BF16"}
         assert torch.equal(opened["a"], TENSORS["a"])
-        assert "left out, since they are not tensors: step" in caplog.text
+        assert "ignoring values that are not tensors: step" in caplog.text
     torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(path)
     assert torch.equal(open_file(path, allow_pickle=True)["b"], TENSORS["b"])
@@ -140,8 +140,8 @@ def test_shards_hold_what_one_file_would(index):
     [
         ({"a": "../secret.safetensors"}, "points to '../secret.safetensors'"),
         ({"a": "/etc/x.safetensors"}, "points to '/etc/x.safetensors'"),
-        ({"a": "sub/x.safetensors"}, "no .safetensors file beside it"),
-        ({"a": "model.bin"}, "no .safetensors file beside it"),
+        ({"a": "sub/x.safetensors"}, "not a .safetensors file beside it"),
+        ({"a": "model.bin"}, "not a .safetensors file beside it"),
         ({"a": 3}, "points to '3'"),
         ({"a": "gone.safetensors"}, "lacks 1 of 1 shards: gone.safetensors"),
         ({"a": "model-00002-of-00002.safetensors"}, "lists 1 tensors that its shards lack: a"),
@@ -170,7 +170,7 @@ def test_shards_that_are_wrong(index):
     with pytest.raises(UserError, match=f"{second.name} repeats a, which another shard holds"):
         open_shards(index)
     second.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=f"{second.name} is damaged, it is cut off"):
+    with pytest.raises(UserError, match=f"{second.name} is damaged: the file is cut off"):
         open_shards(index)
     second.unlink()
     with pytest.raises(UserError, match=f"lacks 1 of 2 shards: {second.name}"):
@@ -243,7 +243,7 @@ def test_a_hash_that_another_program_has_kept_is_only_reported(tmp_path, caplog,
     for _ in range(9):  # the library puts the metadata in another order each time
         edited(path, change)
         open_file(path).verify()
-        assert f"{path}: its header states the hash of other content" in caplog.text
+        assert f"{path}: the hash in its header is not that of its content" in caplog.text
         caplog.clear()
         write_archive(path, TENSORS, {"x": "y"})
 
@@ -280,7 +280,7 @@ def test_without_a_hash_that_is_said(tmp_path, caplog):
         save_file(TENSORS, tmp_path / "x.safetensors", metadata)
         with caplog.at_level("DEBUG", logger="mmdit.checkpoints"):
             open_file(tmp_path / "x.safetensors").verify()
-        assert "no hash is known" in caplog.text
+        assert "has no known hash" in caplog.text
         caplog.clear()
 
 

@@ -77,19 +77,19 @@ MUTATIONS = {
         renamed(r"1\.x_block\.mlp\.fc1\.bias", "1.x_block.mlp.fc_1.bias"),
         ("1 missing", "1 unexpected", "renamed: joint_blocks.1.x_block.mlp.fc_1.bias for"),
     ),
-    "a block is missing altogether": (
+    "a whole block is missing": (
         without(r"joint_blocks\.1\."),
-        ("missing: joint_blocks.1.", ", ...", "joint_blocks.1 is missing altogether"),
+        ("missing: joint_blocks.1.", ", ...", "joint_blocks.1 is missing completely"),
     ),
     "the last block is missing": (
         without(r"joint_blocks\.3\."),
-        ("Block 2 is the last one there", "the blocks after it are missing"),
+        ("Block 2 is the last one in the file", "the blocks after it are missing"),
     ),
     "a block was added behind the last": (
         copied(3, 4),
-        ("Block 3 is a last block", "blocks were added"),
+        ("Block 3 is built as a last block", "blocks were added"),
     ),
-    "a block in the middle was put last": (copied(1, 4), ("Block 3 is a last block",)),
+    "a block in the middle was put last": (copied(1, 4), ("Block 3 is built as a last block",)),
     "a stray block": (
         renamed(
             r"joint_blocks\.1\.x_block\.mlp\.fc1\.bias", "joint_blocks.999999.x_block.mlp.fc1.bias"
@@ -142,18 +142,18 @@ MUTATIONS = {
     "NaN": (changed(MLP, spoilt(float("nan"))), (f"NaN or infinite: {MLP}", "diverged")),
     "infinity": (changed(MLP, spoilt(-float("inf"))), (f"NaN or infinite: {MLP}", "damaged")),
     "no tensors": (lambda _: {}, ("holds no tensors at all",)),
-    "something unknown": (only("a.b", "c"), ("nor anything known", "a.b, c")),
+    "something unknown": (only("a.b", "c"), ("nor any other known model", "a.b, c")),
     "LoRA of PEFT": (
         only("transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"),
-        ("what it holds is a LoRA", "only base weights are loaded here"),
+        ("it holds a LoRA", "only base weights can be loaded"),
     ),
     "LoRA of PEFT, under its own names": (
         only("base_model.model.transformer_blocks.0.attn.to_q.lora_B.default.weight"),
-        ("what it holds is a LoRA",),
+        ("it holds a LoRA",),
     ),
     "LoRA of the bare transformer": (
         only("transformer_blocks.0.attn.add_k_proj.lora_B.weight"),
-        ("what it holds is a LoRA",),
+        ("it holds a LoRA",),
     ),
     "LoRA of kohya": (
         only("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight"),
@@ -192,26 +192,26 @@ MUTATIONS = {
     "an optimizer alone": (only("state.0.exp_avg", "state.0.step"), ("state of an optimizer",)),
     "unknown weights beside the known": (
         only("first_stage_model.encoder.down.0.block.0.conv1.weight", "odd.blocks.0.weight"),
-        ("an autoencoder", "besides, it holds 1 tensors of something unknown, as odd.blocks.0"),
+        ("an autoencoder", "it also holds 1 unknown tensors, such as odd.blocks.0"),
     ),
     "an unknown prefix": (
         renamed("^model.diffusion_model.", "my.own."),
-        ("keys like its own stand under 'my.own.'", "x.safetensors:my.own"),
+        ("there are keys like its own under 'my.own.'", "x.safetensors:my.own"),
     ),
     "two transformers": (
         lambda t: {k.replace(P, new): v for k, v in t.items() for new in ("model.", "ema.")},
-        ("holds 2 of the kind SD3 transformer, under 'ema', 'model'", "x.safetensors:ema"),
+        ("holds 2 models of the kind SD3 transformer, under 'ema', 'model'", "x.safetensors:ema"),
     ),
     "a published prefix and a wrapper's": (
         lambda t: {k.replace(P, new): v for k, v in t.items() for new in (P, "ema.")},
-        ("holds 2 of the kind SD3 transformer, under 'model.diffusion_model', 'ema'",),
+        ("holds 2 models of the kind SD3 transformer, under 'model.diffusion_model', 'ema'",),
     ),
     "SDXL": (
         only(f"{P}input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x"),
         ("Stable Diffusion XL",),
     ),
     "a U-Net": (only("down_blocks.0.resnets.0.conv1.weight"), ("a U-Net",)),
-    "Flux": (only("double_blocks.0.img_attn.qkv.weight"), ("what it holds is Flux",)),
+    "Flux": (only("double_blocks.0.img_attn.qkv.weight"), ("it holds Flux",)),
     "a ControlNet": (
         only("controlnet_blocks.0.weight", "transformer_blocks.0.attn.qkv.weight"),
         ("a ControlNet: load it with load_controlnet",),
@@ -245,7 +245,7 @@ def test_what_is_wrong_with_a_transformer(transformer, tmp_path, name):
     assert str(path) in message
     assert all(part in message for part in expected), message
 
-    if "holds 2 of the kind" not in message and (match := find(open_file(path), "mmdit")):
+    if "holds 2 models of the kind" not in message and (match := find(open_file(path), "mmdit")):
         before = {
             key: (id(v), v.clone()) for key, v in transformer.state_dict(keep_vars=True).items()
         }
@@ -293,11 +293,11 @@ def test_what_is_wrong_with_the_others(tiny, tmp_path, name, mutate, expected):
 @pytest.mark.parametrize("given", ["mmdit", "autoencoder", "clip_l", "t5", "controlnet"])
 def test_one_model_given_as_another(tiny, tmp_path, given, asked):
     what = {
-        "mmdit": "what it holds is the SD3 transformer",
-        "autoencoder": "what it holds is an autoencoder",
-        "clip_l": "what it holds is a CLIP text tower",
-        "t5": "what it holds is the T5 encoder",
-        "controlnet": "what it holds is a ControlNet",
+        "mmdit": "it holds the SD3 transformer",
+        "autoencoder": "it holds an autoencoder",
+        "clip_l": "it holds a CLIP text tower",
+        "t5": "it holds the T5 encoder",
+        "controlnet": "it holds a ControlNet",
     }
     if given == asked:
         return
@@ -341,7 +341,7 @@ def test_heads_that_nothing_tells(tiny, tmp_path, randomize):
     sizes = {"depth": 2, "width": 64, "context_width": 12, "pooled_width": 10, "position_size": 4}
     model = randomize(MMDiT(**sizes, num_heads=4), seed=0)
     path = write(tmp_path / "x.safetensors", dict(exported(model, "original")))
-    with pytest.raises(UserError, match=r"does not tell the number of heads.*give num_heads="):
+    with pytest.raises(UserError, match=r"does not state the number of heads.*give num_heads="):
         mmdit.load_mmdit(path)
     assert mmdit.load_mmdit(path, num_heads=4).blocks[0].image.attention_in.num_heads == 4
 

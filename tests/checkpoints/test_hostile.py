@@ -47,7 +47,10 @@ def blocks(count: int) -> list[str]:
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "many keys": (lambda: scalars(f"k{i}" for i in range(MOST_TENSORS + 1)), "more than 10,000"),
     "a million keys": (lambda: scalars(f"k{i}" for i in range(10**6)), "header of 7"),
-    "as many as are read": (lambda: scalars(f"k{i}" for i in range(MOST_TENSORS)), "nor anything"),
+    "as many as are read": (
+        lambda: scalars(f"k{i}" for i in range(MOST_TENSORS)),
+        "nor any other",
+    ),
     "blocks without end": (lambda: scalars(blocks(10**5)), "header of 1"),
     "thousands of blocks": (lambda: scalars(blocks(9000)), "number 9,000 blocks"),
     "a block of 400 digits": (lambda: scalars([f"{NET}joint_blocks.{'9' * 400}.x"]), "MMDiT"),
@@ -106,7 +109,7 @@ def test_pickles_have_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zi
 
 def test_a_tensor_of_a_pickle_is_not_larger_than_what_is_stored(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1, 1).expand(10**6, 10**6)}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="a is larger than what is stored of it"):
+    with pytest.raises(UserError, match="a is larger than its stored data"):
         open_file(tmp_path / "x.pt", allow_pickle=True)
 
 

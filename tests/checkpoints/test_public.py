@@ -247,7 +247,7 @@ def test_a_control_net_says_what_it_was_made_for(tiny, tmp_path, caplog):
     del tensors["control_type"]
     save_file(tensors, tmp_path / "unsaid.safetensors")
     assert mmdit.load_controlnet(tmp_path / "unsaid.safetensors").control_type == "blur"
-    assert "does not tell its control_type" in caplog.text
+    assert "does not state the control_type" in caplog.text
     told = mmdit.load_controlnet(tmp_path / "unsaid.safetensors", control_type="depth")
     assert told.control_type == "depth"
     save_file({**tensors, "control_type": torch.tensor([7])}, tmp_path / "seven.safetensors")
@@ -328,7 +328,7 @@ def test_a_large_file_is_not_read_for_its_values_alone(tiny, tmp_path, monkeypat
     for wish in ({}, {"verify": True}, {"dtype": torch.bfloat16}):
         with pytest.raises(UserError, match=r"NaN or infinite: final_layer\.linear\.bias"):
             mmdit.load_mmdit(path, **wish)
-    monkeypatch.setattr(public, "AT_ONCE", 0)
+    monkeypatch.setattr(public, "ALWAYS_CHECKED", 0)
     assert mmdit.load_mmdit(path, verify=False).output.linear.bias[3].isnan()
     for wish in ({"verify": True}, {"dtype": torch.bfloat16}):
         with pytest.raises(UserError, match=r"NaN or infinite: final_layer\.linear\.bias"):

@@ -1,7 +1,7 @@
-"""The public formats: what their keys are called, and how an architecture is read from a file.
+"""The public formats: their keys, and how an architecture is read from a file.
 
-Two families. "original" is the layout of the published single files, where each model has its
-prefix (`model.diffusion_model.`, `first_stage_model.`, ...) or stands bare in a file of its own.
+There are two layouts. "original" is the layout of the published single files, where each model has
+a prefix (`model.diffusion_model.`, `first_stage_model.`, ...), or none in a file of its own.
 "diffusers" is the layout of folders with one subfolder per model.
 """
 

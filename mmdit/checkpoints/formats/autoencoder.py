@@ -1,4 +1,4 @@
-"""The autoencoder, in the single files and in `vae/` of a folder."""
+"""The autoencoder, in single files and in `vae/` of a folder."""
 
 import re
 from collections import Counter
@@ -17,9 +17,10 @@ from mmdit.errors import UserError
 
 
 def autoencoder_reader(level: str, block: str) -> Reader:
-    """Reader of an autoencoder's architecture, given what a format calls levels and blocks.
+    """A reader of an autoencoder's architecture, given a layout's names of levels and blocks.
 
-    An encoder without residual blocks, as the toy's is, tells no widths: our own header does.
+    The shapes of an encoder without residual blocks, like that of the toy, do not give its widths;
+    the description in our own header does.
     """
 
     def describe(infos: Infos, hints: Description) -> Description:
@@ -38,8 +39,8 @@ def autoencoder_reader(level: str, block: str) -> Reader:
             return {"class": "Autoencoder", **hints, "latent_channels": channels, "width": width}
         if channels != 16 and "scale" not in hints:
             raise UserError(
-                f"an autoencoder of {channels} channels: the file tells neither scale nor shift of "
-                "its latents, which are known for the 16 channels of SD3 only"
+                f"an autoencoder of {channels} channels: the file does not state scale and shift "
+                "of its latents, which are known only for the 16 channels of SD3"
             )
         return {
             "class": "Autoencoder",
@@ -55,7 +56,7 @@ def autoencoder_reader(level: str, block: str) -> Reader:
 
 
 def original_autoencoder(description: Description) -> list[Rule]:
-    """`first_stage_model.` of the single files, where the decoder counts levels from the image."""
+    """Rules for `first_stage_model.` of single files, where levels count from the image."""
     top, blocks = len(description["multipliers"]) - 1, description["blocks"]
 
     def up(what: str) -> Callable[[re.Match[str]], str]:
@@ -75,7 +76,7 @@ def original_autoencoder(description: Description) -> list[Rule]:
 
 
 def diffusers_autoencoder(description: Description) -> list[Rule]:
-    """`vae/` of a folder."""
+    """Rules for `vae/` of a folder."""
     blocks = description["blocks"]
     return [
         Rule(rf"^encoder\.levels\.(\d+)\.{blocks}\.", r"encoder.down_blocks.\1.downsamplers.0."),
@@ -94,7 +95,7 @@ def diffusers_autoencoder(description: Description) -> list[Rule]:
     ]
 
 
-# A convolution with a kernel of 1 x 1 is a matrix.
+# Our convolution with a 1 x 1 kernel is their matrix.
 MATRIX = reshaped(lambda ours: ours[:2])
 
 FORMATS = [

@@ -1,4 +1,4 @@
-"""The ControlNets of SD3.5 Large, whose own file already leans towards diffusers' names."""
+"""The ControlNets of SD3.5 Large, whose original files already have some of diffusers' names."""
 
 from collections import Counter
 from typing import Any
@@ -25,7 +25,7 @@ log = logger("mmdit.checkpoints")
 
 
 def read_controlnet(infos: Infos, hints: Description) -> Description:
-    """Architecture of a ControlNet of the 8B kind."""
+    """Describe the architecture of a ControlNet of SD3.5 Large."""
     widths = Counter(s[0] for s in shapes(infos, r"controlnet_blocks\.\d+\.weight", 2))
     patches = shapes(infos, r"pos_embed_input\.proj\.weight", 4)
     hidden = Counter(
@@ -34,18 +34,18 @@ def read_controlnet(infos: Infos, hints: Description) -> Description:
     )
     pooled = shapes(infos, r"time_text_embed\.text_embedder\.linear_1\.weight", 2)
     if not widths:
-        raise UserError("none of the tensors that tell a ControlNet's width is there")
+        raise UserError("all tensors that determine a ControlNet's width are missing")
     if "control_type" not in hints:
         log.warning(
-            "this ControlNet does not tell its control_type (%s): taken as blur, which is treated "
-            "like depth; give control_type= otherwise",
+            "the file does not state the control_type of this ControlNet (%s): it is taken for "
+            "blur, which is treated like depth; give control_type= otherwise",
             ", ".join(CONTROL_RANGES),
         )
     width = widths.most_common(1)[0][0]
     depth = count(infos, r"(?:controlnet|transformer)_blocks\.(\d+)\.")
     if "num_heads" not in hints and width % 64:
         raise UserError(
-            f"a ControlNet of width {width}: the file does not tell the number of heads, and its "
+            f"a ControlNet of width {width}: the file does not state the number of heads, and its "
             "width does not split into heads of 64 as in the public ones; give num_heads="
         )
     return {
@@ -62,7 +62,7 @@ def read_controlnet(infos: Infos, hints: Description) -> Description:
 
 
 def read_control_type(tensor: Tensor) -> str:
-    """Name of the number that the public files store; of another number, the number."""
+    """The control type that a public file stores as a number; "number ..." if unknown."""
     stored = tensor.flatten()[:1].tolist()
     names = [name for i, name in enumerate(CONTROL_RANGES) if stored == [i]]
     return names[0] if names else f"number {stored}"
@@ -76,7 +76,7 @@ CONTROL_TYPE = Argument(
 
 
 def controlnet(attention: list[Rule], mlp: list[Rule], modulation: Rule) -> Any:
-    """Rules of a ControlNet, given how a layout calls the parts of its blocks."""
+    """Rules of a ControlNet, given those of a layout for the parts of its blocks."""
 
     def rules(description: Description) -> list[Rule]:
         kernel = convolution(description["patch_size"])
@@ -119,7 +119,7 @@ FORMATS = [
         describe=read_controlnet,
         rules=original_controlnet,
         arguments={"control_type": CONTROL_TYPE},
-        # The embedder of a text that the blocks do not see.
+        # An embedder for text, which the blocks do not read.
         extras=(r"context_embedder\.(weight|bias)",),
     ),
     Format(

@@ -1,4 +1,4 @@
-"""What a public format is, and how sizes are read from a file's keys and shapes."""
+"""The class of public formats, and functions that read sizes from a file's keys and shapes."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,13 +17,13 @@ Description = dict[str, Any]
 Reader = Callable[[Infos, Description], Description]
 
 
-# Attributes of training wrappers, which stand before every key of what they wrap.
+# Names that training wrappers put before every key of the model in them.
 WRAPPERS = (
     *("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module", "base_model", "state_dict"),
     *("model", "net", "network", "diffusion_model", "transformer", "mmdit", "dit", "denoiser"),
     *("ema", "ema_model", "model_ema", "online_model", "student", "generator", "averaged_model"),
 )
-# Keys of what changes a model: LoRA and its kin, as PEFT, kohya, LyCORIS and ComfyUI call them.
+# Keys of adapters (LoRA and the like), as PEFT, kohya, LyCORIS and ComfyUI name them.
 ADAPTERS = re.compile(
     r"(^|[._])(lora|lokr|hada|loha|oft|boft|ia3|vera|lycoris|fourierft)_|[._]lora\."
     r"|\.dora_scale$|\.diff(_b)?$"
@@ -31,7 +31,13 @@ ADAPTERS = re.compile(
 
 
 class Argument(NamedTuple):
-    """An argument of a model that a format stores as a tensor."""
+    """A constructor argument of a model that a format stores as a tensor.
+
+    Attributes:
+        name: the argument.
+        read: from the tensor to its value.
+        write: from the value to the tensor.
+    """
 
     name: str
     read: Callable[[Tensor], Any]
@@ -45,17 +51,18 @@ class Format:
     Attributes:
         kind: which model: mmdit, autoencoder, clip_l, clip_g, clip_image, t5, controlnet.
         layout: 'original' or 'diffusers'.
-        prefixes: under which its keys may stand in a file; the first is written.
+        prefixes: what its keys may begin with in a file; the first is used for writing.
         mark: regular expression of keys that only this format has.
-        describe: description of the architecture (see `mmdit.registry`) from shapes and hints.
-        rules: the table, which may depend on the architecture.
-        constants: tensors of ours that the format does not store, from the description instead.
-        arguments: their key -> the argument of the model that it holds; it may be missing.
-        copies: their key -> their key of which it is an exact copy.
-        identity: their key of a projection that they store as the identity where we have none.
-        another: whether what has these keys without a prefix is another model, by its shapes.
-        wide: regular expression of keys whose tensors overflow in float16; float32 instead.
-        extras: keys that published files may carry and no model needs; dropped by name.
+        describe: from shapes and hints to a description of the architecture (see
+            `mmdit.registry`).
+        rules: the table of rules for a description.
+        constants: our tensors that the format does not store; they follow from the description.
+        arguments: arguments that the format stores as tensors, by their key, which may be missing.
+        copies: keys of tensors that are stored twice, with the key of the original.
+        identity: key of a projection that is stored as the identity if we have none.
+        another: whether unprefixed keys of this format belong to another model, by their shapes.
+        wide: regular expression of keys whose tensors overflow in float16 and stay in float32.
+        extras: regular expressions of keys in published files that no model needs; ignored.
     """
 
     kind: str
@@ -72,11 +79,15 @@ class Format:
     wide: str = r"(?!)"
     extras: tuple[str, ...] = ()
 
-    def places(self, keys: Iterable[str], parts: Sequence[str] = ()) -> dict[str, str]:
-        """Where this model stands among `keys`: the prefixes, and the wrapper in each.
+    def prefixes_in(self, keys: Iterable[str], parts: Sequence[str] = ()) -> dict[str, str]:
+        """The prefixes under which `keys` hold this model, and the wrapper's share of each.
 
-        The published prefixes come first; before each may stand those of training wrappers, or the
-        name of a part.
+        A prefix is a published one, or one with the names of training wrappers or of a part before
+        it. Published ones come first.
+
+        Args:
+            keys: the keys of a file.
+            parts: names of nested dicts in the file (see `Archive.parts`).
         """
         wrappers = "|".join(re.escape(name) for name in (*WRAPPERS, *parts))
         known = "|".join(re.escape(prefix) for prefix in self.prefixes)
@@ -90,7 +101,7 @@ class Format:
 
 
 def shapes(infos: Infos, pattern: str, dims: int) -> list[tuple[int, ...]]:
-    """Shapes of the tensors whose whole key matches, but for empty ones and those of other dims."""
+    """Shapes of the non-empty tensors with `dims` axes whose whole key matches the pattern."""
     compiled = re.compile(pattern)
     return [
         info.shape
@@ -100,29 +111,43 @@ def shapes(infos: Infos, pattern: str, dims: int) -> list[tuple[int, ...]]:
 
 
 def count(infos: Infos, pattern: str) -> int:
-    """How many blocks there are, by the number in their keys.
+    """The number of blocks, from the numbers in their keys.
 
-    A number is believed when at least half of those up to it are there: a block that is missing
-    still counts, a stray `blocks.999999` does not.
+    A number counts if at least half of the numbers up to it are present: a missing block is still
+    counted, a stray `blocks.999999` is not.
+
+    Raises:
+        UserError: there are more blocks than any model has.
     """
     there = sorted({int(number) for number in numbers(infos, pattern) if len(number) < 8})
     found = 1 + max((n for i, n in enumerate(there, start=1) if n < 2 * i), default=0)
     if found > MOST_BLOCKS:
         raise UserError(
             f"its keys number {found:,} blocks, as in {pattern}; {MOST_BLOCKS} is several times "
-            "what any model that is read here has"
+            "what any supported model has"
         )
     return found
 
 
 def numbers(infos: Infos, pattern: str) -> list[str]:
-    """First group of the keys that begin with the pattern."""
+    """The first group of each key that begins with the pattern."""
     compiled = re.compile(pattern)
     return [match[1] for key in infos if (match := compiled.match(key))]
 
 
 def heads(name: str, width: int, depth: int, norms: Mapping[int, int], hints: Description) -> int:
-    """Number of attention heads: no shape tells it, unless the heads are normalized."""
+    """The number of attention heads, which shapes only determine if heads are normalized.
+
+    Args:
+        name: class of the model, for messages.
+        width: channels of a token.
+        depth: number of blocks.
+        norms: sizes of the norms of queries and keys, with their counts; empty without norms.
+        hints: may hold num_heads.
+
+    Raises:
+        UserError: nothing determines it.
+    """
     if norms:
         return max(1, width // max(norms, key=lambda size: norms[size]))
     if "num_heads" in hints:
@@ -130,7 +155,7 @@ def heads(name: str, width: int, depth: int, norms: Mapping[int, int], hints: De
     if width == 64 * depth:  # the paper's rule (Sec. 4)
         return depth
     raise UserError(
-        f"{name} of width {width} and depth {depth}: the file does not tell the number of heads, "
+        f"{name} of width {width} and depth {depth}: the file does not state the number of heads, "
         "and the rule of the public models (width = 64 depth) does not hold; give num_heads="
     )
 
@@ -139,10 +164,10 @@ def heads(name: str, width: int, depth: int, norms: Mapping[int, int], hints: De
 
 
 def convolution(p: int) -> Form:
-    """Our matrix over patches is their convolution with a p x p kernel."""
+    """The form of our matrix over patches: their convolution with a p x p kernel."""
     return reshaped(lambda ours: (ours[0], ours[1] // p**2, p, p))
 
 
 def fused(ours: str, theirs: str) -> list[Rule]:
-    """Our Q, K and V are the thirds of their one matrix."""
+    """Rules for Q, K and V, which are thirds of a single matrix in the public file."""
     return [Rule(f"{ours}{part}\\.", f"{theirs}qkv.", rows(i, 3)) for i, part in enumerate("qkv")]

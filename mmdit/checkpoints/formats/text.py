@@ -1,4 +1,4 @@
-"""The towers of CLIP and the encoder of T5, whose keys are the same in both layouts."""
+"""The two towers of CLIP and the encoder of T5, whose keys are the same in both layouts."""
 
 import math
 from collections import Counter
@@ -19,13 +19,13 @@ TOKENS = r"text_model\.embeddings\.token_embedding\.weight"
 
 
 def read_clip(infos: Infos, hints: Description) -> Description:
-    """Architecture of a text tower. Activation and heads leave no trace in the shapes."""
+    """Describe the architecture of a text tower; shapes give neither activation nor heads."""
     positions = shapes(infos, r"text_model\.embeddings\.position_embedding\.weight", 2)
     tokens = shapes(infos, TOKENS, 2)
     norms = shapes(infos, r"text_model\..*layer_norm[12]?\.weight", 1)
     projections = shapes(infos, r"text_projection\.weight", 2)
     if not norms:
-        raise UserError("none of the tensors that tell a CLIP text tower's width is there")
+        raise UserError("all tensors that determine a CLIP text tower's width are missing")
     width = Counter(shape[0] for shape in norms).most_common(1)[0][0]
     known = {768: "quick_gelu", 1280: "gelu"}
     if "activation" not in hints and width not in known:
@@ -46,23 +46,23 @@ def read_clip(infos: Infos, hints: Description) -> Description:
 
 
 def read_clip_l(infos: Infos, hints: Description) -> Description:
-    """Architecture of CLIP-L in a single file or a file of its own, which is not projected.
+    """Describe CLIP-L in the original layout, where it has no projection.
 
-    The published files have no projection. Other programs write one that nothing has initialised
-    or reads, so that only our own header can tell that there is one.
+    The published files have none. Other programs write one that was never initialized and that
+    nothing reads, so only the description in our own header shows that there is one.
     """
-    told = read_clip({k: v for k, v in infos.items() if k != PROJECTION}, hints)
-    return {**told, "projection_width": hints.get("projection_width")}
+    description = read_clip({k: v for k, v in infos.items() if k != PROJECTION}, hints)
+    return {**description, "projection_width": hints.get("projection_width")}
 
 
 def other_tower(kind: str) -> Callable[[Infos], bool]:
-    """Whether a text tower is the other one of SD3's two, by its width."""
+    """A test by width whether a text tower is the other of SD3's two."""
     widths = {width for other, width in WIDTHS.items() if other != kind}
     return lambda infos: any(shape[1] in widths for shape in shapes(infos, TOKENS, 2))
 
 
 def clip(_: Description) -> list[Rule]:
-    """Stand-alone files, `text_encoders.clip_l.transformer.`, `text_encoder/` and `_2/`."""
+    """Rules for stand-alone files, `text_encoders.clip_l.transformer.` and `text_encoder/`."""
     return [
         Rule(r"^token_embedding", "text_model.embeddings.token_embedding"),
         Rule(r"^position_embedding", "text_model.embeddings.position_embedding.weight"),
@@ -76,7 +76,7 @@ def clip(_: Description) -> list[Rule]:
 
 
 def read_clip_image(infos: Infos, hints: Description) -> Description:
-    """Architecture of the image tower."""
+    """Describe the architecture of the image tower."""
     patches = shapes(infos, r"vision_model\.embeddings\.patch_embedding\.weight", 4)
     positions = shapes(infos, r"vision_model\.embeddings\.position_embedding\.weight", 2)
     projections = shapes(infos, r"visual_projection\.weight", 2)
@@ -95,7 +95,7 @@ def read_clip_image(infos: Infos, hints: Description) -> Description:
 
 
 def clip_image(_: Description) -> list[Rule]:
-    """The half of openai/clip-vit-large-patch14 that sees."""
+    """Rules for the image tower of files like openai/clip-vit-large-patch14."""
     return [
         Rule(r"^position_embedding", "embeddings.position_embedding.weight"),
         Rule(r"^(class|patch)_embedding", r"embeddings.\1_embedding"),
@@ -111,7 +111,7 @@ def clip_image(_: Description) -> list[Rule]:
 
 
 def read_t5(infos: Infos, hints: Description) -> Description:
-    """Architecture of the encoder, all of it in the shapes."""
+    """Describe the architecture of the T5 encoder, which follows from the shapes alone."""
     block = r"encoder\.block\.\d+\.layer\."
     width, hidden = (
         Counter(s[axis] for s in shapes(infos, block + r"1\.DenseReluDense\.wi_0\.weight", 2))
@@ -120,7 +120,7 @@ def read_t5(infos: Infos, hints: Description) -> Description:
     inner = Counter(s[0] for s in shapes(infos, block + r"0\.SelfAttention\.q\.weight", 2))
     bias = shapes(infos, block + r"0\.SelfAttention\.relative_attention_bias\.weight", 2)
     if not (width and inner):
-        raise UserError("none of the tensors that tell a T5 encoder's sizes is there")
+        raise UserError("all tensors that determine a T5 encoder's sizes are missing")
     tokens = shapes(infos, r"shared\.weight|encoder\.embed_tokens\.weight", 2)
     num_heads = bias[0][1] if bias else 64
     return {
@@ -135,7 +135,7 @@ def read_t5(infos: Infos, hints: Description) -> Description:
 
 
 def t5(_: Description) -> list[Rule]:
-    """Stand-alone files, `text_encoders.t5xxl.transformer.`, `text_encoder_3/`."""
+    """Rules for stand-alone files, `text_encoders.t5xxl.transformer.` and `text_encoder_3/`."""
     relative = r"encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     return [
         Rule(r"^token_embedding", "shared"),
@@ -157,7 +157,7 @@ def t5(_: Description) -> list[Rule]:
 TEXT_LAYERS = r"text_model\.encoder\.layers\.\d+\."
 PROJECTION = "text_projection.weight"
 OLD_BUFFERS = (r"(text_model\.)?embeddings\.position_ids", r"logit_scale")
-SEEING = (r"vision_model\..*", r"visual_projection\.weight")  # the other half of a whole CLIP
+IMAGE_TOWER = (r"vision_model\..*", r"visual_projection\.weight")  # also in a whole CLIP
 
 FORMATS = [
     Format(
@@ -168,7 +168,7 @@ FORMATS = [
         describe=read_clip_l,
         rules=clip,
         another=other_tower("clip_l"),
-        extras=(*OLD_BUFFERS, *SEEING, r"text_projection(\.weight)?"),
+        extras=(*OLD_BUFFERS, *IMAGE_TOWER, r"text_projection(\.weight)?"),
     ),
     Format(
         kind="clip_g",
@@ -179,7 +179,7 @@ FORMATS = [
         rules=clip,
         identity=PROJECTION,
         another=other_tower("clip_g"),
-        extras=(*OLD_BUFFERS, *SEEING),
+        extras=(*OLD_BUFFERS, *IMAGE_TOWER),
     ),
     *(
         Format(
@@ -191,7 +191,7 @@ FORMATS = [
             rules=clip,
             identity=PROJECTION,
             another=other_tower(kind),
-            extras=(*OLD_BUFFERS, *SEEING),
+            extras=(*OLD_BUFFERS, *IMAGE_TOWER),
         )
         for kind in ("clip_l", "clip_g")
     ),
@@ -221,7 +221,7 @@ FORMATS = [
         mark=r"vision_model\.encoder\.layers\.\d+\.",
         describe=read_clip_image,
         rules=clip_image,
-        # The other half, which reads.
+        # The text tower of a whole CLIP.
         extras=(
             r"text_model\..*",
             r"text_projection\.weight",

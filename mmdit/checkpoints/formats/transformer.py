@@ -1,4 +1,4 @@
-"""The MMDiT, MMDiT-X included, in the single files and in `transformer/` of a folder."""
+"""The MMDiT, MMDiT-X included, in single files and in `transformer/` of a folder."""
 
 import math
 import re
@@ -22,10 +22,10 @@ from mmdit.errors import UserError
 
 
 def mmdit_reader(names: Mapping[str, str]) -> Reader:
-    """Reader of an MMDiT's architecture, given what a format calls the telling tensors.
+    """A reader of an MMDiT's architecture, given a layout's names of the tensors with its sizes.
 
-    Where several tensors tell the same size, the majority is believed: one damaged tensor is then
-    reported as misshapen, instead of all the others.
+    Where several tensors give the same size, the majority decides: a single damaged tensor is then
+    reported as misshapen, rather than all the others.
     """
 
     def describe(infos: Infos, hints: Description) -> Description:
@@ -40,16 +40,16 @@ def mmdit_reader(names: Mapping[str, str]) -> Reader:
             for shape in shapes(infos, names[key], dims)
         )
         if not widths:
-            raise UserError("none of the tensors that tell an MMDiT's width is there")
+            raise UserError("all tensors that determine an MMDiT's width are missing")
         width = widths.most_common(1)[0][0]
         patches = shapes(infos, names["patch"], 4)
         _, channels, p, _ = patches[0] if patches else (width, 16, 2, 2)
         depth = count(infos, names["block"])
         sides = [math.isqrt(shape[-2]) for shape in shapes(infos, names["positions"], 3)]
         norms = Counter(shape[0] for shape in shapes(infos, names["q_norm"], 1))
-        qk_norm = norms.total() > 2 * depth  # of the 4 that every block has then
+        qk_norm = norms.total() > 2 * depth  # every block has 4 of them
         hidden = Counter(shape[0] for shape in shapes(infos, names["mlp"], 2))
-        # A second attention shows in its own tensors and in the nine parts of the modulation.
+        # A second attention has tensors of its own, and the modulation then has nine parts.
         dual = {int(key) for key in numbers(infos, names["dual"])} | {
             int(match[1])
             for key, info in infos.items()
@@ -78,7 +78,7 @@ POSITIONS = reshaped(lambda ours: (1, ours[0] * ours[1], ours[2]))
 
 
 def original_mmdit(description: Description) -> list[Rule]:
-    """`model.diffusion_model.` of the single files."""
+    """Rules for `model.diffusion_model.` of single files."""
     last, p = description["depth"] - 1, description["patch_size"]
     return [
         Rule(r"^patch_embedding\.proj\.weight", "x_embedder.proj.weight", convolution(p)),
@@ -102,7 +102,7 @@ def original_mmdit(description: Description) -> list[Rule]:
 
 
 def diffusers_mmdit(description: Description) -> list[Rule]:
-    """`transformer/` of a folder."""
+    """Rules for `transformer/` of a folder."""
     last, p = description["depth"] - 1, description["patch_size"]
     return [
         Rule(r"^patch_embedding\.proj\.weight", "pos_embed.proj.weight", convolution(p)),
@@ -131,7 +131,7 @@ def diffusers_mmdit(description: Description) -> list[Rule]:
     ]
 
 
-# What the two layouts call the tensors that tell the sizes
+# The tensors that give the sizes, by their names in the two layouts.
 ORIGINAL_NAMES = {
     "patch": r"x_embedder\.proj\.weight",
     "context": r"context_embedder\.weight",

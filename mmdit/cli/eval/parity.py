@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.checkpoints.diagnosis import NAMES
+from mmdit.checkpoints.diagnosis import KIND_NAMES
 from mmdit.checkpoints.folders import REQUIRED_FIELDS, SUBFOLDERS, config_of, read_config
 from mmdit.checkpoints.locate import Place, layout_of
 from mmdit.checkpoints.public import find
@@ -154,7 +154,9 @@ def refuse_absent(found: Collection[str], components: object, source: str) -> No
     named = () if components in (None, "all") else wanted(components)
     lacking = [kind for kind in named or KINDS if kind not in found]
     if lacking and (named or not found):
-        raise UserError(f"components: {source} has no {', '.join(NAMES[kind] for kind in lacking)}")
+        raise UserError(
+            f"components: {source} has no {', '.join(KIND_NAMES[kind] for kind in lacking)}"
+        )
 
 
 # Comparing

@@ -1,4 +1,4 @@
-"""Where models are saved: all of a saving takes its place, or nothing does."""
+"""Replace a folder of saved models atomically: all of it, or nothing."""
 
 import os
 import shutil
@@ -13,22 +13,23 @@ from mmdit.errors import UserError
 
 @contextmanager
 def replacing(folder: Path, *, pipeline: bool) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `folder` when all is written.
+    """A new folder to write in, which replaces `folder` once everything is written.
 
-    What was there under the same names, or was left by an earlier saving, goes; other files stay.
-    Where anything fails, or the process is killed at any moment, `folder` is whole: as it was, or
-    as it is written now.
+    What an earlier save left in `folder`, or what has the name of a new file, is removed; other
+    files stay. If anything fails, or the process is killed at any moment, `folder` is complete:
+    either as it was before or as it has just been written.
 
     Args:
-        pipeline: whether a whole pipeline is written, or one model.
+        folder: where the models are to be saved.
+        pipeline: True if a whole pipeline is written, False if a single model is.
 
     Raises:
-        UserError: the place cannot be written to, or holds something else that would be lost.
+        UserError: `folder` cannot be written to, or holds something else that would be lost.
     """
     folder = folder.resolve()
     try:
-        with scratch(folder) as beside:  # which undoes a saving that was killed half-way
-            check_place(folder, pipeline=pipeline)
+        with scratch(folder) as beside:  # also undoes an earlier save that was killed half-way
+            expect_replaceable(folder, pipeline=pipeline)
             new = beside / NEW
             new.mkdir()
             yield new
@@ -41,35 +42,43 @@ def replacing(folder: Path, *, pipeline: bool) -> Iterator[Path]:
             leave = {*ours, *os.listdir(new)}
             share(folder, new, leave=leave)
             replace_folder(beside, folder)
-            with suppress(OSError):  # it has been saved, if not yet for a power cut
+            with suppress(OSError):  # it is saved, even if it might not survive a power cut yet
                 flush(folder.parent)
-            if new.is_dir():  # the old folder now: what was put into it meanwhile stays, too
+            if new.is_dir():  # the old folder by now: keep what was put into it in the meantime
                 share(new, folder, leave=leave)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error})") from None
 
 
-def check_place(folder: Path, *, pipeline: bool) -> None:
-    """Refuse to save where that would remove what no saving of the same kind has left."""
-    whole = (folder / "model_index.json").is_file()
-    if whole and not pipeline:
+def expect_replaceable(folder: Path, *, pipeline: bool) -> None:
+    """Refuse to save where that would remove files that no save of the same kind has written.
+
+    Raises:
+        UserError: it would.
+    """
+    holds_pipeline = (folder / "model_index.json").is_file()
+    if holds_pipeline and not pipeline:
         raise UserError(
             f"{folder} holds a whole pipeline: save one model in a subfolder of it, as "
             f"{folder / 'transformer'}, or elsewhere"
         )
     there = sorted(name for name in LAYOUT if (folder / name).exists())
-    if pipeline and there and not whole:
+    if pipeline and there and not holds_pipeline:
         raise UserError(
             f"{folder} holds {there[0]} and no model_index.json, so it is not a saved pipeline: "
-            "save elsewhere, or move what is in the way"
+            "save elsewhere, or move these files away"
         )
 
 
 def share(old: Path, new: Path, *, leave: Collection[str] = ()) -> None:
-    """Let a folder hold what another holds, too; without copies where the disk has hard links.
+    """Add the contents of one folder to another, as hard links where the file system has them.
+
+    Files that the new folder already holds are not replaced.
 
     Args:
-        leave: names that are left out. Files that the new folder has stay as they are there.
+        old: folder whose contents are added.
+        new: folder they are added to; created if it does not exist.
+        leave: names in `old` that are skipped.
     """
     new.mkdir(exist_ok=True)
     for item in os.scandir(old):
@@ -88,13 +97,13 @@ def share(old: Path, new: Path, *, leave: Collection[str] = ()) -> None:
             except OSError:
                 shutil.copy2(item.path, target)
     shutil.copystat(old, new)
-    with suppress(OSError):  # to give a folder away is for the superuser
+    with suppress(OSError):  # only the superuser may change the owner
         owner = old.stat()
         os.chown(new, owner.st_uid, owner.st_gid)
 
 
 def sync(folder: Path) -> None:
-    """Make all that a folder holds survive a power cut."""
+    """Flush everything in a folder to disk, so that it survives a power cut."""
     for here, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(here, name), "rb") as file:
