@@ -17,10 +17,10 @@
 # # A tour of the architecture
 #
 # Figure 2 of the paper ([arXiv 2403.03206](https://arxiv.org/abs/2403.03206)), one line at a
-# time, on the toy model: the same classes as SD3's, with other numbers. Then the sizes that were
-# published, and the backbones of Figure 4 beside each other.
+# time, on the toy model, which has the classes of SD3 with smaller sizes. Then the published sizes,
+# and a comparison of the backbones of Figure 4.
 #
-# Weights are fresh: nothing here has been trained.
+# The weights are freshly initialized: nothing here has been trained.
 
 # %%
 import matplotlib.pyplot as plt
@@ -50,7 +50,7 @@ for name in ("mmdit", "text", "autoencoder"):
 describe(pipe.mmdit)
 
 # %% [markdown]
-# ## What the network is given
+# ## The inputs of the network
 #
 # **Text** (App. B.2). Each CLIP gives hidden states and a pooled vector, T5 hidden states.
 #
@@ -67,7 +67,7 @@ print("c_vec ", tuple(condition.c_vec.shape))
 print("c_ctxt", tuple(condition.c_ctxt.shape))
 
 # %% [markdown]
-# **Image.** The autoencoder makes a latent of the picture, normalized; the path mixes it with
+# **Image.** The autoencoder encodes the image to a normalized latent; the path mixes it with
 # noise, $z_t = a_t x_0 + b_t \epsilon$ (Eq. 1). At t = 0 there is only data, at t = 1 only noise.
 
 # %%
@@ -100,7 +100,7 @@ plt.show()
 # ## Tokens
 #
 # Text goes through one linear layer. The latent is cut into 2 x 2 patches, which go through
-# another, and get fixed 2D sin-cos positions: the middle of a stored table, so that pictures of
+# another, and get fixed 2D sin-cos positions from the middle of a stored table, so that images of
 # other sizes and shapes keep the same centre (Sec. 5.3.2).
 
 # %%
@@ -121,8 +121,8 @@ plt.show()
 # %% [markdown]
 # ## A joint block
 #
-# Two streams with weights of their own, which meet in one attention (Fig. 2b). A fresh block is
-# the identity, for the gates start at zero (adaLN-zero):
+# Two streams with separate weights, which meet in one attention (Fig. 2b). A new block is the
+# identity, because its gates start at zero (adaLN-zero):
 
 # %%
 block = net.blocks[0]
@@ -131,7 +131,7 @@ c_after, x_after = block(c, x, y)
 print("text as before:", torch.equal(c_after, c), " image as before:", torch.equal(x_after, x))
 
 # %% [markdown]
-# So the gates are opened by hand here, for there to be something to see. Six vectors per stream
+# So the gates are opened by hand here to make the block do something. Six vectors per stream
 # follow from y: shift, scale and gate, for attention and for the MLP.
 
 # %%
@@ -158,7 +158,7 @@ c1 = c + c_gate1 * text.attention_out(c_attended)
 x1 = x + x_gate1 * image.attention_out(x_attended)
 
 # %% [markdown]
-# And the MLP of each stream. This is the whole block, which computes the same:
+# Then the MLP of each stream. That is the whole block; calling it computes the same:
 
 # %%
 c2 = c1 + c_gate2 * text.mlp(modulate(text.norm2(c1), c_shift2, c_scale2))
@@ -178,7 +178,7 @@ for stream in (text, image):
 # once more, each becomes the values of its patch, and the patches a latent: a prediction of the
 # shape of $z_t$, here of the velocity $\epsilon - x_0$.
 #
-# An untrained network predicts exactly zero, for its last layer starts at zero; the loss then
+# An untrained network predicts exactly zero, because its last layer starts at zero; the loss then
 # begins at $E\,\|\epsilon - x_0\|^2$.
 
 # %%
@@ -203,9 +203,9 @@ for seen in record.blocks():
 # %% [markdown]
 # ## The published sizes
 #
-# Depth decides everything: width 64 d, d heads of 64 (Sec. 4). Built on the meta device, where
-# weights have shapes and no memory. Operations are those of one forward pass for 1024 x 1024
-# pixels and 154 tokens of text, two for each multiply-add, without guidance.
+# Depth d decides everything: width 64 d, d heads of 64 (Sec. 4). The models are built on the meta
+# device, where weights have shapes but no memory. Operations are those of one forward
+# pass for 1024 x 1024 pixels and 154 tokens of text, two for each multiply-add, without guidance.
 
 # %%
 at = {"height": 128, "width": 128, "text_length": 154}
@@ -217,7 +217,8 @@ for name in ("sd3-medium", "sd3.5-medium", "sd3.5-large"):
         print(f"{'':15} {part:20} {count(module) / count(big):6.2%}")
 
 # %% [markdown]
-# The paper's depths. Attention grows with the square of the tokens, all else in proportion.
+# The paper's depths. Attention grows with the square of the number of tokens, everything else
+# linearly.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
@@ -229,7 +230,7 @@ for name in ("d15", "d18", "d21", "d24", "d30", "d38"):
     axes[0].plot(count(depth) / 1e9, flops[pixels.index(1024)], "o", label=name)
     axes[1].plot(pixels, flops, "o-", label=f"{name}: {count(depth) / 1e9:.2f}B")
 axes[0].set(xlabel="billion parameters", ylabel="TFLOPs at 1024 x 1024")
-axes[1].set(yscale="log", xlabel="side of the picture in pixels", ylabel="TFLOPs")
+axes[1].set(yscale="log", xlabel="side of the image in pixels", ylabel="TFLOPs")
 axes[1].set_xticks(pixels)
 axes[0].legend(fontsize=8)
 axes[1].legend(fontsize=8)

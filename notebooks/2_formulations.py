@@ -122,8 +122,8 @@ print(f"mode(1.75) at t = 1/2: {Mode(s=1.75).pdf(half):.0f}; largest s: {Mode.LA
 # has a narrow spike in the middle.
 #
 # The same change of emphasis could be had by weighting a uniform t: for RF $w_t^\pi =
-# \frac{t}{1-t} \pi(t)$. In expectation the two are the same; draws put the effort where the
-# weight is.
+# \frac{t}{1-t} \pi(t)$. In expectation the two are the same, but drawing spends the
+# computation where the weight is.
 #
 # ## Noise levels drawn
 #
@@ -149,8 +149,9 @@ plt.show()
 # ## Effective weights
 #
 # `Objective.weight` is $w_t$ of Eq. 12, density and prediction included. Only its shape matters,
-# for Adam does not care for a factor: each curve is divided by its value at $\lambda = -2$. Grey
-# are all 61, in colour those of Table 1; each reaches over the middle 99.8 % of t.
+# because Adam is invariant to a constant factor: each curve is divided by its value at
+# $\lambda = -2$. Grey are all 61, in colour those of Table 1; each covers the middle
+# 99.8 % of t.
 
 # %%
 unit = 1 / (1 + torch.exp(torch.tensor([-1.0], dtype=torch.float64)))  # sigma where lambda = -2
@@ -173,7 +174,7 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# `rf` and `v/cos` have one and the same weight, $e^{-\lambda/2}$, and so have `edm/rf` and
+# `rf` and `v/cos` have the same weight, $e^{-\lambda/2}$, and so have `edm/rf` and
 # `edm/cos`, which were made to match them. The weight is that of the expected loss; what differs
 # is how often a level is drawn, and what the network outputs.
 
@@ -206,7 +207,7 @@ plt.show()
 # %% [markdown]
 # ## The shift
 #
-# More pixels need more noise to hide the same picture. From n to m pixels (Eq. 23)
+# More pixels need more noise to hide the same image. From n to m pixels (Eq. 23)
 #
 # $$t_m = \frac{\alpha\, t_n}{1 + (\alpha - 1)\, t_n}, \qquad \alpha = \sqrt{m/n},$$
 #

@@ -45,8 +45,8 @@ folder = Path(scratch.name)
 # ## Non-dominated sorting
 #
 # A variant is judged by two scores at once: CLIP score (more is better) and FID (less is better).
-# Those that no other beats in both are the first front and get rank 1; they are taken out, of the
-# rest the unbeaten get rank 2, and so on.
+# Those that no other beats in both are the first front and get rank 1. They are removed, those now
+# unbeaten get rank 2, and so on.
 #
 # These are the scores of the paper's Table 2, at 25 steps, on two datasets.
 
@@ -86,7 +86,7 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# A variant's rank is the mean of its front numbers over the settings. Of two settings it is
+# A variant's rank is the mean of its front numbers over the settings. With two settings it is
 # coarse; the paper averages over 24: six samplers, with and without EMA, on two datasets.
 
 # %%
@@ -100,9 +100,9 @@ for mean, variant in sorted((average.mean, variant) for variant, average in aver
 # `python train.py -m experiment=table1` leaves a `scores.json` in each run folder. This reads
 # those in `../runs/table1`.
 #
-# **Where there are none it makes some up**: the files written below have the right format, and
-# every number in them is **invented**. So is then the ranking that follows, and its agreement or
-# disagreement with the paper means nothing.
+# **If there are none, it makes some up**: the files written below have the right format, and
+# every number in them is **invented**. Then the ranking that follows is invented, too, and its
+# agreement or disagreement with the paper means nothing.
 
 # %%
 study = Path("../runs/table1")
@@ -148,7 +148,7 @@ records, notes = read_runs(study)
 print(f"{len(records)} runs of {len({record['variant'] for record in records})} variants", *notes)
 
 # %% [markdown]
-# What one run says: who it is, by which protocol it was scored, what it cost, and a row for each
+# The record of one run: its name, the protocol it was scored by, what it cost, and a row for each
 # setting.
 
 # %%
@@ -174,18 +174,18 @@ for row in record["scores"]:
 table = rank_table([as_run(record) for record in records], SETTINGS)
 print("seeds", table.seeds, " fronts (seed, control setting, variant):", table.fronts.shape)
 figure, axis = plt.subplots(figsize=(9, 0.35 * len(table.variants) + 2.4))
-picture = axis.imshow(table.fronts.mean(axis=0).T, cmap="Blues_r", aspect="auto")
+shown = axis.imshow(table.fronts.mean(axis=0).T, cmap="Blues_r", aspect="auto")
 axis.set_yticks(range(len(table.variants)), table.variants, fontsize=8)
 names = [str(control.setting) for control in table.controls]
 axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
 axis.set_title("front number, mean over the seeds", fontsize=9)
-figure.colorbar(picture)
+figure.colorbar(shown)
 plt.show()
 
 # %% [markdown]
 # Averaged over all settings, and over those at 5 and at 50 steps, with the paper's Table 1
-# beside; intervals are bootstrapped over the seeds. This is what `python eval/rank.py
-# runs=runs/table1` does; beside the table it writes JSON and one HTML file with the pictures.
+# for comparison; intervals are bootstrapped over the seeds. `python eval/rank.py runs=runs/table1`
+# does the same; besides the table it writes JSON and one HTML file with the plots.
 
 # %%
 with initialize_config_dir(str(CONFIGS), version_base=None):
@@ -197,7 +197,7 @@ rank.job(config, {"runs": str(study), "out": str(out)})
 # ## Plots
 #
 # Scores against sampling steps at guidance 5.0 (Fig. 3), and one against the other in every
-# sampler setting; averaged weights. Numbers are places in the ranking.
+# sampler setting; averaged weights. Numbers are ranks.
 
 # %%
 result = json.loads((out / "rank.json").read_text())
@@ -206,7 +206,7 @@ for dataset in result["datasets"]:
     display(Image(data=(out / f"trade_off-{dataset}.png").read_bytes(), width=900))
 
 # %% [markdown]
-# Does the validation loss tell which model is good (Sec. 5.3)? Losses of different predictions
+# Does the validation loss predict which model is good (Sec. 5.3)? Losses of different predictions
 # and paths are different quantities, so the correlation is given within each kind, too.
 
 # %%

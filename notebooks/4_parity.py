@@ -18,7 +18,7 @@
 #
 # Do the same weights and inputs give the same numbers here and in diffusers? `eval/parity.py`
 # answers that for any checkpoint; these are its steps, on a tiny model with random weights in the
-# published layout. With weights of yours: `python eval/parity.py
+# published layout. With your own weights: `python eval/parity.py
 # checkpoint=sd3.5_medium.safetensors`.
 
 # %%
@@ -50,7 +50,7 @@ with initialize_config_dir(str(CONFIGS), version_base=None):
 #
 # Transformer, autoencoder and text encoders in one file, each under its prefix, as on the hub; a
 # ControlNet in a file of its own. The random values leave nothing at its initial state: a layer
-# that is skipped, or loaded into the wrong place, shows.
+# that is skipped or loaded into the wrong place is noticed.
 
 # %%
 sources = parity.random_sources(config, folder)
@@ -61,8 +61,8 @@ for kind, path in sources.items():
 
 # %% [markdown]
 # The architecture is read from keys and shapes: `dual_attention` from the keys of the second
-# attention, `qk_norm` from those of the norms. Only what shapes do not tell of these tiny models
-# (the number of heads) stands in the file's header.
+# attention, `qk_norm` from those of the norms. Only what shapes do not determine in these tiny
+# models (the number of heads) is read from the file's header.
 
 # %%
 ours = mmdit.load_mmdit(sources["mmdit"])
@@ -70,7 +70,7 @@ print(describe(ours))
 
 # %% [markdown]
 # One table per format says which of our tensors a published key holds, and how (thirds of a fused
-# matrix, swapped halves). It serves both ways.
+# matrix, swapped halves). It works in both directions.
 
 # %%
 match = find(open_file(sources["mmdit"]), "mmdit")
@@ -83,7 +83,7 @@ for key, slot in slots_of(ours, match.format).items():
 #
 # Ours runs first, then diffusers' `SD3Transformer2DModel`, which gets the file by diffusers' own
 # converter. What corresponding parts compute is compared in the order of computation, so that the
-# first departure names the place of a bug. The measure is the largest difference over the largest
+# first difference locates a bug. The measure is the largest difference over the largest
 # value.
 
 # %%
@@ -98,8 +98,8 @@ print(parity.verdict(rows, config.tolerance))
 # ## Rounding, or a bug?
 #
 # In float64 rounding nearly vanishes, and a bug does not. (What is left in float64 comes from
-# QK-norm, whose mean square both sides take in float32.) Beside both: what it looks like if one
-# matrix of block 1 is wrong by one percent.
+# QK-norm, whose mean square both sides take in float32.) For comparison, one matrix of block
+# 1 is made wrong by one percent.
 
 # %%
 precise_rows = parity.compare("mmdit", sources["mmdit"], precise)
@@ -137,7 +137,7 @@ for kind, path in sources.items():
 # ## Round trip
 #
 # From the published single file into a folder of diffusers' layout, which diffusers opens; back
-# from there into a single file. Not one bit may change.
+# from there into a single file. Not a single bit may change.
 
 # %%
 first = mmdit.load_mmdit(sources["mmdit"])

@@ -141,6 +141,6 @@ def test_the_other_tower_is_named(tmp_path):
     large = CLIPTextModel(vocabulary_size=4, width=1280, depth=2, num_heads=20, activation="gelu")
     path = mmdit.save_single_file(large, tmp_path / "x.safetensors")
     save_file(load_file(path), path)
-    with pytest.raises(UserError, match=r"no CLIP-L text tower; .*the other one.*which='clip_g'"):
+    with pytest.raises(UserError, match=r"no CLIP-L text tower; .*the other of.*which='clip_g'"):
         mmdit.load_clip(path, "clip_l")
     assert mmdit.load_clip(path).width == 1280
