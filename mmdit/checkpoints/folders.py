@@ -72,7 +72,7 @@ def read_config(folder: Path, kind: str | None = None) -> Config:
 
 
 def read_json(path: Path) -> Config:
-    """The object in a JSON file; empty if there is no file.
+    """The object in a JSON file; empty if the file does not exist.
 
     Raises:
         UserError: the file does not hold a JSON object.
