@@ -53,7 +53,7 @@ def included(file: Path) -> str:
 
 
 def room(name: str) -> str:
-    """What a room is for, and then each of its modules, as mkdocstrings is asked for them."""
+    """What a room is for, and then each of its modules, as mkdocstrings directives."""
     files = sorted((ROOT / "mmdit" / name).glob("[!_]*.py"))
     head = f"::: mmdit.{name}\n    options: {{members: false, show_root_heading: false}}"
     return "\n\n".join([head, *(f"::: mmdit.{name}.{file.stem}" for file in files)])

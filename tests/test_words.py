@@ -32,6 +32,9 @@ ROOMS = (
     *("mmdit/dtypes.py", "mmdit/errors.py", "mmdit/keys.py", "mmdit/out_of_memory.py"),
     *("mmdit/plots.py", "mmdit/precision.py", "mmdit/printable.py", "mmdit/processes.py"),
     *("mmdit/registry.py", "mmdit/streams.py", "tests/test_pipeline.py", "tests/test_published.py"),
+    *("mmdit/parity", "mmdit/cli/commands.py", "mmdit/cli/formulations.py"),
+    *("mmdit/cli/images.py", "mmdit/cli/keys.py", "mmdit/cli/launch.py", "mmdit/cli/messages.py"),
+    *("mmdit/cli/sample.py", "mmdit/cli/scores.py", "mmdit/cli/stages.py", "mmdit/cli/targets.py"),
 )
 WORDS = {
     r"[Pp]ictures?": "image",
@@ -40,6 +43,15 @@ WORDS = {
     r'"""Of [a-z]+': "what the thing is, before what it belongs to",
     r"dear(er|est)?": "expensive",
     r"wishes": "options",
+    r"[Tt]old": "reported or logged",
+    r"(says?|speaks?) of": "contains, predicts or reports",
+    r"makes? no sense": "is invalid",
+    r"as the command line asks": "according to the command line",
+    r"as people call": "name",
+    r"(tasks|sides) in turn": "cycling through, or alternating",
+    r"evaluations? a step": "per step",
+    r"one prompt a line": "per line",
+    r"[Nn]obody('s)?": "no one, or the thing itself",
 }
 
 

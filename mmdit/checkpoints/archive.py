@@ -306,7 +306,7 @@ def open_shards(index: Path) -> Archive:
 def write_archive(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file that a user asked for: `write_sealed`, with its errors as a `UserError`.
+    """Write a file that a user requested: `write_sealed`, with its errors as a `UserError`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.

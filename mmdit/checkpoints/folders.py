@@ -67,7 +67,7 @@ def read_config(folder: Path, kind: str | None = None) -> Config:
     half = config.get(HALVES.get(kind or "", ""))
     if not isinstance(half, dict):
         return config
-    # The shared space is described at the top level; what the towers say of it may be wrong.
+    # The shared space is described at the top level; the entries in the towers may be wrong.
     return {**half, **{key: config[key] for key in ("projection_dim",) if key in config}}
 
 

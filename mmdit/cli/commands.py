@@ -1,4 +1,4 @@
-"""Command lines that messages name: how one goes on with a program."""
+"""Command lines that messages recommend."""
 
 import os
 import re
@@ -8,16 +8,17 @@ from pathlib import Path
 
 
 def how_to_resume(run: Path | None, words: Sequence[str]) -> str:
-    """The command line that goes on with a run started with `words`.
+    """The command line that resumes a run.
 
     Args:
-        run: None in a sweep, whose every job finds its own.
+        run: the run folder; None in a sweep, in which every job finds its own.
+        words: the arguments with which the run was started.
     """
     kept = list(words)
     if run is not None:
         kept = [word for word in words if not word.startswith(("resume=", "run="))]
-        plain = re.fullmatch(r"[\w./-]+", str(run))  # to Hydra
+        plain = re.fullmatch(r"[\w./-]+", str(run))  # needs no quotes in Hydra's grammar
         kept.append(f"resume={run}" if plain else f'resume="{run}"')
-    count = os.environ.get("LOCAL_WORLD_SIZE")  # of processes that torchrun started here
+    count = os.environ.get("LOCAL_WORLD_SIZE")  # processes that torchrun started on this machine
     program = ["torchrun", f"--nproc_per_node={count}"] if count else ["python"]
     return shlex.join([*program, "train.py", *kept])

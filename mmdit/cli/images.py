@@ -1,4 +1,4 @@
-"""Images as a command line names and writes them: opened, fitted to a model, described."""
+"""Images of a command line: opening them, fitting them to a model, writing them with metadata."""
 
 import json
 import re
@@ -18,7 +18,10 @@ from mmdit.plots import png
 
 
 def open_image(text: Verbatim, name: str) -> torch.Tensor | None:
-    """The image that `name`= gives as uint8 (h, w, 3), by the policies of `mmdit.data.images`.
+    """Open the image of `name`=<file>: uint8 (h, w, 3), decoded as by `mmdit.data.images`.
+
+    Returns:
+        The image, or None if the command line does not give one.
 
     Raises:
         UserError: it is not an image, or cannot be read.
@@ -34,10 +37,22 @@ def open_image(text: Verbatim, name: str) -> torch.Tensor | None:
 def fitted(
     name: str, image: torch.Tensor, pipe: Pipeline, height: int | None, width: int | None
 ) -> torch.Tensor:
-    """An image (h, w, 3) at a size that the model takes.
+    """Fit an image to a size that the model accepts.
 
-    Scaled to height and width where they are given (one alone keeps the proportions, nearly), and
-    cut at its edges to multiples of what the model needs where not.
+    It is scaled to height and width if they are given (approximately proportionally if only one
+    is), and otherwise centre-cropped to the nearest smaller multiples of the model's unit.
+
+    Args:
+        name: the image's key on the command line, for messages.
+        image: uint8 (h, w, 3).
+        pipe: the model.
+        height, width: size in pixels; None for the image's.
+
+    Returns:
+        uint8 (h', w', 3).
+
+    Raises:
+        UserError: the size is too small or too large for the model, or not a multiple of its unit.
     """
     opened = Image.fromarray(image.numpy())
     unit = pipe.autoencoder.factor * pipe.mmdit.patch_size
@@ -52,26 +67,26 @@ def fitted(
     largest = pipe.autoencoder.factor * pipe.mmdit.longest_side
     if not (unit <= height <= largest and unit <= width <= largest):
         raise UserError(
-            f"{name} is {opened.width} x {opened.height}: this model takes sides from {unit} to "
-            f"{largest} pixels; height= and width= scale it"
+            f"{name} is {opened.width} x {opened.height}: this model accepts sides from {unit} to "
+            f"{largest} pixels; scale it with height= and width="
         )
     pipe.latent_size(height, width)
     if scaled:
         opened = opened.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (opened.width - width) // 2, (opened.height - height) // 2
-    cut = opened.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(cut))
+    cropped = opened.crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.array(cropped))
 
 
 def slug(prompt: str) -> str:
-    """The beginning of a prompt, as part of a file's name."""
+    """The beginning of a prompt, as part of a file name."""
     words = re.sub(r"[^\w]+", "-", prompt, flags=re.ASCII).strip("-").lower()
     return words[:40].strip("-") or "image"
 
 
-def described_png(pixels: torch.Tensor, prompt: str, facts: dict[str, Any]) -> bytes:
-    """An image as a PNG, with its prompt and its facts as metadata."""
+def png_with_metadata(pixels: torch.Tensor, prompt: str, metadata: dict[str, Any]) -> bytes:
+    """An image as PNG bytes, with its prompt and metadata in text chunks."""
     info = PngInfo()
     info.add_itxt("prompt", prompt)
-    info.add_itxt("mmdit", json.dumps({"prompt": prompt, **facts}))
+    info.add_itxt("mmdit", json.dumps({"prompt": prompt, **metadata}))
     return png(Image.fromarray(pixels.numpy()), pnginfo=info)

@@ -1,4 +1,4 @@
-"""Which keys of a config something reads: one that nothing reads would silently change nothing."""
+"""Finds config keys that no code reads, which would otherwise be ignored silently."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ from mmdit.errors import UserError
 
 Tree = dict[str, Any]
 
-# Read where they are given, and left out by the yaml of a stage.
+# Read if given, although the yaml of a stage omits them.
 OPTIONAL = {
     f"{stage}.training": dict.fromkeys(sorted(Settings._field_defaults.keys() - {"section"}))
     for stage in ("autoencoder", "clip")
@@ -25,10 +25,10 @@ REFERENCE = re.compile(r"\$\{(\.*)([^${}:]+)\}")
 
 
 def known_keys(config_name: str, config_dir: Path) -> Tree:
-    """The sections and keys that the script of a config reads.
+    """The sections and keys that a script may read.
 
-    Those of its config as it stands, and of all options of the groups that this config chooses
-    from, which need not have the same keys.
+    These are the keys of its default config, and of all options of the groups that this config
+    selects from, because options may have different keys.
     """
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         base = compose(config_name, return_hydra_config=True)
@@ -57,16 +57,16 @@ def _merged(one: Any, other: Any) -> Any:
 def check_keys(
     config: DictConfig, known: Mapping[str, Any], verbatim: Sequence[str], config_dir: Path
 ) -> None:
-    """Refuse keys that nothing reads, wherever they come from.
+    """Reject keys that no code reads, whether from the command line or from a yaml.
 
-    Below a `_target_` all keys are arguments, which are checked when it is called. Elsewhere a key
-    is read by the script or by an interpolation.
+    Keys next to a `_target_` are its arguments, which are checked when it is called. Other keys are
+    read by the script or by an interpolation.
 
     Raises:
         UserError: there is such a key.
     """
     plain: Tree = OmegaConf.to_container(config)  # type: ignore[assignment]
-    plain.pop("hydra", None)  # which Hydra checks
+    plain.pop("hydra", None)  # checked by Hydra
     used = set(_references(plain, ()))
     for key in _unread(plain, known, ()):
         if not any(key == name[: len(key)] or name == key[: len(name)] for name in used):
@@ -87,7 +87,7 @@ def _unread(
 
 
 def _references(node: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The keys that the interpolations of a config name."""
+    """The keys that a config's interpolations refer to."""
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _references(value, (*place, str(key)))
@@ -97,27 +97,27 @@ def _references(node: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
             yield (place[: len(place) - len(dots)] if dots else ()) + parts
 
 
-# --- what a message offers instead ---
+# --- suggestions for messages ---
 
 
 def unknown_key(key: str, config: DictConfig, verbatim: Sequence[str], config_dir: Path) -> str:
-    """What to say of a key that is not in `config`, or that nothing reads there."""
+    """The message for a key that is not in `config`, or that no code reads."""
     plain = OmegaConf.to_container(config)
     known = {*_dotted_keys(plain), *verbatim}
     known |= {p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()}
     known = {name for name in known if key.startswith("hydra") or not name.startswith("hydra")}
-    # Neither it nor what it lies in or holds.
+    # Exclude the key itself, its parents and its children.
     known = {name for name in known if not f"{key}.".startswith(f"{name}.")}
     known = {name for name in known if not name.startswith(f"{key}.")}
     section, _, last = key.rpartition(".")
     target = OmegaConf.select(config, f"{section}._target_") if section else None
     if last in OPTIONAL.get(section, ()) or _takes(target, last):
-        return f"unknown key {key!r}: its yaml leaves it out, so write +{key}=..."
+        return f"unknown key {key!r}: its yaml does not set it, so write +{key}=..."
     return f"unknown key {key!r}.{did_you_mean(nearest(key, known))}"
 
 
 def _takes(target: Any, argument: str) -> bool:
-    """Whether a class of this project, named by a config, has such an argument."""
+    """Whether a `_target_` in this project has such an argument."""
     if not isinstance(target, str) or not target.startswith("mmdit."):
         return False
     try:

@@ -1,10 +1,10 @@
-"""From a command line to a running job: compose the config with Hydra, explain the user's mistakes.
+"""From a command line to a running job: composes the config with Hydra, explains users' mistakes.
 
-`launch` is `hydra.main` plus three things. Free text (prompts, paths) is taken from the command
-line before Hydra parses it, because Hydra's grammar gives a meaning to commas, quotes, brackets,
-`$` and more. A config is checked before anything of it is built: keys that nothing reads, and
-targets that it may not build, are refused. And a user's mistake ends in one message and exit code
-2, while a bug keeps its traceback.
+`launch` is `hydra.main` with three additions. Free text (prompts, paths) is taken from the command
+line before Hydra parses it, because commas, quotes, brackets, `$` and more have a meaning in
+Hydra's grammar. A config is checked before anything is built from it: keys that no code reads, and
+targets that are not allowed, are errors. And a user's mistake ends in one message and exit code 2,
+while a bug keeps its traceback.
 """
 
 import functools
@@ -61,13 +61,18 @@ def launch(
     config_dir: Path = CONFIGS,
     outlives_output: bool = False,
 ) -> None:
-    """Run `job(config, text)` as the command line asks: once, or once per job of a multirun.
+    """Run `job(config, text)` according to the command line: once, or per job of a multirun.
 
-    `verbatim` names the keys whose values are taken as typed and stay out of the config: `text`
-    holds those that were given. `describe(config)` gives lines that `--cfg job` prints as comments
-    above the config. Exits with 2 after a user's mistake, with 130 after Ctrl-C, with 141 where
-    nobody reads what is printed any more (`| head -1`), and raises any other exception of the job.
-    A job that `outlives_output` goes on to its end without being read.
+    Exits with 2 after a user's mistake, with 130 after Ctrl-C, and with 141 if the reader of the
+    output has gone (`| head -1`); raises any other exception of the job.
+
+    Args:
+        job: called with the config and the free text that was given, by key.
+        config_name: the yaml in `config_dir`, without its extension.
+        verbatim: keys of free text: their values are taken as typed and are not in the config.
+        describe: gives lines that `--cfg job` prints as comments above the config.
+        config_dir: where the yaml files are.
+        outlives_output: whether a job runs to its end after the reader of its output has gone.
     """
     with guarded(lambda: outlives_output and HydraConfig.initialized()):
         _launch(job, config_name, verbatim, describe, config_dir)
@@ -137,14 +142,14 @@ def _launch(
         sys.argv = command_line
         if not full_error:
             os.environ.pop("HYDRA_FULL_ERROR", None)
-    if len(failed) > 1:  # the last one stands far above by now, the first is told below
-        told = f"{len(failed)} jobs of this multirun failed:"
-        show(told, *(f"  {line}" for line in failed), file=sys.stderr)
+    if len(failed) > 1:  # most were reported long before; the first is reported in full below
+        heading = f"{len(failed)} jobs of this multirun failed:"
+        show(heading, *(f"  {line}" for line in failed), file=sys.stderr)
     message = explain(error, in_job=started, verbatim=verbatim, config_dir=config_dir)
     wait_for_report(error, mistake=message is not None)
     remarks = restart_remarks(arguments)
-    told = message or f"{type(error).__name__}: {first_line(error)}"
-    report_to_torchrun("\n".join([told, *remarks]))
+    summary = message or f"{type(error).__name__}: {first_line(error)}"
+    report_to_torchrun("\n".join([summary, *remarks]))
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     if message is None:
@@ -157,10 +162,10 @@ def _launch(
 
 @contextmanager
 def checked_compositions(check: Callable[[DictConfig], None]) -> Iterator[None]:
-    """Have `check` look at every config that Hydra composes, Hydra's own included.
+    """Call `check` for every config that Hydra composes, including Hydra's own section.
 
-    Hydra itself builds launchers, callbacks and handlers of logging before the job begins, and
-    composes the config of each job of a multirun anew.
+    Hydra itself builds launchers, callbacks and logging handlers before the job begins, and
+    composes a new config for each job of a multirun.
     """
     compose_one = ConfigLoaderImpl.load_configuration
 
@@ -177,16 +182,16 @@ def checked_compositions(check: Callable[[DictConfig], None]) -> Iterator[None]:
 
 
 def _may_add(arguments: Sequence[str]) -> bool:
-    """Whether a command line adds keys, or reads configs of the user's, which may."""
+    """Whether a command line adds keys, or reads the user's configs, which may add keys."""
     flags = ("--config", "-cd", "-cn", "-cp")
     return any(word.startswith(("+", *flags)) or "searchpath" in word for word in arguments)
 
 
 def imports_in(arguments: Sequence[str]) -> list[str]:
-    """The modules that the command line itself names: `imports=[a,b]`.
+    """The modules named on the command line: `imports=[a,b]`.
 
     Raises:
-        UserError: it names none, or something else.
+        UserError: the value is not a list of module names.
     """
     words = [word for word in arguments if word.lstrip("+").partition("=")[0].strip() == "imports"]
     given = [override.value() for override in OverridesParser.create().parse_overrides(words)]
@@ -194,10 +199,10 @@ def imports_in(arguments: Sequence[str]) -> list[str]:
 
 
 def module_names(value: Any) -> list[str]:
-    """What `imports` holds, or one name.
+    """The module names in `imports`, a list or a single name.
 
     Raises:
-        UserError: these are not names of modules.
+        UserError: a value is not the name of a module.
     """
     names = value if isinstance(value, list | ListConfig) else [value]
     for name in names:
@@ -207,7 +212,7 @@ def module_names(value: Any) -> list[str]:
 
 
 def import_modules(value: Any) -> None:
-    """Import the user's own modules, so that checkpoints may name the classes they register.
+    """Import the user's modules, which register classes that checkpoints refer to.
 
     Raises:
         UserError: there is no such module.
@@ -217,12 +222,12 @@ def import_modules(value: Any) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"imports: {error}; a module must lie where Python looks, as in PYTHONPATH=<folder>"
+                f"imports: {error}; Python must find the module, for example by PYTHONPATH=<folder>"
             ) from error
 
 
 def _search_path(arguments: Sequence[str]) -> list[str]:
-    """What `--config-dir <folder>` means for a config that is composed outside of `hydra.main`."""
+    """The override that replaces `--config-dir <folder>` outside of `hydra.main`."""
     for flag, value in pairwise([*arguments, ""]):
         name, _, attached = flag.partition("=")
         if name in ("--config-dir", "-cd"):
@@ -231,10 +236,10 @@ def _search_path(arguments: Sequence[str]) -> list[str]:
 
 
 def sweep_label() -> str | None:
-    """What this job of a multirun changes, but for the seed: `model=toy_dit`; None outside of one.
+    """The overrides that distinguish this job of a multirun, without the seed: `model=toy_dit`.
 
-    Keys count whose values the sweeper varies, or several of which were typed; where only seeds
-    are varied, it is 'default'.
+    These are keys that the sweeper varies, or for which several values were typed. The label is
+    'default' if only seeds vary, and None outside of a multirun.
     """
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
@@ -247,13 +252,13 @@ def sweep_label() -> str | None:
 
 
 def _shows_config(arguments: Sequence[str]) -> bool:
-    """Whether Hydra is asked to print the whole config of the job: `--cfg job` without `-p`."""
+    """Whether Hydra is to print the full config of the job: `--cfg job` without `-p`."""
     shown = any(pair in (("--cfg", "job"), ("-c", "job")) for pair in pairwise(arguments))
     return shown and not {"-p", "--package"} & set(arguments)
 
 
 def _report_failed_job(failure: Exception) -> str:
-    """Say at once which job of a sweep failed: Hydra goes on, and raises the first at the end."""
+    """Print immediately which job of a sweep failed: Hydra raises the first error at the end."""
     job = HydraConfig.get()
     which = f"job {job.job.num} ({' '.join(job.overrides.task)})"
     line = f"{which} failed: {type(failure).__name__}: {first_line(failure)}"
@@ -267,11 +272,13 @@ def _report_failed_job(failure: Exception) -> str:
 def split_arguments(
     arguments: Sequence[str], verbatim: Sequence[str]
 ) -> tuple[list[str], Verbatim]:
-    """Separate the verbatim `key=text` from what Hydra parses: overrides, then flags.
+    """Separate verbatim `key=text` from what Hydra parses, with overrides before flags.
 
-    argparse would refuse overrides on both sides of a flag. Bytes that are no valid text become
-    U+FFFD. Raises UserError for a verbatim key given twice, an unknown flag, or a word that is
-    neither `key=value` nor a flag.
+    argparse does not accept overrides on both sides of a flag. Invalid bytes become U+FFFD.
+
+    Raises:
+        UserError: a verbatim key is given twice, a flag is unknown, or a word is neither
+            `key=value` nor a flag.
     """
     text: Verbatim = {}
     overrides: list[str] = []
@@ -283,7 +290,7 @@ def split_arguments(
         if equals and key in verbatim:
             if key in text:
                 raise UserError(f"{key} is given twice: keep one {key}=...")
-            undecoded = re.search("[\ud800-\udfff]", value)  # by the locale: try UTF-8
+            undecoded = re.search("[\ud800-\udfff]", value)  # not in the locale: try UTF-8
             text[key] = os.fsencode(value).decode("utf-8", "replace") if undecoded else value
         elif argument.startswith("-"):
             flags.append(_checked_flag(argument, verbatim))
@@ -298,10 +305,10 @@ def split_arguments(
 
 
 def _is_flag(argument: str, flags: Collection[str]) -> bool:
-    """Whether argparse reads `argument` as one of `flags`; it accepts an unfinished `--multi`."""
+    """Whether argparse reads `argument` as one of `flags`; it accepts prefixes like `--multi`."""
     name = argument.partition("=")[0]
-    unfinished = len(name) > 2 and any(flag.startswith(name) for flag in flags if flag[:2] == "--")
-    return name in flags or unfinished
+    is_prefix = len(name) > 2 and any(flag.startswith(name) for flag in flags if flag[:2] == "--")
+    return name in flags or is_prefix
 
 
 def _checked_flag(argument: str, verbatim: Sequence[str]) -> str:
@@ -329,7 +336,7 @@ def _describe_stray(arguments: Sequence[str], index: int, verbatim: Sequence[str
 
 
 def _without_verbatim(command_line: str, verbatim: Sequence[str]) -> str:
-    """Drop each finished `key=text` from a line under shell completion: Hydra would parse it."""
+    """Remove complete `key=text` words from a line being completed: Hydra cannot parse them."""
     keys = "|".join(map(re.escape, verbatim))
     value = r"""(?:"[^"]*"|'[^']*'|\\.|[^\s"'])*"""
     return re.sub(rf"\s\+*(?:{keys})={value}(?=\s)", "", command_line) if keys else command_line

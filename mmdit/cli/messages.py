@@ -1,4 +1,4 @@
-"""Error messages for users: what is wrong, where, and what to write instead."""
+"""Error messages for users' mistakes: what is wrong, where, and what to write instead."""
 
 import functools
 import inspect
@@ -24,7 +24,14 @@ from mmdit.printable import printable
 def explain(
     error: BaseException, *, in_job: bool, verbatim: Sequence[str] = (), config_dir: Path
 ) -> str | None:
-    """The message for a user's mistake; None if `error` is a bug. Has a job begun?"""
+    """The message for a user's mistake; None if the error is a bug.
+
+    Args:
+        error: what was raised.
+        in_job: whether the job had started; before, errors of OmegaConf and Hydra are mistakes.
+        verbatim: keys whose values Hydra does not parse.
+        config_dir: where the yaml files are.
+    """
     match error:
         case UserError():
             return str(error)
@@ -61,11 +68,11 @@ def explain(
 
 
 def _explain_value(error: ValueError, config_dir: Path) -> str:
-    """A message for what Hydra could not read; `group=null` does not leave a group out."""
+    """A message for a value that Hydra cannot read, such as `group=null`."""
     for word in sys.argv[1:]:
         group, _, value = word.partition("=")
         if value.strip().lower() == "null" and (config_dir / group.partition("@")[0]).is_dir():
-            return f"{word}: a group is left out by ~{group}"
+            return f"{word}: to leave out a group, write ~{group}"
     return f"{error}\n(command line: {printable(' '.join(sys.argv[1:]))})"
 
 
@@ -78,7 +85,7 @@ def _explain_missing_config(error: hydra_errors.MissingConfigException, config_d
     files = [
         str(path) for path in config_dir.rglob("*.yaml") if asks.search(path.read_text("utf-8"))
     ]
-    where = f" (asked for in {', '.join(files)})" if files else ""
+    where = f" (requested in {', '.join(files)})" if files else ""
     near = nearest(option, error.options)
     hint = did_you_mean(f"{group}={near}" if near else None)
     return f"{group} has no option {option!r}{where}.{hint} Available: {', '.join(error.options)}"
@@ -87,7 +94,7 @@ def _explain_missing_config(error: hydra_errors.MissingConfigException, config_d
 def _explain_composition(
     error: hydra_errors.HydraException, verbatim: Sequence[str], config_dir: Path
 ) -> str:
-    """Mistakes in overrides and defaults lists; finds the key nearest to an unknown one."""
+    """A message for mistakes in overrides and defaults lists; suggests similar keys."""
     cause = error.__cause__
     message = re.sub(r"\s*See https://\S+ for details", "", str(error)).strip()
     unknown = re.match(r"Could not override '(.+?)'", message)
@@ -123,7 +130,7 @@ def _explain_instantiation(error: hydra_errors.InstantiationException) -> str | 
 
 
 def _explain_partial(error: BaseException) -> str | None:
-    """The job calls a `_partial_` node itself, and Hydra wraps no exception: see the traceback."""
+    """A message for errors of `_partial_` nodes, which the job calls and Hydra does not wrap."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         partial = frame.f_locals.get("self")
         if isinstance(partial, functools.partial) and hasattr(partial, "_hydra_full_key"):
@@ -135,13 +142,13 @@ def _explain_partial(error: BaseException) -> str | None:
 
 
 def _raised_by_hydra(error: BaseException) -> bool:
-    """Whether Hydra's own call failed, as where a target does not take what it is given."""
+    """Whether the call itself failed, for example because the arguments do not match."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(hydra.__file__).parent in Path(frames[-1].filename).parents
 
 
 def _explain_call(cause: BaseException, key: str, target: str) -> str | None:
-    """`target`, named by the config node `key`, raised `cause`: was it handed something wrong?"""
+    """A message for an error `cause` of `target` at config key `key`; None if it is a bug."""
     if isinstance(cause, UserError):
         return f"{key}: {cause}"
     if isinstance(cause, OSError) and (trouble := path_trouble(cause)):
@@ -154,9 +161,9 @@ def _explain_call(cause: BaseException, key: str, target: str) -> str | None:
     if not unexpected:
         return f"{key}: {cause}"
     try:
-        taken = list(inspect.signature(hydra.utils.get_object(target)).parameters)
+        accepted = list(inspect.signature(hydra.utils.get_object(target)).parameters)
     except (ImportError, TypeError, ValueError):  # a decorated or built-in target
-        taken = []
-    hint = did_you_mean(nearest(unexpected[1], taken))
-    hint += f" It takes: {', '.join(taken)}" if taken else ""
+        accepted = []
+    hint = did_you_mean(nearest(unexpected[1], accepted))
+    hint += f" It takes: {', '.join(accepted)}" if accepted else ""
     return f"{key}.{unexpected[1]}: {target} takes no such argument.{hint}"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import mmdit
 from mmdit.checks import flag, number, seed_number, whole_number
-from mmdit.cli.images import described_png, fitted, open_image, slug
+from mmdit.cli.images import fitted, open_image, png_with_metadata, slug
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import Subject, open_subject
 from mmdit.errors import UserError
@@ -29,7 +29,7 @@ from mmdit.runs.files import NumberedFiles
 
 log = logger("mmdit.sample")
 MOST_IMAGES = 1_000_000  # per prompt
-PROMPTS_KEPT = 100  # encoded ones, of 1 to 5 MB each at the size of SD3
+PROMPTS_KEPT = 100  # cached encodings, 1 to 5 MB each at the size of SD3
 LONGEST_PROMPT_FILE = 50_000_000  # characters
 VERBATIM = (
     *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
@@ -62,7 +62,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
     with precision():
         options = options_of(pipe, config, image, control)
-    facts = facts_of(subject, config, text, options)
+    metadata = metadata_of(subject, config, text, options)
     wanted = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
     count = len(prompts) * config.num_images
     with tqdm(total=count * steps_of(pipe, options), unit="step", disable=None) as bar:
@@ -75,11 +75,15 @@ def job(config: DictConfig, text: Verbatim) -> None:
             precision=precision,
             bar=bar,
         )
-        write(samples, count, out, facts)
+        write(samples, count, out, metadata)
 
 
 def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> None:
-    """Refuse what makes no sense before any weights are read; None is the model's default."""
+    """Reject invalid settings before any weights are read; null is the model's default.
+
+    Raises:
+        UserError: a value is invalid; the message names its key.
+    """
     whole_number("num_images", config.num_images, most=MOST_IMAGES)
     whole_number("batch_size", config.batch_size)
     seed_number("seed", config.seed, images=config.num_images)
@@ -106,9 +110,9 @@ def options_of(
     image: torch.Tensor | None,
     control: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """What all images have in common, as `mmdit.Request` takes it."""
+    """The options that all images share, as arguments of `mmdit.Request`."""
     if config.guidance is None:
-        config.guidance = pipe.guidance  # which the guide's own arguments follow
+        config.guidance = pipe.guidance  # the guide's arguments refer to it
     height, width = config.height, config.width
     if image is not None:
         image = fitted("image", image, pipe, height, width)
@@ -132,10 +136,10 @@ def options_of(
     return options
 
 
-def facts_of(
+def metadata_of(
     subject: Subject, config: DictConfig, text: Verbatim, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the metadata of every image says: all that reproduces it, but prompt and seed."""
+    """The metadata that all images share: what reproduces them, except for prompt and seed."""
     pipe = subject.pipe
     control = {"control_strength": config.control_strength} if "control" in text else {}
     return {
@@ -160,20 +164,20 @@ def facts_of(
 
 
 def scale_of(guide: Any) -> float | None:
-    """The scale of the guidance that the others wrap; None where it has none."""
+    """The scale of the innermost guidance; None if it has no scale."""
     while hasattr(guide, "inner"):
         guide = guide.inner
     return getattr(guide, "scale", None)
 
 
 def steps_of(pipe: mmdit.Pipeline, options: dict[str, Any]) -> int:
-    """Steps that the solver makes for each image: fewer than asked for where one is given."""
+    """Solver steps per image: fewer than requested if sampling starts from an image."""
     strength = 1.0 if options["strength"] is None else options["strength"]
     return len(pipe.objective.times(options["steps"], strength=strength, grid=options["grid"])) - 1
 
 
 class Sampled(NamedTuple):
-    """An image and what is its own in its metadata."""
+    """An image and the metadata that is specific to it."""
 
     pixels: torch.Tensor  # uint8 (h, w, 3), on the CPU
     prompt: str
@@ -191,15 +195,19 @@ def sampled(
     precision: Autocast,
     bar: Any,
 ) -> Iterator[Sampled]:
-    """The images, batch by batch. Each prompt is encoded alone, and once for all its images.
+    """Sample images batch by batch.
 
-    So its encoding depends on no other prompt. The newest are kept, as a file may hold a million.
+    Each prompt is encoded once for all its images, and separately, so that its encoding does not
+    depend on other prompts. Only the latest encodings are cached, as there may be a million.
 
     Args:
+        pipe: the model.
         wanted: prompt and seed of each image.
-        negative_prompt: encoded only where the guidance reads it.
-        options: of all requests.
-        bar: of tqdm, on which each image counts every step of the solver.
+        negative_prompt: encoded only if the guidance uses it.
+        options: arguments of `mmdit.Request` that all images share.
+        batch_size: images per batch.
+        precision: context that sets the model's precision.
+        bar: tqdm progress bar, advanced by every solver step of each image.
     """
 
     @lru_cache(maxsize=PROMPTS_KEPT)
@@ -218,71 +226,82 @@ def sampled(
             yield Sampled(pixels, prompt, seed, samples.function_evaluations)
 
 
-def write(samples: Iterator[Sampled], count: int, out: Path, facts: dict[str, Any]) -> None:
-    """A PNG for each image as it comes, and one of them all, unless they are too many to look at.
+def write(samples: Iterator[Sampled], count: int, out: Path, metadata: dict[str, Any]) -> None:
+    """Write each image as a PNG as soon as it is sampled, then a grid unless there are too many.
 
     Args:
-        count: of the images.
-        facts: that all of them share.
+        samples: the images.
+        count: number of images.
+        out: an existing folder.
+        metadata: the metadata that all images share.
     """
     files, grid = NumberedFiles(out), Thumbnails() if count <= LARGEST_GRID else None
     for pixels, prompt, seed, evaluations in samples:
-        own = {"seed": seed, **facts, "function_evaluations": evaluations}
+        of_image = {"seed": seed, **metadata, "function_evaluations": evaluations}
         name = f"{slug(prompt)}-seed{seed}.png"
-        tqdm.write(printable(files.add(name, described_png(pixels, prompt, own))))
+        tqdm.write(printable(files.add(name, png_with_metadata(pixels, prompt, of_image))))
         if grid is not None:
             grid.add(pixels, f"{prompt[:60]} ({seed})")
     if grid is None:
-        show(f"no grid of {count} images: one of more than {LARGEST_GRID} could not be looked at")
+        show(f"no grid is written for {count} images: the limit is {LARGEST_GRID}")
     else:
         show(files.add("grid.png", png(grid.image()), first=files.first))
 
 
 def read_prompts(text: Verbatim) -> list[str]:
-    """The prompts asked for, in order: `prompt`, or the lines of `prompt_file`."""
+    """The requested prompts, in order: `prompt`, or the lines of `prompt_file`.
+
+    Raises:
+        UserError: not exactly one of the two is given, or the file is unreadable, empty or too
+            long.
+    """
     if ("prompt" in text) == ("prompt_file" in text):
-        raise UserError('give either prompt="..." or prompt_file=<file with one prompt a line>')
+        raise UserError('give either prompt="..." or prompt_file=<file with one prompt per line>')
     if "prompt" in text:
         return [text["prompt"]]
     path = Path(text["prompt_file"])
     try:
-        with path.open(encoding="utf-8-sig") as file:  # some editors begin with a mark
+        with path.open(encoding="utf-8-sig") as file:  # some editors write a BOM
             content = file.read(LONGEST_PROMPT_FILE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file={path} cannot be read as UTF-8 text: {error}") from error
     if len(content) > LONGEST_PROMPT_FILE:
         raise UserError(
-            f"prompt_file={path} is longer than {LONGEST_PROMPT_FILE:,} characters: give "
-            "its prompts in several files"
+            f"prompt_file={path} is longer than {LONGEST_PROMPT_FILE:,} characters: split it "
+            "into several files"
         )
     if not content:
-        raise UserError(f"prompt_file={path} is empty: write one prompt a line")
-    # Lines alone end a prompt, not the other marks at which `splitlines` cuts.
+        raise UserError(f"prompt_file={path} is empty: write one prompt per line")
+    # Only a newline ends a prompt, not the other separators of `splitlines`.
     return content.removesuffix("\n").split("\n")
 
 
 def make_folder(out: Path) -> Path:
-    """The output folder, created before sampling starts."""
+    """Create the output folder, before sampling starts.
+
+    Raises:
+        UserError: it is not a folder, or cannot be created.
+    """
     if out.suffix.lower() == ".png" or out.is_file():
-        raise UserError(f"out={out} must be a folder: each image gets a name of its own in it")
+        raise UserError(f"out={out} must be a folder, in which each image gets its own name")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be made a folder: {error}") from error
+        raise UserError(f"out={out}: the folder cannot be created: {error}") from error
     return out
 
 
 def controlled(pipe: mmdit.Pipeline, config: DictConfig, text: Verbatim) -> ControlledMMDiT:
-    """The pipeline's network under the control net that controlnet= names.
+    """The pipeline's network with the ControlNet of controlnet=.
 
     Raises:
-        UserError: there is no such file, it holds another kind of model, or it was made for another
-            network.
+        UserError: there is no such file, it contains another kind of model, or its ControlNet does
+            not fit the network.
     """
     if not isinstance(pipe.mmdit, MMDiT):
         raise UserError(
-            f"controlnet={text['controlnet']}: control nets are made for an MMDiT, but the network "
-            f"of this model is a {type(pipe.mmdit).__name__}"
+            f"controlnet={text['controlnet']}: a ControlNet needs an MMDiT, but the network of "
+            f"this model is a {type(pipe.mmdit).__name__}"
         )
     flags = {"allow_pickle": config.allow_pickle, "verify": config.verify}
     net = mmdit.load_controlnet(text["controlnet"], dtype=pipe.dtype, **flags)
@@ -297,5 +316,5 @@ def controlled(pipe: mmdit.Pipeline, config: DictConfig, text: Verbatim) -> Cont
 
 
 def main() -> None:
-    """Generate images, as the command line asks."""
+    """Generate images according to the command line."""
     launch(job, config_name="sample", verbatim=VERBATIM)

@@ -1,4 +1,4 @@
-"""How good a trained model is by the paper's protocol: `scores.json` in its run folder."""
+"""Scores of a trained model by the paper's protocol, in `scores.json` of its run folder."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ log = logger("mmdit.stages")
 
 
 def is_finished(config: DictConfig, run: RunFolder) -> bool:
-    """Whether a run has made all its steps and been measured as `config` asks."""
+    """Whether a run has completed all steps and has the scores that `config` requests."""
     checkpoint = run.latest()
     if checkpoint is None or checkpoint.step < config.training.steps:
         return False
-    if config.get("metrics") is None:  # a group that is left out has no key
+    if config.get("metrics") is None:  # the key is missing if the group is left out
         return True
     try:
         record = json.loads((run.path / "scores.json").read_text())
@@ -37,7 +37,7 @@ def is_finished(config: DictConfig, run: RunFolder) -> bool:
         return False
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning(
-            "%s cannot be used, so the run is measured again: %s",
+            "%s cannot be used, so the run is scored again: %s",
             *(run.path / "scores.json", first_line(error)),
         )
         return False
@@ -45,7 +45,7 @@ def is_finished(config: DictConfig, run: RunFolder) -> bool:
 
 
 def protocol_of(metrics: DictConfig) -> dict[str, int]:
-    """What figures depend on, by the names that `scores.json` gives it."""
+    """The settings on which scores depend, with their names in `scores.json`."""
     return {
         "samples": metrics.samples,
         "references": metrics.references,
@@ -63,12 +63,17 @@ def write_scores(
     variant: str,
     precision: Autocast,
 ) -> None:
-    """Measure the averaged and the raw weights by the paper's protocol: `<run>/scores.json`.
+    """Score the averaged and the raw weights by the paper's protocol, and write `scores.json`.
 
     Args:
-        pipelines: 'ema' and 'raw'.
-        variant: what the run is called in a ranking.
-        precision: of the pipelines.
+        config: config of the run.
+        run: the run folder.
+        checkpoint: the checkpoint that is scored.
+        pipelines: pipelines with its weights, 'ema' and 'raw'.
+        clip: the CLIP that computes metrics.
+        data: the split from which scenes and real images are taken.
+        variant: the run's name in a ranking.
+        precision: context that sets the pipelines' precision.
     """
     protocol = instantiate(config.metrics)
     rows: list[dict[str, Any]] = []
@@ -109,8 +114,8 @@ def write_scores(
     )
 
 
-def levels(figures: dict[str, float], kind: str) -> dict[str, Any]:
-    """The validation loss of the raw or averaged weights, and its parts by level of t."""
+def levels(metrics: dict[str, float], kind: str) -> dict[str, Any]:
+    """The validation loss of the weights `kind`, 'ema' or 'raw', and its parts by level of t."""
     prefix = f"{kind}/loss_t"
-    by_level = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
-    return {"loss": figures[f"{kind}/loss"], "levels": by_level}
+    by_level = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    return {"loss": metrics[f"{kind}/loss"], "levels": by_level}

@@ -1,7 +1,7 @@
-"""What a run stands on, and what follows it: stages trained once and then found, and scores.
+"""Stages that a run depends on, trained once and then reused.
 
-An autoencoder, and the small CLIP by which toy images are measured, are trained by the same loop
-as the flow, in `runs/<stage>-<hash of its recipe>/`.
+The autoencoder, and the small CLIP of toy metrics, are trained by the same loop as the flow, in
+`runs/<stage>-<hash of its recipe>/`.
 """
 
 import json
@@ -46,17 +46,17 @@ UNTIL = ("autoencoder", "cache")
 
 
 def check_until(until: str, source: LatentSource) -> None:
-    """Raises UserError if there is no such stage to stop at."""
+    """Raise UserError unless `until` is a stage of this config after which training can stop."""
     one_of("until", until, UNTIL)
     if until == "cache" and not isinstance(source, FromCache):
-        raise UserError("until=cache makes a cache for latents=from_cache: give both")
+        raise UserError("until=cache needs latents=from_cache, for which the cache is written")
 
 
 def check_recipe(config: DictConfig, stage: str) -> None:
     """Validate the config of a stage before anything is trained.
 
     Raises:
-        UserError: a setting makes no sense; its key is named.
+        UserError: a setting is invalid; the message names its key.
     """
     recipe = config[stage]
     Settings.of(recipe.training, f"{stage}.training")
@@ -66,8 +66,8 @@ def check_recipe(config: DictConfig, stage: str) -> None:
     every, steps = whole_number(f"{stage}.ema.every", recipe.ema.every), recipe.training.steps
     if every > steps:
         log.warning(
-            "note: %s.ema.every=%d is more than %s.training.steps=%d: the average, which is used, "
-            "stays at the random start",
+            "note: %s.ema.every=%d is more than %s.training.steps=%d: the averaged weights, which "
+            "are used, stay at their random initial values",
             *(stage, every, stage, steps),
         )
     if stage == "autoencoder":
@@ -87,14 +87,15 @@ def find_or_train(
     *,
     seed: int,
 ) -> Weights:
-    """The averaged weights of a stage, trained now unless a finished run of `recipe` is there.
+    """The averaged weights of a stage, from a finished run of the same recipe or trained now.
 
     Args:
-        config: of the whole job.
+        config: config of the job.
         stage: 'autoencoder' or 'clip', a section of `config` with model, training, lr and ema.
-        recipe: all that its weights follow from.
-        build_task: what to learn, of a fresh module.
-        seed: of the stage's weights and order.
+        recipe: everything that determines the stage's weights.
+        build_task: the training task for a newly initialized module.
+        device: where to train.
+        seed: seed of the initial weights and of the order of data.
     """
     path = Path(str(config.runs)) / f"{stage}-{config_hash(recipe)}"
     trained = trained_in(path, stage)
@@ -103,7 +104,7 @@ def find_or_train(
         clean_up_if_killed(path)
     else:
         run = RunFolder(path, wait=True)
-        trained = trained_in(path, stage)  # by the process that was waited for
+        trained = trained_in(path, stage)  # perhaps trained meanwhile by another process
         if trained is None:
             log.info("training the %s in %s", stage, path)
             write_atomically(path / "recipe.json", json.dumps(recipe, indent=1).encode())
@@ -118,12 +119,12 @@ def find_or_train(
 
 
 def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Weights] | None:
-    """The last checkpoint of a stage that has been trained to its end, and its averaged weights.
+    """The last checkpoint of a finished stage, and its averaged weights; None if not finished.
 
-    The folder is only read: it may belong to somebody else.
+    The folder is only read, as it may belong to another user.
 
     Raises:
-        UserError: they are damaged.
+        UserError: a checkpoint is damaged.
     """
     try:
         found = checkpoints_in(path)
@@ -131,9 +132,7 @@ def trained_in(path: Path, stage: str) -> tuple[Checkpoint, Weights] | None:
             return None
         return found[-1], found[-1].read("ema")
     except UserError as error:
-        raise UserError(
-            f"{error}. Move {path} elsewhere: the {stage} is then trained again"
-        ) from error
+        raise UserError(f"{error}. Move {path} elsewhere to train the {stage} again") from error
 
 
 def train_stage(
@@ -144,7 +143,7 @@ def train_stage(
     device: torch.device,
     seed: int,
 ) -> None:
-    """Train a stage in its folder, with the same loop as the flow."""
+    """Train a stage in its run folder."""
     torch.manual_seed(seed)
     module = instantiate(recipe.model).to(device)
     train(
@@ -162,7 +161,7 @@ def train_stage(
     )
 
 
-def give_autoencoder(
+def load_trained_autoencoder(
     autoencoder: Autoencoder,
     config: DictConfig,
     plain: dict[str, Any],
@@ -170,7 +169,10 @@ def give_autoencoder(
     device: torch.device,
     precision: Autocast,
 ) -> None:
-    """Load the trained autoencoder of this config; a public one has been loaded already."""
+    """Load the config's trained autoencoder into `autoencoder`, training it first if necessary.
+
+    A public autoencoder is left as it is, because it already has its weights.
+    """
     if not config.autoencoder.trained:
         return
     seed, validation = config.autoencoder.seed, data.view("validation")
@@ -186,7 +188,7 @@ def give_autoencoder(
         )
 
     images = plain["data"]
-    if "found" in images:  # neither their location nor their captions matter
+    if "found" in images:  # the weights depend neither on the location nor on the captions
         kept = ("found", "image_size", "unit", "max_ratio", "crop", "seed")
         images = {key: images[key] for key in kept}
     recipe = {
@@ -201,7 +203,7 @@ def give_autoencoder(
 def clip_for_metrics(
     config: DictConfig, plain: dict[str, Any], device: torch.device, precision: Autocast
 ) -> tuple[CLIPPair, Shapes]:
-    """The CLIP that computes metrics, and its reference images: the same for every seed."""
+    """The CLIP that computes metrics, and its reference images, independent of the run's seed."""
     seed = config.metrics.seed
     samples = config.clip.samples
     shapes: Shapes = instantiate(config.data, seed=seed, samples=samples)

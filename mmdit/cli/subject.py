@@ -72,7 +72,7 @@ def open_named(
     """Open the weights that checkpoint= names, or else those of the newest finished run.
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are no weights, or they cannot be read.
     """
     one_of("weights", config.weights, WEIGHTS)  # before any file is searched for
     given: str | Path | None = text.get("checkpoint") or newest_finished(Path(config.runs))
@@ -84,7 +84,7 @@ def open_named(
     path = Path(given).expanduser()
     if path.is_dir() and not any(any(path.glob(name)) for name in WEIGHT_FILES):
         raise UserError(
-            f"checkpoint={given}: that folder has no complete checkpoint, and no other weights"
+            f"checkpoint={given}: this folder has neither a complete checkpoint nor other weights"
         )
     clean_up_if_killed(path)
     return open_source(given, kinds, weights=config.weights, **rules)

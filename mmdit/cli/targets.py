@@ -1,7 +1,8 @@
-"""What a config may build: classes of mmdit, and what is in the modules that `imports=` names.
+"""Restricts what a config may build to classes of mmdit and of the modules in `imports=`.
 
-A `_target_` can name any callable of any installed package, some of which run a pickle or a shell,
-and a yaml may come from anybody. So all of them are looked at before the first is built.
+A `_target_` can name any callable of any installed package, some of which load pickles or run a
+shell, and a yaml may come from an untrusted source. All targets are therefore checked before the
+first is built.
 """
 
 import importlib
@@ -20,20 +21,20 @@ from mmdit.cli import CONFIGS
 from mmdit.errors import UserError, first_line
 
 OWN = "mmdit"
-HYDRA = ("hydra", "hydra_plugins")  # may stand below `hydra`: launchers, sweepers
-LOGGING = (*HYDRA, "logging", "colorlog", "mmdit.printable")  # may stand in its logging
+HYDRA = ("hydra", "hydra_plugins")  # allowed below `hydra`: launchers, sweepers
+LOGGING = (*HYDRA, "logging", "colorlog", "mmdit.printable")  # allowed in Hydra's logging
 FACTORIES = ("()", "class")  # what `logging.config` builds
 
 
 def check_targets(config: DictConfig, imports: Collection[str]) -> None:
-    """Refuse a config that would build something else than it may.
+    """Reject a config with a target that is not allowed.
 
     Args:
-        config: of a job; with or without Hydra's own, `hydra`.
-        imports: modules that the command line names: a yaml cannot vouch for itself.
+        config: config of a job, with or without Hydra's own section `hydra`.
+        imports: modules named on the command line, which are trusted; a yaml cannot add to them.
 
     Raises:
-        UserError: there is such a `_target_`, or one that is not there at all.
+        UserError: a `_target_` is not allowed, or does not exist.
     """
     found = list(_targets(config, ""))
     for key, target in found:
@@ -43,14 +44,14 @@ def check_targets(config: DictConfig, imports: Collection[str]) -> None:
 
 
 def _allowed(key: str, imports: Iterable[str]) -> tuple[str, ...]:
-    """Packages that what stands at `key` may come from."""
+    """Packages from which the target at `key` may come."""
     if not key.startswith("hydra."):
         return (OWN, *imports)
     return (*(HYDRA if key.endswith("._target_") else LOGGING), *imports)
 
 
 def _targets(node: Any, place: str, above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Every `_target_`, and what Hydra's logging builds, with the keys where they stand."""
+    """Key and value of every `_target_`, and of what Hydra's logging builds."""
     if not OmegaConf.is_config(node) or id(node) in above:
         return
     logs = place.startswith("hydra.") and "logging" in place
@@ -59,7 +60,7 @@ def _targets(node: Any, place: str, above: tuple[int, ...] = ()) -> Iterator[tup
         where = f"{place}.{key}".lstrip(".")
         try:
             value = node[key]
-        except OmegaConfBaseException as error:  # it has no value, or not yet
+        except OmegaConfBaseException as error:  # it has no value (yet)
             if key == "_target_":
                 raise UserError(f"{where}: {first_line(error)}") from error
             continue
@@ -88,7 +89,7 @@ def _refusal(key: str, target: str, module: str) -> UserError:
 
 
 def _check_object(key: str, target: str, imports: Collection[str]) -> None:
-    """What a name leads to must be defined there, too: modules hold what they import."""
+    """Check where the object was defined, because modules also contain what they import."""
     allowed = _allowed(key, imports)
     parts = target.split(".")
     found: Any = None
@@ -101,7 +102,7 @@ def _check_object(key: str, target: str, imports: Collection[str]) -> None:
             found = _imported(key, target, ".".join(parts[: i + 1]))
         except ModuleNotFoundError as error:
             raise UserError(f"{key}: cannot find {target!r}: {error}") from error
-        # On the way to a module that is allowed, the packages that it lies in are passed.
+        # Parent packages of an allowed module are allowed on the way to it.
         if isinstance(found, ModuleType) and not _leads_to(found.__name__, allowed):
             raise _refusal(key, target, found.__name__)
     module = getattr(found, "__module__", None) or type(found).__module__
@@ -124,13 +125,13 @@ def _leads_to(module: str, allowed: Iterable[str]) -> bool:
 
 
 def _is_shipped(found: Any, target: str) -> bool:
-    """Whether a shipped config builds this very object, from whatever module."""
+    """Whether a shipped config builds this object, under any module path."""
     name = target.rpartition(".")[2]
     return any(get_object(t) is found for t in _shipped() if t.rpartition(".")[2] == name)
 
 
 @cache
 def _shipped() -> frozenset[str]:
-    """All that the configs of this project build."""
+    """All targets in the configs of this project."""
     texts = (path.read_text("utf-8") for path in CONFIGS.rglob("*.yaml"))
     return frozenset(name for text in texts for name in re.findall(r"_target_:\s*([\w.]+)", text))

@@ -17,7 +17,7 @@ from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch, sweep_label
 from mmdit.cli.reading import Request, read
 from mmdit.cli.scores import is_finished, write_scores
-from mmdit.cli.stages import check_until, clip_for_metrics, give_autoencoder
+from mmdit.cli.stages import check_until, clip_for_metrics, load_trained_autoencoder
 from mmdit.data.dataset import Data
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loop import train
@@ -132,7 +132,7 @@ def prepare(request: Request, parts: Parts, source: LatentSource, run: RunFolder
         request.logger.start(run.path, request.plain)  # what it needs from elsewhere must be there
     if run is None or not take_frozen(run.path, state.module, state.ema):
         with processes.main_first():
-            give_autoencoder(
+            load_trained_autoencoder(
                 parts.pipeline.autoencoder,
                 config,
                 request.plain,

@@ -419,7 +419,7 @@ def test_all_that_this_project_ships_may_be_built() -> None:
         (["training={step: 3}"], "Could not override 'training'"),
         (["promt=a"], "Did you mean prompt?"),
         (["promt=a, (b"], 'Did you mean prompt="..."?'),
-        (["model=null"], "model=null: a group is left out by ~model"),
+        (["model=null"], "model=null: to leave out a group, write ~model"),
         (["objective/pth=edm"], "Did you mean objective/path?"),
         (["-m", "training.step=1,2"], "Did you mean training.steps?"),
         (["model=tpy"], "model has no option 'tpy'. Did you mean model=toy? Available: small, toy"),

@@ -186,7 +186,7 @@ def test_frozen_encoders_are_held_whole(run):
         (("batch=many",), "batch='many' must be a whole number"),
         (("batchs=3",), "Did you mean batch?"),
         (("parallel=fsdp", "world_size=7"), "training.batch_size=128 must be divisible by"),
-        (("world_size=2",), "parallel=single is for one process"),
+        (("world_size=2",), "parallel=single needs world_size=1, not 2"),
         (("world_size=0",), "world_size=0"),
         (("parallel=fsdp", "world_size=8", "parallel.replicas=3"), "parallel.replicas 3 must"),
         (("device=tpu",), "device=tpu must be auto, cuda or cpu"),

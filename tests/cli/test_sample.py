@@ -101,7 +101,7 @@ def test_a_line_of_a_file_is_a_prompt_as_it_was_typed(tmp_path):
     path.write_text("one\n")
     assert sample.read_prompts({"prompt_file": str(path)}) == ["one"]
     path.write_bytes("\ufeff".encode())
-    with pytest.raises(UserError, match="is empty: write one prompt a line"):
+    with pytest.raises(UserError, match="is empty: write one prompt per line"):
         sample.read_prompts({"prompt_file": str(path)})
 
 
@@ -240,7 +240,7 @@ def test_a_grid_has_thumbnails_of_at_most_64_images(run, tmp_path):
     with Image.open(grid) as page:
         assert page.width <= 8 * (256 + 6) + 6 and page.height <= 8 * (256 + 60) + 6
     told = run("num_images=65")
-    assert len(told) == 66 and told[-1].startswith("no grid of 65 images")
+    assert len(told) == 66 and told[-1].startswith("no grid is written for 65 images")
     assert len(list((tmp_path / "out").glob("*-grid.png"))) == 1
 
 

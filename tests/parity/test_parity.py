@@ -267,8 +267,8 @@ def test_a_damaged_part_of_a_folder_is_not_passed_over(run, sources, tmp_path):
         (["random=tiny", "against=comfyui"], "against=comfyui must be diffusers"),
         (["checkpoint=nowhere.safetensors"], "nowhere.safetensors: there is no such file"),
         (["checkpoint=a", "keep=b"], "keep= keeps random weights"),
-        (["random=tiny", "out=/dev/null/a"], "out=/dev/null/a cannot be made a folder"),
-        (["random=tiny", "keep=/dev/null"], "keep=/dev/null cannot be made a folder"),
+        (["random=tiny", "out=/dev/null/a"], "out=/dev/null/a: the folder cannot be created"),
+        (["random=tiny", "keep=/dev/null"], "keep=/dev/null: the folder cannot be created"),
     ],
 )
 def test_requests_that_make_no_sense(run, words, message):
@@ -279,6 +279,6 @@ def test_requests_that_make_no_sense(run, words, message):
 def test_a_full_disk_is_noticed_before_writing(parity, monkeypatch, tmp_path):
     monkeypatch.setattr(parity.shutil, "disk_usage", lambda _: type("", (), {"free": 5e9}))
     config = OmegaConf.merge(CONFIG, {"random": "sd3-medium"})
-    with pytest.raises(mmdit.UserError, match=r"has 5\.0 GB free, and 8\.\d GB are needed"):
+    with pytest.raises(mmdit.UserError, match=r"has 5\.0 GB free, but 8\.\d GB are needed"):
         parity.random_sources(config, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -319,7 +319,7 @@ MISTAKES = {
     ),
     "nan": (lambda r: r["scores"][3].update(fd=math.nan), "shapes: ema, 5 steps, guidance 5: clip"),
     "null": (lambda r: r["scores"][3].update(clip=None), "clip nan"),
-    "row twice": (lambda r: r["scores"].append(r["scores"][2]), "scores[12] has a setting that is"),
+    "row twice": (lambda r: r["scores"].append(r["scores"][2]), "scores[12] repeats a setting"),
     "field": (lambda r: r.pop("samples"), "samples is None, but must be of type int"),
     "deep field": (lambda r: r["training"].pop("flops"), "training has no flops"),
     "flops": (

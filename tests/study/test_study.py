@@ -87,7 +87,7 @@ def test_scores_that_cannot_be_read_are_measured_again_with_a_remark(
         (tmp_path / "scores.json").write_bytes(content.encode("latin-1"))
     run = SimpleNamespace(path=tmp_path, latest=lambda: SimpleNamespace(step=4))
     assert not is_finished(config, run)
-    assert ("so the run is measured again" in caplog.text) == remark
+    assert ("so the run is scored again" in caplog.text) == remark
 
 
 def test_an_unfinished_variant_goes_on(folder):

@@ -19,7 +19,7 @@ SCRIPTS = {
 
 
 def main() -> None:
-    """Run the evaluation that the first word of the command line names."""
+    """Run the evaluation named by the first word of the command line."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in SCRIPTS:
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]

@@ -1,10 +1,10 @@
-"""How large are the attention logits, and how spread the attention, block by block? (Figure 5)
+"""Attention logits and attention entropy of each block (Figure 5).
 
-Protocol `attention-1`: images of the validation split, drawn at each image size, are encoded,
-noised to each level of t with noise keyed by (seed, index) and shown to the network with their
-captions, all encoders speaking. Of every block: the largest logit, and the entropy averaged over
-heads, queries and samples; then the mean of the last five blocks, as in the paper. With random=
-the network has random weights and sees random latents and states.
+Protocol `attention-1`: images of the validation split, rendered at each image size, are encoded,
+noised to each level of t with noise keyed by (seed, index), and given to the network with their
+captions, without dropping encoders. Reported for each block: the largest logit, and the entropy
+averaged over heads, queries and samples; and their means over the last five blocks, as in the
+paper. With random=, weights, latents and text states are random.
 """
 
 import tempfile
@@ -37,13 +37,13 @@ from mmdit.runs.native import file_hash
 
 PROTOCOL = "attention-1"
 VERBATIM = ("checkpoint", "out", *PARTS)
-FACTOR = 8  # of the published autoencoders: pixels to latents where there is no autoencoder
+FACTOR = 8  # pixels per latent position of the published autoencoders, for random=
 
 Look = Callable[[int, Sequence[float]], list[BlockAttention]]  # (image size, levels of t)
 
 
 class Watched(NamedTuple):
-    """Something to look at: its facts for the report, the size it was trained at, and how."""
+    """A model to measure: facts for the report, its image size in training, and how to run it."""
 
     facts: dict[str, Any]
     image_size: int
@@ -52,7 +52,7 @@ class Watched(NamedTuple):
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, look, write."""
+    """Check the config, build the model, measure attention, write the results."""
     levels = numbers(config, "levels", "times above 0, up to 1", low=0.0, high=1.0)
     for key, least in (("samples", 1), ("batch_size", 1), ("text_length", 1)):
         whole_number(key, config[key], least)
@@ -70,7 +70,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
         "sizes": {},
     }
     sizes = [thing.image_size] if config.image_sizes is None else list(config.image_sizes)
-    for size in tqdm(sizes, desc="looking", unit="size", disable=None):
+    for size in tqdm(sizes, desc="measuring", unit="size", disable=None):
         seen = {f"t={t:g}": thing.look(size, [t]) for t in levels}
         if len(levels) > 1:
             seen["all t"] = thing.look(size, levels)
@@ -83,7 +83,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def trained(config: DictConfig, text: Verbatim) -> Watched:
-    """A run's model, or public weights, on images of shapes."""
+    """A run's model or public weights, on images of shapes."""
     subject = open_subject(config, text)
     out = results_folder(text, subject.path, "attention")
     look = partial(look_at_shapes, subject, config)
@@ -94,7 +94,7 @@ def trained(config: DictConfig, text: Verbatim) -> Watched:
 def look_at_shapes(
     subject: Subject, config: DictConfig, size: int, levels: Sequence[float]
 ) -> list[BlockAttention]:
-    """On captioned images drawn at this size."""
+    """Attention on captioned images rendered at this size."""
     pipe = subject.pipe
     pipe.latent_size(size, size)
     data = shapes_for(subject.run, config, "validation", image_size=size)
@@ -132,7 +132,7 @@ def random_network(config: DictConfig, text: Verbatim) -> Watched:
 def look_at_noise(
     network: Backbone, config: DictConfig, size: int, levels: Sequence[float]
 ) -> list[BlockAttention]:
-    """On normally distributed latents, pooled vectors and states."""
+    """Attention on normally distributed latents, pooled vectors and text states."""
     device = network.device
     if size % (FACTOR * network.patch_size):
         raise UserError(f"image_sizes: {size} must be a multiple of {FACTOR * network.patch_size}")
@@ -161,7 +161,7 @@ FIGURES = {
 
 
 def curves_of(report: dict[str, Any]) -> dict[str, Image.Image]:
-    """A curve over the blocks for each size and level, in one image for each figure."""
+    """One plot per statistic, with a curve over the blocks for each size and level."""
     drawn = {}
     for figure, label in FIGURES.items():
         curves = {}
@@ -175,7 +175,7 @@ def curves_of(report: dict[str, Any]) -> dict[str, Image.Image]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The statistics of each block over all levels, and of the last blocks at each level."""
+    """Tables of each block's statistics over all levels, and of the last blocks' at each level."""
     head = (
         f"{report['protocol']}: {report['weights']}, sha256 {report['weights_sha256'][:16]}, "
         f"{report['samples']} samples, seed {report['seed']}\n"
@@ -192,5 +192,5 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="attention", verbatim=VERBATIM)

@@ -1,10 +1,10 @@
-"""How faithfully does an autoencoder reconstruct images? (Table 3)
+"""Reconstruction quality of an autoencoder (Table 3).
 
-Protocol `autoencoder-1`: images are encoded to the mean of their posterior and decoded. PSNR and
-SSIM of each image with its reconstruction, averaged; with clip=, the Frechet distance of CLIP's
-image features of all images and of all reconstructions. Images are those of shapes from the
-validation split, or the files of a folder in the order of their names, their middle square scaled
-to image_size.
+Protocol `autoencoder-1`: images are encoded to the mean of their posterior and decoded. Reported
+are PSNR and SSIM between image and reconstruction, averaged over images; with clip=, also the
+Frechet distance between CLIP's image features of all images and of all reconstructions. Images are
+the validation split of shapes, or the files of a folder in the order of their names, of which the
+central square is scaled to image_size.
 """
 
 import math
@@ -44,7 +44,7 @@ Images = Callable[[Sequence[int]], Tensor]  # indices -> uint8 (b, h, w, 3)
 
 
 class Opened(NamedTuple):
-    """An autoencoder, where its weights are, and how it computes."""
+    """An autoencoder, the location of its weights, and its precision."""
 
     module: Autoencoder
     path: Path
@@ -54,7 +54,7 @@ class Opened(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Metrics of single images, and the first images for the grid."""
+    """Metrics of each image, and the first images for the grid."""
 
     psnr: list[float]
     ssim: list[float]
@@ -63,7 +63,7 @@ class Measured(NamedTuple):
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, reconstruct, write."""
+    """Check the config, build the model, reconstruct images, write the results."""
     for key, least in (("samples", 2), ("batch_size", 1)):
         whole_number(key, config[key], least)
     size = None if config.image_size is None else whole_number("image_size", config.image_size)
@@ -93,10 +93,10 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
-    """That of a run or of public weights.
+    """Open the autoencoder of a run or of public weights.
 
     Raises:
-        UserError: none is named, or it cannot be read.
+        UserError: checkpoint= is not given, or cannot be read.
     """
     if not text.get("checkpoint"):
         raise UserError("give checkpoint=<run, file, folder or hub id> of an autoencoder")
@@ -111,10 +111,10 @@ def open_autoencoder(config: DictConfig, text: Verbatim) -> Opened:
 def find_images(
     opened: Opened, config: DictConfig, text: Verbatim, size: int | None
 ) -> tuple[Images, int, dict[str, Any]]:
-    """What to reconstruct, how many, and how a report names them.
+    """The images to reconstruct, their number, and their description for the report.
 
     Raises:
-        UserError: there are no images, or fewer than asked for, or they do not fit the model.
+        UserError: there are fewer images than requested, or they do not fit the model.
     """
     factor = opened.module.factor
     if "images" not in text:
@@ -130,8 +130,8 @@ def find_images(
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(files) < config.samples:
         raise UserError(
-            f"images={folder} holds {len(files)} images ({', '.join(SUFFIXES)}), but "
-            f"samples={config.samples} are asked for"
+            f"images={folder} contains {len(files)} images ({', '.join(SUFFIXES)}), but "
+            f"samples={config.samples} are requested"
         )
 
     def read(indices: Sequence[int]) -> Tensor:
@@ -141,10 +141,10 @@ def find_images(
 
 
 def open_image(path: Path, side: int) -> Tensor:
-    """The middle square of an image by the policies of `mmdit.data.images`: uint8 (s, s, 3).
+    """The central square of an image, decoded as by `mmdit.data.images`: uint8 (side, side, 3).
 
     Raises:
-        UserError: it is none, or cannot be read.
+        UserError: it is not an image, or cannot be read.
     """
     try:
         image = Image.fromarray(decode(read_bytes(path)))
@@ -162,7 +162,7 @@ def measure(
     indices: Sequence[int],
     batch_size: int,
 ) -> Measured:
-    """Encode, decode and compare, some images at a time."""
+    """Encode, decode and compare images, batch by batch."""
     levels: list[float] = []
     similarities: list[float] = []
     seen: list[tuple[Tensor, Tensor]] = []
@@ -185,7 +185,7 @@ def measure(
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """A row as in Table 3."""
+    """A table with one row, as in Table 3."""
     figures = {"psnr": "PSNR, dB", "ssim": "SSIM", "fd": "Frechet distance"}
     shown = {key: name for key, name in figures.items() if key in report}
     head = (
@@ -198,5 +198,5 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="evaluate_autoencoder", verbatim=VERBATIM)

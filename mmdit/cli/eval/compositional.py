@@ -1,11 +1,11 @@
-"""Compositional accuracy: does a model follow its prompt? Six tasks, scored from the pixels.
+"""Compositional accuracy: how well images follow their prompts in six tasks, judged from pixels.
 
-Protocol `compositional-1`: for each task of GenEval, the short prompts of the first n scenes of the
-validation split (combinations of attributes that training shows, in images it never saw) and of
-the held-out split (combinations it never shows), one image each. An image counts if every
-object and relation of its prompt is there and nothing else. Two controls: the detector on drawings
-of the same scenes (its own errors), and on the images of the other prompts of the same task
-(chance).
+Protocol `compositional-1`: for each task of GenEval, one image is generated for each of the short
+prompts of the first n scenes of the validation split (new images of attribute combinations in the
+training data) and of the held-out split (combinations that are not in the training data). An image
+is correct if it contains exactly the objects and relations of its prompt. There are two controls:
+the detector on renderings of the same scenes (its own errors), and on the images of other prompts
+of the same task (chance).
 """
 
 import math
@@ -31,7 +31,7 @@ VERBATIM = ("checkpoint", "out", *PARTS)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, measure, write."""
+    """Check the config, build the model, measure accuracy, write the results."""
     for key, least in (("prompts_per_task", 2), ("batch_size", 1)):
         whole_number(key, config[key], least)
     seed_number("seed", config.seed)
@@ -49,7 +49,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     }
     shown: list[tuple[Tensor, str, bool]] = []
     same_scenes = config.copy()
-    same_scenes.seed = 0  # whatever the seed of the noise
+    same_scenes.seed = 0  # scenes do not depend on the seed of the noise
     for split in config.splits:
         data = scenes_for(subject, same_scenes, split)
         table, examples = measure(subject, data, report, config)
@@ -61,7 +61,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
-    """What a run was trained on; for public weights, at their own size."""
+    """The shapes that a run was trained on; for public weights, at their image size."""
     size = None if subject.run else subject.pipe.image_size
     return shapes_for(subject.run, config, split, image_size=size)
 
@@ -69,7 +69,7 @@ def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
 def measure(
     subject: Subject, data: Shapes, report: dict[str, Any], config: DictConfig
 ) -> tuple[dict[str, Any], list[tuple[Tensor, str, bool]]]:
-    """Accuracy of each task with its two controls, and the images that were judged."""
+    """Accuracy of each task with its two controls, and the judged images."""
     n = report["prompts_per_task"]
     table: dict[str, Any] = {}
     examples: list[tuple[Tensor, str, bool]] = []
@@ -129,5 +129,5 @@ def examples_image(shown: list[tuple[Tensor, str, bool]], per_row: int = 12) -> 
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="compositional", verbatim=VERBATIM)

@@ -1,9 +1,9 @@
-"""What do few steps cost, and how long are the paths? (Table 6)
+"""Loss of quality with fewer sampling steps, and path lengths (Table 6).
 
 Protocol `efficiency-1`: the same prompts and noise at each number of steps. The score is the CLIP
-score where clip= is given, else compositional accuracy; the relative loss of s steps is
-(score of the most steps - score of s) / score of the most, in percent. The path length of an image
-is the sum of ||v dt|| over its steps, the norm that of all values of its latent.
+score if clip= is given, and otherwise compositional accuracy; the relative loss of s steps is
+(score of most steps - score of s steps) / score of most steps, in percent. The path length of an
+image is the sum of ||v dt|| over its steps, with the norm over all values of its latent.
 """
 
 from typing import Any
@@ -30,11 +30,11 @@ from mmdit.metrics.path_length import MeasuredGuidance
 
 PROTOCOL = "efficiency-1"
 VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)
-SCORES = {"clip": "CLIP score", "accuracy": "accuracy"}  # the first there is counts
+SCORES = {"clip": "CLIP score", "accuracy": "accuracy"}  # the first available one is used
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, sample at every number of steps, write."""
+    """Check the config, build the model, sample at every number of steps, write the results."""
     for key, least in (("batch_size", 1), ("samples", 2)):
         whole_number(key, config[key], least)
     seed_number("seed", config.seed)
@@ -45,7 +45,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     prompts = read_prompts(subject, config, text)
     features, clip_facts = open_features(text, subject.pipe.device)
     if features is None and prompts.data is None:
-        raise UserError("prompts=<file> needs clip=<CLIP>: other images than shapes are not read")
+        raise UserError("prompts=<file> needs clip=<CLIP>: accuracy is defined for shapes only")
     report: dict[str, Any] = {
         "protocol": PROTOCOL,
         **subject.facts,
@@ -76,17 +76,16 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def add_losses(report: dict[str, Any]) -> None:
-    """Each row's loss of the last one's score, in percent; None where that is not positive.
+    """Add each row's relative loss in percent against the last row, which has the most steps.
 
-    The last row has the most steps.
+    The loss is None if the last row's score is not positive.
     """
     rows = report["rows"]
     score = next(name for name in SCORES if name in rows[-1])
-    whole_score = rows[-1][score]
+    best = rows[-1][score]
     report["score"] = score
     for row in rows:
-        lost = whole_score - row[score]
-        row["relative_loss_percent"] = 100 * lost / whole_score if whole_score > 0 else None
+        row["relative_loss_percent"] = 100 * (best - row[score]) / best if best > 0 else None
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -112,5 +111,5 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="efficiency", verbatim=VERBATIM)

@@ -1,11 +1,11 @@
-"""What is each text encoder worth, and what does unconditional mean? (App. B.2, B.3)
+"""Contribution of each text encoder, and of the unconditional input (App. B.2, B.3).
 
 Protocol `encoders-1`: the same prompts and noise with each of the eight subsets of CLIP-L, CLIP-G
-and T5, where an encoder left out contributes zeros, as it does in training. Guidance moves away
-from the empty prompt as the model reads it; with all three encoders both readings are compared: all
-zeros (the paper's training) and "" encoded (the public weights). Of every subset: CLIP score where
-clip= is given; where the prompts are those of toy scenes, compositional accuracy and the validation
-loss (mean of its first seven levels), which no guidance enters.
+and T5; an omitted encoder contributes zeros, as when dropped in training. The unconditional input
+is the empty prompt as the model encodes it; with all three encoders, both variants are compared:
+zeros (the paper's training) and the encoding of "" (the public weights). Reported for each subset:
+the CLIP score if clip= is given; for prompts of toy scenes also compositional accuracy, and the
+validation loss (mean of its first seven levels), which does not involve guidance.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ VERBATIM = ("checkpoint", "out", "prompts", "clip", *PARTS)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, sample with every subset, write."""
+    """Check the config, build the model, sample with every subset, write the results."""
     for key, least in (("validation_samples", 1), ("batch_size", 1)):
         whole_number(key, config[key], least)
     seed_number("seed", config.seed)
@@ -48,7 +48,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     prompts = read_prompts(subject, config, text)
     features, clip_facts = open_features(text, subject.pipe.device)
     if features is None and prompts.data is None:
-        raise UserError("prompts=<file> needs clip=<CLIP>: other images than shapes are not read")
+        raise UserError("prompts=<file> needs clip=<CLIP>: accuracy is defined for shapes only")
     validation = latents_of(subject, config) if prompts.data is not None else None
     report: dict[str, Any] = {
         "protocol": PROTOCOL,
@@ -78,7 +78,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 @torch.no_grad()
 def latents_of(subject: Subject, config: DictConfig) -> tuple[Tensor, list[str]]:
-    """Captioned latents of validation images, at the size of the training."""
+    """Latents and captions of validation images, at the image size of training."""
     pipe = subject.pipe
     source = subject.run
     data = shapes_for(source, config, "validation", image_size=pipe.image_size)
@@ -95,7 +95,7 @@ def latents_of(subject: Subject, config: DictConfig) -> tuple[Tensor, list[str]]
 def measured_loss(
     pipe: Pipeline, validation: tuple[Tensor, list[str]] | None, config: DictConfig
 ) -> dict[str, Any]:
-    """The validation loss and its levels, where there are latents."""
+    """The validation loss and its levels; empty without latents."""
     if validation is None:
         return {}
     options = {"seed": config.seed, "batch_size": config.batch_size}
@@ -105,12 +105,12 @@ def measured_loss(
 
 
 def name_of(kept: tuple[str, ...]) -> str:
-    """As people call them."""
+    """The usual names of encoders: `CLIP-L + T5`."""
     return " + ".join(NAMES[kind] for kind in kept) or "none"
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """A row for each subset."""
+    """A table with a row for each subset."""
     figures = {"clip": "CLIP score", "accuracy": "accuracy", "loss": "validation loss"}
     shown = {key: name for key, name in figures.items() if key in report["rows"][0]}
     rows = [
@@ -126,5 +126,5 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="encoders", verbatim=VERBATIM)

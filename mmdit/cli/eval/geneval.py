@@ -1,8 +1,8 @@
-"""Sample GenEval's prompts, in the layout that its official evaluator reads (Table 5).
+"""Sample GenEval's prompts, in the folder layout of its official evaluator (Table 5).
 
 Protocol `geneval-1`: sample i of every prompt starts from the noise of seed + i. Prompts are those
-of the official evaluation_metadata.jsonl (metadata=), or short captions of toy scenes, the tasks in
-turn. Existing images are not generated again.
+of the official evaluation_metadata.jsonl (metadata=), or short captions of toy scenes, cycling
+through the tasks. Existing images are not generated again.
 """
 
 import json
@@ -28,7 +28,7 @@ VERBATIM = ("checkpoint", "out", "metadata", *PARTS)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, build, sample what is missing."""
+    """Check the config, build the model, sample missing images, write the report."""
     for key, least in (("samples_per_prompt", 1), ("batch_size", 1), ("prompts", 1)):
         whole_number(key, config[key], least)
     seed_number("seed", config.seed, images=config.samples_per_prompt)
@@ -64,11 +64,11 @@ def job(config: DictConfig, text: Verbatim) -> None:
     write_atomically(folder.path / "report.json", json.dumps(done, indent=1).encode())
     there = done["samples"] - len(wanted)
     show(f"{len(wanted)} images generated, {there} existed already, in {folder.path}")
-    show("to score them: python evaluation/evaluate_images.py <folder>, of the official repository")
+    show("to score them: python evaluation/evaluate_images.py <folder>, in the official repository")
 
 
 def toy_metadata(subject: Subject, config: DictConfig) -> list[Metadata]:
-    """Metadata of validation scenes, the tasks in turn."""
+    """Metadata of validation scenes, cycling through the tasks."""
     data = shapes_for(subject.run, config, "validation")
     return [scene_metadata(scene) for scene in scenes_of(data, config.prompts)]
 
@@ -81,7 +81,7 @@ def fill(
     config: DictConfig,
     settings: dict[str, Any],
 ) -> None:
-    """Sample (prompt, sample) by (prompt, sample), and keep each batch at once."""
+    """Sample the wanted (prompt index, sample) pairs, writing each batch immediately."""
     options = {key: settings[key] for key in ("steps", "height", "width")}
     with tqdm(total=len(wanted), desc="sampling", unit="image", disable=None) as bar:
         for start in range(0, len(wanted), config.batch_size):
@@ -100,5 +100,5 @@ def fill(
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="geneval", verbatim=VERBATIM)

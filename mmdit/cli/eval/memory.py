@@ -1,13 +1,13 @@
-"""How much memory does training take in each process?
+"""Memory that training takes in each process.
 
-Protocol `memory-1`: bytes of tensors at the peak of a training step, by what they hold. The step is
-rehearsed on tensors without values (`mmdit/engine/footprint.py`), for as many processes as asked;
-weights, moments and averages are constant, gradients and activations are what they are when all
-together is greatest. What the allocator adds, the CUDA context (about half a GB) and the libraries'
-own workspaces come on top.
+Protocol `memory-1`: bytes of tensors at the peak of a training step, by purpose. The step is run on
+tensors without values (`mmdit/engine/footprint.py`), for any number of processes; weights, moments
+and averages are constant, gradients and activations are counted when the total is at its peak. Not
+included are the allocator's overhead, the CUDA context (about half a GB) and workspaces of
+libraries.
 
-`measure=true` makes real steps with the same config and asks the allocator: of CUDA, or of the CPU
-by what the profiler saw of it.
+`measure=true` also makes real steps with the same config, and reads the statistics of the CUDA
+allocator, or of the CPU's allocator by means of the profiler.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ VERBATIM = ("out",)
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, check, predict, measure, report."""
+    """Check the config, predict, measure if requested, write the results."""
     processes = Processes()
     try:
         plan = planned(config)
@@ -57,7 +57,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 def as_report(
     plan: Plan, predicted: Footprint, measured: Mapping[str, int] | None
 ) -> dict[str, Any]:
-    """Bytes, and what they are of."""
+    """The report: the setting, and bytes by class."""
     config = plan.config
     choices = HydraConfig.get().runtime.choices
     report: dict[str, Any] = {
@@ -102,7 +102,7 @@ def as_report(
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
-    """GB of one process, by class."""
+    """Tables of the GB of one process, by class."""
     network = report["parameters"]["mmdit"]
     lines = [
         f"{report['protocol']}: {report['model']}, {network:,} parameters, {report['optimizer']}, "
@@ -117,9 +117,9 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         (name, report["peak"][name] / 1e9, report["largest"][name] / 1e9) for name in CLASSES
     ]
     rows.append(("**all**", report["total"] / 1e9, ""))
-    told = "\n".join(lines) + "\n" + table(("GB of a process", "at the peak", "at most"), rows)
+    predicted = "\n".join(lines) + "\n" + table(("GB of a process", "at the peak", "at most"), rows)
     if "measured" not in report:
-        return told
+        return predicted
     names = {
         KEPT: "kept by the forward pass",
         GRADIENTS: "gradients, complete",
@@ -135,10 +135,10 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         for name, row in report["measured"].items()
     ]
     header = ("GB of a process", "predicted", "measured", "deviation")
-    return told + "\n" + table(header, compared)
+    return predicted + "\n" + table(header, compared)
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     store_formulations()
     launch(job, config_name="memory", verbatim=VERBATIM)

@@ -1,9 +1,9 @@
-"""Do the same weights and inputs give the same numbers here and in diffusers and transformers?
+"""Numerical comparison with diffusers and transformers on the same weights and inputs.
 
-Each model is run on random inputs twice, ours first, then the peer's; what corresponding parts
-return is compared in the order of computation, so that the first departure names the place of a
-bug. A single file reaches the peers by their own converters; only for a ControlNet they have none,
-so that its keys are renamed by our table.
+Each model is run on random inputs, ours first, then the peer's. The outputs of corresponding parts
+are compared in the order of computation, so that the first departure locates a bug. Peers load
+single files with their own converters, except for a ControlNet, for which there is none: its keys
+are renamed by our table.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, write random weights where asked, compare, report."""
+    """Check the config, write random weights if requested, compare, write the results."""
     check(config, text)
     name = config.random or Path(text["checkpoint"]).name
     out = made(Path(text.get("out") or Path("results") / f"parity-{name}"))
@@ -91,7 +91,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def check(config: DictConfig, text: Verbatim) -> None:
-    """Refuse requests that make no sense, before anything is read or written."""
+    """Raise UserError for an invalid config, before anything is read or written."""
     if bool(text.get("checkpoint")) == bool(config.random):
         raise UserError("give either checkpoint=<file, folder or hub id> or random=<size>")
     if config.random:
@@ -115,7 +115,7 @@ def check(config: DictConfig, text: Verbatim) -> None:
 
 
 def wanted(components: object) -> tuple[str, ...]:
-    """The kinds of models asked for; all of them where `components` is null or all."""
+    """The requested kinds of models; all of them if `components` is null or all."""
     if components is None or components == "all":
         return KINDS
     named = list(components) if isinstance(components, ListConfig) else [components]
@@ -125,10 +125,10 @@ def wanted(components: object) -> tuple[str, ...]:
 
 
 def given_sources(source: str, components: object) -> dict[str, Path]:
-    """Where the models of a checkpoint are: those asked for, or all that it holds.
+    """The locations of a checkpoint's models, by kind: the requested ones, or all in it.
 
     Raises:
-        UserError: it lacks a model that is asked for by name, holds none at all, or is damaged.
+        UserError: it lacks a model that is requested by name, contains none, or is damaged.
     """
     kinds = wanted(components)
     place = Place(source, [SUBFOLDERS[kind] for kind in kinds if kind in SUBFOLDERS])
@@ -140,17 +140,17 @@ def given_sources(source: str, components: object) -> dict[str, Path]:
         except UserError:
             places = ("config.json", SUBFOLDERS.get(kind, "config.json"))
             if path.is_file() or any((path / place).exists() for place in places):
-                raise  # it is there, but damaged
+                raise  # it exists, but is damaged
             continue
         if match := find(archive, kind, layout=layout_of(archive, folder)):
-            # A tower in a folder of its own could be either CLIP: it is compared once.
+            # A tower in its own folder matches both CLIPs, and is compared once.
             found.setdefault((str(archive.name), match.prefix), kind)
     refuse_absent(found.values(), components, source)
     return dict.fromkeys(found.values(), path)
 
 
 def refuse_absent(found: Collection[str], components: object, source: str) -> None:
-    """Refuse a source without a model that is asked for by name, or without any."""
+    """Raise UserError if a source lacks a model that is requested by name, or has none at all."""
     named = () if components in (None, "all") else wanted(components)
     lacking = [kind for kind in named or KINDS if kind not in found]
     if lacking and (named or not found):
@@ -163,7 +163,7 @@ def refuse_absent(found: Collection[str], components: object, source: str) -> No
 
 
 def compare(kind: str, source: Path, config: DictConfig) -> list[Row]:
-    """Every stage of one model, ours against the peer's; one of the two is in memory at a time."""
+    """Compare every stage of one model with the peer's; only one of the two is in memory."""
     inputs, peer_config, ours = run_ours(kind, source, config)
     theirs = run_theirs(kind, source, config, inputs, peer_config)
     return differences(kind, ours, theirs, config.tolerance)
@@ -171,7 +171,7 @@ def compare(kind: str, source: Path, config: DictConfig) -> list[Row]:
 
 @torch.no_grad()
 def run_ours(kind: str, source: Path, config: DictConfig) -> tuple[Inputs, Config, Stages]:
-    """The inputs, the peer's config.json, and what our model computes of the inputs."""
+    """The inputs, the peer's config.json, and the stages of our model."""
     side, dtype = SIDES[kind], DTYPES[config.dtype]
     place = Place(source)
     model = place.load(kind)
@@ -192,7 +192,7 @@ def run_ours(kind: str, source: Path, config: DictConfig) -> tuple[Inputs, Confi
 def run_theirs(
     kind: str, source: Path, config: DictConfig, inputs: Inputs, peer_config: Config
 ) -> Stages:
-    """What the peer's model computes of the same inputs."""
+    """The stages of the peer's model on the same inputs."""
     archive, folder = Place(source).weights_of(kind)
     match = find(archive, kind, layout=layout_of(archive, folder))
     assert match is not None
@@ -208,14 +208,14 @@ def run_theirs(
 def differences(
     kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float
 ) -> list[Row]:
-    """One row per stage, in the order in which ours computes them."""
+    """One row per stage, in the order of our model's computation."""
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
     rows = []
     for stage, a in ours.items():
         b = theirs[stage].double()
         difference = (a.double() - b).abs().max().item()
         relative = difference / max(b.abs().max().item(), 1e-30)
-        # A NaN does not agree.
+        # NaN counts as a departure.
         rows.append(Row(kind, stage, tuple(a.shape), difference, relative, relative <= tolerance))
     return rows
 
@@ -224,10 +224,10 @@ def differences(
 
 
 def random_sources(config: DictConfig, folder: Path) -> dict[str, Path]:
-    """Where random weights were written, by kind.
+    """Write random weights, and return their files by kind.
 
     Raises:
-        UserError: the disk has no room for them; there is no such component at this size.
+        UserError: the disk has too little space, or there is no such component at this size.
     """
     asked = FULL_SIZE if config.components is None else wanted(config.components)
     if config.components is None and config.random == "tiny":
@@ -240,7 +240,7 @@ def random_sources(config: DictConfig, folder: Path) -> dict[str, Path]:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed: give "
+            f"{folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed: give "
             "keep=<folder on another disk>, fewer components=, or load=false"
         )
     return write_random(models, folder, seed=config.seed, name=config.random)
@@ -250,7 +250,7 @@ def random_sources(config: DictConfig, folder: Path) -> dict[str, Path]:
 
 
 def verdict(rows: Sequence[Row], tolerance: float) -> str:
-    """One line: agreement, or where it ends."""
+    """One line: agreement of all stages, or the first departure."""
     departing = [row for row in rows if not row.ok]
     if not departing:
         worst = max(row.relative for row in rows)
@@ -263,7 +263,7 @@ def verdict(rows: Sequence[Row], tolerance: float) -> str:
 
 
 def as_markdown(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """What was run, what loading took, and a row per stage."""
+    """Tables of the setting, the cost of loading, and all stages."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
         f"parity of {report['source']}: {versions}",
@@ -297,5 +297,5 @@ def as_markdown(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="parity", verbatim=VERBATIM)

@@ -1,8 +1,8 @@
-"""Averages of any memory, made after training (EDM2, Sec. 3.2).
+"""Averages of weights with any EMA length, computed after training (EDM2, Sec. 3.2).
 
-Protocol `posthoc-1`: the combination of a run's snapshots whose profile is nearest to the
-power-function profile asked for. The profile error is the distance between the two in L2 over the
-steps, relative to the norm of the one asked for.
+Protocol `posthoc-1`: the combination of a run's snapshots whose profile is closest to the requested
+power-function profile. The profile error is the L2 distance between the two over the steps,
+relative to the norm of the requested profile.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ VERBATIM = ("run", "out")
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Check all, combine, write."""
+    """Check the config, combine snapshots, write the averages and the results."""
     several = OmegaConf.is_list(config.sigma_rel)
     if not several:
         config.sigma_rel = [config.sigma_rel]
@@ -45,10 +45,10 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def run_folder(text: Verbatim) -> Path:
-    """The run to make averages of.
+    """The run whose snapshots are averaged.
 
     Raises:
-        UserError: none is named, or it is not a folder.
+        UserError: run= is not given, or is not a folder.
     """
     if not text.get("run"):
         raise UserError("give run=<run folder> of a run with snapshots")
@@ -59,13 +59,14 @@ def run_folder(text: Verbatim) -> Path:
 
 
 def places(text: Verbatim, sigma_rels: list[float], *, several: bool) -> list[Path]:
-    """Where each average goes; their folder is made.
+    """The file of each average, in a folder that is created.
 
     Raises:
-        UserError: out= is missing, or no file where one average is asked for, or cannot be made.
+        UserError: out= is not given, is not a .safetensors file for a single average, or its folder
+            cannot be created.
     """
     if not text.get("out"):
-        raise UserError("give out=<file.safetensors>, or out=<folder> where sigma_rel is a list")
+        raise UserError("give out=<file.safetensors>, or out=<folder> if sigma_rel is a list")
     out = Path(text["out"]).expanduser()
     if several:
         return [made(out) / f"sigma_rel_{sigma_rel:.4f}.safetensors" for sigma_rel in sigma_rels]
@@ -75,7 +76,7 @@ def places(text: Verbatim, sigma_rels: list[float], *, several: bool) -> list[Pa
 
 
 def row_of(sigma_rel: float, plan: Combination, file: Path, sha256: str) -> dict[str, Any]:
-    """What became of one average."""
+    """The report's row for one average."""
     return {
         "sigma_rel": sigma_rel,
         "step": plan.step,
@@ -87,7 +88,7 @@ def row_of(sigma_rel: float, plan: Combination, file: Path, sha256: str) -> dict
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """A row for each average."""
+    """A table with a row for each average."""
     header = ("sigma_rel", "ends at step", "snapshots", "profile error", "file")
     keys = ("sigma_rel", "step", "snapshots", "profile_error", "file")
     rows = [[row[key] for key in keys] for row in report["rows"]]
@@ -95,5 +96,5 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="posthoc_average", verbatim=VERBATIM)

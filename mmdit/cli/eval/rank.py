@@ -1,10 +1,10 @@
-"""Which training formulation is best? The paper's ranking of a study's scores (Table 1).
+"""The paper's ranking of training formulations by a study's scores (Table 1).
 
 Protocol `rank-1`: the control settings are six samplers (Euler; 50 steps at guidance 1.0, 2.5 and
 5.0; 5, 10 and 25 steps at 5.0), each with averaged and raw weights, on each dataset. In every
 setting the variants are sorted into non-dominated fronts of (CLIP score up, Frechet distance down),
-and a variant's front numbers are averaged over the settings. With several seeds the runs of each
-seed are ranked among themselves, and the ranks averaged over the seeds.
+and a variant's front numbers are averaged over the settings. With several seeds, runs are ranked
+within each seed, and ranks are averaged over the seeds.
 """
 
 import importlib.util
@@ -45,9 +45,9 @@ from mmdit.study.report import DASH, NO_PLOTS, rank_cell, write_report
 PROTOCOL = "rank-1"
 
 
-# Which settings each column averages over. Every rank that the paper prints for 5 and for 50 steps
-# is a multiple of 1/4: of four settings, EMA and raw on two datasets, and so at one guidance. At 5
-# steps it is 5.0, taken here at 50, too, so that the columns differ in steps only.
+# The settings that each column averages over. All ranks in the paper's columns for 5 and 50 steps
+# are multiples of 1/4, hence averages over four settings: EMA and raw weights on two datasets, at
+# one guidance. At 5 steps it is 5.0; it is assumed at 50, too, so that only the steps differ.
 COLUMNS: dict[str, tuple[int, float] | None] = {
     "all": None,
     "5 steps": (5, 5.0),
@@ -76,7 +76,7 @@ PAPER_TABLE1 = {
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Read, rank, write."""
+    """Read the scores, rank the variants, write the results."""
     check(config)
     if ("runs" in text) == ("table" in text):
         raise UserError("give either runs=<folder of run folders> or table=<JSON file>")
@@ -118,7 +118,7 @@ KEPT = ("run", "variant", "seed", "dataset", "samples", "weights_sha256", "train
 
 
 def check(config: DictConfig) -> None:
-    """Refuse values that make no sense."""
+    """Raise UserError for an invalid config."""
     whole_number("resamples", config.resamples, 100)
     seed_number("seed", config.seed)
     flag("report", config.report)
@@ -128,7 +128,7 @@ def check(config: DictConfig) -> None:
 
 
 def ranking(table: RankTable, config: DictConfig) -> dict[str, Any]:
-    """The variants, best first, with their averaged ranks and the fronts these come from."""
+    """The variants, best first, with their averaged ranks and front numbers."""
     columns = {
         name: average_ranks(
             table, partial(counts, sampler), resamples=config.resamples, seed=config.seed
@@ -155,17 +155,17 @@ def ranking(table: RankTable, config: DictConfig) -> dict[str, Any]:
 
 
 def counts(sampler: tuple[int, float] | None, control: Control) -> bool:
-    """Whether a column over this sampler, or over all where it is None, counts the setting."""
+    """Whether a column of this sampler, or of all samplers if None, includes the setting."""
     setting = control.setting
     assert isinstance(setting, Setting)
     return sampler is None or (setting.steps, setting.guidance) == sampler
 
 
 def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores at 50 steps, guidance 5.0, averaged weights; how the loss goes with them.
+    """Scores at 50 steps, guidance 5.0, averaged weights, and their relation to the loss.
 
-    Losses of different predictions and paths are different quantities: correlations are over all
-    runs, and over those whose names begin alike ("rf", "edm", ...), too.
+    As losses of different predictions and paths are different quantities, correlations are over
+    all runs, and also within each group of similar names ("rf", "edm", ...).
     """
     figures = [
         {
@@ -207,12 +207,12 @@ SHOWN = ("ema", 50, 5.0, SOLVER)
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
-    """The table, best variant first, and how it came about."""
+    """The table of ranks, best variant first, with notes on its origin."""
     seeds, controls = result["seeds"], result["controls"]
     heads = [*COLUMNS, *(f"paper: {name}" for name in COLUMNS)]
     lines = [
         f"{result['protocol']}: front number of (CLIP score up, Frechet distance down), averaged "
-        f"over {len(controls)} control settings; less is better",
+        f"over {len(controls)} control settings; lower is better",
         "",
         f"| | variant | {' | '.join(heads)} |",
         "|---" * (len(heads) + 2) + "|",
@@ -234,11 +234,11 @@ def as_markdown(result: Mapping[str, Any]) -> str:
             f"({result['resamples']} resamples, seed {result['seed']})."
         )
     lines.append(
-        f"Paper: arXiv 2403.03206, Table 1, two members of each family; {DASH} is not shown there."
+        f"Paper: arXiv 2403.03206, Table 1, two members of each family; {DASH}: not shown there."
     )
     return "\n".join([*lines, *map(cell, result["notes"]), ""])
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="rank", verbatim=("runs", "table", "out"))

@@ -1,4 +1,4 @@
-"""Files of results, which no other evaluation overwrites."""
+"""Result files that are never overwritten by another evaluation."""
 
 from collections.abc import Mapping
 from itertools import count
@@ -8,13 +8,18 @@ from mmdit.atomic import claim, write_atomically
 
 
 def write_new(out: Path, name: str, files: Mapping[str, bytes]) -> list[Path]:
-    """Write files `<name><ending>`, each whole or not at all.
+    """Write files `<name><ending>`, each atomically.
 
-    Where results of that name are there already, or are being written by another process, all of
-    them become `<name>-2<ending>`, and so on; the same results again stay where they are.
+    If other results with this name exist, or another process is writing them, all files become
+    `<name>-2<ending>`, and so on; equal results are not written twice.
 
     Args:
-        files: content by ending, as '.json'; the first decides whose the name is.
+        out: an existing folder.
+        name: first part of the files' names.
+        files: content by ending, such as '.json'; the first file claims the name.
+
+    Returns:
+        The paths, in the order of `files`.
     """
     first, *others = files
     for number in count(1):

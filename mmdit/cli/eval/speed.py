@@ -1,11 +1,10 @@
-"""How fast are the models here, against diffusers and transformers on the same weights?
+"""Speed of our models compared with diffusers and transformers on the same weights.
 
-Protocol `speed-1`: in each case both sides get the same weights and inputs and take turns, eager
-(the code as it is) and compiled (ours by `model.compile()`, theirs by the same units, block by
-block); a time is the median over the turns. A training step is forward, squared error, backward
-and AdamW (theirs as torch makes it by default), with bf16 autocast over fp32 weights; everything
-else computes in `dtype`. Before a time is taken, the outputs are compared. Memory is the peak of
-the first eager call, above what there was before it.
+Protocol `speed-1`: in each case both sides get the same weights and inputs and alternate, eager
+(the code as it is) and compiled (ours by `model.compile()`, theirs block by block); times are
+medians over the repeats. A training step is forward, squared error, backward and AdamW (theirs with
+torch's defaults), with bf16 autocast and fp32 weights; everything else computes in `dtype`. Before
+timing, the outputs are compared. Memory is the peak increase during the first eager call.
 """
 
 import ctypes
@@ -54,22 +53,22 @@ PROTOCOL = "speed-1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 0.1, "fp32": 1e-3}  # largest difference over largest value
 MODES = ("eager", "compiled")
-LOAD = "load"  # a case of its own, not two calls in turn: see `mmdit/parity/loading.py`
+LOAD = "load"  # a special case, measured by `mmdit.parity.load_time`
 
 
 class Row(NamedTuple):
-    """What a case took: ms by mode, operations of its products, bytes at the peak."""
+    """Measurements of a case: ms by mode, FLOPs of its matrix products, peak bytes."""
 
     case: str
     ours: dict[str, float]
     theirs: dict[str, float]
     flops: int
-    our_memory: int | None  # None where the system does not tell
+    our_memory: int | None  # None where not available
     their_memory: int | None
 
 
 def job(config: DictConfig, text: Verbatim) -> None:
-    """Compose, measure, report."""
+    """Check the config, measure all cases, write the results."""
     check(config)
     device = available(config.device)
     if config.threads is not None:
@@ -100,7 +99,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def check(config: DictConfig) -> None:
-    """Refuse requests that make no sense, before anything is built."""
+    """Raise UserError for an invalid config, before anything is built."""
     for peer in ("diffusers", "transformers"):
         if importlib.util.find_spec(peer) is None:
             raise UserError(f"{peer} is not installed: pip install -e '.[test]'")
@@ -119,7 +118,7 @@ def check(config: DictConfig) -> None:
 
 
 def measure(name: str, case: Case, config: DictConfig, device: torch.device) -> Row:
-    """A case in all modes, both sides in turn."""
+    """Measure a case in all modes, both sides alternating."""
     train = case.use == "train"
     dtype = torch.float32 if train else DTYPES[config.dtype]
     torch.manual_seed(config.seed)
@@ -161,22 +160,22 @@ SIDES = ("ours", "theirs")
 
 @torch.no_grad()
 def compare(name: str, ours: Call, theirs: Call, config: DictConfig) -> None:
-    """Stop where the two sides do not compute the same: a time would mean nothing."""
+    """Raise RuntimeError if the two sides' outputs differ, as times would not be comparable."""
     a, b = ours().float(), theirs().float()
     difference = ((a - b).abs().max() / b.abs().max()).item()
-    if not difference <= TOLERANCE[config.dtype]:  # a NaN does not agree
+    if not difference <= TOLERANCE[config.dtype]:  # also for NaN
         raise RuntimeError(f"{name}: outputs differ by {difference:.1e} of the largest value")
 
 
 def operations(call: Call) -> int:
-    """Floating-point operations of the products in a call; fused attention would count as none."""
+    """FLOPs of the matrix products in a call, without fused attention, which is not counted."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Wall-clock time of a call, to the end of what it starts on the device."""
+    """Wall-clock time of a call, including all work that it starts on the device."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -185,27 +184,27 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Bytes that a first call takes at its peak, above what there was before."""
+    """Peak increase of memory during a first call, in bytes; None where not available."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:  # what was freed before would not be seen to be taken again
+    if trim is not None:  # otherwise, reuse of freed memory would not be noticed
         trim(0)
     return timed(call).anonymous
 
 
 def product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square product: the best of ten."""
+    """FLOP/s of a large square matrix product: the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(10))
 
 
 def measure_load(rounds: int) -> list[dict[str, Any]]:
-    """Loading the 2B transformer in bf16, 4.2 GB, from a file just written."""
+    """Measure loading the 2B transformer in bf16, 4.2 GB, from a file just written."""
     with tempfile.TemporaryDirectory(prefix="mmdit-speed-") as scratch:
         folder = Path(scratch) / "source"
         write_model(random_model(D24, torch.bfloat16), folder)
@@ -216,7 +215,7 @@ def measure_load(rounds: int) -> list[dict[str, Any]]:
 
 
 def as_markdown(report: Mapping[str, Any], rows: list[Row]) -> str:
-    """Times, ratios and memory, a line per case; a ratio above 1 is in our favour."""
+    """A table of times, ratios and memory by case; a ratio above 1 is in our favour."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
         f"{report['protocol']}: {report['device']}, {report['threads']} threads, {versions}",
@@ -253,5 +252,5 @@ def as_markdown(report: Mapping[str, Any], rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Evaluate as the command line asks."""
+    """Run the evaluation according to the command line."""
     launch(job, config_name="speed", verbatim=("out",))

@@ -1,4 +1,4 @@
-"""What measurements of a trained model share: opening it, its name, prompts, scores, results."""
+"""Common parts of the evaluations of a trained model: features, prompts, scores and results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from mmdit.study.protocol import Features, scenes_of
 
 
 def open_features(text: Verbatim, device: torch.device) -> tuple[Features | None, dict[str, Any]]:
-    """CLIP as clip= names it, a run's or public, and how a report names it; None where it is not.
+    """The CLIP of clip=, of a run or public, and its facts for the report; None if not given.
 
     Raises:
         UserError: it cannot be read, or is another kind of model.
@@ -44,14 +44,16 @@ def open_features(text: Verbatim, device: torch.device) -> tuple[Features | None
 def shapes_for(
     source: Path | None, config: DictConfig, split: str, *, image_size: int | None = None
 ) -> Shapes:
-    """The shapes that a run was trained on, as its folder says; else those of the config.
+    """The shapes that a run was trained on, by its config.json, or else those of the config.
 
     Args:
-        source: weights of a run; None for other weights.
-        image_size: of the images; None is that of the training, or of the config.
+        source: weights of a run; None for public weights.
+        config: config of the evaluation, with `data`.
+        split: 'validation' or 'held_out', for example.
+        image_size: side in pixels; None for that of training, or of the config.
 
     Raises:
-        UserError: the run was trained on something else, or shapes cannot be drawn at that size.
+        UserError: the run was trained on other data, or shapes cannot be rendered at that size.
     """
     folders = source.parents[:3] if source is not None else ()
     described = [f / "config.json" for f in folders if (f / "config.json").is_file()]
@@ -60,7 +62,7 @@ def shapes_for(
     else:
         arguments = OmegaConf.to_container(config.data, resolve=True)
     if arguments.pop("_target_").rpartition(".")[2] != "Shapes":
-        raise UserError(f"{source} was not trained on shapes: this measure knows no other data")
+        raise UserError(f"{source} was not trained on shapes, which this evaluation requires")
     if image_size is not None:
         arguments["image_size"] = image_size
     try:
@@ -70,7 +72,7 @@ def shapes_for(
 
 
 class Prompts(NamedTuple):
-    """The prompts to sample; with their scenes and data if images can be scored."""
+    """The prompts to sample; with scenes and data if compositional accuracy can be computed."""
 
     texts: list[str]
     scenes: list[Scene]
@@ -78,10 +80,10 @@ class Prompts(NamedTuple):
 
 
 def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompts:
-    """The lines of prompts=<file>, or short captions of validation scenes, the tasks in turn.
+    """The first lines of prompts=<file>, or short captions of validation scenes of all tasks.
 
     Raises:
-        UserError: the file cannot be read, or holds none.
+        UserError: the file cannot be read, or has too few lines.
     """
     n = whole_number("samples", config.samples)
     if "prompts" not in text:
@@ -94,14 +96,14 @@ def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompt
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={path} cannot be read as UTF-8 text: {error}") from error
     if len(lines) < n:
-        raise UserError(f"prompts={path} has {len(lines)} lines, but samples={n} are asked for")
+        raise UserError(f"prompts={path} has {len(lines)} lines, but samples={n} are requested")
     return Prompts(lines[:n], [], None)
 
 
 def generate(
     pipe: Pipeline, prompts: Sequence[str], config: DictConfig, *, label: str, **options: Any
 ) -> Samples:
-    """One image a prompt, on the CPU; image i starts from the noise of seed + i."""
+    """One image per prompt, on the CPU; image i starts from the noise of seed + i."""
     first, options["solver"] = (
         seed_number("seed", config.seed, images=len(prompts)),
         instantiate(config.solver),
@@ -118,7 +120,7 @@ def generate(
 
 @torch.no_grad()
 def scores(prompts: Prompts, images: Tensor, features: Features | None) -> dict[str, float]:
-    """`clip`, the CLIP score, where there are features; `accuracy` where there are scenes."""
+    """`clip`, the CLIP score, if there are features; `accuracy` if there are scenes."""
     found = {}
     if features is not None:
         seen = in_batches(features.image_features, images)
@@ -130,9 +132,9 @@ def scores(prompts: Prompts, images: Tensor, features: Features | None) -> dict[
 
 
 def sampling(pipe: Pipeline, config: DictConfig) -> dict[str, Any]:
-    """How images are sampled, for a report; null in the config is the model's default.
+    """The sampler's settings for the report; null in the config is the model's default.
 
-    Sets `config.guidance`, from which the guide's own arguments follow.
+    Sets `config.guidance`, to which the guide's arguments refer.
 
     Raises:
         UserError: the guidance is not a finite number.
@@ -140,7 +142,7 @@ def sampling(pipe: Pipeline, config: DictConfig) -> dict[str, Any]:
     if config.guidance is None:
         config.guidance = pipe.guidance
     number("guidance", config.guidance)
-    instantiate(config.guide)  # whose own mistakes show before anything is sampled
+    instantiate(config.guide)  # raises errors in its arguments before anything is sampled
     return {
         "guidance": config.guidance,
         "guide": OmegaConf.to_container(config.guide, resolve=True),
@@ -149,10 +151,13 @@ def sampling(pipe: Pipeline, config: DictConfig) -> dict[str, Any]:
 
 
 def numbers(config: DictConfig, key: str, expected: str, *, low: float, high: float) -> list[float]:
-    """A list of numbers of the config, low < x <= high, none twice.
+    """A list of distinct numbers of the config, low < x <= high.
+
+    Args:
+        expected: what the list should contain, for the message.
 
     Raises:
-        UserError: it is none, empty, or holds something else.
+        UserError: the value is not such a list, or is empty.
     """
     value = config[key]
     given = list(value) if OmegaConf.is_list(value) else []
@@ -165,10 +170,10 @@ def numbers(config: DictConfig, key: str, expected: str, *, low: float, high: fl
 
 
 def results_folder(text: Verbatim, source: Path, name: str) -> Path:
-    """out=, or a place beside the checkpoint of a run, or one in results/.
+    """The folder for results: out=, or one in the run's folder, or one in results/.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     if text.get("out"):
         return made(Path(text["out"]))
@@ -178,15 +183,15 @@ def results_folder(text: Verbatim, source: Path, name: str) -> Path:
 
 
 def made(folder: Path, key: str = "out") -> Path:
-    """A folder for results, asked for as `key`.
+    """Create a folder for results, given on the command line as `key`.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{key}={folder} cannot be made a folder: {error}") from error
+        raise UserError(f"{key}={folder}: the folder cannot be created: {error}") from error
     return folder
 
 
@@ -197,10 +202,14 @@ def write_results(
     markdown: str,
     plots: Mapping[str, bytes] | None = None,
 ) -> None:
-    """<name>.json, <name>.md and images; the table is printed, too, and where the files are.
+    """Write <name>.json, <name>.md and plots, and print the table and the files' paths.
 
     Args:
-        plots: PNG files by ending, as '.png'.
+        out: an existing folder.
+        name: first part of the files' names.
+        report: content of the JSON file.
+        markdown: content of the Markdown file.
+        plots: PNG files by ending, such as '.png'.
 
     Raises:
         UserError: a metric is not finite; nothing is written then.
@@ -215,12 +224,12 @@ def write_results(
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; floats with four digits."""
+    """A Markdown table; floats have four significant digits."""
     cells = [[f"{c:.4g}" if isinstance(c, float) else cell(c) for c in row] for row in rows]
     lines = [list(header), ["---"] * len(header), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def cell(content: object) -> str:
-    """Text from outside as a cell of a Markdown table: neither a border, nor a tag, nor a line."""
+    """Untrusted text as a cell of a Markdown table, with borders, tags and newlines escaped."""
     return printable(content).replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""What real steps take, by the allocator of CUDA, or of the CPU as the profiler saw it."""
+"""Measures the memory of real steps, with CUDA's allocator, or the profiler on the CPU."""
 
 import gc
 from typing import Any, Protocol, Self
@@ -24,25 +24,25 @@ from mmdit.processes import Processes
 
 
 class Gauge(Protocol):
-    """What an allocator has given out."""
+    """A measurement of allocated memory."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *error: object) -> None: ...
 
     def mark(self, name: str) -> None:
-        """Note the moment: a new `step`, the `start` of a forward pass, its end (`forward`)."""
+        """Mark a moment: a new `step`, the `start` of a forward pass, or its end, `forward`."""
 
     def levels(self, moments: int) -> tuple[int, int]:
         """Bytes kept by the forward pass of the last step, and all bytes at its peak.
 
         Args:
-            moments: bytes that the optimizer took in the first step, and kept.
+            moments: bytes that the optimizer allocated in the first step and kept.
         """
 
 
 class CUDAGauge:
-    """The allocator of CUDA, which keeps account."""
+    """Memory by the statistics of CUDA's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -64,17 +64,17 @@ class CUDAGauge:
 
 
 class CPUGauge:
-    """The CPU's allocator, which reports allocations and frees to the profiler.
+    """Memory by the allocations and frees that the CPU's allocator reports to the profiler.
 
-    What threads of gloo give back it does not tell. So the last step is measured from its start,
-    and what is there from step to step before anything has been exchanged.
+    It does not report what threads of gloo free. The last step is therefore measured relative to
+    its start, and constant memory before the first exchange.
     """
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     def __enter__(self) -> Self:
-        gc.collect()  # what is given back later would count as less than nothing
+        gc.collect()  # memory freed later would count as negative
         self._profile.__enter__()
         return self
 
@@ -106,7 +106,7 @@ class CPUGauge:
 
 
 def measure(plan: Plan, processes: Processes) -> dict[str, int]:
-    """Bytes of this process in real steps: classes, what the forward pass keeps, and the peak."""
+    """Bytes of this process in real steps: by class, kept by the forward pass, and at the peak."""
     config, device = plan.config, plan.device
     precision = autocast(device, config.precision)
     gauge: Gauge = CUDAGauge(device) if device.type == "cuda" else CPUGauge()
@@ -118,7 +118,7 @@ def measure(plan: Plan, processes: Processes) -> dict[str, int]:
 
         def loss(example: Captioned) -> Tensor:
             nonlocal begun
-            if not begun:  # gradients of the step before are gone by now
+            if not begun:  # gradients of the previous step have been freed by now
                 gauge.mark("step")
                 begun = True
             gauge.mark("start")

@@ -1,4 +1,4 @@
-"""What `eval/memory.py` is asked for, and the task that it rehearses and measures."""
+"""The setting of `eval/memory.py`, and the training task that it simulates and measures."""
 
 import os
 from typing import Any, NamedTuple
@@ -27,21 +27,21 @@ from mmdit.precision import Autocast, chosen_dtype
 from mmdit.processes import own_device
 from mmdit.text.conditioning import TokenIds
 
-SMALL = 16  # patches a side of the largest images that a toy is made for
+SMALL = 16  # patches per side of a toy's largest images
 
 
 class Plan(NamedTuple):
-    """What is asked for."""
+    """The setting in which memory is predicted and measured."""
 
-    config: DictConfig  # with all that it left open
+    config: DictConfig  # with all values filled in
     device: torch.device
-    dtype: torch.dtype  # of the forward pass
+    dtype: torch.dtype  # dtype of the forward pass
     world_size: int
-    batch: int  # samples of a process at once
+    batch: int  # samples per process and forward pass
 
     @property
     def share(self) -> Share | None:
-        """The share of each process in every weight; None if processes hold full weights."""
+        """Each process's share of every weight; None if processes have full weights."""
         parallel = instantiate(self.config.parallel)
         if not isinstance(parallel, FSDP):
             return None
@@ -49,15 +49,15 @@ class Plan(NamedTuple):
 
 
 def planned(config: DictConfig) -> Plan:
-    """Fill in what the config leaves open, and refuse what makes no sense.
+    """Fill in values that are null in the config, and check all of them.
 
     Raises:
-        UserError: a value is none, or does not fit the others.
+        UserError: a value is invalid, or does not fit the others.
     """
     config = filled(config)
     flag("measure", config.measure)
     if config.compile:
-        raise UserError("compile=true: what compiled blocks keep is not predicted; leave it out")
+        raise UserError("compile=true: memory of compiled blocks is not predicted; leave it out")
     one_of("activation_checkpointing", config.activation_checkpointing, ACTIVATIONS)
     unknown = sorted(set(map(str, config.encoders or [])) - ENCODERS.keys())
     if isinstance(config.encoders, str) or unknown:
@@ -83,7 +83,7 @@ def planned(config: DictConfig) -> Plan:
 
 
 def filled(config: DictConfig) -> DictConfig:
-    """The toy's autoencoder and texts for a model that is made for small images, else SD3's."""
+    """Fill in null values: the toy's autoencoder and text for a small model, else SD3's."""
     config = config.copy()
     OmegaConf.set_struct(config, False)
     small = config.model.position_grid <= SMALL
@@ -102,17 +102,17 @@ def filled(config: DictConfig) -> DictConfig:
 
 
 def counted_processes(config: DictConfig) -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     count = started if config.world_size is None else whole_number("world_size", config.world_size)
     parallel = instantiate(config.parallel)
     if config.measure and count != started:
         raise UserError(
-            f"world_size={count}, but measure=true takes the {started} that there are: leave it "
+            f"world_size={count}, but measure=true uses the {started} running processes: leave it "
             f"out, and start them with torchrun --nproc_per_node={count}"
         )
     if isinstance(parallel, Single) and count > 1:
-        raise UserError(f"parallel=single is for one process: world_size={count} needs ddp or fsdp")
+        raise UserError(f"parallel=single needs world_size=1, not {count}: choose ddp or fsdp")
     if isinstance(parallel, FSDP):
         if count % parallel.replicas:
             raise UserError(
@@ -120,12 +120,12 @@ def counted_processes(config: DictConfig) -> int:
                 f"world_size={count}"
             )
         if is_8bit(config):
-            raise UserError("optimizer=adamw_8bit cannot be spread by parallel=fsdp: choose ddp")
+            raise UserError("parallel=fsdp cannot shard optimizer=adamw_8bit: choose ddp")
     return count
 
 
 def batch_of(config: DictConfig, world_size: int) -> int:
-    """Samples that a process computes at once."""
+    """Samples per process and forward pass."""
     whole_number("training.accumulation", config.training.accumulation)
     if config.batch is not None:
         return whole_number("batch", config.batch)
@@ -134,21 +134,21 @@ def batch_of(config: DictConfig, world_size: int) -> int:
     if size % parts:
         raise UserError(
             f"training.batch_size={size} must be divisible by world_size x training.accumulation, "
-            f"{parts}; or give batch=<samples of a process at once>"
+            f"{parts}; or give batch=<samples per process and forward pass>"
         )
     return size // parts
 
 
 def is_8bit(config: DictConfig) -> bool:
-    """Whether moments are kept in 8 bits."""
+    """Whether the optimizer stores moments in 8 bits."""
     return get_object(config.optimizer._target_) is adamw_8bit
 
 
-# The step that is rehearsed and made
+# The step that is simulated and measured
 
 
 class _Given:
-    """A source of latents that are there already."""
+    """A source whose input already consists of latents."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -158,7 +158,7 @@ class _Given:
 
 
 def task_of(plan: Plan, pipeline: Pipeline, precision: Autocast) -> FlowTask:
-    """What is trained, as `train.py` does, with a validation of one image."""
+    """The training task of `train.py`, with a validation set of one image."""
     device, side = pipeline.device, plan.config.image_size
     source: Any = _Given(device)
     if get_object(plan.config.latents._target_) is FromPixels:
@@ -179,7 +179,7 @@ def task_of(plan: Plan, pipeline: Pipeline, precision: Autocast) -> FlowTask:
 
 
 def example_of(plan: Plan, pipeline: Pipeline) -> Captioned:
-    """A batch of one process; no part of it decides how much memory is used."""
+    """A batch of one process; memory does not depend on its values."""
     b, device, side = plan.batch, pipeline.device, plan.config.image_size
     shape = (b, pipeline.mmdit.latent_channels, *pipeline.latent_size(side, side))
     with torch.device(device):

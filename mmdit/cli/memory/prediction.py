@@ -1,4 +1,4 @@
-"""What a process will hold: constants by their number, a step by rehearsing it."""
+"""Predicts a process's memory: constants by counting, the rest by simulating a step."""
 
 import copy
 from collections import Counter
@@ -43,10 +43,10 @@ CLASSES = (WEIGHTS, AVERAGES, MOMENTS, FROZEN, CAST, GRADIENTS, KEPT)
 class Footprint(NamedTuple):
     """Bytes of one process."""
 
-    peak: dict[str, int]  # by class, when all together is greatest
-    largest: dict[str, int]  # of each class, at its own peak
-    kept: int  # what the forward pass leaves for the backward pass
-    gradients: int  # what the backward pass leaves for the optimizer
+    peak: dict[str, int]  # by class, at the peak of the total
+    largest: dict[str, int]  # by class, each at its own peak
+    kept: int  # kept by the forward pass for the backward pass
+    gradients: int  # left by the backward pass for the optimizer
 
     @property
     def total(self) -> int:
@@ -54,7 +54,7 @@ class Footprint(NamedTuple):
 
 
 def predict(plan: Plan) -> Footprint:
-    """Bytes of each process."""
+    """Predict the bytes of each process."""
     with torch.device("meta"):
         pipeline = build_pipeline(plan.config)
     constant = constant_bytes(plan, pipeline)
@@ -63,7 +63,7 @@ def predict(plan: Plan) -> Footprint:
             ledger, kept, gradients = rehearse(plan, pipeline.to_empty(device="cpu"))
     else:
         ledger, kept, gradients = rehearse(plan, pipeline)
-    if isinstance(instantiate(plan.config.parallel), DDP):  # in buckets that are never let go
+    if isinstance(instantiate(plan.config.parallel), DDP):  # in buckets that are never freed
         constant[GRADIENTS] = gradients = bytes_of(trained(pipeline))
     peak = constant + ledger.peak
     largest = constant + ledger.largest
@@ -76,12 +76,12 @@ def predict(plan: Plan) -> Footprint:
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
-    """The weights that are."""
+    """The weights that are trained."""
     return [weight for weight in module.parameters() if weight.requires_grad]
 
 
 def constant_bytes(plan: Plan, pipeline: Pipeline) -> Counter[str]:
-    """What is there from step to step, in one process."""
+    """Bytes of one process that persist from step to step, by class."""
     config, share = plan.config, plan.share
     held = copy.deepcopy(pipeline)
     if share is not None:
@@ -98,9 +98,9 @@ def constant_bytes(plan: Plan, pipeline: Pipeline) -> Counter[str]:
 
 
 def classes_of(pipeline: Pipeline, ema: EMA[Any], posthoc: PostHoc | None) -> Counter[str]:
-    """Bytes of weights, averages and frozen parts, of which an average may have its own copy."""
-    both = zip(pipeline.parameters(), ema.module.parameters(), strict=True)
-    averages = [local(average) for weight, average in both if weight.requires_grad]
+    """Bytes of weights, averages and frozen parts, including the average's own frozen copies."""
+    pairs = zip(pipeline.parameters(), ema.module.parameters(), strict=True)
+    averages = [local(average) for weight, average in pairs if weight.requires_grad]
     if posthoc is not None:
         averages += [local(t) for own in posthoc.averages.values() for t in own.values()]
     weights = [local(weight) for weight in trained(pipeline)]
@@ -113,7 +113,7 @@ def classes_of(pipeline: Pipeline, ema: EMA[Any], posthoc: PostHoc | None) -> Co
 
 
 def moments_on_cpu(config: DictConfig, module: nn.Module) -> int:
-    """Bytes that the optimizer has kept after a step."""
+    """Bytes that the optimizer keeps after a step."""
     module = copy.deepcopy(module)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device="cpu")
@@ -125,7 +125,7 @@ def moments_on_cpu(config: DictConfig, module: nn.Module) -> int:
 
 
 def moments_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Tensors of an optimizer's state, shares of this process, 8-bit moments in their parts."""
+    """Tensors of an optimizer's state in this process; 8-bit moments as their parts."""
     found: list[Tensor] = []
     for state in optimizer.state.values():
         for value in state.values():
@@ -137,7 +137,10 @@ def moments_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def moments_of_8bit(module: nn.Module) -> int:
-    """Two codes a value, a float32 scale for each 256, and a table; of small weights float32."""
+    """Bytes of 8-bit moments: per moment, a byte per value, a float32 scale per 256, and a table.
+
+    Moments of small weights are float32.
+    """
     total = 0
     for weight in trained(module):
         n = weight.numel()
@@ -146,7 +149,11 @@ def moments_of_8bit(module: nn.Module) -> int:
 
 
 def rehearse(plan: Plan, pipeline: Pipeline) -> tuple[Ledger, int, int]:
-    """A step on tensors without values: the ledger of it; bytes kept after forward and backward."""
+    """Simulate a step on tensors without values.
+
+    Returns:
+        The ledger, and the bytes kept by the forward and by the backward pass.
+    """
     config, share, ledger = plan.config, plan.share, Ledger()
     buckets = isinstance(instantiate(config.parallel), DDP)
     pipeline.train()
@@ -154,7 +161,7 @@ def rehearse(plan: Plan, pipeline: Pipeline) -> tuple[Ledger, int, int]:
     if plan.device.type == "cuda":
         mode = AsOnCUDA(plan.dtype)
         mode.enter_again(pipeline)
-        precision = lambda: mode  # noqa: E731 (the cache of its casts is emptied at each exit)
+        precision = lambda: mode  # noqa: E731 (its cache of casts is cleared at each exit)
     elif plan.dtype == torch.bfloat16:
         precision = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     recompute(pipeline, config.activation_checkpointing)
