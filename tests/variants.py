@@ -119,6 +119,7 @@ def look_in(folders: Sequence[str], modules: Sequence[str]) -> None:
         importlib.import_module(module)
 
 
+@functools.cache
 def variants(kind: str) -> dict[str, Build]:
     """What builds each variant of a kind, by a name for it."""
     _, base, more = KINDS[kind]
