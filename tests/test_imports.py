@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Ground first. Rooms of one floor do not know each other.
 FLOORS = [
-    {"printable", "recipes"},
+    {"printable", "programs", "recipes"},
     {"errors"},
     {"atomic", "bounds", "checks", "devices", "dtypes", "keys", "streams"},
     {"out_of_memory", "plots", "precision", "processes", "registry"},

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdit.programs import command
+
 
 def how_to_resume(run: Path | None, words: Sequence[str]) -> str:
     """The command line that resumes a run.
@@ -20,5 +22,4 @@ def how_to_resume(run: Path | None, words: Sequence[str]) -> str:
         plain = re.fullmatch(r"[\w./-]+", str(run))  # needs no quotes in Hydra's grammar
         kept.append(f"resume={run}" if plain else f'resume="{run}"')
     count = os.environ.get("LOCAL_WORLD_SIZE")  # processes that torchrun started on this machine
-    program = ["torchrun", f"--nproc_per_node={count}"] if count else ["python"]
-    return shlex.join([*program, "train.py", *kept])
+    return " ".join([command("train", processes=count), *map(shlex.quote, kept)])

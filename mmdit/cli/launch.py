@@ -34,6 +34,7 @@ from mmdit.cli.targets import check_targets
 from mmdit.errors import UserError, first_line
 from mmdit.printable import printable_lines, show
 from mmdit.processes import report_to_torchrun, restart_remarks, wait_for_report
+from mmdit.programs import as_started
 from mmdit.streams import guarded
 
 Verbatim = dict[str, str]
@@ -99,6 +100,7 @@ def _launch(
             if known is not None:
                 check_keys(config, known, verbatim, config_dir)
             check_targets(config, imports)
+            config.hydra.help.header = as_started(config.hydra.help.header)
 
         @functools.wraps(job)  # Hydra names the job after the file that defines it
         def task(config: DictConfig) -> None:

@@ -20,6 +20,7 @@ from mmdit.errors import UserError
 from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.printable import logger
 from mmdit.processes import Processes, join, own_device, restart_remarks
+from mmdit.programs import command
 from mmdit.runs.folder import check_name
 
 log = logger("mmdit.train")
@@ -67,7 +68,7 @@ def read(config: DictConfig) -> Request:
     share(settings.batch_size, processes, settings.accumulation)
     if config.get("metrics") is not None and processes.world_size > 1:
         raise UserError(
-            "metrics: scores are measured by one process; start train.py without torchrun"
+            f"metrics: one process measures the scores; start {command('train')} without torchrun"
         )
     if not processes.main:
         logging.getLogger("mmdit").setLevel(logging.WARNING)

@@ -14,6 +14,7 @@ from mmdit.errors import UserError
 from mmdit.loading import Run, Source, open_source
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast, autocast, chosen_dtype
+from mmdit.programs import command
 from mmdit.runs.checkpoint import WEIGHTS, newest_finished
 from mmdit.runs.status import clean_up_if_killed
 from mmdit.text.conditioning import ENCODERS
@@ -78,7 +79,7 @@ def open_named(
     given: str | Path | None = text.get("checkpoint") or newest_finished(Path(config.runs))
     if given is None:
         raise UserError(
-            f"there is no finished run in {config.runs}/: train one with `python train.py`, or "
+            f"there is no finished run in {config.runs}/: train one with `{command('train')}`, or "
             "give checkpoint=<run folder, file or hub id>"
         )
     path = Path(given).expanduser()

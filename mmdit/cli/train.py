@@ -30,6 +30,7 @@ from mmdit.latents.sources import LatentSource
 from mmdit.precision import reason
 from mmdit.printable import logger, show
 from mmdit.processes import leave
+from mmdit.programs import command
 from mmdit.recipes import config_hash
 from mmdit.runs.checkpoint import Checkpoint
 from mmdit.runs.folder import RunFolder, open_together
@@ -232,9 +233,9 @@ def report(
     opened = f"checkpoint={shlex.quote(str(run))}"
     if imports := request.config.imports:
         opened += " " + shlex.quote(f"imports=[{','.join(imports)}]")
-    log.info("sample from it: python sample.py %s prompt=%s", opened, shlex.quote(prompt))
+    log.info("sample from it: %s %s prompt=%s", command("sample"), opened, shlex.quote(prompt))
     if request.data.name == "shapes":
-        log.info("measure it:     python eval/compositional.py %s", opened)
+        log.info("measure it:     %s %s", command("eval/compositional"), opened)
 
 
 @contextmanager

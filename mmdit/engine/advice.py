@@ -4,6 +4,8 @@ The section is `training` for the flow, and for what it stands on that of a stag
 `autoencoder.training`.
 """
 
+from mmdit.programs import command
+
 
 def setting(section: str, name: str, value: object) -> str:
     """What to write on the command line to change one of the settings."""
@@ -27,7 +29,7 @@ def where_memory_ran_out(section: str) -> str:
         return "precision=bf16"
     return (
         "activation_checkpointing=full, precision=bf16, or parallel=fsdp on more GPUs; "
-        "eval/memory.py tells beforehand what a config needs"
+        f"`{command('eval/memory')}` tells beforehand what a config needs"
     )
 
 

@@ -25,6 +25,7 @@ from mmdit.checks import whole_number
 from mmdit.engine.activations import blocks_of
 from mmdit.errors import UserError
 from mmdit.nn.network import set_compute_dtype
+from mmdit.programs import command
 
 Loss = Callable[[Any], Tensor]
 
@@ -185,7 +186,7 @@ def check_started(name: str) -> None:
     if not dist.is_initialized():
         raise UserError(
             f"parallel={name} is for processes that torchrun starts: "
-            f"torchrun --nproc_per_node=<GPUs> train.py parallel={name}"
+            f"{command('train', processes='<GPUs>')} parallel={name}"
         )
 
 

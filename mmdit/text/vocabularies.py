@@ -116,7 +116,7 @@ def expect_file(value: object) -> None:
             f"the tokenizer is recorded as the path {value!r}, as older versions did; files "
             "outside of the checkpoint are not read. Put the folders tokenizer/, tokenizer_2/ and "
             "tokenizer_3/ into the run's folder or next to the file, or pass the folder that "
-            "contains them as tokenizers=<folder> (for sample.py: text.tokenizers=<folder>)"
+            "contains them as tokenizers=<folder> (on a command line: text.tokenizers=<folder>)"
         )
 
 
