@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -123,15 +123,10 @@ def _launch(
             os.environ["COMP_LINE"] = _without_verbatim(os.environ["COMP_LINE"], verbatim)
         with checked_compositions(check):
             if describe is not None and _shows_config(arguments):
-                with initialize_config_dir(str(config_dir), version_base="1.3"):
-                    overrides = [a for a in arguments if "=" in a or a.startswith("~")]
-                    overrides += _search_path(arguments)
-                    for line in describe(compose(config_name, overrides)):
-                        print(f"# {line}")
-            main = hydra.main(
-                config_path=str(config_dir), config_name=config_name, version_base="1.3"
-            )
-            main(task)()
+                _print_description(describe, config_name, config_dir, arguments)
+            hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(
+                task
+            )()
         return
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -144,10 +139,34 @@ def _launch(
         sys.argv = command_line
         if not full_error:
             os.environ.pop("HYDRA_FULL_ERROR", None)
-    if len(failed) > 1:  # most were reported long before; the first is reported in full below
-        heading = f"{len(failed)} jobs of this multirun failed:"
-        show(heading, *(f"  {line}" for line in failed), file=sys.stderr)
+    _list_failed(failed)
     message = explain(error, in_job=started, verbatim=verbatim, config_dir=config_dir)
+    _end(error, message, arguments, full_error=full_error)
+
+
+def _print_description(
+    describe: Callable[[DictConfig], Iterable[str]],
+    config_name: str,
+    config_dir: Path,
+    arguments: Sequence[str],
+) -> None:
+    """Print what `describe` says of the config of a command line, as comments."""
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        overrides = [word for word in arguments if "=" in word or word.startswith("~")]
+        for line in describe(compose(config_name, overrides + _search_path(arguments))):
+            print(f"# {line}")
+
+
+def _end(
+    error: BaseException, message: str | None, arguments: Sequence[str], *, full_error: bool
+) -> NoReturn:
+    """End the program after an error: with its message, or with a traceback if it has none.
+
+    Args:
+        message: of a user's mistake; None is a bug.
+        arguments: command line of the job.
+        full_error: whether a mistake is to be printed with its traceback, too.
+    """
     wait_for_report(error, mistake=message is not None)
     remarks = restart_remarks(arguments)
     summary = message or f"{type(error).__name__}: {first_line(error)}"
@@ -155,7 +174,7 @@ def _launch(
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     if message is None:
-        raise error  # outside the handlers above, so that its traceback has no "during handling of"
+        raise error  # outside of all handlers: its traceback has no "during handling of"
     if full_error:
         traceback.print_exception(error)
     print(printable_lines(message), file=sys.stderr)
@@ -257,6 +276,13 @@ def _shows_config(arguments: Sequence[str]) -> bool:
     """Whether Hydra is to print the full config of the job: `--cfg job` without `-p`."""
     shown = any(pair in (("--cfg", "job"), ("-c", "job")) for pair in pairwise(arguments))
     return shown and not {"-p", "--package"} & set(arguments)
+
+
+def _list_failed(failed: Sequence[str]) -> None:
+    """List the failed jobs of a multirun: most were reported long before."""
+    if len(failed) > 1:
+        lines = (f"  {line}" for line in failed)
+        show(f"{len(failed)} jobs of this multirun failed:", *lines, file=sys.stderr)
 
 
 def _report_failed_job(failure: Exception) -> str:

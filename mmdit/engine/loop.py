@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from math import isfinite, isnan
 from typing import Any
 
-from tqdm import tqdm
-
 from mmdit.engine.advice import where_not_finite
 from mmdit.engine.loader import Loader
 from mmdit.engine.loggers import Logger
@@ -24,7 +22,7 @@ from mmdit.engine.state import TrainState
 from mmdit.engine.step import Stepper
 from mmdit.engine.tasks import Task
 from mmdit.errors import UserError
-from mmdit.printable import logger, printable
+from mmdit.printable import logger
 from mmdit.processes import Processes
 from mmdit.runs.checkpoint import Checkpoint
 from mmdit.runs.folder import RunFolder
@@ -62,13 +60,7 @@ def train(
     processes, parallel = processes or Processes(), parallel or Single()
 
     # Resume: weights, averages, moments, the step, and what the checkpoint says of the run.
-    saver = Saver(
-        run.path,
-        processes,
-        keep=settings.retention(task.higher_is_better),
-        config=config or {},
-        asynchronous=settings.asynchronous,
-    )
+    saver = make_saver(task, settings, run, processes, config or {})
     found = state.load(saver)
     figures = dict(found.metrics) if found else {}  # of the last evaluation
     skips = Skips(int(figures.pop("skipped_steps", 0)), section=settings.section)
@@ -81,18 +73,8 @@ def train(
     loader = make_loader(task, settings, state, processes, seed)
     step = make_stepper(task, settings, state, processes, parallel)
     meter = Meter(loader, state.device, processes.world_size)
-    reports = Reports(
-        run.path,
-        task=task,
-        logger=logger,
-        processes=processes,
-        start=state.step,
-        steps=settings.steps,
-        every=settings.log_every,
-    )
-
-    bar = make_bar(run, settings, state, processes)
-    with Signals() as signals, run.marked(state.step) as facts, saver, reports, bar:
+    reports = make_reports(task, settings, state, run, processes, logger)
+    with Signals() as signals, run.marked(state.step) as facts, saver, reports:
         steps = loader(state.step, settings.steps)
         while state.step < settings.steps:
             # Train one step.
@@ -108,14 +90,12 @@ def train(
 
             # Log it.
             meter.count(settings.batch_size, task.work(parts[0].example))
-            bar.update()
             if state.step % settings.log_every == 0:
-                rates = meter.figures()
                 skipped = skips.total if settings.nonfinite == "skip" else None
+                rates = meter.figures()
                 reports.step(state.step, made, parts, lr=lr, skipped=skipped, rates=rates)
-                speed = f"{rates['images_per_second']:.0f} images/s"
-                bar.set_postfix_str(f"loss {made.loss:.4f}, {speed}")
                 meter.restart()
+            reports.advance()
 
             # Evaluate and save.
             received = signals.agreed(made.flags)
@@ -132,6 +112,23 @@ def train(
             figures = evaluate(state, reports, settings)
             state.save(saver, finished=True, figures={**figures, **skips.figures()})
         return saver.wait()
+
+
+def make_saver(
+    task: Task,
+    settings: Settings,
+    run: RunFolder,
+    processes: Processes,
+    config: Mapping[str, Any],
+) -> Saver:
+    """What writes and finds checkpoints."""
+    return Saver(
+        run.path,
+        processes,
+        keep=settings.retention(task.higher_is_better),
+        config=config,
+        asynchronous=settings.asynchronous,
+    )
 
 
 def make_loader(
@@ -166,16 +163,23 @@ def make_stepper(
     )
 
 
-def make_bar(
-    run: RunFolder, settings: Settings, state: TrainState, processes: Processes
-) -> "tqdm[Any]":
-    """The progress bar of the main process."""
-    return tqdm(
-        total=settings.steps,
-        initial=state.step,
-        unit="step",
-        desc=printable(run.path.name),
-        disable=None if processes.main else True,
+def make_reports(
+    task: Task,
+    settings: Settings,
+    state: TrainState,
+    run: RunFolder,
+    processes: Processes,
+    logger: Logger,
+) -> Reports:
+    """What logs and evaluates."""
+    return Reports(
+        run.path,
+        task=task,
+        logger=logger,
+        processes=processes,
+        start=state.step,
+        steps=settings.steps,
+        every=settings.log_every,
     )
 
 

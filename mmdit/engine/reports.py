@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mmdit.atomic import write_atomically
 from mmdit.engine.loader import Part
@@ -17,7 +18,7 @@ from mmdit.engine.tasks import Task
 from mmdit.errors import NotFinite
 from mmdit.out_of_memory import enough_memory
 from mmdit.plots import plot_losses, save_grid
-from mmdit.printable import logger
+from mmdit.printable import logger, printable
 from mmdit.processes import Processes
 from mmdit.runs.files import writing
 from mmdit.runs.native import weights_hash
@@ -58,6 +59,13 @@ class Reports:
             if processes.main
             else None
         )
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            desc=printable(path.name),
+            disable=None if processes.main else True,
+        )
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures after `step` steps."""
@@ -91,6 +99,12 @@ class Reports:
             row["skipped_steps"] = skipped
         times = [self.task.times(part.example) for part in parts]
         self.figures(step, row | levels(times, made.losses, self.processes) | dict(rates))
+        speed = f"{rates['images_per_second']:.0f} images/s"
+        self._bar.set_postfix_str(f"loss {made.loss:.4f}, {speed}")
+
+    def advance(self) -> None:
+        """Show that one more step was made."""
+        self._bar.update()
 
     def evaluate(self, step: int, averaged: nn.Module, raw: nn.Module) -> dict[str, float]:
         """Validation figures, EMA and raw, and images of what the average can do, if finite.
@@ -138,6 +152,7 @@ class Reports:
 
     def close(self) -> None:
         """Nothing is logged after this."""
+        self._bar.close()
         if self._metrics is not None:
             self._metrics.close()
 
