@@ -143,6 +143,17 @@ def clear(folder: Path) -> None:
             _clear(folder / name)
 
 
+def file_hash(path: Path, start: int = 0) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Args:
+        start: number of bytes at its beginning that are left out.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def flush(folder: Path) -> None:
     """Flush a folder's entries to disk, so that files created or renamed survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -19,6 +19,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmdit.atomic import file_hash
 from mmdit.errors import UserError
 from mmdit.printable import logger
 
@@ -155,6 +156,4 @@ def content_of(path: Path, offset: int = 0) -> str:
 @functools.cache
 def content_hash(path: Path, offset: int, size: int, changed: int) -> str:
     """SHA-256 of the bytes from `offset` on; size and time of change are keys of the cache."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path, offset)

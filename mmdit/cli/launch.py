@@ -150,7 +150,7 @@ def _print_description(
     config_dir: Path,
     arguments: Sequence[str],
 ) -> None:
-    """Print what `describe` says of the config of a command line, as comments."""
+    """Print the lines of `describe` for the config of a command line, as comments."""
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         overrides = [word for word in arguments if "=" in word or word.startswith("~")]
         for line in describe(compose(config_name, overrides + _search_path(arguments))):

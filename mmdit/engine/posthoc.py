@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdit.atomic import write_atomically
+from mmdit.atomic import file_hash, write_atomically
 from mmdit.checks import listed, whole_number
 from mmdit.engine.ema import PowerFunction, gamma_of, take_in
 from mmdit.engine.parallel import whole
@@ -27,7 +27,7 @@ from mmdit.errors import UserError, first_line
 from mmdit.printable import logger
 from mmdit.runs.checkpoint import checkpoints_in, read_weights
 from mmdit.runs.files import writing
-from mmdit.runs.native import file_hash, load_tensors, save_tensors
+from mmdit.runs.native import load_tensors, save_tensors
 
 log = logger(__name__)
 

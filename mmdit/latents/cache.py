@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mmdit.atomic import clear, whole_file, write_atomically
+from mmdit.atomic import clear, file_hash, whole_file, write_atomically
 from mmdit.checks import whole_number
 from mmdit.data.caption_sources import Captions
 from mmdit.errors import UserError, first_line
@@ -167,7 +167,7 @@ class Cache:
         """
         made = [(self.path(n), record["sha256"]) for n, record in self._records() if record]
         with ThreadPoolExecutor(4) as threads:  # hashing releases the GIL
-            hashes = list(threads.map(lambda pair: _hash(pair[0]), made))
+            hashes = list(threads.map(lambda pair: file_hash(pair[0]), made))
         pairs = zip(made, hashes, strict=True)
         if damaged := [path.name for (path, expected), found in pairs if found != expected]:
             raise UserError(
@@ -397,8 +397,3 @@ def _sum(*parts: bytes) -> int:
     for part in parts:
         value = zlib.crc32(part, value)
     return value
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mmdit.atomic import file_hash
 from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
 from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.errors import UserError
@@ -73,7 +74,7 @@ class Checkpoint(NamedTuple):
             group: 'ema' or 'raw' (each with the frozen weights), 'optimizer' or 'frozen'; None
                 checks all.
         """
-        return self._inspect(group, lambda path: (None, native.file_hash(path)))[1]
+        return self._inspect(group, lambda path: (None, file_hash(path)))[1]
 
     def read(self, group: str) -> Weights:
         """Read the tensors of a group, with the frozen ones; every byte is read once and verified.

@@ -185,12 +185,6 @@ def _read_metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
         ) from error
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of a module's weights and buffers, in hexadecimal; independent of their device."""
     return tensors_hash(module.state_dict())

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmdit.atomic import flush, write_atomically
+from mmdit.atomic import file_hash, flush, write_atomically
 from mmdit.errors import UserError
 from mmdit.printable import logger
 from mmdit.processes import A_DAY, Processes
@@ -32,7 +32,6 @@ from mmdit.runs.checkpoint import (
     step_folders,
 )
 from mmdit.runs.files import await_file, gigabytes, how_to_go_on, make_empty, remove, sizes, unused
-from mmdit.runs.native import file_hash
 from mmdit.runs.provenance import code_version
 from mmdit.runs.retention import Retention
 from mmdit.runs.status import remove_unfinished

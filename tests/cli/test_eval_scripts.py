@@ -17,6 +17,7 @@ from torch import nn
 
 import mmdit
 import mmdit.cli.eval.efficiency
+from mmdit.atomic import file_hash
 from mmdit.cli.launch import launch
 from mmdit.data.captions import TASKS, short_caption, vocabulary
 from mmdit.data.shapes import Shapes
@@ -36,7 +37,7 @@ from mmdit.models.t5 import T5Encoder
 from mmdit.parity.random_weights import models_of_size, write_random
 from mmdit.pipeline import Pipeline, from_pixels, to_pixels
 from mmdit.runs.checkpoint import read_weights
-from mmdit.runs.native import file_hash, save_module
+from mmdit.runs.native import save_module
 from mmdit.text.clip_pair import CLIPPair
 from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mmdit
+from mmdit.atomic import file_hash
 from mmdit.checks import one_of, seed_number, whole_number
 from mmdit.cli.eval.subject import made, numbers, results_folder, shapes_for, table, write_results
 from mmdit.cli.launch import Verbatim, launch
@@ -33,7 +34,6 @@ from mmdit.parity.random_weights import SIZES, models_of_size, write_random
 from mmdit.pipeline import to_latents
 from mmdit.plots import plot_image, png
 from mmdit.precision import chosen_dtype
-from mmdit.runs.native import file_hash
 
 PROTOCOL = "attention-1"
 VERBATIM = ("checkpoint", "out", *PARTS)

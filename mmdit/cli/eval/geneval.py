@@ -13,14 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from mmdit.atomic import write_atomically
+from mmdit.atomic import file_hash, write_atomically
 from mmdit.checks import seed_number, whole_number
 from mmdit.cli.eval.subject import sampling, shapes_for
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import PARTS, Subject, open_subject
 from mmdit.metrics.geneval import GenEvalFolder, Metadata, read_metadata, scene_metadata
 from mmdit.printable import show
-from mmdit.runs.native import file_hash
 from mmdit.study.protocol import scenes_of
 
 PROTOCOL = "geneval-1"
