@@ -26,7 +26,7 @@ from mmdit.runs.folder import check_name
 log = logger("mmdit.train")
 
 
-class Request(NamedTuple):
+class TrainingRequest(NamedTuple):
     """What a command line asks for, checked, with the processes and the data that are there."""
 
     config: DictConfig
@@ -47,7 +47,7 @@ class Request(NamedTuple):
         return self.config.get("metrics") is not None
 
 
-def read(config: DictConfig) -> Request:
+def read(config: DictConfig) -> TrainingRequest:
     """Check a config, join the processes that train together, and open the data.
 
     Raises:
@@ -80,7 +80,7 @@ def read(config: DictConfig) -> Request:
     validation = data.view("validation")
     if found := data.fingerprint():  # a run and its stages belong to these images
         plain["data"]["found"] = found
-    return Request(
+    return TrainingRequest(
         config=config,
         plain=plain,
         settings=settings,

@@ -15,7 +15,7 @@ from mmdit.cli.build import Parts, build, describe
 from mmdit.cli.commands import how_to_resume
 from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch, sweep_label
-from mmdit.cli.reading import Request, read
+from mmdit.cli.reading import TrainingRequest, read
 from mmdit.cli.scores import is_finished, write_scores
 from mmdit.cli.stages import check_until, clip_for_metrics, load_trained_autoencoder
 from mmdit.data.dataset import Data
@@ -66,7 +66,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
         report(request, run.path, checkpoint, prompt, (time.perf_counter() - began) / 60)
 
 
-def open_latents(request: Request, parts: Parts) -> LatentSource:
+def open_latents(request: TrainingRequest, parts: Parts) -> LatentSource:
     """Where the latents of the data come from, with a look at whether all parts fit together.
 
     Raises:
@@ -99,7 +99,7 @@ def open_latents(request: Request, parts: Parts) -> LatentSource:
     return source
 
 
-def open_run(request: Request) -> RunFolder:
+def open_run(request: TrainingRequest) -> RunFolder:
     """The folder of this run, which is now held: a new one, or the one to go on with."""
     config, label = request.config, sweep_label()
     return open_together(
@@ -120,7 +120,9 @@ def sweep_folder(config: DictConfig, label: str) -> Path:
     return Path(config.runs) / config.name / name
 
 
-def prepare(request: Request, parts: Parts, source: LatentSource, run: RunFolder | None) -> None:
+def prepare(
+    request: TrainingRequest, parts: Parts, source: LatentSource, run: RunFolder | None
+) -> None:
     """Get what is not trained by this run: the trained autoencoder, and the latents.
 
     Args:
@@ -148,7 +150,7 @@ def prepare(request: Request, parts: Parts, source: LatentSource, run: RunFolder
             module.text.to(request.text_device)
 
 
-def prepare_scores(request: Request) -> tuple[CLIPPair, Shapes] | None:
+def prepare_scores(request: TrainingRequest) -> tuple[CLIPPair, Shapes] | None:
     """The CLIP that measures and the images it compares with, if scores are asked for."""
     if not request.scored:
         return None
@@ -156,7 +158,7 @@ def prepare_scores(request: Request) -> tuple[CLIPPair, Shapes] | None:
 
 
 def fit(
-    request: Request, parts: Parts, source: LatentSource, run: RunFolder
+    request: TrainingRequest, parts: Parts, source: LatentSource, run: RunFolder
 ) -> tuple[Checkpoint, Validation]:
     """Train to the last step."""
     config, pipeline = request.config, parts.pipeline
@@ -195,7 +197,7 @@ def validation_of(data: Data, count: int) -> Validation:
 
 
 def score(
-    request: Request,
+    request: TrainingRequest,
     parts: Parts,
     run: RunFolder,
     checkpoint: Checkpoint,
@@ -217,7 +219,7 @@ def score(
 
 
 def report(
-    request: Request, run: Path, checkpoint: Checkpoint, prompt: str, minutes: float
+    request: TrainingRequest, run: Path, checkpoint: Checkpoint, prompt: str, minutes: float
 ) -> None:
     """Say what came out, where it is, and what one does with it."""
     figures = checkpoint.metrics
@@ -239,7 +241,7 @@ def report(
 
 
 @contextmanager
-def closing(request: Request, run: RunFolder | None) -> Iterator[None]:
+def closing(request: TrainingRequest, run: RunFolder | None) -> Iterator[None]:
     """Close all at the end of the block, and after a signal say how to go on.
 
     Args:
