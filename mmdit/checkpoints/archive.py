@@ -133,23 +133,7 @@ class PickleArchive(Archive):
     """Tensors of a pickled state dict, read with `weights_only`, which runs none of its code."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            _expect_short_pickle(path)
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-        except UserError:
-            raise
-        except pickle.UnpicklingError:  # whose message advises running the code in it
-            raise UserError(
-                f"{path} cannot be read as a pickled state dict of tensors: it is damaged, is not "
-                "a pickle, or holds objects other than tensors"
-            ) from None
-        except Exception as error:
-            raise UserError(
-                f"{path} cannot be read as a pickled state dict of tensors ({first_line(error)})"
-            ) from None
-        content = content if isinstance(content, Mapping) else {}
+        content = _read_pickle(path)
         inner = content.get("state_dict")
         beside = flattened({k: v for k, v in content.items() if k != "state_dict"})
         if isinstance(inner, Mapping) and not any(isinstance(v, Tensor) for _, v in beside):
@@ -191,6 +175,31 @@ class PickleArchive(Archive):
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[self.root + key]
+
+
+def _read_pickle(path: Path) -> Mapping[Any, object]:
+    """The content of a pickled dict; of other pickles, nothing.
+
+    Raises:
+        UserError: the file cannot be read without running code in it.
+    """
+    try:
+        _expect_short_pickle(path)
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except UserError:
+        raise
+    except pickle.UnpicklingError:  # whose message advises running the code in it
+        raise UserError(
+            f"{path} cannot be read as a pickled state dict of tensors: it is damaged, is not "
+            "a pickle, or holds objects other than tensors"
+        ) from None
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as a pickled state dict of tensors ({first_line(error)})"
+        ) from None
+    return content if isinstance(content, Mapping) else {}
 
 
 def flattened(
