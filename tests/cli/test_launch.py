@@ -20,6 +20,7 @@ from mmdit.cli.launch import Verbatim, launch, split_arguments
 from mmdit.cli.messages import explain, nearest
 from mmdit.cli.targets import check_targets
 from mmdit.errors import UserError
+from tests import ready_process
 
 VERBATIM = ("prompt", "negative_prompt", "out")
 
@@ -173,13 +174,21 @@ def run(
     return run
 
 
-def run_script(folder: Path, *arguments: str | bytes, **environment: str) -> SimpleNamespace:
+def run_script(folder: Path, *arguments: str, **environment: str) -> SimpleNamespace:
+    """Run the script in a process of its own."""
+    trusted = () if any("imports=" in word for word in arguments) else ("imports=[targets]",)
+    words = [str(folder / "app.py"), *trusted, *arguments]
+    done = ready_process.run(words, cwd=folder, env={**os.environ, **environment})
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def run_python(folder: Path, *arguments: str | bytes) -> SimpleNamespace:
     """Run the script as a user would."""
     path = f"{CONFIGS.parent}{os.pathsep}{folder}"
     done = subprocess.run(
         [sys.executable, "app.py", "imports=[targets]", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         check=False,
     )
@@ -213,12 +222,12 @@ def test_text_reaches_the_job_beside_the_config(run: Callable[..., SimpleNamespa
 
 def test_text_survives_a_real_process(folder: Path) -> None:
     text = " (a, \"b'#!=$ ${x} \\ 赤 🟥\n "
-    result = run_script(folder, f"prompt={text}", "out=")
+    result = run_python(folder, f"prompt={text}", "out=")
     assert (result.code, result.err, result.out) == (0, "", text)
 
 
 def test_undecodable_bytes_become_the_replacement_character(folder: Path) -> None:
-    assert run_script(folder, b"prompt=a\xffb").out == "a\ufffdb"
+    assert run_python(folder, b"prompt=a\xffb").out == "a\ufffdb"
 
 
 def test_utf8_is_understood_in_an_ascii_locale() -> None:
@@ -653,14 +662,10 @@ def test_nearest() -> None:
     assert nearest("a", []) is None
 
 
-def test_modules_of_the_user_are_imported_before_the_job(folder, monkeypatch):
+def test_modules_of_the_user_are_imported_before_the_job(folder: Path) -> None:
     (folder / "mine.py").write_text("print('here am I')")
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    words = [sys.executable, "app.py", "training.root=1", "imports=[mine,targets]"]
-    found = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0 and "here am I" in found.stdout
-    lost = subprocess.run(
-        [*words[:3], "imports=[lost,targets]"], cwd=folder, capture_output=True, text=True
-    )
-    assert lost.returncode == 2
-    assert "imports: No module named 'lost'" in lost.stderr and "Traceback" not in lost.stderr
+    found = run_script(folder, "training.root=1", "imports=[mine,targets]")
+    assert found.code == 0 and "here am I" in found.out
+    lost = run_script(folder, "training.root=1", "imports=[lost,targets]")
+    assert lost.code == 2
+    assert "imports: No module named 'lost'" in lost.err and "Traceback" not in lost.err
