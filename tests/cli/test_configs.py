@@ -57,7 +57,7 @@ HELPERS = {
         "local",
         "gamma_of",
     ),
-    *("Parallel", "world_size", "check_started", "whole", "Read", "Source", "encode"),
+    *("Parallel", "world_size", "check_started", "whole", "Read", "LatentSource", "encode"),
 }
 
 

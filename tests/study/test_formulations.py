@@ -229,7 +229,8 @@ def test_another_objective_may_not_bear_the_name_of_one_of_them(variant, overrid
     """A ranking would print the paper's rank of `variant` beside it."""
     config = composed_train(f"formulation={variant}", override)
     objective = OmegaConf.to_container(config.objective)
-    with pytest.raises(UserError, match=rf"objective\.{part} is .* give another name, variant="):
+    message = rf"objective\.{part} is .* give another name with variant="
+    with pytest.raises(UserError, match=message):
         check_variant(config.variant, objective)
     check_variant("mine", objective)
     check_variant(None, objective)
