@@ -50,7 +50,7 @@ def test_a_run_in_the_users_home_is_found(home):
 
 
 def test_a_folder_without_weights_is_told_what_it_lacks(home):
-    with pytest.raises(UserError, match=r"empty: that folder has no complete checkpoint"):
+    with pytest.raises(UserError, match=r"empty: this folder has neither a complete checkpoint"):
         open_named(CONFIG, {"checkpoint": "~/empty"}, [])
 
 

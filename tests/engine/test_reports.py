@@ -66,7 +66,7 @@ def full(handle: object) -> None:
 
 
 def told_of(path: Path, run: Path) -> str:
-    return rf"^{path} could not be written \(.*\): go on with resume={run} when there is space"
+    return rf"^{path} could not be written \(.*\): go on with resume={run} once there is space"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_stage_goes_on_with_the_command_that_began_it(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").touch()
     (tmp_path / "loss.png").mkdir()  # where a file should be
     with pytest.raises(
-        UserError, match=r"loss\.png could not .*: give the same command again when"
+        UserError, match=r"loss\.png could not .*: give the same command again once"
     ):
         told.evaluate(3, nn.Identity(), nn.Identity())
     told.close()
