@@ -203,7 +203,7 @@ def test_encoders_that_are_trained_stay_with_the_network(folder):
 
 def test_only_stages_that_there_are_can_be_stopped_at():
     pixels = FromPixels.__new__(FromPixels)
-    for until, told in (("tea", "null or one of autoencoder, cache"), ("cache", "from_cache")):
+    for until, told in (("tea", "must be one of autoencoder, cache"), ("cache", "from_cache")):
         with pytest.raises(UserError, match=told):
             check_until(until, pixels)
     check_until("autoencoder", pixels)
