@@ -1,5 +1,7 @@
 """All 61 formulations train and paint under all six settings; and one that is not of the study."""
 
+import copy
+import functools
 import json
 from collections.abc import Sequence
 
@@ -11,7 +13,7 @@ from omegaconf import DictConfig
 
 from mmdit.cli import CONFIGS
 from mmdit.cli.build import build_pipeline, describe
-from mmdit.cli.formulations import store_formulations
+from mmdit.cli.formulations import parts_of, store_formulations
 from mmdit.cli.train import validation_of
 from mmdit.engine.loader import Part
 from mmdit.engine.parallel import Single
@@ -30,12 +32,26 @@ TINY = (
     "autoencoder.model.latent_channels=4",
 )
 STUDY = study()
+FAMILIES = {row.family: row for row in reversed(STUDY)}  # the first of each
 
 
 def composed(*overrides: str) -> DictConfig:
     store_formulations()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("train", list(overrides))
+
+
+@functools.cache
+def of_family(name: str) -> DictConfig:
+    return composed(f"formulation={FAMILIES[name].option}", "experiment=table1", *TINY)
+
+
+def formulated(row: Formulation) -> DictConfig:
+    """The config of `formulation=<option>`; `test_formulations.py` composes all of them."""
+    config = copy.deepcopy(of_family(row.family))
+    for part, node in parts_of(row).items():
+        config.objective[part] = node
+    return config
 
 
 @pytest.fixture
@@ -45,9 +61,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-FAMILIES = {row.family: row for row in reversed(STUDY)}  # the first of each
 
 
 @pytest.mark.parametrize("row", STUDY, ids=lambda row: row.name)
@@ -68,7 +81,7 @@ def test_each_trains_twenty_steps_and_paints_under_all_six_settings(row, one_thr
 
 
 def trains_and_paints(row: Formulation, *, steps: int, settings: Sequence[Setting]) -> None:
-    config = composed(f"formulation={row.option}", "experiment=table1", *TINY)
+    config = formulated(row)
     pipe = build_pipeline(config)
     precision = autocast(torch.device("cpu"), "fp32")
     source = FromMemory(
