@@ -89,8 +89,9 @@ def number(
     is_one = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not is_one or not (least <= value <= most and above < value < below):
         bounds = {"above": above, "of at least": least, "below": below, "at most": most}
-        told = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
-        raise UserError(f"{field}={value!r} must be a finite number {' and '.join(told)}".rstrip())
+        stated = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
+        limits = " and ".join(stated)
+        raise UserError(f"{field}={value!r} must be a finite number {limits}".rstrip())
     return float(value)
 
 

@@ -7,7 +7,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,13 +64,14 @@ class Source(ABC):
         self,
         *,
         dtype: torch.dtype | None = None,
-        use_clip_l: bool = True,
-        use_clip_g: bool = True,
-        use_t5: bool = True,
+        left_out: Collection[str] = (),
         tokenizers: str | Path | None = None,
         **public: Any,
     ) -> Pipeline:
         """The text-to-image model, in eval mode on the CPU; arguments as in `load_pipeline`.
+
+        Args:
+            left_out: text encoders of `ENCODERS` that contribute zeros instead.
 
         Raises:
             UserError: the source holds something else, or an argument does not apply to it.
@@ -136,9 +137,7 @@ class Run(Source):
         self,
         *,
         dtype: torch.dtype | None = None,
-        use_clip_l: bool = True,
-        use_clip_g: bool = True,
-        use_t5: bool = True,
+        left_out: Collection[str] = (),
         tokenizers: str | Path | None = None,
         **public: Any,
     ) -> Pipeline:
@@ -146,8 +145,7 @@ class Run(Source):
         module = self.module(tokenizers)
         if not isinstance(module, Pipeline):
             raise self._wrong_kind(module, "a text-to-image pipeline")
-        used = zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True)
-        without(module, [kind for kind, use in used if not use])
+        without(module, list(left_out))
         return module.to(dtype=dtype)
 
     def part(
@@ -200,8 +198,8 @@ class Public(Source):
         folders = [
             names[kind] for names in (SUBFOLDERS, TOKENIZERS) for kind in kinds if kind in names
         ]
-        self.options = {"allow_pickle": allow_pickle, "verify": verify}
-        self.place = Place(source, [*folders, "scheduler"], **self.options)
+        folders.append("scheduler")
+        self.place = Place(source, folders, allow_pickle=allow_pickle, verify=verify)
         self.path, self.name = self.place.path, str(source)
 
     @cached_property
@@ -218,13 +216,11 @@ class Public(Source):
         self,
         *,
         dtype: torch.dtype | None = None,
-        use_clip_l: bool = True,
-        use_clip_g: bool = True,
-        use_t5: bool = True,
+        left_out: Collection[str] = (),
         tokenizers: str | Path | None = None,
         **public: Any,
     ) -> Pipeline:
-        used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
+        used = {kind: kind not in left_out for kind in ENCODERS}
         return load_published(
             self.place, self.name, used=used, dtype=dtype, tokenizers=tokenizers, **public
         )
@@ -379,11 +375,12 @@ def load_pipeline(
     used = dict(zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True))
     for kind, use in used.items():
         flag(f"use_{kind}", use)
-    kinds = ["mmdit", "autoencoder", *(kind for kind, use in used.items() if use)]
+    left_out = [kind for kind, use in used.items() if not use]
+    kinds = [kind for kind in PIPELINE if kind not in left_out]
     opened = open_source(source, kinds, weights=weights, allow_pickle=allow_pickle, verify=verify)
     pipeline = opened.pipeline(
         dtype=dtype,
-        **{f"use_{kind}": use for kind, use in used.items()},
+        left_out=left_out,
         tokenizers=tokenizers,
         preset=preset,
         t5_length=t5_length,

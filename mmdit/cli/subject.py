@@ -11,7 +11,7 @@ from mmdit.checks import flag, one_of
 from mmdit.cli.launch import Verbatim
 from mmdit.devices import available
 from mmdit.errors import UserError
-from mmdit.loading import Run, Source, open_source
+from mmdit.loading import PIPELINE, Run, Source, open_source
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast, autocast, chosen_dtype
 from mmdit.programs import command
@@ -56,12 +56,14 @@ def open_subject(
     for key, value in used.items():
         flag(f"text.{key}", value)
     rules = {name: public.pop(name) for name in ("allow_pickle", "verify") if name in public}
-    kinds = ["mmdit", "autoencoder", *(kind for kind in ENCODERS if used[f"use_{kind}"])]
+    left_out = [kind for kind in ENCODERS if not used[f"use_{kind}"]]
+    kinds = [kind for kind in PIPELINE if kind not in left_out]
     source = open_named(config, text, kinds, **rules)
     for key in PARTS:
         public[key.removeprefix("text.")] = text.get(key)
     compute, dtype = computing(source, device, config.precision)
-    pipe = source.pipeline(dtype=dtype, preset=config.preset, **used, **public).to(device)
+    options = {"preset": config.preset, **public}
+    pipe = source.pipeline(dtype=dtype, left_out=left_out, **options).to(device)
     run = source.path if isinstance(source, Run) else None
     facts = facts_of(source, hashed=run is not None or hash_public)
     return Subject(pipe, compute, source.path, run, {**facts, "text": used})

@@ -85,15 +85,6 @@ class Weights:
         return filled(description, self.tensors, self.path)
 
 
-def load_module(path: Path) -> nn.Module:
-    """Load the module that a file describes; in eval mode, on the CPU.
-
-    Raises:
-        UserError: the file does not exist, is damaged, or does not fit its own description.
-    """
-    return Weights(path, *load_tensors(path)).module()
-
-
 def check_description(
     description: dict[str, Any], found: Mapping[str, "Shaped"], source: Path
 ) -> None:

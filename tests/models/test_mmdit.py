@@ -289,6 +289,17 @@ def test_every_size_of_latent_matches_the_reference(golden, load_original):
         case.check(name.replace("x", "v"), model(z_t[..., :height, :width], *rest))
 
 
+@torch.no_grad()
+def test_skipped_blocks_match_the_reference(golden, load_original):
+    case = golden("mmdit_skip_layers")
+    model = of_case(case)
+    load_original(model, case.weights)
+    inputs = [case.inputs[name] for name in ("x", "sigma", "y", "context")]
+    for layers in case.config["call"]["skip_lists"]:
+        name = "_".join(map(str, layers)) or "none"
+        case.check(f"v_skip_{name}", model.skipping(layers)(*inputs))
+
+
 def test_skipping_shares_the_weights_and_leaves_the_network_as_it_was(randomize):
     model = randomize(MMDiT(**TINY), 0)
     before = model(*inputs())

@@ -12,7 +12,8 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.uvit import UViT
 from mmdit.registry import describe
-from mmdit.runs.native import load_module, load_tensors, save_module, save_tensors
+from mmdit.runs.checkpoint import read_weights
+from mmdit.runs.native import load_tensors, save_module, save_tensors
 from mmdit.text.conditioning import AbsentEncoder, TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer
 from tests.hostile_process import measured
@@ -33,7 +34,7 @@ def test_a_file_of_another_project_is_rejected(tmp_path, header):
     path = tmp_path / "public.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata=header)
     with pytest.raises(UserError, match=r"public\.safetensors was not written by this project: it"):
-        load_module(path)
+        read_weights(path).module()
 
 
 def vae(**changes):
@@ -97,7 +98,7 @@ def test_a_description_is_compared_before_it_is_built(tmp_path, monkeypatch, nam
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={"description": json.dumps(description)})
     with pytest.raises(UserError) as refusal:
-        load_module(path)
+        read_weights(path).module()
     assert str(path) in str(refusal.value)
     assert message in str(refusal.value)
 
@@ -105,8 +106,8 @@ def test_a_description_is_compared_before_it_is_built(tmp_path, monkeypatch, nam
 def test_a_module_without_tensors_is_loaded_on_the_cpu(tmp_path):
     absent = AbsentEncoder(width=4, pooled_width=4, length=5)
     save_module(tmp_path / "x.safetensors", absent)
-    assert load_module(tmp_path / "x.safetensors").tokenize(["a"]).shape == (1, 5)
-    assert load_module(tmp_path / "x.safetensors").device == torch.device("cpu")
+    assert read_weights(tmp_path / "x.safetensors").module().tokenize(["a"]).shape == (1, 5)
+    assert read_weights(tmp_path / "x.safetensors").module().device == torch.device("cpu")
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def written(tmp_path, randomize):
 
 def test_loaded_weights_equal_those_saved(written):
     path, module = written
-    again = load_module(path)
+    again = read_weights(path).module()
     assert not again.training
     for key, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
@@ -133,7 +134,7 @@ def test_a_flipped_bit_is_detected(written):
     for place in range(9, len(whole), len(whole) // 15):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError):
-            load_module(path)
+            read_weights(path).module()
 
 
 @pytest.mark.parametrize("sealed", [True, False])
@@ -147,13 +148,13 @@ def test_weights_that_are_not_finite_are_rejected(written, sealed):
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
         save_file(module.state_dict(), path, metadata)
     with pytest.raises(UserError, match=r"1 tensors have values that are NaN or infinite"):
-        load_module(path)
+        read_weights(path).module()
 
 
 def test_older_files_without_a_hash_are_loaded(written):
     path, module = written
     save_file(module.state_dict(), path, {"description": json.dumps(describe(module))})
-    assert torch.equal(load_module(path).scale, module.scale)
+    assert torch.equal(read_weights(path).module().scale, module.scale)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from mmdit.errors import UserError
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel, clip_pixels
 from mmdit.models.t5 import T5Encoder
-from mmdit.runs.native import load_module, save_module
+from mmdit.runs.checkpoint import read_weights
+from mmdit.runs.native import save_module
 from mmdit.text.clip_pair import CLIPPair, PlacedImageModel
 from mmdit.text.conditioning import TextEncoder
 from mmdit.text.tokenizers import CLIPWordTokenizer, T5WordTokenizer
@@ -97,7 +98,7 @@ def test_scale_starts_at_a_temperature_of_7_percent_and_ends_at_1_percent():
 @torch.no_grad()
 def test_a_saved_pair_gives_the_same_features(pair, tmp_path):
     save_module(tmp_path / "pair.safetensors", pair)
-    again = load_module(tmp_path / "pair.safetensors")
+    again = read_weights(tmp_path / "pair.safetensors").module()
     assert torch.equal(again.text_features(PROMPTS), pair.text_features(PROMPTS))
     assert torch.equal(again.image_features(pixels()), pair.image_features(pixels()))
 
@@ -136,4 +137,4 @@ def test_the_toy_tower_differs_by_its_start_alone(tmp_path):
     images = clip_pixels(pixels(), 32)
     assert torch.equal(placed(images), plain(images))
     save_module(tmp_path / "tower.safetensors", placed)
-    assert type(load_module(tmp_path / "tower.safetensors")) is PlacedImageModel
+    assert type(read_weights(tmp_path / "tower.safetensors").module()) is PlacedImageModel
