@@ -267,7 +267,7 @@ def test_autoencoder_on_a_folder_of_images(run, folder):
     assert (report["images"], report["image_size"], report["samples"]) == ("photos", 16, 3)
     (photos / "0.png").write_text("not an image")
     assert "0.png cannot be read" in run("autoencoder", *words, code=2)
-    assert "holds 3 images" in run("autoencoder", *words[:2], "samples=4", code=2)
+    assert "contains 3 images" in run("autoencoder", *words[:2], "samples=4", code=2)
 
 
 def test_geneval_goes_on_where_it_was_stopped(run, folder):
