@@ -56,6 +56,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(kind, found.values(), ids=found, indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files whose tests start processes: the last file then is a short one."""
+    long = {Path(__file__).parent / folder for folder in ("cli", "engine", "runs", "study")}
+    items.sort(key=lambda item: item.path.parent not in long)
+
+
 def _variant(kind: str) -> Any:
     return pytest.fixture(lambda request: request.param(), name=kind)
 

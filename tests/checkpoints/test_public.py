@@ -290,6 +290,7 @@ print(anonymous() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read memory from")
 def test_loading_needs_no_memory_of_its_own(tmp_path):
     model = mmdit.models.mmdit.MMDiT(depth=8, width=512, num_heads=8, position_size=8)

@@ -62,6 +62,7 @@ def finish(folder: Path, name: str, *words: str) -> Path:
 # --- signals ---
 
 
+@pytest.mark.slow
 def test_each_signal_saves_marks_and_tells_how_to_go_on(folder: Path) -> None:
     stopped = folder / "runs" / "stopped"
     step = 0
@@ -266,6 +267,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(folder: Path) -> None:
         assert_same_run(disk / "run", folder / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_neither_loader_workers_nor_a_stop_of_them_all_change_the_losses(folder: Path) -> None:
     path = folder / "runs" / "workers"
     process = start(folder, "run=runs/workers", "training.workers=2")

@@ -226,6 +226,7 @@ def test_text_survives_a_real_process(folder: Path) -> None:
     assert (result.code, result.err, result.out) == (0, "", text)
 
 
+@pytest.mark.slow
 def test_undecodable_bytes_become_the_replacement_character(folder: Path) -> None:
     assert run_python(folder, b"prompt=a\xffb").out == "a\ufffdb"
 
@@ -494,6 +495,7 @@ def test_broken_yaml_names_the_file(run: Callable[..., SimpleNamespace], folder:
     assert result.code == 2 and "toy.yaml" in result.err
 
 
+@pytest.mark.slow
 def test_user_error_of_the_job_is_printed_as_is(folder: Path) -> None:
     result = run_script(folder, "action=mistake")
     assert (result.code, result.err) == (2, "the shapes ran out: draw fewer\n")
@@ -633,6 +635,7 @@ def test_what_a_file_system_says_while_a_node_is_built_names_its_key(tmp_path: P
     assert told.endswith(": file name too long")
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_ends_quietly(folder: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -148,6 +148,7 @@ def test_more_processes_hold_smaller_shares(run):
     assert replicas == eight
 
 
+@pytest.mark.slow
 def test_cuda_keeps_no_probabilities(run):
     kept = {}
     for device in ("cpu", "cuda"):

@@ -130,12 +130,14 @@ def start_and_wait(folder: Path, name: str, steps: int) -> Process:
     return process
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
     train(folder, "run=runs/two", f"training.steps={STEPS}", "parallel=ddp", processes=2)
     ours, unbroken = losses(folder / "runs" / "two"), losses(folder / "runs" / "smoke-001")
     assert ours == pytest.approx(unbroken, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_at_most_one_interval(folder: Path) -> None:
     for steps in (3, 6):
         process = start_and_wait(folder, "killed", steps)

@@ -35,6 +35,7 @@ def alone(what: str, run: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_by_another_number_of_processes(tmp_path: Path) -> None:
     assert alone("save", tmp_path / "one") == {"dtensor": False, "step": 5}
     two, plain, loaded, failed = start(

@@ -63,12 +63,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("row", STUDY, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, marks=() if r in FAMILIES.values() else pytest.mark.slow) for r in STUDY],
+    ids=lambda row: row.name,
+)
 def test_each_trains_and_paints(row, one_thread):
     # Gates that start closed let the last weights move in the fourth step.
     trains_and_paints(row, steps=4, settings=[Setting(5, 5.0)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
 def test_one_of_each_family_trains_twenty_steps_and_paints_under_all_six_settings(row, one_thread):
     trains_and_paints(row, steps=20, settings=SETTINGS)

@@ -14,6 +14,8 @@ from mmdit.cli.train import sweep_folder
 from mmdit.runs.checkpoint import checkpoints_in
 from tests.training_for_tests import ALONE, command, run
 
+pytestmark = pytest.mark.slow  # each test trains several models and scores them
+
 SMOKE = (
     *("experiment=smoke", "precision=fp32", "metrics=study", "name=study"),
     *("metrics.samples=6", "metrics.references=8", "metrics.batch_size=6"),
