@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(kind, found.values(), ids=found, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are marked slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files whose tests start processes: the last file then is a short one."""
+    """Give `few(n)` its meaning, and begin with the files whose tests start processes.
+
+    The last file then is a short one, and no process waits long for the other.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("few"):
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
     long = {Path(__file__).parent / folder for folder in ("cli", "engine", "runs", "study")}
     items.sort(key=lambda item: item.path.parent not in long)
 

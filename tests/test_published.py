@@ -308,6 +308,7 @@ def test_a_source_with_two_towers_requires_a_choice(tiny):
     assert mmdit.load_clip(tiny / "text_encoder").pooled_width == 16
 
 
+@pytest.mark.slow
 def test_a_tower_is_saved_under_its_kind_with_any_activation(tiny, tmp_path):
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     config = copy / "text_encoder" / "config.json"
@@ -332,6 +333,7 @@ def test_a_folder_saved_without_an_encoder_is_loaded_without_it(tiny, tmp_path):
     assert_same_model(again, short, "a cat")
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_leaves_the_old_folder_intact(tiny, tmp_path, monkeypatch):
     pipe = mmdit.load_pipeline(tiny, t5_length=20)
     folder = mmdit.save_diffusers(pipe, tmp_path / "folder")

@@ -306,6 +306,7 @@ def test_one_model_given_as_another(tiny, tmp_path, given, asked):
         Place(path).load(asked)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("name", ["mmditx", "autoencoder", "clip_g", "t5", "controlnet"])
 def test_any_key_missing_or_misshapen_is_named(tiny, tmp_path, name, layout):

@@ -50,6 +50,7 @@ def told(
     return refuse
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -102,6 +103,7 @@ def test_train_refuses(told: Told, words: tuple[str, ...], expected: tuple[str, 
     assert all(part in message for part in expected), message
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -135,6 +137,7 @@ def test_sample_refuses(told: Told, words: tuple[str, ...], expected: tuple[str,
     assert all(part in message for part in expected), message
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -160,6 +163,7 @@ def test_what_a_run_needs_from_elsewhere_is_looked_at_before_the_first_stage(
     assert not list(tmp_path.glob("runs/autoencoder-*"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["rank", "attention", "geneval", "memory", "speed"])
 def test_scripts_refuse_what_they_do_not_read_or_may_not_build(told: Told, name: str) -> None:
     assert "No code reads it" in told(f"eval/{name}.py", "+guidance_scale=9")

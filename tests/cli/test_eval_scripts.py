@@ -326,6 +326,7 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
     assert "preset='sd4' must be one of" in told
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [

@@ -523,6 +523,7 @@ def test_values_on_the_command_line_forge_no_line(run: Callable[..., SimpleNames
         assert result.code == 2 and "\x1b" not in result.err and "\nERROR" not in result.err
 
 
+@pytest.mark.slow
 def test_log_records_of_a_script_forge_no_line(folder: Path) -> None:
     result = run_script(folder, "action=log")
     assert (result.code, result.err) == (0, "")

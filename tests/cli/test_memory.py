@@ -63,6 +63,7 @@ def check_measured(found: dict[str, Any]) -> None:
         assert abs(row["deviation"]) < 0.1, (name, row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -180,6 +181,7 @@ def test_frozen_encoders_are_held_whole(run):
     assert frozen[1] - frozen[0] == pytest.approx(9.5e9, rel=0.01)  # 4.76B values in 16 bits
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

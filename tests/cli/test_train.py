@@ -107,6 +107,7 @@ def test_autoencoder_is_reused(folder: Path) -> None:
     assert "reusing the autoencoder" in result.stdout
 
 
+@pytest.mark.slow
 def test_n_steps_and_n_more_equal_2n(folder: Path) -> None:
     half = ("run=runs/halves", f"training.steps={STEPS // 2}")
     train(folder, *half)

@@ -73,6 +73,7 @@ def composed():
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("option", ["eps_linear", "rf_lognorm_0.50_0.60", "edm_0.60_1.20"])
 def test_a_formulation_is_the_papers_whatever_the_experiment(option, experiment, composed):
