@@ -70,8 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen[test] += 1
             if seen[test] > mark.args[0]:
                 item.add_marker(pytest.mark.slow)
-    long = {Path(__file__).parent / folder for folder in ("cli", "engine", "runs", "study")}
-    items.sort(key=lambda item: item.path.parent not in long)
+    order = {name: i for i, name in enumerate(("cli", "study", "engine", "runs", "tests"))}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
 
 
 def _variant(kind: str) -> Any:

@@ -123,6 +123,7 @@ def check(
         assert not [name for name in content(place) if name.endswith(".tmp") or ".tmp/" in name]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_before_a_change_a_saving_leaves_old_or_new(savings, tmp_path, name):
     saving = savings[name]

@@ -234,6 +234,7 @@ def write(path: Path, tensors: Tensors) -> Path:
     return path
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_what_is_wrong_with_a_transformer(transformer, tmp_path, name):
     mutate, expected = MUTATIONS[name]

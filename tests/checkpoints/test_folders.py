@@ -76,6 +76,7 @@ def test_what_we_save_they_open(tiny, tmp_path, name, shards):
             torch.testing.assert_close(ours_says, theirs_says, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("saved", [{}, {"max_shard_size": "100KB"}, {"variant": "fp16"}])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_they_save_we_open(tiny, tmp_path, name, saved):

@@ -220,6 +220,7 @@ def test_text_reaches_the_job_beside_the_config(run: Callable[..., SimpleNamespa
     assert config.training.steps == 3 and config.model.width == 12 and "prompt" not in config
 
 
+@pytest.mark.slow
 def test_text_survives_a_real_process(folder: Path) -> None:
     text = " (a, \"b'#!=$ ${x} \\ 赤 🟥\n "
     result = run_python(folder, f"prompt={text}", "out=")

@@ -88,6 +88,7 @@ def models(request, folder) -> tuple[str, ...]:
     return words
 
 
+@pytest.mark.slow
 def test_losses_from_a_cache_are_those_from_pixels(folder, models):
     from_cache = ("latents=from_cache", "latents.shard_size=7", f"latents.root=made{len(models)}")
     output = train(folder, *models, *from_cache, "until=cache").stdout

@@ -85,6 +85,7 @@ def test_a_formulation_is_the_papers_whatever_the_experiment(option, experiment,
     check_variant(config.variant, OmegaConf.to_container(config.objective))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", sorted({row.family for row in STUDY}))
 def test_train_py_knows_the_formulations_by_their_name_alone(family, composed):
     row = next(row for row in STUDY if row.family == family)

@@ -133,6 +133,7 @@ def trains_and_paints(row: Formulation, *, steps: int, settings: Sequence[Settin
     assert finite == [True] * len(settings)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
 def test_its_size_is_told_without_building_it(row):
     told = list(describe(composed(f"formulation={row.option}", *TINY)))
