@@ -11,8 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdit.adapters import DIALECTS, Adapter, write_adapter
+from mmdit.adapters.adapter import adapter_in
 from mmdit.checkpoints.building import expect_finite_weights
 from mmdit.errors import UserError, path_trouble
+from mmdit.loading import load_pipeline
 from mmdit.printable import show
 from mmdit.published import save_diffusers, save_single_file, with_tokenizers
 from mmdit.runs.checkpoint import WEIGHTS, read_weights
@@ -44,6 +47,11 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
     if form != "diffusers" and out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors")
     opened = read_weights(source, weights)
+    if opened.description.get("class") == Adapter.__name__:
+        raise UserError(
+            f"{source} is an adapter: choose the program that is to read it with --dialect "
+            f"{', '.join(DIALECTS)}"
+        )
     try:
         if form == "native":
             expect_finite_weights(opened.tensors, opened.path)
@@ -58,6 +66,30 @@ def export(source: Path, out: Path, *, weights: str = "ema", form: str = "native
     return out
 
 
+def export_adapter(source: Path, out: Path, *, dialect: str, weights: str = "ema") -> Path:
+    """Export the adapter of a run as another program reads it; see `write_adapter`.
+
+    Args:
+        source: run folder or checkpoint folder of an adapter, or an adapter file in any spelling.
+        out: a .safetensors file; a folder for 'peft'.
+        dialect: one of `DIALECTS`.
+        weights: 'ema' or 'raw'.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the source is not an adapter, the model that it was trained on is gone, or `out`
+            cannot be written.
+    """
+    pipe = load_pipeline(source, weights=weights)
+    if not pipe.adapters:
+        raise UserError(f"{source} is not an adapter: leave --dialect out")
+    (name,) = pipe.adapters
+    adapter = adapter_in(pipe, name, read_weights(source, weights).description["base"])
+    return write_adapter(adapter, out, dialect=dialect, root=pipe)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one line and exit code 2."""
     logging.basicConfig(format="%(message)s")
@@ -66,10 +98,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="a .safetensors file; a folder for diffusers")
     parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged or as trained")
     parser.add_argument("--format", choices=FORMATS, default="native", dest="form")
+    parser.add_argument("--dialect", choices=DIALECTS, help="of an adapter: who is to read it")
     given = parser.parse_args(words)
+    source, out, weights = given.source, given.out, given.weights
     try:
         with guarded():
-            show(export(given.source, given.out, weights=given.weights, form=given.form))
+            if given.dialect is None:
+                show(export(source, out, weights=weights, form=given.form))
+            else:
+                show(export_adapter(source, out, dialect=given.dialect, weights=weights))
     except (UserError, OSError) as error:
         trouble = path_trouble(error) if isinstance(error, OSError) else str(error)
         if trouble is None:

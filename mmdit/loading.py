@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from mmdit.adapters.adapter import Adapter
 from mmdit.checkpoints.archive import split_part
 from mmdit.checkpoints.folders import SUBFOLDERS, TOKENIZERS
 from mmdit.checkpoints.hashes import content_of
@@ -143,6 +144,8 @@ class Run(Source):
     ) -> Pipeline:
         self._refuse(public)
         module = self.module(tokenizers)
+        if isinstance(module, Adapter):
+            return self._adapted(module, dtype=dtype, left_out=left_out)
         if not isinstance(module, Pipeline):
             raise self._wrong_kind(module, "a text-to-image pipeline")
         without(module, list(left_out))
@@ -153,6 +156,8 @@ class Run(Source):
     ) -> M:
         self._refuse(hints)
         module = self.module()
+        if isinstance(module, Adapter):
+            module = self._adapted(module, dtype=None, left_out=())
         if isinstance(module, Pipeline):
             found = models_of(module).get(kind)
             if found is None:
@@ -162,6 +167,28 @@ class Run(Source):
             name = expected.__name__
             raise self._wrong_kind(module, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
         return module.to(dtype=dtype)
+
+    def _adapted(
+        self, adapter: Adapter, *, dtype: torch.dtype | None, left_out: Collection[str]
+    ) -> Pipeline:
+        """The model that an adapter was trained on, with the adapter attached."""
+        base = adapter.base
+        if not base:
+            raise UserError(
+                f"{self.name} is an adapter of an unknown model: attach it with lora={self._given}"
+            )
+        try:
+            source = open_source(base["source"])
+        except UserError as error:
+            raise UserError(f"{self.name} is an adapter of {base['source']}: {error}") from error
+        if source.sha256 != base["sha256"]:
+            raise UserError(
+                f"{self.name} is an adapter of {base['source']}, whose weights have changed since: "
+                f"their SHA-256 was {base['sha256'][:16]}... and is {source.sha256[:16]}..."
+            )
+        pipeline = source.pipeline(dtype=dtype, left_out=left_out)
+        pipeline.load_lora(adapter)
+        return pipeline.eval()
 
     def only_clip(self) -> str:
         module = self.module()

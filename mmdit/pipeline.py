@@ -1,12 +1,23 @@
 """Text-to-image sampling: encode the prompt, integrate the guided flow from noise, decode."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.adapters.adapter import (
+    Adapter,
+    attach,
+    attached,
+    detach,
+    fuse,
+    rescale,
+    unused_name,
+)
+from mmdit.adapters.reading import read_adapter
 from mmdit.checks import MOST_STEPS, expect_finite, whole_number
 from mmdit.dtypes import at_least_float32
 from mmdit.errors import UserError
@@ -405,6 +416,65 @@ class Pipeline(nn.Module):
         z = solver(velocity, z, times, watch.step)
         watch.check(z, "at its end")  # solvers need not call `progress`
         return Denoised(z, watch.evaluations / len(z))
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """The adapters that are attached, with their scales."""
+        return attached(self)
+
+    def load_lora(
+        self, source: str | Path | Adapter, scale: float = 1.0, *, name: str | None = None
+    ) -> str:
+        """Attach a LoRA, or another adapter; several add up.
+
+        Example:
+            pipe.load_lora("style.safetensors", 0.8)
+            images = pipe("a cat in this style")
+            pipe.lora_scale("style", 0.5)
+            pipe.unload_lora()
+
+        Args:
+            source: a file of any program or a folder of PEFT, see `read_adapter`; or an `Adapter`.
+            scale: factor of its changes.
+            name: under which to find it again; None is the name of the file.
+
+        Returns:
+            The name.
+
+        Raises:
+            UserError: it is not an adapter, is damaged, or is for another model; the model is as
+                it was.
+        """
+        if isinstance(source, Adapter):
+            adapter, stem = source, "adapter"
+        else:
+            adapter, stem = read_adapter(source, self), Path(source).stem
+        name = unused_name(self, stem) if name is None else name
+        attach(self, adapter, name, scale=scale)
+        return name
+
+    def lora_scale(self, name: str, scale: float) -> None:
+        """Set the factor of an adapter's changes; 0 turns it off.
+
+        Raises:
+            UserError: there is no such adapter, or the adapters are fused.
+        """
+        rescale(self, name, scale)
+
+    def fuse_lora(self) -> None:
+        """Add all adapters to the weights: sampling then costs no more than without them.
+
+        The weights of the model itself are kept beside, for `unload_lora`.
+        """
+        fuse(self)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Remove an adapter, or all: every weight is as if it had never been there.
+
+        Raises:
+            UserError: there is no such adapter, or it is fused with others.
+        """
+        detach(self, name)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

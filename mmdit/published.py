@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmdit.adapters.adapter import adapted
 from mmdit.checkpoints.archive import write_archive
 from mmdit.checkpoints.atomic_save import replacing
 from mmdit.checkpoints.folders import (
@@ -331,6 +332,15 @@ def models_of(thing: nn.Module) -> dict[str, Network]:
     return models
 
 
+def _expect_no_adapters(thing: nn.Module) -> None:
+    """Raise UserError where adapters change a model, beside its weights."""
+    if live := [name for layer in adapted(thing).values() for name in layer.scales]:
+        raise UserError(
+            f"the model has the adapter {live[0]!r}: fuse it with the weights (pipe.fuse_lora()) or "
+            "remove it (pipe.unload_lora()) before saving; write_adapter saves the adapter alone"
+        )
+
+
 def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     """Save a model, or all models of a pipeline, in the original single-file layout.
 
@@ -360,6 +370,7 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
+    _expect_no_adapters(thing)
     models = models_of(thing)
     tensors: dict[str, torch.Tensor] = {}
     for kind, model in models.items():
@@ -416,6 +427,7 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
     Raises:
         UserError: the model has no public format.
     """
+    _expect_no_adapters(thing)
     folder = Path(folder).expanduser()
     if not isinstance(thing, Pipeline):
         (model,) = models_of(thing).values()

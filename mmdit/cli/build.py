@@ -1,6 +1,7 @@
 """From a config to what training needs, untrained: for `train.py`, `eval/memory.py`, notebooks."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -8,15 +9,20 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from mmdit.adapters.adapter import adapter_in
+from mmdit.checks import one_of
+from mmdit.cli.initial import DTYPES, Initial, given_keys, open_initial, select
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
 from mmdit.engine.parallel import Parallel
 from mmdit.engine.state import TrainState
+from mmdit.errors import UserError
 from mmdit.models.matching import matched
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
 
 log = logger("mmdit.train")
+ADAPTER = "adapter"  # the name of what is trained
 
 
 class Parts(NamedTuple):
@@ -31,31 +37,62 @@ class Parts(NamedTuple):
         return cast(Pipeline, self.state.module)
 
 
-def build(config: DictConfig, device: torch.device, dtype: torch.dtype) -> Parts:
+def build(
+    config: DictConfig, device: torch.device, dtype: torch.dtype, initial: Initial | None = None
+) -> Parts:
     """The untrained model of a config with its average and its optimizer, placed on a device.
 
     Args:
         dtype: of the forward pass, in which sharded weights are exchanged.
+        initial: weights to start from; None is random weights.
 
     Example:
         >>> parts = build(compose("train"), torch.device("cpu"), torch.float32)
         >>> parts.pipeline("a red circle")
     """
-    pipeline = build_pipeline(config).to(device)
+    pipeline = build_pipeline(config) if initial is None else adapted(config, initial)
+    pipeline.to(device)
     ema = EMA(pipeline, profile=instantiate(config.ema))
     parallel = instantiate(config.parallel)
     recompute(pipeline, config.activation_checkpointing)
     if config.compile:
         pipeline.mmdit.compile()
     parallel.place(pipeline, ema.module, device=device, dtype=dtype)
+    adapter = initial if config.get("adapter") else None
     state = TrainState(
         pipeline,
         ema=ema,
         optimizer=instantiate(config.optimizer)(pipeline),
         schedule=instantiate(config.schedule),
         posthoc=instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None,
+        kept=partial(adapter_in, name=ADAPTER, base=initial.base) if adapter else None,
     )
     return Parts(state, parallel)
+
+
+def adapted(config: DictConfig, initial: Initial) -> Pipeline:
+    """The model to start from, in which that is trainable which is to be trained.
+
+    Raises:
+        UserError: the config asks for what the model does not have.
+    """
+    pipeline = initial.pipeline
+    if config.get("adapter") is None:
+        if config.base_dtype is not None:
+            raise UserError("base_dtype is for what adapters leave as it is: give adapter=, too")
+        select(pipeline, config.train)
+        return pipeline
+    for key in ("train", "posthoc"):
+        if config.get(key) is not None:
+            raise UserError(f"{key} and adapter exclude each other: adapter.parts says where it is")
+    pipeline.requires_grad_(False)
+    if config.base_dtype is not None:
+        one_of("base_dtype", config.base_dtype, DTYPES)
+        for part in (pipeline.mmdit, pipeline.text):
+            part.to(DTYPES[config.base_dtype])
+    torch.manual_seed(config.seed)
+    pipeline.load_lora(instantiate(config.adapter)(pipeline, base=initial.base), name=ADAPTER)
+    return pipeline
 
 
 def build_pipeline(config: DictConfig) -> Pipeline:
@@ -93,6 +130,15 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
 def describe(config: DictConfig) -> Iterator[str]:
     """How large the model is; built on the meta device, where weights take no memory."""
+    if config.initial is not None:
+        initial = open_initial(config, given_keys())
+        assert initial is not None
+        pipeline = adapted(config, initial)
+        yield f"{count(pipeline.mmdit):,} parameters in the MMDiT of initial={config.initial}"
+        yield f"{count(pipeline.text):,} in the text encoders"
+        trained = sum(weight.numel() for weight in pipeline.parameters() if weight.requires_grad)
+        yield f"{trained:,} are trained"
+        return
     with torch.device("meta"):
         paper, pipeline = instantiate(config.model), build_pipeline(config)
     yield f"{count(paper):,} parameters in the MMDiT, with the paper's text encoders"

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mmdit.checks import MOST_STEPS, flag, number, seed_number, whole_number
 from mmdit.cli.formulations import check_variant
+from mmdit.cli.initial import Initial, given_keys, open_initial
 from mmdit.cli.stages import check_recipe
 from mmdit.data.dataset import Data
 from mmdit.devices import available
@@ -37,6 +38,7 @@ class TrainingRequest(NamedTuple):
     dtype: torch.dtype  # of the forward pass
     precision: Autocast
     processes: Processes
+    initial: Initial | None  # weights to start from
     data: Data
     validation: Data  # the images of `data` that are held back
     logger: Logger
@@ -53,10 +55,13 @@ def read(config: DictConfig) -> TrainingRequest:
     Raises:
         UserError: a value makes no sense, or does not fit another.
     """
-    for key in ("name", "runs", "run", "resume"):  # name=2024 is a name all the same
+    for key in ("name", "runs", "run", "resume", "initial"):  # name=2024 is a name all the same
         config[key] = config[key] if config[key] is None else str(config[key])
     check_name(config.name)
+    initial = open_initial(config, given_keys())
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    if initial is not None:
+        plain["initial_sha256"] = initial.sha256
     check_variant(config.variant, plain["objective"])
     device = own_device(available(config.device))
     precision = autocast(device, config.precision)
@@ -89,6 +94,7 @@ def read(config: DictConfig) -> TrainingRequest:
         dtype=dtype,
         precision=precision,
         processes=processes,
+        initial=initial,
         data=data,
         validation=validation,
         logger=instantiate(config.logger) if processes.main else NoLogger(),

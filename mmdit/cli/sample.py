@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import mmdit
 from mmdit.checks import flag, number, seed_number, whole_number
+from mmdit.cli.adapters import load_adapters
 from mmdit.cli.images import fitted, open_image, png_with_metadata, slug
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import Subject, open_subject
@@ -33,7 +34,7 @@ PROMPTS_KEPT = 100  # cached encodings, 1 to 5 MB each at the size of SD3
 LONGEST_PROMPT_FILE = 50_000_000  # characters
 VERBATIM = (
     *("prompt", "negative_prompt", "prompt_file", "checkpoint", "out", "image"),
-    *("control", "controlnet"),
+    *("control", "controlnet", "lora"),
     *("autoencoder", "text.encoders", "text.tokenizers"),
 )
 
@@ -53,6 +54,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
         verify=config.verify,
     )
     pipe, precision = subject.pipe, subject.autocast
+    adapters = load_adapters(pipe, text["lora"]) if "lora" in text else []
     if "controlnet" in text:
         pipe.mmdit = controlled(pipe, config, text)
     if config.compile:
@@ -62,7 +64,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
     with precision():
         options = options_of(pipe, config, image, control)
-    metadata = metadata_of(subject, config, text, options)
+    metadata = {**metadata_of(subject, config, text, options), "lora": adapters}
     wanted = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
     count = len(prompts) * config.num_images
     with tqdm(total=count * steps_of(pipe, options), unit="step", disable=None) as bar:

@@ -47,7 +47,7 @@ def job(config: DictConfig, _: Verbatim) -> None:
     """
     began = time.perf_counter()
     request = read(config)
-    parts = build(config, request.device, request.dtype)
+    parts = build(config, request.device, request.dtype, request.initial)
     source = open_latents(request, parts)
     run = open_run(request) if config.until is None else None
     if run is not None and (config.resume or sweep_label()) and is_finished(config, run):

@@ -116,9 +116,8 @@ def gamma_of(sigma_rel: float) -> float:
 class EMA(Generic[M]):
     """A shadow of the trainable weights of `module`.
 
-    Parts in which nothing is trained are shared with `module`, not copied: a frozen T5 is large,
-    and what is loaded into one is loaded into both. Other buffers and frozen weights stay as
-    copied.
+    What is not trained is shared with `module`, not copied: a frozen T5 is large, and what is
+    loaded into one is loaded into both. Buffers of parts that are trained stay as copied.
 
     Args:
         module: what is trained.
@@ -159,11 +158,13 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def frozen(module: nn.Module) -> Iterator[Tensor]:
-    """Weights and buffers of the parts of a module that have weights, none of them trained."""
+    """Weights that are not trained, with the buffers of parts in which no weight is."""
     trained = [weight.requires_grad for weight in module.parameters()]
     if trained and not any(trained):
         yield from (*module.parameters(), *module.buffers())
     else:
+        own = module.parameters(recurse=False)
+        yield from (weight for weight in own if not weight.requires_grad)
         for part in module.children():
             yield from frozen(part)
 

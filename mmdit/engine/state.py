@@ -27,6 +27,7 @@ class TrainState:
         ema: the running average of its weights.
         optimizer: updates its weights.
         schedule: factor of the optimizer's learning rate at each step.
+        kept: from a module to what checkpoints hold of it, as an adapter; None is all.
         posthoc: averages kept beside `ema`, from which others are made after training.
 
     Attributes:
@@ -41,9 +42,11 @@ class TrainState:
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
         posthoc: PostHoc | None = None,
+        kept: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.module, self.ema, self.optimizer = module, ema, optimizer
         self.schedule, self.posthoc = schedule, posthoc
+        self._kept = kept
         self.step = 0
         self._rates = rates_of(optimizer)
 
@@ -79,7 +82,7 @@ class TrainState:
             figures: what the manifest says of the run up to here.
         """
         kept = self.posthoc.tensors() if self.posthoc else {}
-        tensors = weights_of(self.module, self.ema)
+        tensors = self.weights()
         tensors["optimizer"] = moments(self.module, self.optimizer) | kept
         saver.save(
             step=self.step,
@@ -91,7 +94,18 @@ class TrainState:
 
     def describe(self) -> dict[str, Any]:
         """What the trained and the averaged module can be built from again."""
-        return {"raw": describe(self.module), "ema": describe(self.ema.module)}
+        return {name: describe(module) for name, module in self._modules().items()}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """What checkpoints hold of the weights: raw, averaged, and what both share."""
+        if self._kept is None:
+            return weights_of(self.module, self.ema)
+        return {name: module.state_dict() for name, module in self._modules().items()}
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """The trained and the averaged module, as checkpoints hold them."""
+        both = {"raw": self.module, "ema": self.ema.module}
+        return both if self._kept is None else {k: self._kept(m) for k, m in both.items()}
 
     def load(self, saver: Saver) -> Checkpoint | None:
         """Go on from the newest undamaged checkpoint of a run, if there is one."""
@@ -99,7 +113,7 @@ class TrainState:
         if checkpoint is None:
             return None
         kept = room_for(self.module, saver.facts(checkpoint, "optimizer"))
-        saver.load(checkpoint, {**weights_of(self.module, self.ema), "optimizer": kept})
+        saver.load(checkpoint, {**self.weights(), "optimizer": kept})
         if self.posthoc is not None:
             self.posthoc.take(kept)
         load_moments(self.module, self.optimizer, kept)

@@ -181,6 +181,7 @@ class Captioned(NamedTuple):
     kept: Tensor  # bool (b, 3): which encoders speak
     draw: Draw
     extra: dict[str, Tensor]  # as in `Batch`
+    seed: int  # of what layers draw, as dropout in an adapter
 
 
 class Validation(NamedTuple):
@@ -238,12 +239,15 @@ class FlowTask:
         x, text, extra = self.source.read(step, indices)
         generators = [generator_for(self.seed, "flow", step, index) for index in indices]
         draw = self.module.objective.draw(self.source.latent_shape(x), generators)
-        return Captioned(x, text, self.module.text.draw_kept(generators), draw, extra)
+        kept = self.module.text.draw_kept(generators)
+        seed = generator_for(self.seed, "layers", step, *indices).initial_seed()
+        return Captioned(x, text, kept, draw, extra, seed)
 
     def loss(self, example: Captioned) -> Tensor:
         module = self.module
         x_0 = self.source.latents(example.x)
         draw = Draw(*(part.to(x_0.device, non_blocking=True) for part in example.draw))
+        torch.manual_seed(example.seed)
         with self.autocast():
             conditioned = condition(module.text, example.text, example.kept)
             conditioned = conditioned._replace(extra=self._read(example.extra))

@@ -190,4 +190,4 @@ def example_of(plan: Plan, pipeline: Pipeline) -> Captioned:
             torch.zeros(b, encoder.length, dtype=torch.int64) for encoder in pipeline.text.encoders
         )
         draw = Draw(torch.full((b,), 0.5), torch.zeros(shape))
-        return Captioned(x, TokenIds(*ids), torch.ones(b, 3, dtype=torch.bool), draw, {})
+        return Captioned(x, TokenIds(*ids), torch.ones(b, 3, dtype=torch.bool), draw, {}, seed=0)

@@ -1,0 +1,227 @@
+"""Adapters as a whole: made for a model, attached to it, scaled, fused and removed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from mmdit.adapters.layers import AdaptedLinear, Change, FusedLinear
+from mmdit.adapters.targets import targeted
+from mmdit.checks import did_you_mean, nearest, number
+from mmdit.errors import UserError
+from mmdit.registry import build, register
+
+Make = Callable[..., Change]
+
+
+@register
+class Adapter(nn.Module):
+    """Changes of linear layers, each under the name of its layer in a `Pipeline`.
+
+    Its state dict has keys like `mmdit.blocks.0.image.attention_in.q.down.weight`.
+
+    Args:
+        changes: by layer, a `Change` or its description.
+        base: the source and SHA-256 of the weights that it was trained on; empty if unknown.
+
+    Example:
+        adapter = load_adapter("style.safetensors", pipe)
+        pipe.load_lora(adapter, scale=0.8)
+    """
+
+    def __init__(
+        self, *, changes: Mapping[str, Any], base: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__()
+        self.base = dict(base or {})
+        for name, change in changes.items():
+            *path, last = name.split(".")
+            parent: nn.Module = self
+            for step in path:
+                if step not in parent._modules:
+                    parent.add_module(step, nn.Module())
+                parent = parent.get_submodule(step)
+            module = build(dict(change)) if isinstance(change, Mapping) else change
+            if not isinstance(module, Change):
+                raise UserError(f"adapter: {name} is a {type(module).__name__}, not a change")
+            parent.add_module(last, module)
+
+    @classmethod
+    def over(
+        cls,
+        root: nn.Module,
+        make: Make,
+        *,
+        targets: str = "attention",
+        parts: Sequence[str] = ("mmdit",),
+        blocks: Sequence[int] | str | None = None,
+        base: Mapping[str, str] | None = None,
+    ) -> Self:
+        """A new adapter, which changes nothing yet.
+
+        Args:
+            root: the pipeline.
+            make: the change of a layer, from its widths `inputs` and `outputs`.
+            targets, parts, blocks: see `targeted`.
+            base: as in the constructor.
+
+        Example:
+            adapter = Adapter.over(pipe, partial(LoRA, rank=16), targets="attention+mlp")
+        """
+        changes = {}
+        for name, layer in targeted(root, targets=targets, parts=parts, blocks=blocks).items():
+            change = make(inputs=layer.in_features, outputs=layer.out_features)
+            change.reset_parameters(layer.weight)
+            changes[name] = change
+        return cls(changes=changes, base=base)
+
+    @property
+    def changes(self) -> dict[str, Change]:
+        """The changes by layer."""
+        found = {name: part for name, part in self.named_modules() if isinstance(part, Change)}
+        return {n: change for n, change in found.items() if n.rpartition(".")[0] not in found}
+
+
+def attach(root: nn.Module, adapter: Adapter, name: str, *, scale: float = 1.0) -> None:
+    """Add the changes of an adapter to a model; they take effect at once.
+
+    Each stays in its own dtype, on the device of its layer.
+
+    Args:
+        root: the pipeline.
+        adapter: its changes become part of the model.
+        name: under which to find it again.
+        scale: factor of its changes.
+
+    Raises:
+        UserError: the adapter is for another model, or one of this name is there; the model is as
+            it was.
+    """
+    scale = number("scale", scale)
+    if not name or "." in name:
+        raise UserError(f"name={name!r} must be a name without dots")
+    if name in attached(root):
+        raise UserError(f"an adapter {name!r} is there already: choose another name, or unload it")
+    if fused(root):
+        raise UserError("the adapters of this model are fused: unload them before adding another")
+    layers = {n: part for n, part in root.named_modules() if isinstance(part, nn.Linear)}
+    changes = adapter.changes
+    check_fits(changes, layers, name)
+    for at, change in changes.items():
+        layer = layers[at]
+        if not isinstance(layer, AdaptedLinear):
+            layer = AdaptedLinear(layer)
+            root.set_submodule(at, layer)
+        layer.changes[name] = change.to(layer.weight.device).train(layer.training)
+        layer.scales[name] = scale
+
+
+def check_fits(changes: Mapping[str, Change], layers: Mapping[str, nn.Linear], name: str) -> None:
+    """Check that a model has each changed layer, and in the same size.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not changes:
+        raise UserError(f"the adapter {name!r} changes nothing: it is empty")
+    if missing := [at for at in changes if at not in layers]:
+        raise UserError(
+            f"the adapter {name!r} is for another model: this one has no {_some(missing)}"
+        )
+    sizes = {at: (change.outputs, change.inputs) for at, change in changes.items()}
+    wrong = [at for at, size in sizes.items() if size != tuple(layers[at].weight.shape)]
+    if wrong:
+        at, size = wrong[0], tuple(layers[wrong[0]].weight.shape)
+        raise UserError(
+            f"the adapter {name!r} is for another model: {at} is {sizes[at][0]} x {sizes[at][1]} "
+            f"in it and {size[0]} x {size[1]} here ({len(wrong)} of {len(changes)} layers differ)"
+        )
+
+
+def adapted(root: nn.Module) -> dict[str, AdaptedLinear]:
+    """The layers of a model that adapters change, by name."""
+    return {name: part for name, part in root.named_modules() if isinstance(part, AdaptedLinear)}
+
+
+def fused(root: nn.Module) -> dict[str, FusedLinear]:
+    """The layers of a model whose weights contain the changes of adapters, by name."""
+    return {name: part for name, part in root.named_modules() if isinstance(part, FusedLinear)}
+
+
+def attached(root: nn.Module) -> dict[str, float]:
+    """The adapters of a model with their scales, in the order in which they were attached."""
+    layers = (*adapted(root).values(), *fused(root).values())
+    return {name: scale for layer in layers for name, scale in layer.scales.items()}
+
+
+def unused_name(root: nn.Module, stem: str) -> str:
+    """A name for an adapter from that of its file, without dots, which no other has."""
+    name = stem.replace(".", "_") or "adapter"
+    others = attached(root)
+    numbered = (f"{name}_{number}" for number in count(2))
+    return name if name not in others else next(n for n in numbered if n not in others)
+
+
+def adapter_in(root: nn.Module, name: str, base: Mapping[str, str] | None = None) -> Adapter:
+    """An attached adapter, sharing its weights with the model."""
+    _expect_live(root, name)
+    found = {at: layer.changes for at, layer in adapted(root).items()}
+    changes = {at: changes[name] for at, changes in found.items() if name in changes}
+    return Adapter(changes=changes, base=base)
+
+
+def rescale(root: nn.Module, name: str, scale: float) -> None:
+    """Set the factor of an adapter's changes; 0 turns it off.
+
+    Raises:
+        UserError: there is no such adapter, or it is fused.
+    """
+    scale = number("scale", scale)
+    _expect_live(root, name)
+    for layer in adapted(root).values():
+        if name in layer.scales:
+            layer.scales[name] = scale
+
+
+def fuse(root: nn.Module) -> None:
+    """Add the changes of all adapters to the weights, which costs nothing from then on.
+
+    The weights of the model itself are kept beside them, so that `detach` restores them exactly.
+    """
+    for at, layer in adapted(root).items():
+        root.set_submodule(at, FusedLinear(layer))
+
+
+def detach(root: nn.Module, name: str | None = None) -> None:
+    """Remove an adapter, or all; what remains of the model is as if it had never been there.
+
+    Raises:
+        UserError: there is no such adapter, or it is fused with others.
+    """
+    if name is not None and [*attached(root)] != [name]:
+        _expect_live(root, name)
+    gone = list(attached(root)) if name is None else [name]
+    for at, layer in adapted(root).items():
+        for each in gone:
+            if each in layer.scales:
+                del layer.scales[each], layer.changes[each]
+        if not layer.scales:
+            root.set_submodule(at, layer.without())
+    for at, whole in fused(root).items():
+        root.set_submodule(at, whole.without())
+
+
+def _expect_live(root: nn.Module, name: str) -> None:
+    """Raise UserError unless there is such an adapter, and its changes are not fused."""
+    if name not in (known := attached(root)):
+        there = f"there are {', '.join(known)}" if known else "there is none"
+        raise UserError(f"no adapter {name!r}: {there}.{did_you_mean(nearest(name, known))}")
+    if fused(root):
+        raise UserError(f"the adapter {name!r} is fused with the weights: unload all, and load it")
+
+
+def _some(found: Sequence[str]) -> str:
+    more = f" ({len(found)} such layers)" if len(found) > 1 else ""
+    return f"{found[0]}{more}"

@@ -1,0 +1,142 @@
+"""Start from weights: `initial=<source>` in place of the networks that a config describes.
+
+What a run starts from is decided in this order: a checkpoint of the run itself (`resume=`), then
+`initial=`, then random weights of a fresh seed.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from mmdit.adapters.targets import PARTS
+from mmdit.checks import did_you_mean, listed, nearest, number, one_of
+from mmdit.dtypes import wide
+from mmdit.errors import UserError
+from mmdit.flow.objective import Objective
+from mmdit.loading import open_source
+from mmdit.pipeline import Pipeline
+from mmdit.printable import logger
+from mmdit.registry import describe
+
+log = logger("mmdit.train")
+
+# Sections of a config that come with the weights, which the command line may not name beside them.
+COMES_WITH = ("model", "model@reference", "reference", "match", "autoencoder", "text", "formulation")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Initial(NamedTuple):
+    """Weights that a run starts from."""
+
+    pipeline: Pipeline
+    source: str  # where they are: a path from the root of the file system, or a hub id
+    sha256: str
+
+    @property
+    def base(self) -> dict[str, str]:
+        """What an adapter states about the weights that it was trained on."""
+        return {"source": self.source, "sha256": self.sha256}
+
+
+def given_keys() -> set[str]:
+    """The keys that the command line names: `model`, `training.steps`, `objective/timesteps`."""
+    words: Sequence[str] = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    return {word.lstrip("+~").partition("=")[0] for word in words}
+
+
+def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
+    """Open the weights of `initial=`, and take over into the config what comes with them.
+
+    That is the architecture, image size, steps and guidance, and the objective, unless the command
+    line names it.
+
+    Args:
+        config: changed.
+        given: see `given_keys`.
+
+    Raises:
+        UserError: there are no such weights, or the command line describes other networks.
+    """
+    if config.initial is None:
+        if config.base_dtype is not None or config.train is not None:
+            key = "train" if config.base_dtype is None else "base_dtype"
+            raise UserError(f"{key}={config[key]} needs weights to start from: initial=<source>")
+        if config.get("adapter") is not None:
+            raise UserError("adapter= needs weights to adapt: initial=<run, file, folder or hub id>")
+        return None
+    sections = {key: key.partition(".")[0].partition("/")[0] for key in given}
+    if named := sorted(k for k, section in sections.items() if section in COMES_WITH):
+        if refused := [key for key in named if key != "text.dropout"]:
+            raise UserError(
+                f"{refused[0]}: the {sections[refused[0]]} comes with initial={config.initial}; "
+                "leave one of them out"
+            )
+    path = Path(config.initial).expanduser()
+    source = open_source(path if path.exists() else config.initial)
+    pipeline = source.pipeline()
+    if pipeline.adapters:
+        raise UserError(
+            f"initial={config.initial} is an adapter: start from the model that it was trained on"
+        )
+    if "text.dropout" in given:
+        pipeline.text.dropout = number("text.dropout", config.text.dropout, 0, 1)
+    if any(section == "objective" for section in sections.values()):
+        objective = instantiate(config.objective)
+        assert isinstance(objective, Objective)
+        log.info("note: objective is that of the config, not that of %s", config.initial)
+        pipeline.objective = objective
+    else:
+        config.objective = OmegaConf.create(describe(pipeline.objective))
+    for key in ("image_size", "sampling.steps", "sampling.guidance"):
+        name = key.removeprefix("sampling.")
+        if key in given:
+            setattr(pipeline, name, OmegaConf.select(config, key))
+        else:
+            OmegaConf.update(config, key, getattr(pipeline, name))
+    config.model = OmegaConf.create(describe(pipeline.mmdit))
+    config.autoencoder.trained = False
+    found = str(path.resolve()) if path.exists() else str(config.initial)
+    return Initial(pipeline, found, source.sha256)
+
+
+def select(pipeline: Pipeline, trained: Sequence[str] | None) -> None:
+    """Make the named parts of a model trainable, in float32, and freeze all else.
+
+    Args:
+        pipeline: starts from weights.
+        trained: 'mmdit', 'clip_l', 'clip_g', 't5', 'text' for all three, or a module of one, as
+            'mmdit.blocks.3'; None is the network.
+
+    Raises:
+        UserError: there is no such part.
+    """
+    pipeline.requires_grad_(False)
+    names = ["mmdit"] if trained is None else trained
+    listed("train", names)
+    for name in names:
+        part, _, rest = str(name).partition(".")
+        if part not in {*PARTS, "text"}:
+            one_of("train", part, (*PARTS, "text"))
+        path = ".".join(filter(None, (PARTS.get(part, part), rest)))
+        try:
+            module = pipeline.get_submodule(path)
+        except AttributeError:
+            known = [key for key, _ in pipeline.mmdit.named_modules(prefix="mmdit") if key]
+            hint = did_you_mean(nearest(name, known))
+            raise UserError(f"train={name}: the model has no such part.{hint}") from None
+        widened(module).requires_grad_(True)
+    if not any(weight.requires_grad for weight in pipeline.parameters()):
+        raise UserError(f"train={list(names)} names nothing that has weights")
+
+
+def widened(module: nn.Module) -> nn.Module:
+    """A module whose weights are float32, as trained ones must be."""
+    for weight in module.parameters():
+        weight.data = wide(weight.data)
+    return module

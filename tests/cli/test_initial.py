@@ -1,0 +1,187 @@
+"""Training from weights: whole models and adapters of them, resumed, opened, exported and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmdit
+from mmdit.adapters.adapter import Adapter, adapter_in
+from mmdit.adapters.layers import AdaptedLinear
+from mmdit.export import export_adapter
+from mmdit.runs.checkpoint import checkpoints_in, read_weights
+from mmdit.runs.native import weights_hash
+from tests.training_for_tests import run
+
+SMOKE = ("experiment=smoke", "precision=fp32")
+LORA = (*SMOKE, "initial=runs/base", "adapter=lora", "adapter.rank=4", "name=lora")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run, `runs/base`, and an adapter of it, `runs/lora-001`."""
+    folder = tmp_path_factory.mktemp("work")
+    run(folder, "train.py", *SMOKE, "run=runs/base")
+    run(folder, "train.py", *LORA)
+    return folder
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_of_an_adapter_holds_the_adapter_alone(folder: Path) -> None:
+    base, lora = folder / "runs" / "base", folder / "runs" / "lora-001"
+    read = read_weights(lora)
+    adapter = read.module()
+    assert isinstance(adapter, Adapter)
+    assert all(name.startswith("mmdit.") for name in read.tensors)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in read.tensors} == {"down", "up"}
+    newest = checkpoints_in(lora)[-1]
+    assert not list(lora.glob("checkpoints/frozen*"))
+    digest = read_weights(base).sha256
+    assert newest.manifest["config"]["initial_sha256"] == digest
+    assert adapter.base == {"source": str(base.resolve()), "sha256": digest}
+
+
+def test_it_opens_as_the_model_with_the_adapter(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    base = mmdit.load_pipeline("runs/base")
+    adapted = mmdit.load_pipeline("runs/lora-001")
+    assert [*adapted.adapters] == ["adapter"]
+    images = {"prompt": "a red circle", "steps": 2, "seed": 3}
+    with_adapter = adapted(**images)
+    base.load_lora("runs/lora-001")
+    assert torch.equal(base(**images), with_adapter)
+    adapted.unload_lora()
+    base.unload_lora()
+    assert weights_hash(adapted) == weights_hash(base) == weights_hash(
+        mmdit.load_pipeline("runs/base")
+    )
+
+
+def test_the_first_step_sees_the_model_itself(folder: Path) -> None:
+    """The first loss of a LoRA equals that of finetuning the network itself."""
+    run(folder, "train.py", *SMOKE, "initial=runs/base", "name=full")
+    run(folder, "train.py", *LORA, "adapter=dora", "name=dora")
+    first = [metrics(folder / "runs" / name)[0] for name in ("lora-001", "full-001", "dora-001")]
+    assert first[0]["loss"] == first[1]["loss"] == first[2]["loss"]
+    later = [metrics(folder / "runs" / name)[4]["loss"] for name in ("lora-001", "full-001")]
+    assert later[0] != later[1]
+
+
+def test_finetuning_changes_what_is_named_alone(folder: Path) -> None:
+    words = ("initial=runs/base", "train=[clip_l,mmdit.blocks.0]", "name=part", "data.samples=16")
+    run(folder, "train.py", *SMOKE, *words, "training.steps=2", "training.evaluate_every=2")
+    before = read_weights(folder / "runs" / "base", "ema").tensors
+    after = read_weights(folder / "runs" / "part-001", "raw").tensors
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("text.clip_l.") for name in changed)
+    assert any(name.startswith("mmdit.blocks.0.") for name in changed)
+    assert all(name.startswith(("text.clip_l.", "mmdit.blocks.0.")) for name in changed)
+
+
+def test_two_parts_equal_an_unbroken_run(folder: Path) -> None:
+    words = (*LORA, "adapter.dropout=0.3")
+    run(folder, "train.py", *words, "run=runs/whole", "training.save_every=3")
+    run(folder, "train.py", *words, "run=runs/parts", "training.steps=3", "schedule.warmup_steps=2")
+    run(folder, "train.py", *words, "resume=runs/parts", "training.steps=6")
+    whole, parts = (read_weights(folder / "runs" / name, "raw") for name in ("whole", "parts"))
+    assert whole.sha256 == parts.sha256
+    losses = [[row["loss"] for row in metrics(folder / "runs" / n)] for n in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_an_adapter_of_a_changed_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    weights = read_weights(folder / "runs" / "lora-001")
+    description = {**weights.description, "base": {**weights.description["base"], "sha256": "0"}}
+    mmdit.runs.native.save_tensors(
+        tmp_path / "a.safetensors", weights.tensors, {"description": description}
+    )
+    with pytest.raises(mmdit.UserError, match="whose weights have changed since"):
+        mmdit.load_pipeline(tmp_path / "a.safetensors")
+    description["base"]["source"] = str(tmp_path / "gone")
+    mmdit.runs.native.save_tensors(
+        tmp_path / "a.safetensors", weights.tensors, {"description": description}
+    )
+    with pytest.raises(mmdit.UserError, match="is an adapter of .*gone"):
+        mmdit.load_pipeline(tmp_path / "a.safetensors")
+
+
+def test_it_is_exported_for_other_programs_and_sampled_with(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    for dialect in ("diffusers", "sd-scripts", "comfyui"):
+        out = Path(f"{dialect}.safetensors")
+        export_adapter(Path("runs/lora-001"), out, dialect=dialect)
+        pipe, wanted = mmdit.load_pipeline("runs/base"), mmdit.load_pipeline("runs/lora-001")
+        pipe.load_lora(out)
+        pipe.fuse_lora()
+        wanted.fuse_lora()
+        for (name, ours), theirs in zip(
+            pipe.state_dict().items(), wanted.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, msg=name)
+    words = ("prompt=a red circle", "steps=1", "num_images=1", "checkpoint=runs/base")
+    done = run(folder, "sample.py", *words, "lora=comfyui.safetensors:0.5,runs/lora-001")
+    image = folder / done.stdout.splitlines()[0]
+    text = json.loads(mmdit_metadata(image))
+    assert [(part["source"], part["scale"]) for part in text["lora"]] == [
+        ("comfyui.safetensors", 0.5),
+        ("runs/lora-001", 1.0),
+    ]
+    assert all(len(part["sha256"]) == 64 for part in text["lora"])
+
+
+def mmdit_metadata(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return next(value for key, value in image.text.items() if value.startswith("{"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("initial=runs/none",), "runs/none"),
+        (("initial=runs/lora-001",), "is an adapter: start from the model that it was trained on"),
+        (("initial=runs/base", "model=toy_dit"), "the model comes with initial=runs/base"),
+        (("initial=runs/base", "text.clip_l.model.width=96"), "the text comes with"),
+        (("adapter=lora",), "adapter= needs weights to adapt"),
+        (("train=[mmdit]",), "needs weights to start from"),
+        (("initial=runs/base", "train=[unet]"), "train='unet' must be one of"),
+        (("initial=runs/base", "train=[mmdit.block.0]"), "has no such part. Did you mean"),
+        (("initial=runs/base", "adapter=lora", "train=[mmdit]"), "exclude each other"),
+        (("initial=runs/base", "adapter=lora", "adapter.rank=0"), "rank=0 must be"),
+        (("initial=runs/base", "adapter=lora", "adapter.rank=99999"), "rank=99999 must be"),
+        (("initial=runs/base", "adapter=lora", "adapter.alpha=0"), "alpha=0 must be"),
+        (("initial=runs/base", "adapter=lora", "adapter.targets=unet"), "targets='unet' must be"),
+        (("initial=runs/base", "base_dtype=bf16"), "base_dtype is for what adapters leave"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(folder: Path, words, message) -> None:
+    told = run(folder, "train.py", *SMOKE, *words, code=2).stderr
+    assert message in told and "Traceback" not in told
+    lines = told.strip().splitlines()
+    assert len(lines) == 1, told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("runs/base", "holds a Pipeline, not an adapter"),
+        ("runs/lora-001:strong", "the scale 'strong' must be a number"),
+        ("nothing.safetensors", "there is no such file"),
+        ("", "lora= must name"),
+    ],
+)
+def test_what_cannot_be_attached_is_refused(folder: Path, words: str, message: str) -> None:
+    given = ("prompt=a", "steps=1", "num_images=1", "checkpoint=runs/base", f"lora={words}")
+    assert message in run(folder, "sample.py", *given, code=2).stderr
+
+
+def test_frozen_weights_may_be_bf16(folder: Path) -> None:
+    run(folder, "train.py", *LORA, "base_dtype=bf16", "name=half", "training.steps=2")
+    pipe = mmdit.load_pipeline(folder / "runs" / "half-001")
+    layers = [m for m in pipe.modules() if isinstance(m, AdaptedLinear)]
+    assert layers and adapter_in(pipe, "adapter").changes
