@@ -336,8 +336,8 @@ def _expect_no_adapters(thing: nn.Module) -> None:
     """Raise UserError where adapters change a model, beside its weights."""
     if live := [name for layer in adapted(thing).values() for name in layer.scales]:
         raise UserError(
-            f"the model has the adapter {live[0]!r}: fuse it with the weights (pipe.fuse_lora()) or "
-            "remove it (pipe.unload_lora()) before saving; write_adapter saves the adapter alone"
+            f"the model has the adapter {live[0]!r}: fuse it with the weights (pipe.fuse_lora()), "
+            "or remove it (pipe.unload_lora()) before saving; write_adapter saves the adapter alone"
         )
 
 

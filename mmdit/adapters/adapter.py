@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, Self
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.adapters.layers import AdaptedLinear, Change, FusedLinear
 from mmdit.adapters.targets import targeted
@@ -81,7 +80,7 @@ class Adapter(nn.Module):
     def changes(self) -> dict[str, Change]:
         """The changes by layer."""
         found = {name: part for name, part in self.named_modules() if isinstance(part, Change)}
-        return {n: change for n, change in found.items() if n.rpartition(".")[0] not in found}
+        return {at: change for at, change in found.items() if at.rpartition(".")[0] not in found}
 
 
 def attach(root: nn.Module, adapter: Adapter, name: str, *, scale: float = 1.0) -> None:
@@ -152,8 +151,17 @@ def fused(root: nn.Module) -> dict[str, FusedLinear]:
 
 def attached(root: nn.Module) -> dict[str, float]:
     """The adapters of a model with their scales, in the order in which they were attached."""
-    layers = (*adapted(root).values(), *fused(root).values())
-    return {name: scale for layer in layers for name, scale in layer.scales.items()}
+    found: dict[str, float] = {}
+    for layer in (*adapted(root).values(), *fused(root).values()):
+        found |= layer.scales
+    return found
+
+
+def weight_of(root: nn.Module, layer: str) -> Tensor:
+    """The weight (out, in) of a layer of a model, without the changes of live adapters."""
+    weight = root.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def unused_name(root: nn.Module, stem: str) -> str:

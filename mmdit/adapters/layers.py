@@ -317,8 +317,11 @@ class FusedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight = nn.Parameter(layer.fused_weight(), layer.weight.requires_grad)
-        self.bias, self.scales = layer.bias, layer.scales
-        self._own = layer.weight.detach()  # not a parameter: it is no longer part of the model
+        self.bias = layer.bias
+        self.scales: dict[str, float] = layer.scales
+        self._own: Tensor = (
+            layer.weight.detach()
+        )  # not a parameter: it is no longer part of the model
         self.train(layer.training)
 
     def without(self) -> nn.Linear:
@@ -327,7 +330,7 @@ class FusedLinear(nn.Linear):
         return _linear(own, self.bias).train(self.training)
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer around a weight and a bias that exist."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdit.adapters.adapter import Adapter, check_fits
+from mmdit.adapters.adapter import Adapter, check_fits, weight_of
 from mmdit.adapters.homes import Home, homes, spelled
 from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA, Whole
 from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
@@ -62,8 +62,8 @@ class Scaling(NamedTuple):
 
     rank: int | None = None
     alpha: float | None = None
-    ranks: Mapping[str, int] = {}  # noqa: RUF012
-    alphas: Mapping[str, float] = {}  # noqa: RUF012
+    ranks: Mapping[str, int] = {}
+    alphas: Mapping[str, float] = {}
     by_root: bool = False  # alpha is divided by the root of the rank (rsLoRA)
 
     def of(self, stem: str, rank: int, where: str) -> float | None:
@@ -169,7 +169,7 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
     if archive.metadata.get(NORM) == "base":
         for layer, change in changes.items():
             if isinstance(change, DoRA):
-                restore_norms(change, root.get_submodule(layer).weight)
+                restore_norms(change, weight_of(root, layer))
     warn_of_a_third(name, archive, found, known)
     layers = {n: part for n, part in root.named_modules() if isinstance(part, nn.Linear)}
     check_fits(changes, layers, name)
@@ -227,13 +227,13 @@ def explain_homeless(
     elif part:
         reason = "it changes a text encoder that is not loaded here, or not one of SD3"
     else:
-        reason = f"it is for another architecture.{did_you_mean(nearest(first, list(known)[:2000]))}"
+        reason = (
+            f"it is for another architecture.{did_you_mean(nearest(first, list(known)[:2000]))}"
+        )
     return f"{name}: {count}: {reason}. Nothing was loaded"
 
 
-def scaling_of(
-    archive: Archive, config: Mapping[str, Any], name: str
-) -> dict[str, Scaling]:
+def scaling_of(archive: Archive, config: Mapping[str, Any], name: str) -> dict[str, Scaling]:
     """What is stated about ranks and alphas for each part of a pipeline.
 
     Args:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.adapters.adapter import Adapter
+from mmdit.adapters.adapter import Adapter, weight_of
 from mmdit.adapters.homes import Home, home_in
-from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA, Whole
+from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA
 from mmdit.adapters.reading import CONFIG, NORM, WEIGHTS, rows_of
 from mmdit.atomic import write_atomically
 from mmdit.checkpoints.archive import write_archive
@@ -203,7 +203,7 @@ class Spelling:
             return None
         parts = []
         for layer, _, _ in home.slot.parts:
-            weight = _weight(self.root, layer)
+            weight = weight_of(self.root, layer)
             norms = own = torch.linalg.vector_norm(wide(weight), dim=1)
             if (change := changes.get(layer)) is not None:
                 if not isinstance(change, DoRA) or change.axis != 1:
@@ -230,7 +230,7 @@ class Spelling:
             if isinstance(change, DoRA):
                 if change.axis != 1 or not kept:
                     raise UserError(f"{layer}: DoRA over LoKr has no keys here")
-                weight = _weight(self.root, layer)
+                weight = weight_of(self.root, layer)
                 own = torch.linalg.vector_norm(wide(weight), dim=1)
                 norms = wide(change.magnitude) * own / change.norm(weight).flatten()
                 yield f"{key}.dora_scale", norms[:, None]
@@ -243,14 +243,8 @@ class Spelling:
                 )
                 yield f"{key}.alpha", torch.tensor(inner.alpha)
             else:
-                matrix = inner.of_weight(_weight(self.root, layer))
+                matrix = inner.of_weight(weight_of(self.root, layer))
                 yield f"{key}.diff", home.slot.parts[0][2].write([matrix], home.slot.shape)
-
-
-def _weight(root: nn.Module, layer: str) -> Tensor:
-    weight = root.get_submodule(layer).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def low_rank(changes: Mapping[str, Change]) -> dict[str, LoRA]:
@@ -267,11 +261,11 @@ def joined(home: Home, changes: Mapping[str, LoRA]) -> tuple[Tensor, Tensor, flo
     """
     slot = home.slot
     if len(slot.parts) == 1:
-        (layer, _, form), (change,) = slot.parts[0], changes.values()
-        up = change.up.weight
+        (only,) = changes.values()
+        up = only.up.weight
         if len(slot.shape) == 2:
-            up = form.write([up], tuple(up.shape))
-        return change.down.weight, up, change.scale * change.rank
+            up = slot.parts[0][2].write([up], tuple(up.shape))
+        return only.down.weight, up, only.scale * only.rank
     own = [changes.get(layer) for layer, _, _ in slot.parts]
     there = [change for change in own if change is not None]
     first, same_scale = there[0], len({change.scale for change in there}) == 1

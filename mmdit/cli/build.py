@@ -58,14 +58,15 @@ def build(
     if config.compile:
         pipeline.mmdit.compile()
     parallel.place(pipeline, ema.module, device=device, dtype=dtype)
-    adapter = initial if config.get("adapter") else None
     state = TrainState(
         pipeline,
         ema=ema,
         optimizer=instantiate(config.optimizer)(pipeline),
         schedule=instantiate(config.schedule),
         posthoc=instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None,
-        kept=partial(adapter_in, name=ADAPTER, base=initial.base) if adapter else None,
+        kept=partial(adapter_in, name=ADAPTER, base=initial.base)
+        if initial is not None and config.get("adapter") is not None
+        else None,
     )
     return Parts(state, parallel)
 

@@ -27,7 +27,15 @@ from mmdit.registry import describe
 log = logger("mmdit.train")
 
 # Sections of a config that come with the weights, which the command line may not name beside them.
-COMES_WITH = ("model", "model@reference", "reference", "match", "autoencoder", "text", "formulation")
+COMES_WITH = (
+    "model",
+    "model@reference",
+    "reference",
+    "match",
+    "autoencoder",
+    "text",
+    "formulation",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -68,15 +76,17 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
             key = "train" if config.base_dtype is None else "base_dtype"
             raise UserError(f"{key}={config[key]} needs weights to start from: initial=<source>")
         if config.get("adapter") is not None:
-            raise UserError("adapter= needs weights to adapt: initial=<run, file, folder or hub id>")
+            raise UserError(
+                "adapter= needs weights to adapt: initial=<run, file, folder or hub id>"
+            )
         return None
     sections = {key: key.partition(".")[0].partition("/")[0] for key in given}
-    if named := sorted(k for k, section in sections.items() if section in COMES_WITH):
-        if refused := [key for key in named if key != "text.dropout"]:
-            raise UserError(
-                f"{refused[0]}: the {sections[refused[0]]} comes with initial={config.initial}; "
-                "leave one of them out"
-            )
+    named = sorted(key for key, section in sections.items() if section in COMES_WITH)
+    if refused := [key for key in named if key != "text.dropout"]:
+        raise UserError(
+            f"{refused[0]}: the {sections[refused[0]]} comes with initial={config.initial}; "
+            "leave one of them out"
+        )
     path = Path(config.initial).expanduser()
     source = open_source(path if path.exists() else config.initial)
     pipeline = source.pipeline()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmdit
-from mmdit.adapters.adapter import Adapter, adapter_in, attach, attached, detach, fuse, rescale
 from mmdit.adapters import write_adapter
+from mmdit.adapters.adapter import Adapter, adapter_in, attach, attached, detach, fuse, rescale
 from mmdit.adapters.layers import AdaptedLinear, Change, DoRA, LoKr, LoRA, Whole, dora, split
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
@@ -304,5 +304,5 @@ def test_an_adapter_of_another_model_changes_nothing(pipe: mmdit.Pipeline) -> No
     attach(pipe, moved(Adapter.over(pipe, MAKES["lora"])), "style")
     with pytest.raises(UserError, match="there already"):
         attach(pipe, Adapter.over(pipe, MAKES["lora"]), "style")
-    with pytest.raises(UserError, match="no adapter 'stile'.* Did you mean style"):
+    with pytest.raises(UserError, match=r"no adapter 'stile'.* Did you mean style"):
         detach(pipe, "stile")

@@ -1,4 +1,4 @@
-"""Adapter files of all programs: each spelling gives the same weights, and nothing is passed over."""
+"""Adapter files of all programs: each gives the same weights, and nothing is passed over."""
 
 import json
 import logging
@@ -98,7 +98,9 @@ def test_ranks_that_differ_are_stated_layer_by_layer(pipe, tmp_path) -> None:
     two = made(pipe, partial(LoRA, rank=4, alpha=12.0), blocks=[1, 2], targets="all")
     adapter = Adapter(changes={**one.changes, **two.changes})
     for dialect in DIALECTS:
-        path = write_adapter(adapter, tmp_path / f"{dialect}.safetensors", dialect=dialect, root=pipe)
+        path = write_adapter(
+            adapter, tmp_path / f"{dialect}.safetensors", dialect=dialect, root=pipe
+        )
         assert_same(pipe, read_adapter(path, pipe), adapter)
 
 
@@ -262,7 +264,10 @@ def test_swapped_halves_are_swapped_back(pipe, tmp_path) -> None:
     torch.manual_seed(0)
     for ours, theirs in at.items():
         up, down = torch.randn(128, 2), torch.randn(2, 64)
-        keys = {f"transformer.{theirs}.lora_A.weight": down, f"transformer.{theirs}.lora_B.weight": up}
+        keys = {
+            f"transformer.{theirs}.lora_A.weight": down,
+            f"transformer.{theirs}.lora_B.weight": up,
+        }
         save_file(keys, tmp_path / "a.safetensors")
         delta = deltas(pipe, read_adapter(tmp_path / "a.safetensors", pipe))[ours]
         torch.testing.assert_close(delta, torch.cat([*(up @ down).chunk(2)][::-1]))
@@ -293,7 +298,10 @@ def mutations() -> dict[str, tuple[Callable[[dict[str, Tensor]], object], str]]:
     return {
         "a missing half": (lambda t: t.pop(b), "its up matrix is missing"),
         "another rank": (swap(a, lambda x: x[:3]), "its rank is 3 in the down matrix and 4"),
-        "another width": (swap(a, lambda x: x[:, :60].contiguous()), "down matrix is 4 x 60 where.*4 x 64"),
+        "another width": (
+            swap(a, lambda x: x[:, :60].contiguous()),
+            "down matrix is 4 x 60 where.*4 x 64",
+        ),
         "another block": (
             lambda t: t.update({deeper: t.pop(a), deeper.replace("_A", "_B"): t.pop(b)}),
             "more or other blocks",
@@ -306,7 +314,10 @@ def mutations() -> dict[str, tuple[Callable[[dict[str, Tensor]], object], str]]:
         "infinity": (swap(b, lambda x: x + float("inf")), "has NaN or infinite values"),
         "alpha 0": (lambda t: t.update({f"{Q}.alpha": torch.tensor(0.0)}), "alpha is 0"),
         "alpha NaN": (lambda t: t.update({f"{Q}.alpha": torch.tensor(torch.nan)}), "NaN"),
-        "two alphas": (lambda t: t.update({f"{Q}.alpha": torch.tensor(1.0)}), "alpha is 1, but 2 is"),
+        "two alphas": (
+            lambda t: t.update({f"{Q}.alpha": torch.tensor(1.0)}),
+            "alpha is 1, but 2 is",
+        ),
         "alpha alone": (
             lambda t: t.update({"transformer.proj_out.alpha": torch.tensor(1.0)}),
             "alpha alone is not a change",

@@ -1,4 +1,4 @@
-"""Training from weights: whole models and adapters of them, resumed, opened, exported and refused."""
+"""Training from weights: whole models and adapters, resumed, opened, exported and refused."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from mmdit.adapters.layers import AdaptedLinear
 from mmdit.export import export_adapter
 from mmdit.runs.checkpoint import checkpoints_in, read_weights
 from mmdit.runs.native import weights_hash
-from tests.training_for_tests import run
+from tests.training_for_tests import losses, run
 
 SMOKE = ("experiment=smoke", "precision=fp32")
 LORA = (*SMOKE, "initial=runs/base", "adapter=lora", "adapter.rank=4", "name=lora")
@@ -56,11 +56,14 @@ def test_it_opens_as_the_model_with_the_adapter(folder: Path, monkeypatch) -> No
     assert torch.equal(base(**images), with_adapter)
     adapted.unload_lora()
     base.unload_lora()
-    assert weights_hash(adapted) == weights_hash(base) == weights_hash(
-        mmdit.load_pipeline("runs/base")
+    assert (
+        weights_hash(adapted)
+        == weights_hash(base)
+        == weights_hash(mmdit.load_pipeline("runs/base"))
     )
 
 
+@pytest.mark.slow
 def test_the_first_step_sees_the_model_itself(folder: Path) -> None:
     """The first loss of a LoRA equals that of finetuning the network itself."""
     run(folder, "train.py", *SMOKE, "initial=runs/base", "name=full")
@@ -71,6 +74,7 @@ def test_the_first_step_sees_the_model_itself(folder: Path) -> None:
     assert later[0] != later[1]
 
 
+@pytest.mark.slow
 def test_finetuning_changes_what_is_named_alone(folder: Path) -> None:
     words = ("initial=runs/base", "train=[clip_l,mmdit.blocks.0]", "name=part", "data.samples=16")
     run(folder, "train.py", *SMOKE, *words, "training.steps=2", "training.evaluate_every=2")
@@ -82,6 +86,7 @@ def test_finetuning_changes_what_is_named_alone(folder: Path) -> None:
     assert all(name.startswith(("text.clip_l.", "mmdit.blocks.0.")) for name in changed)
 
 
+@pytest.mark.slow
 def test_two_parts_equal_an_unbroken_run(folder: Path) -> None:
     words = (*LORA, "adapter.dropout=0.3")
     run(folder, "train.py", *words, "run=runs/whole", "training.save_every=3")
@@ -89,8 +94,7 @@ def test_two_parts_equal_an_unbroken_run(folder: Path) -> None:
     run(folder, "train.py", *words, "resume=runs/parts", "training.steps=6")
     whole, parts = (read_weights(folder / "runs" / name, "raw") for name in ("whole", "parts"))
     assert whole.sha256 == parts.sha256
-    losses = [[row["loss"] for row in metrics(folder / "runs" / n)] for n in ("whole", "parts")]
-    assert losses[0] == losses[1]
+    assert losses(folder / "runs" / "whole") == losses(folder / "runs" / "parts")
 
 
 def test_an_adapter_of_a_changed_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -105,10 +109,11 @@ def test_an_adapter_of_a_changed_model_is_refused(folder: Path, tmp_path: Path) 
     mmdit.runs.native.save_tensors(
         tmp_path / "a.safetensors", weights.tensors, {"description": description}
     )
-    with pytest.raises(mmdit.UserError, match="is an adapter of .*gone"):
+    with pytest.raises(mmdit.UserError, match=r"is an adapter of .*gone"):
         mmdit.load_pipeline(tmp_path / "a.safetensors")
 
 
+@pytest.mark.slow
 def test_it_is_exported_for_other_programs_and_sampled_with(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     for dialect in ("diffusers", "sd-scripts", "comfyui"):
@@ -140,6 +145,7 @@ def mmdit_metadata(path: Path) -> str:
         return next(value for key, value in image.text.items() if value.startswith("{"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -166,6 +172,7 @@ def test_a_mistake_ends_in_one_message(folder: Path, words, message) -> None:
     assert len(lines) == 1, told
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -180,6 +187,7 @@ def test_what_cannot_be_attached_is_refused(folder: Path, words: str, message: s
     assert message in run(folder, "sample.py", *given, code=2).stderr
 
 
+@pytest.mark.slow
 def test_frozen_weights_may_be_bf16(folder: Path) -> None:
     run(folder, "train.py", *LORA, "base_dtype=bf16", "name=half", "training.steps=2")
     pipe = mmdit.load_pipeline(folder / "runs" / "half-001")
