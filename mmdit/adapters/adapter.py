@@ -152,8 +152,10 @@ def fused(root: nn.Module) -> dict[str, FusedLinear]:
 def attached(root: nn.Module) -> dict[str, float]:
     """The adapters of a model with their scales, in the order in which they were attached."""
     found: dict[str, float] = {}
-    for layer in (*adapted(root).values(), *fused(root).values()):
-        found |= layer.scales
+    for live in adapted(root).values():
+        found |= live.scales
+    for whole in fused(root).values():
+        found |= whole.scales
     return found
 
 

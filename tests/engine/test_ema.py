@@ -68,15 +68,15 @@ def test_average_converges_to_constant_weights_at_its_decay() -> None:
     assert expected == pytest.approx(1.0, abs=1e-5)
 
 
-def test_average_follows_neither_frozen_weights_nor_buffers() -> None:
+def test_average_shares_frozen_weights_and_does_not_follow_buffers() -> None:
     module = nn.BatchNorm1d(2)
     module.weight.requires_grad_(False)
     ema = EMA(module, profile=ConstantDecay(decay=0.5, every=1))
     with torch.no_grad():
-        for value in (module.weight, module.bias, module.running_mean):
+        for value in (module.bias, module.running_mean):
             value += 1
     ema.update(1)
-    assert torch.equal(ema.module.weight, torch.ones(2))
+    assert ema.module.weight is module.weight and ema.shared == {"weight"}
     assert torch.equal(ema.module.running_mean, torch.zeros(2))
     assert (ema.module.bias > 0).all()
 
