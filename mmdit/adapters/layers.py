@@ -127,9 +127,13 @@ class DoRA(Change):
             return torch.linalg.vector_norm(changed, dim=self.axis, keepdim=True)
 
     def _ratio(self, weight: Tensor) -> Tensor:
-        """m over the norms, (out, 1) or (1, in); exactly one in a new change."""
+        """m over the norms, (out, 1) or (1, in); exactly one in a new change.
+
+        Also where the changed weight is zero, as that of a new modulation is: it has no direction.
+        """
         norm = self.norm(weight).detach()
-        return wide(self.magnitude).view_as(norm) / norm
+        ratio = wide(self.magnitude).view_as(norm) / torch.where(norm > 0, norm, 1)
+        return torch.where(norm > 0, ratio, 1)
 
     def of_weight(self, weight: Tensor) -> Tensor:
         ratio = self._ratio(weight)

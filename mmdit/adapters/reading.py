@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from mmdit.adapters.adapter import Adapter, check_fits, weight_of
 from mmdit.adapters.homes import Home, homes, spelled
 from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA, Whole
-from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
+from mmdit.adapters.stated import WEIGHTS, Scaling, peft_config, scaling_of
 from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.checkpoints.tables import Form, Slot
-from mmdit.checkpoints.values import not_finite
+from mmdit.checkpoints.values import computed_in, not_finite
 from mmdit.checks import did_you_mean, nearest
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
@@ -31,10 +31,10 @@ log = logger("mmdit.adapters")
 
 # What a tensor is, by the end of its key.
 ROLES = {
-    "down": r"lora_A(\.default)?\.weight|lora[._]down\.weight|lora_linear_layer\.down\.weight",
-    "up": r"lora_B(\.default)?\.weight|lora[._]up\.weight|lora_linear_layer\.up\.weight",
+    "down": r"lora_A(\.\w+)?\.weight|lora[._]down\.weight|lora_linear_layer\.down\.weight",
+    "up": r"lora_B(\.\w+)?\.weight|lora[._]up\.weight|lora_linear_layer\.up\.weight",
     "alpha": r"alpha",
-    "magnitude": r"dora_scale|lora_magnitude_vector(\.default)?(\.weight)?",
+    "magnitude": r"dora_scale|lora_magnitude_vector(\.\w+){0,2}",
     "whole": r"diff",
     **{f"w{i}": rf"lokr_w{i}" for i in (1, 2)},
     **{f"w{i}_{side}": rf"lokr_w{i}_{side}" for i in (1, 2) for side in "ab"},
@@ -48,40 +48,20 @@ OTHERS = {
     "boft": "BOFT",
     "ia3": "IA3",
     "vera_": "VeRA",
+    "lokr_t1": "LoKr with a third matrix",
     "lora_mid": "LoCon with a third matrix",
-    "diff_b": "a change of biases",
     "lora_embedding": "an embedding",
+    "diff_b": "a change of biases",
+    ".bias": "a change of biases",
+    "w_norm": "a change of normalization",
+    "emb_params": "textual inversion",
 }
-CONFIG = "adapter_config.json"  # of PEFT, beside adapter_model.safetensors
-WEIGHTS = "adapter_model.safetensors"
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # dtypes of weights
+INTEGERS = {"I8", "I16", "I32", "I64", "U8"}  # of alpha as well
+CHANGING = ("up", "magnitude", "whole", "w2", "w2_a", "w2_b")  # zero before training, or norms
+SCALES = 1e-8, 1e4  # least and most that a change is multiplied by
+SAVED = "pytorch_lora_weights.safetensors"  # in a folder that diffusers wrote
 NORM = "mmdit.dora_norm"  # metadata key: 'base' where norms are relative to those of the base
-
-
-class Scaling(NamedTuple):
-    """Ranks and alphas that PEFT states beside the weights, by layer name without its prefix."""
-
-    rank: int | None = None
-    alpha: float | None = None
-    ranks: Mapping[str, int] = {}
-    alphas: Mapping[str, float] = {}
-    by_root: bool = False  # alpha is divided by the root of the rank (rsLoRA)
-
-    def of(self, stem: str, rank: int, where: str) -> float | None:
-        """The alpha of a layer, as if divided by its rank.
-
-        Raises:
-            UserError: the weights have another rank than is stated.
-        """
-        stated = _matching(self.ranks, stem) or self.rank
-        if stated is not None and stated != rank:
-            raise UserError(f"{where}: its weights have rank {rank}, but {stated} is stated")
-        alpha = _matching(self.alphas, stem) or self.alpha
-        return alpha * math.sqrt(rank) if alpha and self.by_root else alpha
-
-
-def _matching(table: Mapping[str, Any], stem: str) -> Any:
-    """The entry of PEFT's patterns that a layer's name ends with."""
-    return next((v for k, v in table.items() if re.fullmatch(rf"(.*\.)?({k})", stem)), None)
 
 
 def read_adapter(source: str | Path, root: nn.Module, *, weights: str = "ema") -> Adapter:
@@ -92,8 +72,7 @@ def read_adapter(source: str | Path, root: nn.Module, *, weights: str = "ema") -
     file; without alpha it is 1, as everywhere.
 
     Args:
-        source: a run that trained one, a safetensors file, or a folder with
-            adapter_model.safetensors.
+        source: a run that trained one, a safetensors file, or a folder of PEFT or diffusers.
         root: the pipeline, which stays as it is.
         weights: 'ema' or 'raw', of a run.
 
@@ -111,31 +90,14 @@ def read_adapter(source: str | Path, root: nn.Module, *, weights: str = "ema") -
             )
         return module
     config: dict[str, Any] = {}
-    if path.is_dir():
+    if path.is_dir() and (path / SAVED).is_file():
+        path = path / SAVED
+    elif path.is_dir():
         config = peft_config(path)
         path = path / WEIGHTS
     archive = open_file(path)
     archive.verify()
     return Adapter(changes=changes_in(archive, root, config))
-
-
-def peft_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder.
-
-    Raises:
-        UserError: it is missing, damaged, or of another kind of adapter.
-    """
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(
-            f"{folder} is not an adapter: a folder of PEFT holds {CONFIG} and {WEIGHTS}"
-        )
-    try:
-        config = dict(parse_json(read_bounded(folder / CONFIG, LONGEST_JSON)))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read as JSON ({error})") from None
-    if (kind := config.get("peft_type")) != "LORA":
-        raise UserError(f"{folder} holds an adapter of the kind {kind}: LORA is read")
-    return config
 
 
 def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> dict[str, Change]:
@@ -149,14 +111,17 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
     known = spelled(homes(root))
     if missing := [stem for stem in found if stem not in known]:
         raise UserError(explain_homeless(name, missing, known, root))
-    tensors = {
-        stem: {role: archive[key] for role, key in roles.items()} for stem, roles in found.items()
-    }
-    flat = {found[stem][role]: t for stem, part in tensors.items() for role, t in part.items()}
+    expect_readable(archive, found, known)
+    flat = {key: archive[key] for roles in found.values() for key in roles.values()}
+    flat = {key: x if x.is_floating_point() else x.double() for key, x in flat.items()}
     if bad := not_finite(flat):
         raise UserError(
             f"{name}: {bad[0]} has NaN or infinite values ({len(bad)} of {len(flat)} tensors do)"
         )
+    tensors = {
+        stem: {role: flat[key].to(computed_in(flat[key], None)) for role, key in roles.items()}
+        for stem, roles in found.items()
+    }
     stated = scaling_of(archive, config, name)
     changes: dict[str, Change] = {}
     for stem, parts in tensors.items():
@@ -170,7 +135,14 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
         for layer, change in changes.items():
             if isinstance(change, DoRA):
                 restore_norms(change, weight_of(root, layer))
-    warn_of_a_third(name, archive, found, known)
+    warn_of_a_third(name, archive, tensors, known)
+    if not any(
+        tensor.any()
+        for part in tensors.values()
+        for role, tensor in part.items()
+        if role in CHANGING
+    ):
+        log.warning("%s changes nothing: the matrices that training moves are all zero", name)
     layers = {n: part for n, part in root.named_modules() if isinstance(part, nn.Linear)}
     check_fits(changes, layers, name)
     return changes
@@ -179,8 +151,13 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
 @torch.no_grad()
 def restore_norms(change: DoRA, weight: Tensor) -> None:
     """Make norms that are relative to those of the base those of the changed weight."""
-    own = torch.linalg.vector_norm(wide(weight), dim=change.axis)
-    change.magnitude.mul_(change.norm(weight).flatten() / own)
+    change.magnitude.mul_(change.norm(weight).flatten() / base_norms(weight, change.axis))
+
+
+def base_norms(weight: Tensor, axis: int = 1) -> Tensor:
+    """Norms of a weight as ComfyUI computes them: none is zero."""
+    norms = torch.linalg.vector_norm(wide(weight), dim=axis)
+    return norms + torch.finfo(norms.dtype).eps
 
 
 def grouped(archive: Archive) -> dict[str, dict[str, str]]:
@@ -190,7 +167,7 @@ def grouped(archive: Archive) -> dict[str, dict[str, str]]:
         UserError: a key is of no adapter, or two have the same role.
     """
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    strange = []
+    strange: list[str] = []
     for key in archive.infos:
         ends = ((role, end.fullmatch(key)) for role, end in ENDS.items())
         role, match = next(((r, m) for r, m in ends if m), ("", None))
@@ -201,17 +178,54 @@ def grouped(archive: Archive) -> dict[str, dict[str, str]]:
         else:
             found[match[1]][role] = key
     if strange:
-        kind = next((what for end, what in OTHERS.items() for key in strange if end in key), "")
-        if kind:
-            reason = f"{strange[0]} is of {kind}, which is not read"
-        elif not found:
-            reason = "it is not an adapter; weights of a model are opened with checkpoint="
+        first = strange[0]
+        kinds = ((key, what) for end, what in OTHERS.items() for key in strange if end in key)
+        key, kind = next(kinds, (first, ""))
+        if found or kind not in ("", "a change of biases"):
+            what = f"of {kind}, which is not read" if kind else "not a tensor of an adapter"
+            reason = f"{key} is {what} ({len(strange)} such keys)"
+        elif all("." not in key and len(archive.infos[key].shape) <= 2 for key in strange):
+            reason = f"{first} is of textual inversion, which is not read"
         else:
-            reason = f"{strange[0]} is not a tensor of an adapter ({len(strange)} such keys)"
+            reason = (
+                f"{first} is not a tensor of an adapter; weights of a model are opened with "
+                "checkpoint="
+            )
         raise UserError(f"{archive.name}: {reason}. Nothing was loaded")
     if not found:
         raise UserError(f"{archive.name} is empty: it holds no tensors")
     return dict(found)
+
+
+def expect_readable(
+    archive: Archive, found: Mapping[str, Mapping[str, str]], known: Mapping[str, Home]
+) -> None:
+    """Check dtypes and sizes, before anything is read.
+
+    Raises:
+        UserError: a tensor can not be one of its layer's.
+    """
+    for stem, roles in found.items():
+        shape = known[stem].slot.shape
+        rows, columns = shape[0], math.prod(shape[1:])
+        for role, key in roles.items():
+            size, dtype = archive.infos[key]
+            dimensions = {"alpha": 0, "magnitude": 1}.get(role, 2)
+            if dtype not in (FLOATS | INTEGERS if role == "alpha" else FLOATS):
+                reason = (
+                    f"has dtype {dtype}, where weights of an adapter are floating-point numbers"
+                )
+            elif math.prod(size) == 0:
+                reason = f"is empty: it is {_size(size)}"
+            elif role == "alpha" and math.prod(size) > 1:
+                reason = f"is {_size(size)}, where one number is expected"
+            elif not dimensions <= len(size) <= 4:
+                reason = f"has {len(size)} dimensions, where {dimensions} are expected"
+            elif math.prod(size) > 4 * max(rows, columns) ** 2:
+                reason = f"is {_size(size)}, far too large for a layer of {rows} x {columns}"
+            else:
+                continue
+            raise UserError(f"{archive.name}: {key} {reason}. Nothing was loaded")
 
 
 def explain_homeless(
@@ -231,61 +245,6 @@ def explain_homeless(
             f"it is for another architecture.{did_you_mean(nearest(first, list(known)[:2000]))}"
         )
     return f"{name}: {count}: {reason}. Nothing was loaded"
-
-
-def scaling_of(archive: Archive, config: Mapping[str, Any], name: str) -> dict[str, Scaling]:
-    """What is stated about ranks and alphas for each part of a pipeline.
-
-    Args:
-        config: PEFT's adapter_config.json, for the network; diffusers writes the same into the
-            header, for each part.
-
-    Raises:
-        UserError: what is stated makes no sense.
-    """
-    stated: dict[str, dict[str, Any]] = {"mmdit": dict(config)} if config else {}
-    if text := archive.metadata.get("lora_adapter_metadata"):
-        parts = {"transformer": "mmdit", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-        try:
-            entries = dict(parse_json(text.encode()))
-        except (ValueError, TypeError):
-            raise UserError(f"{name}: its header's lora_adapter_metadata is damaged") from None
-        for key, value in entries.items():
-            start, _, rest = str(key).partition(".")
-            if start in parts:
-                stated.setdefault(parts[start], {})[rest] = value
-    return {part: scaling(entries, f"{name}, {part}") for part, entries in stated.items()}
-
-
-def scaling(entries: Mapping[str, Any], where: str) -> Scaling:
-    """PEFT's ranks and alphas.
-
-    Raises:
-        UserError: one is not a positive number; or a setting is not supported.
-    """
-    for key in ("fan_in_fan_out", "lora_bias"):
-        if entries.get(key):
-            raise UserError(f"{where}: {key}={entries[key]} is not supported")
-
-    def positive(key: str, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise UserError(f"{where}: {key} is {value!r}, not a positive number")
-        return value
-
-    def table(key: str) -> dict[str, Any]:
-        found = entries.get(key) or {}
-        if not isinstance(found, dict):
-            raise UserError(f"{where}: {key} is {found!r}, not a table")
-        return {re.escape(str(k)): positive(f"{key} of {k}", v) for k, v in found.items()}
-
-    rank, alpha = entries.get("r"), entries.get("lora_alpha")
-    return Scaling(
-        rank=None if rank is None else positive("r", rank),
-        alpha=None if alpha is None else positive("lora_alpha", alpha),
-        ranks=table("rank_pattern"),
-        alphas=table("alpha_pattern"),
-        by_root=bool(entries.get("use_rslora")),
-    )
 
 
 # One layer of a file
@@ -313,8 +272,8 @@ def changes_of(
         case ["down", "up"]:
             made = _low_rank(home, given, value, stated, where, rows, columns)
         case ["whole"]:
-            _expect_shape(where, "diff", given["whole"].flatten(1), (rows, columns))
-            made = _whole(home.slot, given["whole"].flatten(1))
+            matrix = _matrix(where, "diff", given["whole"], (rows, columns), home.slot)
+            made = _whole(home.slot, matrix)
         case roles if any(role.startswith("w1") for role in roles):
             made = _kronecker(home, given, value, where, rows, columns)
         case ["down"] | ["up"]:
@@ -325,24 +284,45 @@ def changes_of(
                 f"{where}: {', '.join(roles) or 'alpha alone'} is not a change that is known. "
                 "Nothing was loaded"
             )
+    if stated is not None and stated.normed not in (None, magnitude is not None):
+        has = "no norms (DoRA)" if magnitude is None else "norms (DoRA)"
+        raise UserError(
+            f"{where} has {has}, but use_dora={stated.normed} is stated. Nothing was loaded"
+        )
     if magnitude is None:
         return made
     return _with_norms(home.slot, made, magnitude, where, rows, columns)
 
 
 def _alpha(tensor: Tensor, where: str) -> float:
-    value = float(tensor) if tensor.numel() == 1 else math.nan
-    if not (value > 0 and math.isfinite(value)):
+    value = float(tensor)
+    if value <= 0:
         raise UserError(f"{where}: alpha is {value:g}, not a positive number. Nothing was loaded")
     return value
 
 
-def _expect_shape(where: str, what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+def _scale(alpha: float, rank: int, where: str) -> float:
+    """alpha / rank, unless that is beyond all that is ever trained."""
+    least, most = SCALES
+    if not least <= alpha / rank <= most:
         raise UserError(
-            f"{where}: its {what} is {_size(tensor.shape)} where this model needs {_size(shape)}: "
-            "the adapter is for another model. Nothing was loaded"
+            f"{where}: alpha is {alpha:g} of a rank of {rank}, so that its change would be "
+            f"multiplied by {alpha / rank:g}; {least:g} to {most:g} is read. Nothing was loaded"
         )
+    return alpha / rank
+
+
+def _matrix(where: str, what: str, tensor: Tensor, size: tuple[int, int], slot: Slot) -> Tensor:
+    """A matrix of this size, which may be stored as the kernel of a convolution."""
+    kernels = {(size[1],), (size[1], 1, 1)}
+    if what != "up matrix":
+        kernels.add(slot.shape[1:])
+    if tensor.shape[0] != size[0] or tuple(tensor.shape[1:]) not in kernels:
+        raise UserError(
+            f"{where}: its {what} is {_size(tuple(tensor.shape))} where this model needs "
+            f"{_size(size)}: the adapter is for another model. Nothing was loaded"
+        )
+    return tensor.flatten(1)
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -365,19 +345,18 @@ def _low_rank(
     rows: int,
     columns: int,
 ) -> dict[str, Change]:
-    down, up = given["down"].flatten(1), given["up"].flatten(1)
-    rank = down.shape[0]
-    if rank == 0 or up.shape[1] != rank:
+    rank = given["down"].shape[0]
+    if given["up"].shape[1] != rank:
         raise UserError(
-            f"{where}: its rank is {rank} in the down matrix and {up.shape[1]} in the up matrix. "
-            "Nothing was loaded"
+            f"{where}: its rank is {rank} in the down matrix and {given['up'].shape[1]} in the up "
+            "matrix. Nothing was loaded"
         )
-    _expect_shape(where, "down matrix", down, (rank, columns))
-    _expect_shape(where, "up matrix", up, (rows, rank))
+    down = _matrix(where, "down matrix", given["down"], (rank, columns), home.slot)
+    up = _matrix(where, "up matrix", given["up"], (rows, rank), home.slot)
     beside = stated.of(home.stem, rank, where) if stated else None
     if alpha is not None and beside is not None and not math.isclose(alpha, beside):
         raise UserError(f"{where}: alpha is {alpha:g}, but {beside:g} is stated beside the weights")
-    scale = (alpha or beside or rank) / rank
+    scale = _scale(alpha or beside or rank, rank, where)
     changes: dict[str, Change] = {}
     for layer, shape, form in home.slot.parts:
         own_up, own_down = rows_of(home.slot, form, up), down
@@ -387,6 +366,11 @@ def _low_rank(
             if used.any() and not used.all():
                 own_up, own_down = own_up[:, used], own_down[used]
         own = own_down.shape[0]
+        if own > max(shape):
+            raise UserError(
+                f"{where}: its rank of {own} is above the widths of the layer, {_size(shape)}. "
+                "Nothing was loaded"
+            )
         with torch.device("meta"):
             change = LoRA(inputs=shape[1], outputs=shape[0], rank=own, alpha=scale * own)
         changes[layer] = _filled(change, {"down.weight": own_down, "up.weight": own_up})
@@ -422,7 +406,10 @@ def _kronecker(
             f"{_size((rows, columns))}: the adapter is for another model. Nothing was loaded"
         )
     own = rank or first_rank
-    scale = alpha / own if alpha and own else 1.0
+    scale = _scale(alpha, own, where) if alpha and own else 1.0
+    if rank and "whole" in second:  # of three matrices, which are multiplied here
+        first = {"whole": scale * _product(first)}
+        own, rank, first_rank, scale = None, None, None, 1.0
     changes: dict[str, Change] = {}
     top = next(iter(first.values()))  # the matrix whose rows are blocks of the layer's
     for layer, size, form in home.slot.parts:
@@ -454,17 +441,20 @@ def _factor(
     given: Mapping[str, Tensor], name: str, where: str
 ) -> tuple[dict[str, Tensor], int | None]:
     """A matrix of LoKr under the names of `Factor`, the one with its rows first; and its rank."""
-    up, down, core = (given.get(f"{name}_a"), given.get(f"{name}_b"), given.get("t2"))
-    if (whole := given.get(name)) is not None and up is None and down is None:
+    whole, up, down = (given.get(name + end) for end in ("", "_a", "_b"))
+    core = given.get("t2") if name == "w2" else None
+    if whole is not None and up is None and down is None and core is None:
         return {"whole": whole.flatten(1)}, None
     if up is None or down is None or whole is not None:
         raise UserError(f"{where}: lokr_{name} is incomplete or given twice. Nothing was loaded")
-    if name == "w2" and core is not None:  # of a convolution: t2 (r, r, k, k), a (r, m), b (r, n)
-        matrix = torch.einsum("ijkl,ip,jr->prkl", core, up, down)
-        return {"whole": matrix.flatten(1)}, None
-    if up.shape[-1] != down.shape[0]:
+    if core is not None:  # of a convolution: t2 (r, r, k, k), a (r, m), b (r, n)
+        if core.shape[:2] != (len(up), len(down)) or core.ndim != 4 or up.ndim + down.ndim != 4:
+            raise UserError(f"{where}: lokr_t2 does not fit lokr_w2_a and _b. Nothing was loaded")
+        matrix = torch.einsum("ijkl,ip,jr->prkl", wide(core), wide(up), wide(down))
+        return {"whole": matrix.flatten(1)}, len(down)
+    if up.ndim != 2 or up.shape[1] != down.shape[0]:
         raise UserError(
-            f"{where}: the rank of lokr_{name} is {up.shape[-1]} in one matrix and "
+            f"{where}: the rank of lokr_{name} is {up.shape[1]} in one matrix and "
             f"{down.shape[0]} in the other. Nothing was loaded"
         )
     return {"up": up, "down": down.flatten(1)}, int(down.shape[0])
@@ -482,14 +472,16 @@ def _with_norms(
     rows: int,
     columns: int,
 ) -> dict[str, Change]:
-    per_output = magnitude.numel() == rows and magnitude.shape[0] == rows
-    per_input = magnitude.numel() == columns and not per_output
+    size, convolution = tuple(magnitude.shape), len(slot.shape) > 2
+    # LyCORIS has norms of outputs as a column, of inputs as a row; PEFT has those of outputs alone.
+    per_output = magnitude.numel() == rows and (size[0] == rows or convolution)
+    per_input = size == (1, columns) and not per_output
     if not (per_output or per_input):
         raise UserError(
-            f"{where}: its norms (DoRA) are {_size(tuple(magnitude.shape))}, neither {rows} outputs"
+            f"{where}: its norms (DoRA) are {_size(size)}, neither {rows} outputs"
             f" nor {columns} inputs. Nothing was loaded"
         )
-    if per_input and (len(slot.parts) > 1 or len(slot.shape) > 2):
+    if per_input and (len(slot.parts) > 1 or convolution):
         raise UserError(
             f"{where}: norms for each input of a fused matrix or a convolution are not supported. "
             "Nothing was loaded"
@@ -515,7 +507,7 @@ def _filled(change: Change, tensors: Mapping[str, Tensor]) -> Change:
 def warn_of_a_third(
     name: str,
     archive: Archive,
-    found: Mapping[str, Mapping[str, str]],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     known: Mapping[str, Home],
 ) -> None:
     """Warn of a known fault of sd-scripts: Q, K and V were trained apart, and alpha not adapted.
@@ -526,12 +518,12 @@ def warn_of_a_third(
     """
     dimensions = archive.metadata.get("ss_network_dim"), archive.metadata.get("ss_network_alpha")
     ranks: dict[bool, set[tuple[int, float | None]]] = {True: set(), False: set()}
-    for stem, roles in found.items():
-        if {"down", "up"} <= roles.keys():
-            alpha = float(archive[roles["alpha"]]) if "alpha" in roles else None
+    for stem, parts in tensors.items():
+        if {"down", "up"} <= parts.keys():
+            alpha = float(parts["alpha"]) if "alpha" in parts else None
             fused = len(known[stem].slot.parts) > 1
-            if not fused or _block_diagonal(archive[roles["up"]].flatten(1)):
-                ranks[fused].add((archive.infos[roles["down"]].shape[0], alpha))
+            if not fused or _block_diagonal(parts["up"].flatten(1)):
+                ranks[fused].add((len(parts["down"]), alpha))
     stacked = ranks[True]
     others = ranks[False]
     try:

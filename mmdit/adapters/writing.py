@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mmdit.adapters.adapter import Adapter, weight_of
 from mmdit.adapters.homes import Home, home_in
 from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA
-from mmdit.adapters.reading import CONFIG, NORM, WEIGHTS, rows_of
+from mmdit.adapters.reading import NORM, base_norms, rows_of
+from mmdit.adapters.stated import CONFIG, HEADER, WEIGHTS
 from mmdit.atomic import write_atomically
 from mmdit.checkpoints.archive import write_archive
 from mmdit.checks import one_of
@@ -131,7 +132,7 @@ class Spelling:
         """Key and tensor of everything in the file."""
         down_end, up_end, norm_end = ENDS[self.dialect]
         for key, home in self.homes.items():
-            down, up, alpha = joined(home, low_rank(self.changes[key]))
+            down, up, alpha = self._matrices(key)
             if len(home.slot.shape) > 2:  # a convolution
                 down, up = down.reshape(-1, *home.slot.shape[1:]), up[:, :, None, None]
             yield f"{key}.{down_end}", down
@@ -139,8 +140,11 @@ class Spelling:
             if self.dialect in ("sd-scripts", "comfyui"):
                 yield f"{key}.alpha", torch.tensor(alpha)
             if (norms := self._norms(key)) is not None:
-                column = self.dialect in ("sd-scripts", "comfyui")
-                yield f"{key}.{norm_end}", norms[:, None] if column else norms
+                if self.dialect in ("sd-scripts", "comfyui"):
+                    norms = norms[:, None]
+                elif len(home.slot.shape) > 2:
+                    norms = norms[None, :, None, None]
+                yield f"{key}.{norm_end}", norms
         yield from self._lokr_tensors()
 
     def metadata(self) -> dict[str, str]:
@@ -153,7 +157,7 @@ class Spelling:
                 for part in sorted(parts)
                 for key, value in self.config(part).items()
             }
-            return {"lora_adapter_metadata": json.dumps(stated, sort_keys=True)}
+            return {HEADER: json.dumps(stated, sort_keys=True)}
         if self.dialect == "comfyui" and self._normed:
             return {NORM: "base"}
         if self.dialect == "sd-scripts":
@@ -171,7 +175,7 @@ class Spelling:
         normed = set()
         for key, home in self.homes.items():
             if home.part == part:
-                down, _, alpha = joined(home, low_rank(self.changes[key]))
+                down, _, alpha = self._matrices(key)
                 numbers[home.stem] = (down.shape[0], alpha)
                 normed |= {isinstance(c, DoRA) for c in self.changes[key].values()}
         if len(normed) > 1:
@@ -192,6 +196,18 @@ class Spelling:
         prefix = PREFIXES[self.dialect][home.part]
         return prefix + (home.stem.replace(".", "_") if prefix.endswith("_") else home.stem)
 
+    def _matrices(self, key: str) -> tuple[Tensor, Tensor, float]:
+        """The down and up matrix and the alpha of a public layer.
+
+        In a file for diffusers alpha is the rank, and the scale is in the up matrix: older versions
+        and other programs do not look for alpha in the header, and would read another strength.
+        """
+        down, up, alpha = joined(self.homes[key], low_rank(self.changes[key]))
+        rank = len(down)
+        if self.dialect == "diffusers" and alpha != rank:
+            up, alpha = wide(up) * (alpha / rank), float(rank)
+        return down, up, alpha
+
     def _norms(self, key: str) -> Tensor | None:
         """DoRA's norms of the rows of a public layer, where there are any.
 
@@ -204,13 +220,13 @@ class Spelling:
         parts = []
         for layer, _, _ in home.slot.parts:
             weight = weight_of(self.root, layer)
-            norms = own = torch.linalg.vector_norm(wide(weight), dim=1)
+            norms = torch.linalg.vector_norm(wide(weight), dim=1)
             if (change := changes.get(layer)) is not None:
                 if not isinstance(change, DoRA) or change.axis != 1:
                     raise UserError(f"{layer}: norms for each input have no keys here")
                 norms = wide(change.magnitude)
                 if self.dialect == "comfyui":
-                    norms = norms * own / change.norm(weight).flatten()
+                    norms = norms * base_norms(weight) / change.norm(weight).flatten()
             parts.append(norms[:, None])
         if len(home.slot.shape) > 2:
             return parts[0][:, 0]
@@ -231,8 +247,7 @@ class Spelling:
                 if change.axis != 1 or not kept:
                     raise UserError(f"{layer}: DoRA over LoKr has no keys here")
                 weight = weight_of(self.root, layer)
-                own = torch.linalg.vector_norm(wide(weight), dim=1)
-                norms = wide(change.magnitude) * own / change.norm(weight).flatten()
+                norms = wide(change.magnitude) * base_norms(weight) / change.norm(weight).flatten()
                 yield f"{key}.dora_scale", norms[:, None]
             if isinstance(inner, LoKr) and kept:
                 yield from (

@@ -125,8 +125,9 @@ def test_some_of_q_k_v_alone_can_be_fused(pipe, tmp_path) -> None:
 def spelled(pipe, tmp_path, alpha: float = 2.0) -> tuple[Adapter, dict[str, Tensor]]:
     """An adapter, and its file in diffusers' spelling, without alpha."""
     adapter = made(pipe, partial(LoRA, rank=4, alpha=alpha))
-    path = write_adapter(adapter, tmp_path / "d.safetensors", dialect="diffusers", root=pipe)
-    return adapter, load_file(path)
+    folder = write_adapter(adapter, tmp_path / "spelled", dialect="peft", root=pipe)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return adapter, {key.replace("base_model.model.", PREFIX): t for key, t in tensors.items()}
 
 
 def renamed(tensors: Mapping[str, Tensor], prefix: str, down: str, up: str) -> dict[str, Tensor]:
@@ -316,13 +317,13 @@ def mutations() -> dict[str, tuple[Callable[[dict[str, Tensor]], object], str]]:
         "alpha NaN": (lambda t: t.update({f"{Q}.alpha": torch.tensor(torch.nan)}), "NaN"),
         "two alphas": (
             lambda t: t.update({f"{Q}.alpha": torch.tensor(1.0)}),
-            "alpha is 1, but 2 is",
+            "alpha is 1, but 4 is",
         ),
         "alpha alone": (
             lambda t: t.update({"transformer.proj_out.alpha": torch.tensor(1.0)}),
             "alpha alone is not a change",
         ),
-        "rank 0": (lambda t: t.update({a: t[a][:0], b: t[b][:, :0]}), "rank is 0"),
+        "rank 0": (lambda t: t.update({a: t[a][:0], b: t[b][:, :0]}), "is empty: it is 0 x 64"),
         "a weight of the model": (
             lambda t: t.update({"transformer.proj_out.weight": torch.zeros(64, 64)}),
             "is not a tensor of an adapter",
@@ -354,7 +355,7 @@ def test_a_mutated_file_is_refused(pipe, tmp_path, mutation) -> None:
 
 
 def test_what_is_no_adapter_is_refused(pipe, tmp_path, tiny_published) -> None:
-    with pytest.raises(UserError, match="is not an adapter; weights of a model"):
+    with pytest.raises(UserError, match="is not a tensor of an adapter; weights of a model"):
         read_adapter(tiny_published / "transformer/diffusion_pytorch_model.safetensors", pipe)
     with pytest.raises(UserError, match="is not an adapter: a folder of PEFT holds"):
         read_adapter(tiny_published, pipe)
