@@ -7,6 +7,7 @@ between modules, and runs that were begun before go on.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 
@@ -27,7 +28,7 @@ def differences(
     """The keys in which two configs differ, sorted.
 
     Args:
-        free: keys that may differ, with all below them.
+        free: keys that may differ, with all below them; `*` stands for any text.
 
     Example:
         >>> differences({"ema": {"decay": 0.9}}, {"ema": {"decay": 0.99}})
@@ -38,7 +39,7 @@ def differences(
         Difference(key, one.get(key), other.get(key))
         for key in sorted(one.keys() | other.keys())
         if one.get(key) != other.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in free)
+        and not any(fnmatchcase(key, name) or fnmatchcase(key, f"{name}.*") for name in free)
     ]
 
 

@@ -187,17 +187,31 @@ def load_trained_autoencoder(
             autocast=precision,
         )
 
-    images = plain["data"]
-    if "found" in images:  # the weights depend neither on the location nor on the captions
-        kept = ("found", "image_size", "unit", "max_ratio", "crop", "seed")
-        images = {key: images[key] for key in kept}
     recipe = {
         "autoencoder": plain["autoencoder"],
-        "data": images,
+        "data": images_of(plain["data"], plain["data"].get("found")),
         "precision": plain["precision"],
     }
     weights = find_or_train(config, "autoencoder", recipe, task, device, seed=seed)
     load_strictly(autoencoder, weights.tensors, weights.path)
+
+
+def images_of(data: dict[str, Any], found: dict[str, Any] | None) -> dict[str, Any]:
+    """What determines the images of a section `data`: neither their location nor their captions.
+
+    Args:
+        data: the section, or a part of it.
+        found: the fingerprint of its images, if the config does not determine them.
+    """
+    if "parts" in data:
+        parts = {
+            name: images_of(part, (found or {}).get(name)) for name, part in data["parts"].items()
+        }
+        return {"parts": parts, "shares": data["shares"]}
+    if not found:
+        return data
+    kept = ("image_size", "unit", "max_ratio", "crop", "seed")
+    return {"found": found, **{key: data[key] for key in kept}}
 
 
 def clip_for_metrics(

@@ -230,6 +230,41 @@ class _ClassReader:
         return None
 
 
+@register
+class Constant:
+    """The same caption for every image, as in DreamBooth: "a photo of sks dog".
+
+    Args:
+        caption: the caption.
+    """
+
+    def __init__(self, *, caption: str) -> None:
+        expect(bool(caption.strip()), "captions.caption", caption, "must not be empty")
+        self.caption = caption
+
+    def open(self, root: Path, kinds: Sequence[str]) -> Reader:
+        if "text" not in kinds:
+            raise UserError(
+                f"mix {', '.join(kinds)} must be text: a constant has no other kind of caption"
+            )
+        return _ConstantReader(self.caption)
+
+
+class _ConstantReader:
+    """One caption, whatever the file."""
+
+    listed: Collection[str] = ()
+
+    def __init__(self, caption: str) -> None:
+        self._caption = caption
+
+    def __call__(self, name: str) -> Captions:
+        return {"text": (self._caption,)}
+
+    def absence(self, name: str) -> str | None:
+        return None
+
+
 def sidecar_suffix(kind: str) -> str:
     """The sidecar suffix of a kind: `.txt` for "text", `.synthetic.txt` for "synthetic"."""
     return ".txt" if kind == "text" else f".{kind}.txt"

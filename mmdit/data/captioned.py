@@ -40,7 +40,7 @@ class ImageOptions:
         max_ratio: largest aspect ratio; 1 makes all batches square.
         crop: 'centre' or 'random'.
         validation_fraction: fraction of the images held out for validation, at least one image; a
-            single image is in both splits.
+            single image is in both splits. None puts all images in both.
         seed: seed of the choice of captions and crops.
     """
 
@@ -53,14 +53,15 @@ class ImageOptions:
         unit: int = 16,
         max_ratio: float = 4.0,
         crop: str = "random",
-        validation_fraction: float = 0.01,
+        validation_fraction: float | None = 0.01,
         seed: int = 0,
     ) -> None:
         one_of("crop", crop, CROPS)
         seed_number("seed", seed)
         if samples is not None:
             whole_number("samples", samples, 1)
-        number("validation_fraction", validation_fraction, 0, below=1)
+        if validation_fraction is not None:
+            number("validation_fraction", validation_fraction, 0, below=1)
         self.buckets = Buckets(image_size=image_size, unit=unit, max_ratio=max_ratio)
         self.mix = check_mix({"text": 1.0} if mix is None else mix)
         self.image_size, self.samples, self.crop, self.seed = image_size, samples, crop, seed
@@ -285,14 +286,15 @@ def positions_of(files: Files, options: ImageOptions, split: str) -> list[int]:
     """
     names = files.names
     hashes = [split_hash(name) for name in names]
-    limit = options.validation_fraction * 2**64
+    shared = options.validation_fraction is None or len(names) == 1
+    limit = (options.validation_fraction or 0.0) * 2**64
     held_back = {i for i, value in enumerate(hashes) if value < limit}
     if not held_back and limit and len(names) > 1:  # one image of a small set
         held_back = {min(range(len(names)), key=hashes.__getitem__)}
     kept = [i for i in range(len(names)) if (i in held_back) == (split != "train")]
-    if len(names) == 1:
-        kept = [0]
-        if split == "validation":
+    if shared:
+        kept = list(range(len(names)))
+        if len(names) == 1 and split == "validation":
             log.warning("%s has one image: it is used for training and validation", files.place)
     if split == "train" and options.samples is not None:
         kept = sorted(sorted(kept, key=hashes.__getitem__)[: options.samples])

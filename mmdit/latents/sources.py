@@ -137,8 +137,9 @@ class FromMemory(_Kept):
         self.captions = [found[index].captions for index in indices]
 
     def read(self, step: int, indices: Sequence[int]) -> Read:
-        captions = [self.data.pick(self.captions[index], index, step) for index in indices]
-        latents = torch.stack([self.encoded[index] for index in indices])
+        n = len(self.data)  # an index beyond it is the same sample, seen once more
+        captions = [self.data.pick(self.captions[index % n], index, step) for index in indices]
+        latents = torch.stack([self.encoded[index % n] for index in indices])
         return Read(latents, self.text.tokenize(captions))
 
 
@@ -213,11 +214,12 @@ class FromCache(_Kept):
         log.info("%d samples in the cache %s", len(self.data), folder)
 
     def read(self, step: int, indices: Sequence[int]) -> Read:
-        latents = torch.stack([self.cache.latent(index) for index in indices])
-        self._expect_finite(latents, indices)
+        stored = [index % len(self.data) for index in indices]  # as in `FromMemory`
+        latents = torch.stack([self.cache.latent(index) for index in stored])
+        self._expect_finite(latents, stored)
         captions = [
-            self.cache.caption(index, self.data.pick(self.cache.captions(index), index, step))
-            for index in indices
+            self.cache.caption(at, self.data.pick(self.cache.captions(at), index, step))
+            for at, index in zip(stored, indices, strict=True)
         ]
         if not captions[0].embeddings:
             return Read(latents, self.text.tokenize([caption.text for caption in captions]))
@@ -226,7 +228,7 @@ class FromCache(_Kept):
             for name in captions[0].embeddings
         }
         for values in embeddings.values():
-            self._expect_finite(values, indices)
+            self._expect_finite(values, stored)
         return Read(latents, self._encodings(embeddings, len(indices)))
 
     def _expect_finite(self, stored: Tensor, indices: Sequence[int]) -> None:

@@ -31,7 +31,11 @@ FREE = (
     *("variant", "metrics", "clip", "imports"),  # for measurements after training
     *("sampling", "text_device"),
     # Data are identified by their content, not by their location.
-    *(f"data.{key}" for key in ("root", "report", "index", "threads", "max_bad_fraction")),
+    *(
+        f"{data}.{key}"
+        for data in ("data", "data.parts.*")
+        for key in ("root", "report", "index", "threads", "max_bad_fraction")
+    ),
     *(f"training.{key}" for key in ("steps", "log_every", "evaluate_every", "save_every")),
     *(f"training.{key}" for key in ("keep", "keep_every", "keep_best")),
     *(

@@ -110,7 +110,7 @@ def nodes(config: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def arguments(node: dict[str, Any]) -> list[str]:
     """Its keys, and what its defaults list fills in: `path: edm`, or `/guide@inner: ...`."""
     filled = [
-        group.rpartition("@")[2]
+        group.rpartition("@")[2].partition(".")[0]
         for entry in node.get("defaults", ())
         if isinstance(entry, dict)
         for group in entry

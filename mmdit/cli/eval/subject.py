@@ -61,6 +61,8 @@ def shapes_for(
         arguments = json.loads(described[0].read_text())["data"]
     else:
         arguments = OmegaConf.to_container(config.data, resolve=True)
+    if "parts" in arguments:  # of a mixture, the first part is validated on
+        arguments = next(iter(arguments["parts"].values()))
     if arguments.pop("_target_").rpartition(".")[2] != "Shapes":
         raise UserError(f"{source} was not trained on shapes, which this evaluation requires")
     if image_size is not None:
