@@ -22,8 +22,9 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Text whose line breaks are intended; each line is made `printable`."""
-    return "\n".join(map(printable, text.split("\n")))
+    """Text whose line breaks and indentation are intended; each line is made `printable`."""
+    indented = re.sub("^\t+", lambda tabs: "  " * len(tabs[0]), text, flags=re.MULTILINE)
+    return "\n".join(map(printable, indented.split("\n")))
 
 
 def show(*lines: object, file: TextIO | None = None) -> None:

@@ -116,8 +116,7 @@ def build(description: dict[str, Any]) -> Any:
     arguments = {key: _rebuilt(value) for key, value in description.items()}
     name = arguments.pop("class", None)
     if not isinstance(name, str) or name not in _classes:
-        near = nearest(str(name), _classes)
-        hint = did_you_mean(near) if near else f" Known: {', '.join(sorted(_classes))}."
+        hint = did_you_mean(nearest(str(name), _classes))
         raise UserError(
             f"the checkpoint names the class {name!r}, which is not known here.{hint} A class of "
             "your own must be imported first: imports=[<module>]"

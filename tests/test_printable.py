@@ -26,6 +26,7 @@ def test_only_what_is_not_printable_is_escaped() -> None:
     plain = "C:\\new 'it' \u00e9 \u6c49\u3000 \u05e9 \U0001f469\u200d\U0001f467 \u0e48"
     assert printable(plain) == plain
     assert printable_lines(f"{plain}\n\x1b") == plain + "\n\\x1b"
+    assert printable_lines("one\n\ttwo\tthree") == "one\n  two\\tthree"
     every = "".join(map(chr, range(0x3000))) + "\ud800\udfff"
     left = {unicodedata.category(each) for each in printable(every)}
     assert not left & {"Cc", "Zl", "Zp", "Cs"}

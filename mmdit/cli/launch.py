@@ -114,7 +114,8 @@ def _launch(
             except Exception as failure:
                 if HydraConfig.get().mode == RunMode.RUN:
                     raise _JobFailed from failure
-                failed.append(_report_failed_job(failure))
+                message = explain(failure, in_job=True, verbatim=verbatim, config_dir=config_dir)
+                failed.append(_report_failed_job(failure, message))
                 raise
 
         sys.argv = [sys.argv[0], *arguments]
@@ -285,11 +286,16 @@ def _list_failed(failed: Sequence[str]) -> None:
         show(f"{len(failed)} jobs of this multirun failed:", *lines, file=sys.stderr)
 
 
-def _report_failed_job(failure: Exception) -> str:
-    """Print immediately which job of a sweep failed: Hydra raises the first error at the end."""
+def _report_failed_job(failure: Exception, message: str | None) -> str:
+    """Print immediately which job of a sweep failed: Hydra raises the first error at the end.
+
+    Args:
+        message: of a user's mistake; None is a bug.
+    """
     job = HydraConfig.get()
     which = f"job {job.job.num} ({' '.join(job.overrides.task)})"
-    line = f"{which} failed: {type(failure).__name__}: {first_line(failure)}"
+    why = message or f"{type(failure).__name__}: {first_line(failure)}"
+    line = f"{which} failed: {why.splitlines()[0]}"
     show(line, file=sys.stderr)
     return line
 

@@ -14,11 +14,13 @@ from mmdit.errors import UserError
 from mmdit.loading import PIPELINE, Run, Source, open_source
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast, autocast, chosen_dtype
+from mmdit.printable import logger
 from mmdit.programs import command
 from mmdit.runs.checkpoint import WEIGHTS, newest_finished
 from mmdit.runs.status import clean_up_if_killed
 from mmdit.text.conditioning import ENCODERS
 
+log = logger(__name__)
 PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # paths, as typed
 
 # Files by which a folder of weights, or one of its subfolders, is recognized. Adapters are included
@@ -78,12 +80,15 @@ def open_named(
         UserError: there are no weights, or they cannot be read.
     """
     one_of("weights", config.weights, WEIGHTS)  # before any file is searched for
-    given: str | Path | None = text.get("checkpoint") or newest_finished(Path(config.runs))
-    if given is None:
-        raise UserError(
-            f"there is no finished run in {config.runs}/: train one with `{command('train')}`, or "
-            "give checkpoint=<run folder, file or hub id>"
-        )
+    given: str | Path | None = text.get("checkpoint")
+    if not given:
+        given = newest_finished(Path(config.runs))
+        if given is None:
+            raise UserError(
+                f"there is no finished run in {config.runs}/: train one with "
+                f"`{command('train')}`, or give checkpoint=<run folder, file or hub id>"
+            )
+        log.info("the newest finished run is %s", given)
     path = Path(given).expanduser()
     if path.is_dir() and not any(any(path.glob(name)) for name in WEIGHT_FILES):
         raise UserError(

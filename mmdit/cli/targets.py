@@ -17,6 +17,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mmdit.checks import did_you_mean, nearest
 from mmdit.cli import CONFIGS
 from mmdit.errors import UserError, first_line
 
@@ -95,13 +96,16 @@ def _check_object(key: str, target: str, imports: Collection[str]) -> None:
     found: Any = None
     for i, part in enumerate(parts):
         try:
-            found = getattr(found, part) if i else importlib.import_module(part)
+            found = getattr(found, part) if i else _imported(key, target, part)
         except AttributeError as error:
             if not isinstance(found, ModuleType):
                 raise UserError(f"{key}: cannot find {target!r}: {error}") from error
+            if not hasattr(found, "__path__"):  # a file, which holds no further modules
+                hint = did_you_mean(nearest(part, vars(found)))
+                raise UserError(
+                    f"{key}: cannot find {target!r}: {found.__name__} has no {part}.{hint}"
+                ) from error
             found = _imported(key, target, ".".join(parts[: i + 1]))
-        except ModuleNotFoundError as error:
-            raise UserError(f"{key}: cannot find {target!r}: {error}") from error
         # Parent packages of an allowed module are allowed on the way to it.
         if isinstance(found, ModuleType) and not _leads_to(found.__name__, allowed):
             raise _refusal(key, target, found.__name__)
@@ -117,7 +121,10 @@ def _imported(key: str, target: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{key}: cannot find {target!r}: {error}") from error
+        raise UserError(
+            f"{key}: cannot find {target!r}: {error}; Python must find a module of your own, for "
+            "example by PYTHONPATH=<folder>"
+        ) from error
 
 
 def _leads_to(module: str, allowed: Iterable[str]) -> bool:

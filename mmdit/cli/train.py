@@ -166,7 +166,7 @@ def fit(
     if request.processes.main:
         report_formulation(pipeline.objective, run.path)
         for remark in pipeline.text.remarks_on_captions(validation.captions):
-            log.warning("%s", remark)
+            log.warning("note: in the validation split, %s", remark)
     task = FlowTask(
         module=pipeline,
         source=source,

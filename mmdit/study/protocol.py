@@ -70,7 +70,7 @@ class StudyProtocol:
     ) -> None:
         if samples < len(TASKS) or references < 2 or batch_size < 1:
             raise UserError(
-                f"metrics: samples {samples} must be at least {len(TASKS)} (one scene per task), "
+                f"samples {samples} must be at least {len(TASKS)} (one scene per task), "
                 f"references {references} at least 2, batch_size {batch_size} at least 1"
             )
         self.samples, self.references = samples, references

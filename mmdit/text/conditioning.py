@@ -224,7 +224,7 @@ class TextConditioner(nn.Module):
             counts = Counter(word for words in unknown for word in words)
             frequent = _shown([word for word, _ in counts.most_common(8)])
             remarks.append(
-                f"{len(unknown)} of {len(captions)} captions have words that are unknown to the "
+                f"{len(unknown)} of {len(captions)} captions contain words unknown to the "
                 f"text encoders, which cannot tell them apart: {frequent}. The toy encoders know "
                 "the words of data=shapes; text=published reads any word"
             )
@@ -330,5 +330,5 @@ def expect_finite_encodings(encodings: Encodings) -> None:
 
 
 def _shown(words: Sequence[str]) -> str:
-    """The first eight words, long ones abbreviated."""
-    return ", ".join(f"{word[:40]}..." if len(word) > 43 else word for word in words[:8])
+    """The first eight words in quotes, long ones abbreviated."""
+    return ", ".join(repr(f"{word[:40]}..." if len(word) > 43 else word) for word in words[:8])

@@ -475,6 +475,39 @@ def test_values_that_a_constructor_refuses_are_explained(
     assert result.code == 2 and message in result.err and "Traceback" not in result.err
 
 
+def test_a_failed_job_of_a_multirun_is_reported_with_its_mistake(
+    run: Callable[..., SimpleNamespace],
+) -> None:
+    result = run("-m", "model.width=7,9", job=build_all)
+    assert result.code == 2
+    for number, width in enumerate((7, 9)):
+        mistake = f"model: width {width} must be divisible by num_heads 2"
+        job = f"job {number} (imports=[targets] model.width={width})"
+        assert f"{job} failed: {mistake}\n" in result.err
+
+
+def test_a_class_that_a_module_lacks_is_named_with_the_nearest() -> None:
+    config = OmegaConf.create({"path": {"_target_": "mmdit.flow.paths.Cosin"}})
+    with pytest.raises(UserError, match=r"mmdit.flow.paths has no Cosin. Did you mean Cosine\?"):
+        check_targets(config, [])
+    config = OmegaConf.create({"path": {"_target_": "no_such_module.Cosine"}})
+    with pytest.raises(UserError, match="No module named 'no_such_module'; Python must find"):
+        check_targets(config, ["no_such_module"])
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_torch_is_imported_gives_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    result = subprocess.run(
+        [sys.executable, "-c", "from mmdit.cli.train import main"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(CONFIGS.parent)])},
+        check=False,
+    )
+    assert result.returncode and result.stderr == "interrupted\n"
+
+
 @pytest.mark.parametrize(
     "key, message",
     [

@@ -196,7 +196,7 @@ def test_only_present_encoders_remark_on_prompts():
     assert len(without(text, "clip_l", "clip_g").remarks([long])) == 1
     assert without(text, *ENCODERS).remarks([long]) == []
     unknown, cut = text.remarks_on_captions(["a red circle", "a dog and a cat", "a dog", long])
-    assert "3 of 4 captions have words" in unknown and ": dog, cat, zebra." in unknown
+    assert "3 of 4 captions contain words" in unknown and ": 'dog', 'cat', 'zebra'." in unknown
     assert "1 of 4 captions are too long" in cut
     assert cut.endswith(f": CLIP-L reads {LENGTH} tokens, CLIP-G reads {LENGTH} tokens")
     assert without(text, *ENCODERS).remarks_on_captions([long]) == []
@@ -274,24 +274,24 @@ def test_the_reader_is_told_once_of_unknown_words_and_of_text_cut_off():
     text = conditioner()
     assert text.remarks(["", *PROMPTS]) == []
     (unknown,) = text.remarks(["a zebra and a lion"] * 2)
-    assert "words unknown to this model (2): zebra, lion" in unknown
+    assert "words unknown to this model (2): 'zebra', 'lion'" in unknown
     (cut,) = text.remarks(["a " * 10])
     assert cut.endswith(
         f"is truncated: CLIP-L reads {LENGTH} tokens and ignores the last 5; CLIP-G reads {LENGTH} "
         f"tokens and ignores the last 5; T5 reads {T5_LENGTH} tokens and ignores the last 2"
     )
     many = text.remarks([" ".join(f"x{i}" for i in range(8))])[0]
-    assert many.endswith("x6, x7")
+    assert many.endswith("'x6', 'x7'")
 
 
 def test_remarks_on_long_prompts_are_short_and_made_in_linear_time():
     text = conditioner()
     many = " ".join(f"x{i}" for i in range(30_000))
     start = time.process_time()
-    assert "(30000): x0, x1" in text.remarks([many])[0]
+    assert "(30000): 'x0', 'x1'" in text.remarks([many])[0]
     assert time.process_time() - start < 5  # about 0.3 s; comparing all with all took 20 s
-    assert f": {'y' * 40}...;" in text.remarks(["y" * 100_000])[0] + ";"
-    assert f": {'y' * 40}..." in text.remarks_on_captions(["y" * 100_000])[0]
+    assert f": '{'y' * 40}...';" in text.remarks(["y" * 100_000])[0] + ";"
+    assert f": '{'y' * 40}...'" in text.remarks_on_captions(["y" * 100_000])[0]
     assert len(text.remarks(["y" * 100_000])[0]) < 200
 
 
