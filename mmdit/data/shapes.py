@@ -79,6 +79,7 @@ class Shapes:
         task_weights: task -> relative frequency; tasks that are not listed do not occur.
         rich_fraction: fraction of rich captions, which describe everything.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
+        containing: draw only scenes with an object of this shape, to teach or to test one word.
         samples: size of the training set; larger indices are valid too.
 
     Raises:
@@ -104,6 +105,7 @@ class Shapes:
         task_weights: Mapping[str, float] = DEFAULT_WEIGHTS,
         rich_fraction: float = 0.5,
         held_out_fraction: float = 0.125,
+        containing: str | None = None,
         samples: int = 20_000,
     ) -> None:
         for field, names in (
@@ -131,6 +133,7 @@ class Shapes:
         self.max_count = min(grid**2, len(NUMBERS) - 1) if max_count is None else max_count
         self.task_weights = {task: float(weight) for task, weight in task_weights.items()}
         self.rich_fraction, self.held_out_fraction = rich_fraction, held_out_fraction
+        self.containing = containing
         self._check()
         # Keyed by the seed alone, outside the spaces of the indices: the same for every split.
         rng = _stream(self.seed, 2**64 - 1)
@@ -204,7 +207,8 @@ class Shapes:
 
     def identity(self) -> dict[str, Any]:
         """Plain data that determines `cacheable`: equal identities give equal images, captions."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        stated = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in stated.items() if not name.startswith("_")}
 
     def fingerprint(self) -> dict[str, Any]:
         """Empty: the config alone determines the images."""
@@ -300,6 +304,14 @@ class Shapes:
         return [(step, line) if x else (line, step) for step in along]
 
     def _choices_of(self, task: str) -> list[tuple[Kind, ...]]:
+        """The kinds, one or two, that this dataset may show for a task; empty if there are none."""
+        return [
+            kinds
+            for kinds in self._choices_in_split(task)
+            if self.containing is None or any(kind.shape == self.containing for kind in kinds)
+        ]
+
+    def _choices_in_split(self, task: str) -> list[tuple[Kind, ...]]:
         """The kinds, one or two, that this split may show for a task; empty if there is no room."""
         room = {"counting": self.max_count}.get(task, self.grid)
         if room < 2 and task in ("counting", *PAIR_TASKS):
@@ -317,8 +329,8 @@ class Shapes:
         if not self._choices[task]:
             raise ValueError(
                 f"task {task!r} is impossible in split {self.split!r} with grid {self.grid}, "
-                f"max_count {self.max_count} and held_out_fraction {self.held_out_fraction}: "
-                "enlarge them, or leave the task out of task_weights"
+                f"max_count {self.max_count}, held_out_fraction {self.held_out_fraction} and "
+                f"containing {self.containing}: change them, or leave the task out of task_weights"
             )
 
     def _check(self) -> None:
@@ -332,6 +344,8 @@ class Shapes:
             for name in names:
                 one_of(field, name, known)
             expect(len(set(names)) == len(names), field, names, "must not repeat a name")
+        if self.containing is not None:
+            one_of("containing", self.containing, self.shapes)
         for field, names in (("shapes", self.shapes), ("colours", self.colours)):
             expect(len(names) >= 2, field, names, "must name at least two")
         both = set(self.colours) & set(self.backgrounds)

@@ -97,6 +97,23 @@ def test_two_parts_equal_an_unbroken_run(folder: Path) -> None:
     assert losses(folder / "runs" / "whole") == losses(folder / "runs" / "parts")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(folder: Path, parallel: str) -> None:
+    words = (*LORA, "adapter.targets=all", "training.save_every=6")
+    one = folder / "runs" / "alone"
+    if not one.exists():
+        run(folder, "train.py", *words, "run=runs/alone")
+    both = folder / "runs" / parallel
+    run(folder, "train.py", *words, f"run={both}", f"parallel={parallel}", processes=2)
+    wanted, found = losses(one), losses(both)
+    assert found.keys() == wanted.keys()
+    assert [found[step] for step in wanted] == pytest.approx([*wanted.values()], rel=1e-5)
+    tensors = read_weights(both, "raw").tensors
+    for name, tensor in read_weights(one, "raw").tensors.items():
+        torch.testing.assert_close(tensors[name], tensor, atol=1e-5, rtol=1e-4)
+
+
 def test_an_adapter_of_a_changed_model_is_refused(folder: Path, tmp_path: Path) -> None:
     weights = read_weights(folder / "runs" / "lora-001")
     description = {**weights.description, "base": {**weights.description["base"], "sha256": "0"}}

@@ -187,6 +187,21 @@ def test_rich_fraction_changes_words_but_no_scene():
     assert np.mean(is_short) == pytest.approx(0.5, abs=0.1)
 
 
+def test_scenes_may_all_contain_one_shape():
+    world = {"shapes": ["circle", "square", "star"], "held_out_fraction": 0}
+    data = Shapes(**world, containing="star", samples=8)
+    for task in TASKS:
+        scenes = [data.scene_for_task(task, i) for i in range(40)]
+        assert all(any(thing.shape == "star" for thing in scene.objects) for scene in scenes)
+    others = {t.shape for i in range(200) for t in data.scene(i).objects} - {"star"}
+    assert others == {"circle", "square"}
+    assert data.view("validation").containing == "star"
+    assert data.identity().pop("containing") == "star"
+    assert "containing" not in Shapes(**world).identity()  # caches of before stay valid
+    with pytest.raises(UserError, match="containing='stra' must be one of .* Did you mean star"):
+        Shapes(**world, containing="stra")
+
+
 @DATASETS
 def test_every_word_of_every_caption_is_known(arguments):
     for split in SPLITS:
