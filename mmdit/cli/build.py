@@ -1,6 +1,6 @@
 """From a config to what training needs, untrained: for `train.py`, `eval/memory.py`, notebooks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -50,7 +50,9 @@ def build(
         >>> parts = build(compose("train"), torch.device("cpu"), torch.float32)
         >>> parts.pipeline("a red circle")
     """
-    pipeline = build_pipeline(config) if initial is None else adapted(config, initial)
+    pipeline = build_pipeline(config) if initial is None else initial.pipeline
+    if initial is not None or starts_from_weights(config):
+        make_trainable(config, pipeline, initial and initial.base)
     pipeline.to(device)
     ema = EMA(pipeline, profile=instantiate(config.ema))
     parallel = instantiate(config.parallel)
@@ -64,25 +66,34 @@ def build(
         optimizer=instantiate(config.optimizer)(pipeline),
         schedule=instantiate(config.schedule),
         posthoc=instantiate(config.posthoc)(pipeline) if config.get("posthoc") else None,
-        kept=partial(adapter_in, name=ADAPTER, base=initial.base)
-        if initial is not None and config.get("adapter") is not None
+        kept=partial(adapter_in, name=ADAPTER, base=initial and initial.base)
+        if config.get("adapter") is not None
         else None,
     )
     return Parts(state, parallel)
 
 
-def adapted(config: DictConfig, initial: Initial) -> Pipeline:
-    """The model to start from, in which that is trainable which is to be trained.
+def starts_from_weights(config: DictConfig) -> bool:
+    """Whether a config says what is trained of a model that has weights already."""
+    return config.get("adapter") is not None or config.train is not None
+
+
+def make_trainable(
+    config: DictConfig, pipeline: Pipeline, base: Mapping[str, str] | None = None
+) -> None:
+    """Let of a model be trained what the config says: parts of it, or an adapter beside them.
+
+    Args:
+        base: what a new adapter states about the weights of `pipeline`.
 
     Raises:
         UserError: the config asks for what the model does not have.
     """
-    pipeline = initial.pipeline
     if config.get("adapter") is None:
         if config.base_dtype is not None:
             raise UserError("base_dtype is for what adapters leave as it is: give adapter=, too")
         select(pipeline, config.train)
-        return pipeline
+        return
     for key in ("train", "posthoc"):
         if config.get(key) is not None:
             raise UserError(f"{key} and adapter exclude each other: adapter.parts says where it is")
@@ -92,8 +103,7 @@ def adapted(config: DictConfig, initial: Initial) -> Pipeline:
         for part in (pipeline.mmdit, pipeline.text):
             part.to(DTYPES[config.base_dtype])
     torch.manual_seed(config.seed)
-    pipeline.load_lora(instantiate(config.adapter)(pipeline, base=initial.base), name=ADAPTER)
-    return pipeline
+    pipeline.load_lora(instantiate(config.adapter)(pipeline, base=base), name=ADAPTER)
 
 
 def build_pipeline(config: DictConfig) -> Pipeline:
@@ -134,7 +144,8 @@ def describe(config: DictConfig) -> Iterator[str]:
     if config.initial is not None:
         initial = open_initial(config, given_keys())
         assert initial is not None
-        pipeline = adapted(config, initial)
+        pipeline = initial.pipeline
+        make_trainable(config, pipeline)
         yield f"{count(pipeline.mmdit):,} parameters in the MMDiT of initial={config.initial}"
         yield f"{count(pipeline.text):,} in the text encoders"
         trained = sum(weight.numel() for weight in pipeline.parameters() if weight.requires_grad)

@@ -198,7 +198,7 @@ def test_scenes_may_all_contain_one_shape():
     assert data.view("validation").containing == "star"
     assert data.identity().pop("containing") == "star"
     assert "containing" not in Shapes(**world).identity()  # caches of before stay valid
-    with pytest.raises(UserError, match="containing='stra' must be one of .* Did you mean star"):
+    with pytest.raises(UserError, match=r"containing='stra' must be one of .* Did you mean star"):
         Shapes(**world, containing="stra")
 
 

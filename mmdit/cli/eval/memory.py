@@ -18,7 +18,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mmdit.cli.build import build_pipeline, count
+from mmdit.cli.build import build_pipeline, count, make_trainable, starts_from_weights
 from mmdit.cli.eval.subject import made, table, write_results
 from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch
@@ -33,6 +33,8 @@ from mmdit.engine.footprint import (
 from mmdit.processes import Processes, join, leave
 
 PROTOCOL = "memory-1"
+GPUS = (8, 12, 16, 24, 32, 40, 48, 80)  # GiB
+CONTEXT = 0.5e9  # bytes of CUDA and its libraries
 VERBATIM = ("out",)
 
 
@@ -81,6 +83,10 @@ def as_report(
     }
     with torch.device("meta"):
         pipeline = build_pipeline(config)
+        if starts_from_weights(config):
+            make_trainable(config, pipeline)
+    report["trained"] = sum(w.numel() for w in pipeline.parameters() if w.requires_grad)
+    report["fits"] = [size for size in GPUS if predicted.total + CONTEXT <= size * 2**30]
     report["text_length"] = pipeline.text.context_length
     report["parameters"] = {name: count(part) for name, part in pipeline.named_children()}
     if measured is not None:
@@ -103,9 +109,10 @@ def as_report(
 
 def as_markdown(report: Mapping[str, Any]) -> str:
     """Tables of the GB of one process, by class."""
-    network = report["parameters"]["mmdit"]
+    network, trained = report["parameters"]["mmdit"], report["trained"]
     lines = [
-        f"{report['protocol']}: {report['model']}, {network:,} parameters, {report['optimizer']}, "
+        f"{report['protocol']}: {report['model']}, {network:,} parameters, {trained:,} "
+        f"trained, {report['optimizer']}, "
         f"{report['parallel']} over {report['world_size']}, on {report['device']} in "
         f"{report['precision']}",
         f"each process: {report['batch']} samples of {report['image_size']} x "
@@ -118,6 +125,9 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     ]
     rows.append(("**all**", report["total"] / 1e9, ""))
     predicted = "\n".join(lines) + "\n" + table(("GB of a process", "at the peak", "at most"), rows)
+    if report["device"] == "cuda":
+        sizes = ", ".join(map(str, report["fits"])) or "none of those up to 80"
+        predicted += f"\nfits a GPU of {sizes} GB, with 0.5 GB for CUDA itself\n"
     if "measured" not in report:
         return predicted
     names = {
