@@ -98,6 +98,19 @@ def test_a_prediction_is_what_real_steps_take(run, words):
 
 
 @pytest.mark.slow
+def test_an_adapter_takes_less_than_its_model(run):
+    words = ("model=d24", "image_size=64", "batch=1", "activation_checkpointing=full")
+    run(*words, "adapter=lora", "adapter.rank=16", "base_dtype=bf16")
+    found = report()
+    # Of 24 blocks: 8 matrices, but for the last, where the text has no output; 2 x 16 x 1536 each.
+    assert found["trained"] == (24 * 8 - 1) * 2 * 16 * 1536
+    assert found["peak"]["weights"] == found["peak"]["averages"] == 4 * found["trained"]
+    assert found["peak"]["moments"] == pytest.approx(8 * found["trained"], rel=1e-3)
+    assert found["peak"]["frozen parts"] < 2.3 * found["parameters"]["mmdit"]
+    assert found["fits"][0] == 8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
