@@ -475,16 +475,17 @@ def _with_norms(
     size, convolution = tuple(magnitude.shape), len(slot.shape) > 2
     # LyCORIS has norms of outputs as a column, of inputs as a row; PEFT has those of outputs alone.
     per_output = magnitude.numel() == rows and (size[0] == rows or convolution)
-    per_input = size == (1, columns) and not per_output
-    if not (per_output or per_input):
-        raise UserError(
-            f"{where}: its norms (DoRA) are {_size(size)}, neither {rows} outputs"
-            f" nor {columns} inputs. Nothing was loaded"
-        )
-    if per_input and (len(slot.parts) > 1 or convolution):
+    per_input = size == (1, columns) and not per_output and not convolution
+    of_channels = convolution and size == (1, *slot.shape[1:2], 1, 1)
+    if of_channels or (per_input and len(slot.parts) > 1):
         raise UserError(
             f"{where}: norms for each input of a fused matrix or a convolution are not supported. "
             "Nothing was loaded"
+        )
+    if not (per_output or per_input):
+        raise UserError(
+            f"{where}: its norms (DoRA) are {_size(size)}, neither {rows} outputs nor {columns} "
+            "inputs. Nothing was loaded"
         )
     normed: dict[str, Change] = {}
     for layer, _, form in slot.parts:

@@ -46,9 +46,10 @@ PREFIXES = {
         "t5": "text_encoders.t5xxl.transformer.",
     },
 }
-ENDS = {  # of the down and the up matrix, and of DoRA's norms
-    "diffusers": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
-    "peft": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
+# Of the down and the up matrix, and of DoRA's norms, whose `.weight` transformers wants.
+ENDS = {
+    "diffusers": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
+    "peft": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
     "sd-scripts": ("lora_down.weight", "lora_up.weight", "dora_scale"),
     "comfyui": ("lora_A.weight", "lora_B.weight", "dora_scale"),
 }
