@@ -78,6 +78,8 @@ class Archive:
                 opened = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): download or copy it again") from None
+            except RuntimeError as error:  # the address space is too small for it
+                raise UserError(f"{path} cannot be opened ({first_line(error)})") from None
             self.headers[path] = header
             self.infos |= header.infos
             self.metadata |= header.metadata

@@ -100,6 +100,19 @@ def test_dora_has_the_norms_that_it_learned(layer: nn.Linear, kind: str, axis: i
     torch.testing.assert_close(changed.norm(dim=axis), dora.magnitude)
 
 
+def test_norms_over_a_weight_of_zero_start_at_nothing_too() -> None:
+    """As in a new modulation, all of whose weights are zero."""
+    layer = nn.Linear(24, 16)
+    nn.init.zeros_(layer.weight)
+    adapted = AdaptedLinear(layer)
+    adapted.changes["a"], adapted.scales["a"] = change_of(layer, "dora"), 1.0
+    x = torch.randn(5, 24)
+    assert torch.equal(adapted(x), layer(x))
+    assert torch.equal(adapted.fused_weight(), layer.weight)
+    moved(adapted.changes["a"])
+    assert adapted(x).isfinite().all() and not torch.equal(adapted(x), layer(x))
+
+
 def test_lokr_is_a_kronecker_product(layer: nn.Linear) -> None:
     lokr = moved(change_of(layer, "lokr"))
     assert lokr.first().shape == (4, 4) and lokr.second().shape == (4, 6)

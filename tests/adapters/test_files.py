@@ -1,5 +1,6 @@
 """Adapter files of all programs: each gives the same weights, and nothing is passed over."""
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -256,6 +257,57 @@ def test_lokr_of_a_fused_layer_is_cut_where_that_is_exact(pipe, tmp_path) -> Non
         expected = torch.kron(first, second).chunk(3)
         for part, delta in zip("qkv", expected, strict=True):
             torch.testing.assert_close(deltas(pipe, read)[f"{at}.{part}"], delta)
+
+
+@pytest.mark.parametrize("second", ["whole", "of two", "of three"])
+@pytest.mark.parametrize("norms", [None, "of outputs"])
+def test_lokr_of_a_convolution_value_by_value(pipe, tmp_path, second, norms) -> None:
+    """As LyCORIS computes it in training, here written out for each weight of the kernel."""
+    torch.manual_seed(0)
+    stem, at, rank, alpha = "lycoris_pos_embed_proj", "mmdit.patch_embedding.proj", 2, 3.0
+    w1 = torch.randn(4, 4)  # of 64 = 4 x 16 outputs and 16 = 4 x 4 channels
+    a, b = torch.randn(16, rank), torch.randn(rank, 4, 2, 2)
+    t, p, q = torch.randn(rank, rank, 2, 2), torch.randn(rank, 16), torch.randn(rank, 4)
+    whole = torch.randn(16, 4, 2, 2)
+    keys, w2 = {
+        "whole": ({"lokr_w2": whole}, lambda o, i, x, y: whole[o, i, x, y]),
+        "of two": (
+            {"lokr_w2_a": a, "lokr_w2_b": b.flatten(1)},
+            lambda o, i, x, y: a[o] @ b[:, i, x, y],
+        ),
+        "of three": (
+            {"lokr_t2": t, "lokr_w2_a": p, "lokr_w2_b": q},
+            lambda o, i, x, y: p[:, o] @ t[:, :, x, y] @ q[:, i],
+        ),
+    }[second]
+    scale = 1.0 if second == "whole" else alpha / rank
+    expected = torch.empty(64, 16, 2, 2)
+    for o, i, x, y in itertools.product(range(64), range(16), range(2), range(2)):
+        expected[o, i, x, y] = scale * w1[o // 16, i // 4] * w2(o % 16, i % 4, x, y)
+    found = {**keys, "lokr_w1": w1, "alpha": torch.tensor(alpha)}
+    weight = pipe.get_submodule(at).weight.detach()
+    changed = weight + expected.flatten(1)
+    if norms:
+        found["dora_scale"] = torch.rand(64, 1, 1, 1)
+        changed = changed / changed.norm(dim=1, keepdim=True) * found["dora_scale"].flatten(1)
+    save_file({f"{stem}.{k}": v.clone() for k, v in found.items()}, tmp_path / "a.safetensors")
+    read = read_adapter(tmp_path / "a.safetensors", pipe)
+    torch.testing.assert_close(weight + deltas(pipe, read)[at], changed, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(256, 1), (1, 64)])
+def test_norms_of_outputs_and_of_inputs_as_lycoris_has_them(pipe, tmp_path, shape) -> None:
+    torch.manual_seed(0)
+    stem, at = "lycoris_transformer_blocks_0_ff_net_0_proj", "mmdit.blocks.0.image.mlp.fc1"
+    down, up, norms = torch.randn(2, 64), torch.randn(256, 2), torch.rand(shape)
+    found = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": norms}
+    found["alpha"] = torch.tensor(1.0)
+    save_file({f"{stem}.{k}": v for k, v in found.items()}, tmp_path / "a.safetensors")
+    weight = pipe.get_submodule(at).weight.detach()
+    changed = weight + 0.5 * up @ down
+    changed *= norms / (changed * changed).sum(1 if shape[1] == 1 else 0, keepdim=True).sqrt()
+    delta = deltas(pipe, read_adapter(tmp_path / "a.safetensors", pipe))[at]
+    torch.testing.assert_close(weight + delta, changed, atol=1e-6, rtol=1e-5)
 
 
 def test_swapped_halves_are_swapped_back(pipe, tmp_path) -> None:
