@@ -8,9 +8,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from mmdit.checks import MOST_STEPS, flag, number, seed_number, whole_number
+from mmdit.checks import MOST_STEPS, expect, flag, number, seed_number, whole_number
 from mmdit.cli.formulations import check_variant
 from mmdit.cli.initial import Initial, given_keys, open_initial
+from mmdit.cli.launch import Verbatim
 from mmdit.cli.stages import check_recipe
 from mmdit.data.dataset import Data
 from mmdit.devices import available
@@ -25,6 +26,7 @@ from mmdit.programs import command
 from mmdit.runs.folder import check_name
 
 log = logger("mmdit.train")
+VERBATIM = ("instance_prompt", "class_prompt")  # free text, which Hydra does not parse
 
 
 class TrainingRequest(NamedTuple):
@@ -42,6 +44,7 @@ class TrainingRequest(NamedTuple):
     data: Data
     validation: Data  # the images of `data` that are held back
     logger: Logger
+    words: list[str]  # of the command line
 
     @property
     def scored(self) -> bool:
@@ -49,8 +52,11 @@ class TrainingRequest(NamedTuple):
         return self.config.get("metrics") is not None
 
 
-def read(config: DictConfig) -> TrainingRequest:
+def read(config: DictConfig, text: Verbatim) -> TrainingRequest:
     """Check a config, join the processes that train together, and open the data.
+
+    Args:
+        text: values of `VERBATIM`, which go into the config.
 
     Raises:
         UserError: a value makes no sense, or does not fit another.
@@ -58,6 +64,7 @@ def read(config: DictConfig) -> TrainingRequest:
     for key in ("name", "runs", "run", "resume", "initial"):  # name=2024 is a name all the same
         config[key] = config[key] if config[key] is None else str(config[key])
     check_name(config.name)
+    take_in(config, text)
     initial = open_initial(config, given_keys())
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if initial is not None:
@@ -98,7 +105,22 @@ def read(config: DictConfig) -> TrainingRequest:
         data=data,
         validation=validation,
         logger=instantiate(config.logger) if processes.main else NoLogger(),
+        words=[*sys.argv[1:], *(f"{key}={value}" for key, value in text.items())],
     )
+
+
+def take_in(config: DictConfig, text: Verbatim) -> None:
+    """Put free text into a config; `null` is none, as elsewhere on the command line.
+
+    Raises:
+        UserError: the config has no such key, or a text is empty or refers to another key.
+    """
+    for key, value in text.items():
+        if key not in list(config.keys()):  # `in config` leaves out keys without a value
+            raise UserError(f"{key} is a key of experiment=dreambooth: give that, too")
+        expect(bool(value.strip()), key, value, "must not be empty: a photo of sks dog")
+        expect("${" not in value, key, value, "must not have ${, a reference in a config")
+        config[key] = None if value == "null" else value
 
 
 def check_values(config: DictConfig) -> None:

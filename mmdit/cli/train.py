@@ -15,7 +15,8 @@ from mmdit.cli.build import Parts, build, describe
 from mmdit.cli.commands import how_to_resume
 from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch, sweep_label
-from mmdit.cli.reading import TrainingRequest, read
+from mmdit.cli.prior import with_class_images
+from mmdit.cli.reading import VERBATIM, TrainingRequest, read
 from mmdit.cli.scores import is_finished, write_scores
 from mmdit.cli.stages import check_until, clip_for_metrics, load_trained_autoencoder
 from mmdit.data.dataset import Data
@@ -41,12 +42,12 @@ from mmdit.text.clip_pair import CLIPPair
 log = logger("mmdit.train")
 
 
-def job(config: DictConfig, _: Verbatim) -> None:
+def job(config: DictConfig, text: Verbatim) -> None:
     """Read, build, prepare, fit, score. All is built before anything is trained: mistakes show at
     once.
     """
     began = time.perf_counter()
-    request = read(config)
+    request = with_class_images(read(config, text))
     parts = build(config, request.device, request.dtype, request.initial)
     source = open_latents(request, parts)
     run = open_run(request) if config.until is None else None
@@ -131,7 +132,7 @@ def prepare(
     config, processes, state = request.config, request.processes, parts.state
     if run is not None:
         log.info("computing in %s", reason(request.device, config.precision))
-        run.keep_command(how_to_resume(None if sweep_label() else run.path, sys.argv[1:]))
+        run.keep_command(how_to_resume(None if sweep_label() else run.path, request.words))
         request.logger.start(run.path, request.plain)  # what it needs from elsewhere must be there
     if run is None or not take_frozen(run.path, state.module, state.ema):
         with processes.main_first():
@@ -262,4 +263,4 @@ def closing(request: TrainingRequest, run: RunFolder | None) -> Iterator[None]:
 def main() -> None:
     """Train a text-to-image model, as the command line asks."""
     store_formulations()
-    launch(job, config_name="train", describe=describe, outlives_output=True)
+    launch(job, config_name="train", verbatim=VERBATIM, describe=describe, outlives_output=True)

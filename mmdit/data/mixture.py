@@ -195,8 +195,7 @@ class Mixture:
             try:
                 part.cacheable(0)
             except UserError as error:
-                named = str(error).replace("data.", f"data.parts.{name}.")
-                raise UserError(named) from error
+                raise UserError(f"part {name} of the mixture: {error}") from error
         return self.parts
 
 

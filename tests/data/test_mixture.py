@@ -164,9 +164,9 @@ def test_parts_that_do_not_fit_are_refused(new) -> None:
 def test_a_part_that_changes_cannot_be_cached(new) -> None:
     data = mixed(new, crop="random")
     assert data.batch([0, 40]).images.shape == (2, 32, 32, 3)
-    with pytest.raises(UserError, match=r"new\.crop=random .*data\.parts\.new\.crop=centre"):
+    with pytest.raises(UserError, match=r"part new of the mixture: data\.crop=random"):
         data.cacheable(0)
-    with pytest.raises(UserError, match=r"data\.parts\.new\.crop=random"):
+    with pytest.raises(UserError, match="part new of the mixture"):
         data.identity()
 
 
