@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mmdit.adapters.adapter import Adapter, weight_of
 from mmdit.adapters.homes import Home, home_in
 from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA
-from mmdit.adapters.reading import NORM, base_norms, rows_of
+from mmdit.adapters.matrices import rows_of
+from mmdit.adapters.reading import NORM, base_norms
 from mmdit.adapters.stated import CONFIG, HEADER, WEIGHTS
 from mmdit.atomic import write_atomically
 from mmdit.checkpoints.archive import write_archive
