@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmdit.checks import number, whole_number
 from mmdit.dtypes import wide
@@ -123,7 +125,7 @@ class DoRA(Change):
     def norm(self, weight: Tensor) -> Tensor:
         """The norms of the changed weight, (out, 1) or (1, in)."""
         with torch.autocast(weight.device.type, enabled=False):
-            changed = wide(weight) + self.change.of_weight(weight)
+            changed = dense(weight) + self.change.of_weight(weight)
             return torch.linalg.vector_norm(changed, dim=self.axis, keepdim=True)
 
     def _ratio(self, weight: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class DoRA(Change):
 
     def of_weight(self, weight: Tensor) -> Tensor:
         ratio = self._ratio(weight)
-        return (ratio - 1) * wide(weight) + ratio * self.change.of_weight(weight)
+        return (ratio - 1) * dense(weight) + ratio * self.change.of_weight(weight)
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ratio = self._ratio(weight).flatten().to(y.dtype)
@@ -260,6 +262,12 @@ class Whole(Change):
         return F.linear(x, self.matrix.to(x.dtype))
 
 
+def dense(weight: Tensor) -> Tensor:
+    """A weight in float32 or wider, that of a quantized layer as it is computed with."""
+    quantized = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    return wide(weight.dequantize() if quantized else weight)
+
+
 def split(width: int, factor: int | None) -> int:
     """The largest divisor of a width up to `factor`; None is up to its square root."""
     most = math.isqrt(width) if factor is None else whole_number("factor", factor)
@@ -296,7 +304,7 @@ class AdaptedLinear(nn.Linear):
     @torch.no_grad()
     def fused_weight(self) -> Tensor:
         """The weight with all changes added in float32, in its own dtype."""
-        total = wide(self.weight).clone()
+        total = dense(self.weight).clone()
         for name, change in self.changes.items():
             assert isinstance(change, Change)
             total += self.scales[name] * change.of_weight(self.weight)

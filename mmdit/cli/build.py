@@ -10,11 +10,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from mmdit.adapters.adapter import adapter_in
+from mmdit.adapters.low_bit import KINDS, quantize
 from mmdit.checks import one_of
 from mmdit.cli.initial import DTYPES, Initial, given_keys, open_initial, select
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
-from mmdit.engine.parallel import Parallel
+from mmdit.engine.parallel import Parallel, world_size
 from mmdit.engine.state import TrainState
 from mmdit.errors import UserError
 from mmdit.models.matching import matched
@@ -99,11 +100,25 @@ def make_trainable(
             raise UserError(f"{key} and adapter exclude each other: adapter.parts says where it is")
     pipeline.requires_grad_(False)
     if config.base_dtype is not None:
-        one_of("base_dtype", config.base_dtype, DTYPES)
-        for part in (pipeline.mmdit, pipeline.text):
-            part.to(DTYPES[config.base_dtype])
+        freeze_in(pipeline, config.base_dtype)
     torch.manual_seed(config.seed)
     pipeline.load_lora(instantiate(config.adapter)(pipeline, base=base), name=ADAPTER)
+
+
+def freeze_in(pipeline: Pipeline, dtype: str) -> None:
+    """Store the network in fp32, bf16, int8 or fp8, and the text encoders in at least 16 bits.
+
+    Raises:
+        UserError: there is no such dtype, torchao is missing, or processes share the weights.
+    """
+    one_of("base_dtype", dtype, (*DTYPES, *KINDS))
+    if dtype in KINDS and world_size() > 1:
+        raise UserError(f"base_dtype={dtype} is for one process: choose base_dtype=bf16")
+    pipeline.text.to(DTYPES.get(dtype, torch.bfloat16))
+    if dtype in KINDS:
+        quantize(pipeline.mmdit, dtype)
+    else:
+        pipeline.mmdit.to(DTYPES[dtype])
 
 
 def build_pipeline(config: DictConfig) -> Pipeline:

@@ -189,7 +189,7 @@ def evaluate(state: TrainState, reports: Reports, settings: Settings) -> dict[st
     Raises:
         UserError: training is at its end, and some of them are not finite.
     """
-    figures = reports.evaluate(state.step, state.ema.module, state.module)
+    figures = reports.evaluate(state.step, state.ema.module, state.module, state.kept())
     bad = [name for name in figures if name.endswith("/loss") and not isfinite(figures[name])]
     bad += [name for name, value in figures.items() if isnan(value) and name not in bad]
     if bad and state.step >= settings.steps:

@@ -106,8 +106,15 @@ class Reports:
         """Show that one more step was made."""
         self._bar.update()
 
-    def evaluate(self, step: int, averaged: nn.Module, raw: nn.Module) -> dict[str, float]:
+    def evaluate(
+        self, step: int, averaged: nn.Module, raw: nn.Module, kept: Mapping[str, nn.Module]
+    ) -> dict[str, float]:
         """Validation figures, EMA and raw, and images of what the average can do, if finite.
+
+        Args:
+            step: number of steps made.
+            averaged, raw: what is measured.
+            kept: what checkpoints hold of them, by 'ema' and 'raw'; its hash is recorded.
 
         Raises:
             UserError: the disk is full or the folder cannot be written to; memory runs out.
@@ -122,7 +129,7 @@ class Reports:
         for kind, which in (("ema", averaged), ("raw", raw)):
             with memory():
                 measured = self.task.evaluate(which)
-            record[kind] = {"weights_sha256": weights_hash(which), **finite(measured)}
+            record[kind] = {"weights_sha256": weights_hash(kept[kind]), **finite(measured)}
             figures |= {f"{kind}/{k}": v for k, v in measured.items()}
         try:
             with memory():

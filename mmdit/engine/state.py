@@ -94,15 +94,15 @@ class TrainState:
 
     def describe(self) -> dict[str, Any]:
         """What the trained and the averaged module can be built from again."""
-        return {name: describe(module) for name, module in self._modules().items()}
+        return {name: describe(module) for name, module in self.kept().items()}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """What checkpoints hold of the weights: raw, averaged, and what both share."""
         if self._kept is None:
             return weights_of(self.module, self.ema)
-        return {name: module.state_dict() for name, module in self._modules().items()}
+        return {name: module.state_dict() for name, module in self.kept().items()}
 
-    def _modules(self) -> dict[str, nn.Module]:
+    def kept(self) -> dict[str, nn.Module]:
         """The trained and the averaged module, as checkpoints hold them."""
         both = {"raw": self.module, "ema": self.ema.module}
         return both if self._kept is None else {k: self._kept(m) for k, m in both.items()}

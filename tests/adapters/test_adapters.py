@@ -13,6 +13,7 @@ import mmdit
 from mmdit.adapters import write_adapter
 from mmdit.adapters.adapter import Adapter, adapter_in, attach, attached, detach, fuse, rescale
 from mmdit.adapters.layers import AdaptedLinear, Change, DoRA, LoKr, LoRA, Whole, dora, split
+from mmdit.adapters.low_bit import quantize
 from mmdit.errors import UserError
 from mmdit.registry import build, describe
 
@@ -319,3 +320,22 @@ def test_an_adapter_of_another_model_changes_nothing(pipe: mmdit.Pipeline) -> No
         attach(pipe, Adapter.over(pipe, MAKES["lora"]), "style")
     with pytest.raises(UserError, match=r"no adapter 'stile'.* Did you mean style"):
         detach(pipe, "stile")
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_base_in_8_bits_is_adapted_too(pipe: mmdit.Pipeline, kind: str) -> None:
+    pytest.importorskip("torchao")
+    before = images(pipe)
+    quantize(pipe.mmdit, kind)
+    rounded = images(pipe)
+    assert not torch.equal(rounded, before)
+    assert (rounded - before).norm() < 0.1 * before.norm()
+    for name in ("lora", "dora"):
+        attach(pipe, Adapter.over(pipe, MAKES[name]), name)
+    torch.testing.assert_close(images(pipe), rounded)
+    detach(pipe, "dora")
+    live = moved(Adapter.over(pipe, MAKES["lora"]))
+    attach(pipe, live, "live")
+    x = images(pipe)
+    fuse(pipe)
+    torch.testing.assert_close(images(pipe), x, atol=0.1, rtol=0.1)

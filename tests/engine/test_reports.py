@@ -16,6 +16,8 @@ from mmdit.engine.reports import Reports
 from mmdit.errors import NotFinite, UserError
 from mmdit.processes import Processes
 
+MODULES = (nn.Identity(), nn.Identity(), {"ema": nn.Identity(), "raw": nn.Identity()})
+
 
 class Measured:
     """A task whose figures are given."""
@@ -37,7 +39,7 @@ def reports(run: Path, **figures: float) -> Reports:
 
 def test_an_evaluation_that_is_not_finite_is_null(tmp_path: Path) -> None:
     told = reports(tmp_path, loss=math.nan, psnr=20.0)
-    figures = told.evaluate(3, nn.Identity(), nn.Identity())
+    figures = told.evaluate(3, *MODULES)
     told.close()
     assert math.isnan(figures["ema/loss"])
     text = (tmp_path / "evaluations" / "step_00000003.json").read_text()
@@ -54,7 +56,7 @@ def test_samples_that_are_not_finite_are_left_out_and_training_goes_on(
         raise NotFinite("sampling, step 2 of 5: the latents are NaN")
 
     monkeypatch.setattr(told.task, "picture", picture)
-    assert told.evaluate(3, nn.Identity(), nn.Identity())["ema/loss"] == 0.5
+    assert told.evaluate(3, *MODULES)["ema/loss"] == 0.5
     told.close()
     assert not (tmp_path / "samples").exists()
     assert (tmp_path / "loss.png").is_file()
@@ -76,7 +78,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
     told = reports(tmp_path)
     (tmp_path / name).mkdir(parents=True)  # where a file should be
     with pytest.raises(UserError, match=told_of(tmp_path / name, tmp_path)):
-        told.evaluate(3, nn.Identity(), nn.Identity())
+        told.evaluate(3, *MODULES)
     told.close()
 
 
@@ -87,7 +89,7 @@ def test_a_stage_goes_on_with_the_command_that_began_it(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"loss\.png could not .*: give the same command again once"
     ):
-        told.evaluate(3, nn.Identity(), nn.Identity())
+        told.evaluate(3, *MODULES)
     told.close()
 
 
@@ -99,7 +101,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_unfinished(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"step_00000003\.json could not be written .*No space"):
-            told.evaluate(3, nn.Identity(), nn.Identity())
+            told.evaluate(3, *MODULES)
         with pytest.raises(
             UserError, match=r"step_00000001\.safetensors could not be written .*No"
         ):
