@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -135,6 +136,22 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
     best = max(sorted(known), key=likeness, default="")
     return best if best and likeness(best)[0] > 0.65 else None
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` at its beginning replaced by the home folder.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        home = Path(path).parts[0]
+        raise UserError(
+            f"{path}: {home} has no home folder here: write the whole path, or ./{home} for a "
+            "folder of this name"
+        ) from error
 
 
 def did_you_mean(name: str | None) -> str:

@@ -21,7 +21,7 @@ from mmdit.checkpoints.folders import SUBFOLDERS, TOKENIZERS
 from mmdit.checkpoints.hashes import content_of
 from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import find, own_description
-from mmdit.checks import flag
+from mmdit.checks import expanded, flag
 from mmdit.devices import available
 from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError
@@ -129,7 +129,7 @@ class Run(Source):
                 only their paths; None looks beside the weights.
         """
         asked, beside = tokenizers is not None, self._given
-        folder = Path(tokenizers or (beside if beside.is_dir() else beside.parent)).expanduser()
+        folder = expanded(tokenizers or (beside if beside.is_dir() else beside.parent))
         return self.weights.module(
             lambda described: with_tokenizers(described, folder, asked=asked)
         )
@@ -336,9 +336,10 @@ def open_source(
     Raises:
         UserError: the source does not exist, is damaged, or an argument does not apply to it.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     public = None
     if not is_run_folder(path):
+        _expect_one_run(path)
         public = Public(source, kinds, allow_pickle=allow_pickle, verify=verify)
     if public is None or public.is_ours():
         if allow_pickle:
@@ -347,6 +348,14 @@ def open_source(
     if weights != "ema":
         raise UserError(f"{source} is not a run of this project: it has no weights={weights}")
     return public
+
+
+def _expect_one_run(path: Path) -> None:
+    """Reject a folder of runs, and a folder of checkpoints."""
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        runs = sorted(child for child in path.iterdir() if is_run_folder(child))
+        if runs:
+            raise UserError(f"{path} holds several runs or checkpoints: name one, as {runs[-1]}")
 
 
 def load_pipeline(

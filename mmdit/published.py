@@ -22,7 +22,7 @@ from mmdit.checkpoints.locate import Place, local
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import descriptions, exported, kind_of
 from mmdit.checkpoints.readers import REMARK, remark
-from mmdit.checks import one_of
+from mmdit.checks import expanded, one_of
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
@@ -367,7 +367,7 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
         UserError: the model has no public format, the path does not end in `.safetensors`, or the
             file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     _expect_no_adapters(thing)
@@ -428,7 +428,7 @@ def save_diffusers(thing: nn.Module, folder: str | Path) -> Path:
         UserError: the model has no public format.
     """
     _expect_no_adapters(thing)
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not isinstance(thing, Pipeline):
         (model,) = models_of(thing).values()
         with replacing(folder, pipeline=False) as new:

@@ -14,6 +14,7 @@ import mmdit
 from mmdit.checkpoints import archive, headers
 from mmdit.checkpoints.hashes import content_hash
 from mmdit.cli.subject import open_subject
+from mmdit.errors import UserError
 from mmdit.loading import Public, Run, open_source
 from mmdit.runs.native import save_module
 from mmdit.text.conditioning import ENCODERS
@@ -30,6 +31,25 @@ def run(pipe: mmdit.Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     write_checkpoint(folder, 1, {"ema": pipe, "raw": pipe})
     return folder
+
+
+@pytest.mark.parametrize("among", ["", "run/checkpoints"])
+def test_a_folder_of_runs_or_of_checkpoints_is_not_a_model(run: Path, among: str) -> None:
+    with pytest.raises(UserError, match=r"holds several runs or checkpoints: name one, as .*run"):
+        open_source(run.parent / among)
+
+
+def test_a_diffusers_folder_with_a_manifest_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert mmdit.is_native(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert not mmdit.is_native(tmp_path)
+
+
+def test_the_home_of_nobody_is_a_users_mistake() -> None:
+    for call in (mmdit.load_pipeline, mmdit.is_native):
+        with pytest.raises(UserError, match="~nobody_here has no home folder here"):
+            call("~nobody_here/run")
 
 
 @pytest.fixture

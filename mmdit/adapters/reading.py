@@ -21,7 +21,7 @@ from mmdit.adapters.matrices import changes_of, sized
 from mmdit.adapters.stated import WEIGHTS, peft_config, scaling_of
 from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.checkpoints.values import computed_in, not_finite
-from mmdit.checks import did_you_mean, nearest
+from mmdit.checks import did_you_mean, expanded, nearest
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.printable import logger
@@ -79,7 +79,7 @@ def read_adapter(source: str | Path, root: nn.Module, *, weights: str = "ema") -
         UserError: a key has no place in this model, weights contradict each other or are not
             finite, or the source is a whole model. Nothing was loaded.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if is_native(path):
         module = read_weights(path, weights).module()
         if not isinstance(module, Adapter):

@@ -16,7 +16,7 @@ from mmdit.adapters.reading import NORM, base_norms
 from mmdit.adapters.stated import CONFIG, HEADER, WEIGHTS
 from mmdit.atomic import write_atomically
 from mmdit.checkpoints.archive import write_archive
-from mmdit.checks import one_of
+from mmdit.checks import expanded, one_of
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 
@@ -74,7 +74,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, dialect: str, root: nn.
         UserError: the dialect cannot express it, or the file cannot be written.
     """
     one_of("dialect", dialect, DIALECTS)
-    path = Path(path).expanduser()
+    path = expanded(path)
     if dialect != "peft" and path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     spelling = Spelling(dialect, adapter, root)

@@ -18,6 +18,7 @@ from mmdit.checkpoints.diagnosis import KIND_NAMES, recognize
 from mmdit.checkpoints.folders import SUBFOLDERS, check_config, hints_of, read_config, read_json
 from mmdit.checkpoints.presets import PRESETS
 from mmdit.checkpoints.public import find, load
+from mmdit.checks import expanded
 from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError, first_line
 from mmdit.nn.network import Network
@@ -60,7 +61,7 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
     Raises:
         UserError: the file, folder or model does not exist, or it cannot be downloaded.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists() or split_part(path)[1]:
         return path
     head, _, part = str(source).rpartition(":")

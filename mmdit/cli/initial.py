@@ -5,7 +5,6 @@ What a run starts from is decided in this order: a checkpoint of the run itself 
 """
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mmdit.adapters.targets import PARTS
-from mmdit.checks import did_you_mean, listed, nearest, number, one_of
+from mmdit.checks import did_you_mean, expanded, listed, nearest, number, one_of
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
@@ -87,7 +86,7 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
             f"{refused[0]}: the {sections[refused[0]]} comes with initial={config.initial}; "
             "leave one of them out"
         )
-    path = Path(config.initial).expanduser()
+    path = expanded(config.initial)
     source = open_source(path if path.exists() else config.initial)
     pipeline = source.pipeline()
     if pipeline.adapters:

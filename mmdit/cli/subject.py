@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from mmdit.checks import flag, one_of
+from mmdit.checks import expanded, flag, one_of
 from mmdit.cli.launch import Verbatim
 from mmdit.devices import available
 from mmdit.errors import UserError
@@ -89,7 +89,7 @@ def open_named(
                 f"`{command('train')}`, or give checkpoint=<run folder, file or hub id>"
             )
         log.info("the newest finished run is %s", given)
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_dir() and not any(any(path.glob(name)) for name in WEIGHT_FILES):
         raise UserError(
             f"checkpoint={given}: this folder has neither a complete checkpoint nor other weights"

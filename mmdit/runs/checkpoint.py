@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from mmdit.atomic import file_hash
 from mmdit.bounds import LONGEST_JSON, parse_json, read_bounded
 from mmdit.checkpoints.archive import Archive, open_file
+from mmdit.checks import expanded
 from mmdit.errors import UserError
 from mmdit.printable import logger
 from mmdit.runs import native
@@ -92,17 +93,25 @@ class Checkpoint(NamedTuple):
                 "checkpoints (training.keep): run the command again"
             )
         if fault:
-            others = [
-                f for f in step_folders(self.folder.parent.parent) if f.name < self.folder.name
-            ]
-            hint = f"use an older one: {others[-1]}" if others else "there is no older one"
-            raise UserError(f"checkpoint {self.folder} is damaged: {fault}; {hint}")
+            raise UserError(
+                f"checkpoint {self.folder} is damaged: {fault}; {self._what_else(fault)}"
+            )
         described, hashes = self.manifest["descriptions"], self.manifest.get("weights_sha256", {})
         if group in WEIGHTS and group not in described:
             raise UserError(f"checkpoint {self.folder} holds no {group}")
         metadata = {"description": described[group]} if group in described else {}
         tensors = tensor_files.joined((part for parts in found for part in parts), self.folder)
         return Weights(self.folder / group, tensors, metadata, hashes.get(group))
+
+    def _what_else(self, fault: str) -> str:
+        """What to do about a fault: the frozen weights are those of older checkpoints, too."""
+        if FROZEN in self.manifest and f"{(shared := self.group(FROZEN)).name}/" in fault:
+            return (
+                f"the checkpoints of a run share {shared}: copy the whole run, or restore that "
+                "folder"
+            )
+        others = [f for f in step_folders(self.folder.parent.parent) if f.name < self.folder.name]
+        return f"use an older one: {others[-1]}" if others else "there is no older one"
 
     def weights_sha256(self, group: str) -> str:
         """Hash of a group's tensors, with the frozen ones; see `Weights.sha256`.
@@ -196,6 +205,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has the entries that are read, each of its kind."""
+    kinds = {"step": int, "finished": bool, "figures": dict, "descriptions": dict, "config": dict}
+    shared = manifest.get(FROZEN, {"folder": FROZEN, "files": {}})
+    if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        return False
+    if not isinstance(shared, dict) or Path(str(shared.get("folder"))).name != shared["folder"]:
+        return False
+    tables = (manifest.get("files"), shared.get("files"))
+    return all(isinstance(table, dict) for table in tables) and all(
+        isinstance(fact, dict) and {"bytes", "sha256"} <= fact.keys()
+        for table in tables
+        for fact in table.values()  # type: ignore[union-attr]
+    )
+
+
 def step_folders(run: Path) -> list[Path]:
     """The checkpoint folders of a run, intact or damaged, oldest step first."""
     found = [path for path in run.glob("checkpoints/step_*") if STEP_FOLDER.fullmatch(path.name)]
@@ -214,6 +239,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: its manifest is missing or damaged.
     """
     manifest = read_manifest(folder)
+    if not _is_complete(manifest):
+        raise UserError(
+            f"checkpoint {folder} was written by another version of mmdit: its manifest.json has "
+            "other entries"
+        )
     if STEP_FOLDER.fullmatch(folder.name) and number_of(folder) != manifest["step"]:
         raise UserError(
             f"checkpoint {folder} was written at step {manifest['step']}: the folder was renamed, "
@@ -245,7 +275,7 @@ def checkpoints_in(run: Path, *, warn: bool = True) -> list[Checkpoint]:
 
 def is_native(source: str | Path) -> bool:
     """Whether a path holds weights trained by this project: a run, a checkpoint or an export."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix == ".safetensors" and path.is_file():
         return describes_module(open_file(path))
     return is_run_folder(path)
@@ -253,9 +283,10 @@ def is_native(source: str | Path) -> bool:
 
 def is_run_folder(path: Path) -> bool:
     """Whether a folder is a run, a checkpoint, or a checkpoint's weights."""
-    run = (path / "checkpoints").is_dir() and not (path / "model_index.json").is_file()
+    if (path / "model_index.json").is_file():  # of diffusers
+        return False
     group = path.name in WEIGHTS and (path.parent / "manifest.json").is_file()
-    return run or group or (path / "manifest.json").is_file()
+    return group or (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
 
 
 def describes_module(archive: Archive) -> bool:

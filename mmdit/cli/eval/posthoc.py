@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mmdit.checks import whole_number
+from mmdit.checks import expanded, whole_number
 from mmdit.cli.eval.subject import made, numbers, table, write_results
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.engine.posthoc import Combination, combine, reconstruct
@@ -52,7 +52,7 @@ def run_folder(text: Verbatim) -> Path:
     """
     if not text.get("run"):
         raise UserError("give run=<run folder> of a run with snapshots")
-    run = Path(text["run"]).expanduser()
+    run = expanded(text["run"])
     if not run.is_dir():
         raise UserError(f"run={run}: there is no such folder")
     return run
@@ -67,7 +67,7 @@ def places(text: Verbatim, sigma_rels: list[float], *, several: bool) -> list[Pa
     """
     if not text.get("out"):
         raise UserError("give out=<file.safetensors>, or out=<folder> if sigma_rel is a list")
-    out = Path(text["out"]).expanduser()
+    out = expanded(text["out"])
     if several:
         return [made(out) / f"sigma_rel_{sigma_rel:.4f}.safetensors" for sigma_rel in sigma_rels]
     if out.suffix != ".safetensors":
