@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
             f"{name}: {bad[0]} has NaN or infinite values ({len(bad)} of {len(flat)} tensors do)"
         )
     tensors = {
-        stem: {role: flat[key].to(computed_in(flat[key], None)) for role, key in roles.items()}
+        stem: in_one_dtype({role: flat[key] for role, key in roles.items()})
         for stem, roles in found.items()
     }
     stated = scaling_of(archive, config, name)
@@ -145,6 +146,13 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
     layers = {n: part for n, part in root.named_modules() if isinstance(part, nn.Linear)}
     check_fits(changes, layers, name)
     return changes
+
+
+def in_one_dtype(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer in one dtype to compute in, which holds all values of its matrices."""
+    dtypes = [computed_in(tensor, None) for role, tensor in parts.items() if role != "alpha"]
+    dtype = reduce(torch.promote_types, dtypes or [torch.float32])
+    return {role: x if role == "alpha" else x.to(dtype) for role, x in parts.items()}
 
 
 @torch.no_grad()

@@ -417,6 +417,21 @@ def test_every_float_is_read(pipe, tmp_path, dtype, stem) -> None:
     pipe.unload_lora()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e5m2], ids=str)
+def test_dtypes_may_differ_within_a_layer(pipe, tensors, tmp_path, dtype) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({**tensors, A: tensors[A].to(dtype)}, path)
+    at = "mmdit.blocks.0.image.attention_in.q"
+    found = read_adapter(path, pipe).changes[at].of_weight(pipe.get_submodule(at).weight)
+    expected = tensors[B].double() @ tensors[A].to(dtype).double()
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+    factors = {"w1": torch.ones(4, 4), "w2_a": torch.ones(16, 2), "w2_b": torch.ones(2, 16)}
+    factors["w2_b"] = factors["w2_b"].to(dtype)
+    save_file({f"{LYCORIS}.lokr_{name}": factor for name, factor in factors.items()}, path)
+    found = read_adapter(path, pipe).changes[at].of_weight(pipe.get_submodule(at).weight)
+    assert (found == 2).all()
+
+
 def images() -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(5)
     z, vector, context = (
@@ -431,6 +446,14 @@ def test_alpha_may_be_an_integer_or_in_a_list(pipe, tensors, tmp_path, alpha) ->
     save_file({**tensors, f"{Q}.alpha": alpha}, path)
     found = read_adapter(path, pipe).changes["mmdit.blocks.0.image.attention_in.q"]
     assert found.scale == 0.5
+
+
+def test_alpha_is_not_rounded_as_weights_are(pipe, tensors, tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    found = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    save_file({**found, f"{Q}.alpha": torch.tensor(3.3)}, path)
+    change = read_adapter(path, pipe).changes["mmdit.blocks.0.image.attention_in.q"]
+    assert change.scale == pytest.approx(3.3 / 4, rel=1e-6)
 
 
 def test_an_adapter_that_changes_nothing_is_named(pipe, tensors, tmp_path, caplog) -> None:
