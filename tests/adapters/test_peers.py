@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,9 +18,6 @@ from mmdit.adapters.layers import Change, LoRA, dora
 from mmdit.adapters.writing import write_adapter
 from tests.adapters.test_adapters import moved
 
-diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
-
 MAKES: dict[str, Callable[..., Change]] = {
     "lora": partial(LoRA, rank=3, alpha=2.0),
     "dora": partial(dora, rank=3, alpha=2.0),
@@ -29,13 +27,24 @@ ENCODERS = {f"text_encoder{n}": None for n in ("", "_2", "_3")}
 WITHOUT_TEXT = {**ENCODERS, **{f"tokenizer{n}": None for n in ("", "_2", "_3")}}
 
 
+# Imported once they are needed: both take seconds.
+@pytest.fixture(scope="module")
+def diffusers() -> ModuleType:
+    return pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def peft() -> ModuleType:
+    return pytest.importorskip("peft")
+
+
 @pytest.fixture(scope="module")
 def pipe(tiny_published: Path) -> mmdit.Pipeline:
     return mmdit.load_pipeline(tiny_published, t5_length=20)
 
 
 @pytest.fixture
-def network(tiny_published: Path) -> nn.Module:
+def network(diffusers: ModuleType, tiny_published: Path) -> nn.Module:
     return diffusers.SD3Transformer2DModel.from_pretrained(tiny_published, subfolder="transformer")
 
 
@@ -98,7 +107,7 @@ def assert_same(actual: Tensor, expected: Tensor, base: Tensor) -> None:
     ],
 )
 def test_a_network_in_diffusers_and_in_peft(
-    pipe, network, tiny_published, tmp_path, kind, targets
+    diffusers, peft, pipe, network, tiny_published, tmp_path, kind, targets
 ) -> None:
     base = ours(pipe)
     torch.testing.assert_close(theirs(network), base, atol=1e-4, rtol=1e-4)
@@ -117,7 +126,7 @@ def test_a_network_in_diffusers_and_in_peft(
     assert_same(theirs(whole.transformer), expected, base)
 
 
-def test_ranks_and_alphas_of_each_layer_in_peft(pipe, network, tmp_path) -> None:
+def test_ranks_and_alphas_of_each_layer_in_peft(peft, pipe, network, tmp_path) -> None:
     base = ours(pipe)
     few = Adapter.over(pipe, partial(LoRA, rank=2, alpha=1.0), blocks=[0])
     many = Adapter.over(pipe, partial(LoRA, rank=4, alpha=12.0), blocks=[1, 2], targets="all")
@@ -133,7 +142,7 @@ def test_ranks_and_alphas_of_each_layer_in_peft(pipe, network, tmp_path) -> None
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", MAKES)
-def test_text_encoders_in_diffusers(pipe, tiny_published, tmp_path, kind) -> None:
+def test_text_encoders_in_diffusers(diffusers, peft, pipe, tiny_published, tmp_path, kind) -> None:
     parts = ["mmdit", "clip_l", "clip_g"]
     adapter = moved(Adapter.over(pipe, MAKES[kind], targets="attention+mlp", parts=parts))
     path = write_adapter(adapter, tmp_path / "a.safetensors", dialect="diffusers", root=pipe)
@@ -210,7 +219,9 @@ def trained(network: nn.Module) -> nn.Module:
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize(("config", "way"), CASES)
-def test_what_peft_trained_is_the_same_here(pipe, network, tmp_path, config, way) -> None:
+def test_what_peft_trained_is_the_same_here(
+    diffusers, peft, pipe, network, tmp_path, config, way
+) -> None:
     settings = {"r": 4, "target_modules": ATTENTION, **CONFIGS[config]}
     if settings["target_modules"] == "all":  # with the patches, a convolution, and the last norm
         kinds = (nn.Linear, nn.Conv2d)
@@ -240,7 +251,9 @@ def test_what_peft_trained_is_the_same_here(pipe, network, tmp_path, config, way
     assert_same(actual, theirs(network), base)
 
 
-def test_text_encoders_that_peft_trained_are_the_same_here(pipe, tiny_published, tmp_path) -> None:
+def test_text_encoders_that_peft_trained_are_the_same_here(
+    diffusers, peft, pipe, tiny_published, tmp_path
+) -> None:
     whole = diffusers.StableDiffusion3Pipeline.from_pretrained(tiny_published)
     found = {}
     for name, alpha in (("text_encoder", 2), ("text_encoder_2", 12)):
