@@ -239,7 +239,10 @@ class CaptionedImages:
 
     def _changed(self, index: int, reason: str = "") -> UserError:
         name = self.names[index]
-        return UserError(f"{name} has changed since the data set was opened{reason}")
+        return UserError(
+            f"{name} has changed since the data set was opened{reason}. Leave the images "
+            "alone while a program reads them, and start it again"
+        )
 
 
 def opener(files: type[Files]) -> Callable[..., CaptionedImages]:

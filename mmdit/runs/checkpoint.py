@@ -211,7 +211,7 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
     shared = manifest.get(FROZEN, {"folder": FROZEN, "files": {}})
     if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
         return False
-    if not isinstance(shared, dict) or Path(str(shared.get("folder"))).name != shared["folder"]:
+    if not isinstance(shared, dict) or Path(str(shared.get("folder"))).name != shared.get("folder"):
         return False
     tables = (manifest.get("files"), shared.get("files"))
     return all(isinstance(table, dict) for table in tables) and all(

@@ -385,6 +385,7 @@ def test_an_empty_manifest_is_damaged(make: Make, content: str) -> None:
     "changes",
     [
         {"frozen": [1]},
+        {"frozen": {}},
         {"frozen": {"folder": "../elsewhere", "files": {}}},
         {"frozen": {"folder": "frozen"}},
         {"files": []},
