@@ -114,8 +114,7 @@ def _launch(
             except Exception as failure:
                 if HydraConfig.get().mode == RunMode.RUN:
                     raise _JobFailed from failure
-                message = explain(failure, in_job=True, verbatim=verbatim, config_dir=config_dir)
-                failed.append(_report_failed_job(failure, message))
+                failed.append(_report_failed_job(failure, verbatim, config_dir))
                 raise
 
         sys.argv = [sys.argv[0], *arguments]
@@ -125,9 +124,10 @@ def _launch(
         with checked_compositions(check):
             if describe is not None and _shows_config(arguments):
                 _print_description(describe, config_name, config_dir, arguments)
-            hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(
-                task
-            )()
+            main = hydra.main(
+                config_path=str(config_dir), config_name=config_name, version_base="1.3"
+            )
+            main(task)()
         return
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -286,12 +286,9 @@ def _list_failed(failed: Sequence[str]) -> None:
         show(f"{len(failed)} jobs of this multirun failed:", *lines, file=sys.stderr)
 
 
-def _report_failed_job(failure: Exception, message: str | None) -> str:
-    """Print immediately which job of a sweep failed: Hydra raises the first error at the end.
-
-    Args:
-        message: of a user's mistake; None is a bug.
-    """
+def _report_failed_job(failure: Exception, verbatim: tuple[str, ...], config_dir: Path) -> str:
+    """Print immediately which job of a sweep failed: Hydra raises the first error at the end."""
+    message = explain(failure, in_job=True, verbatim=verbatim, config_dir=config_dir)
     job = HydraConfig.get()
     which = f"job {job.job.num} ({' '.join(job.overrides.task)})"
     why = message or f"{type(failure).__name__}: {first_line(failure)}"

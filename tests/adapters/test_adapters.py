@@ -322,9 +322,9 @@ def test_an_adapter_of_another_model_changes_nothing(pipe: mmdit.Pipeline) -> No
         detach(pipe, "stile")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_a_base_in_8_bits_is_adapted_too(pipe: mmdit.Pipeline, kind: str) -> None:
-    pytest.importorskip("torchao")
     before = images(pipe)
     quantize(pipe.mmdit, kind)
     rounded = images(pipe)

@@ -233,6 +233,16 @@ def test_autoencoder_figures_are_those_of_its_reconstructions(run, folder):
     assert (report["samples"], report["latent_channels"], report["factor"]) == (5, 4, 2)
 
 
+@pytest.mark.slow
+def test_compositional_asks_for_a_new_word_too(run, folder):
+    words = ("checkpoint=runs/tiny-001", "word=star", "splits=[held_out]", "prompts_per_task=2")
+    told = run("compositional", *words, "steps=1")
+    report = json.loads((folder / told.splitlines()[-3]).read_text())
+    assert [*report["splits"]] == ["held_out", "star"]
+    assert report["splits"]["star"]["overall"]["detector_on_truth"] == 1.0
+    assert "word=stra" in run("compositional", words[0], "word=stra", code=2)
+
+
 def test_compositional_samples_an_image_for_each_scene_of_each_split(run, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     words = ("checkpoint=~/runs/tiny-001", "prompts_per_task=2", "steps=1", "batch_size=1")

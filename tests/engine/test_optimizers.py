@@ -185,9 +185,8 @@ def test_8_bit_without_torchao_says_what_to_install(monkeypatch: pytest.MonkeyPa
         adamw_8bit(nn.Linear(2, 2), lr=0.1)
 
 
+@pytest.mark.slow  # it compiles
 def test_8_bit_moments_come_back_from_their_parts() -> None:
-    pytest.importorskip("torchao.optim")
-
     def stepped(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         for i, weight in enumerate(module.parameters()):
             weight.grad = torch.randn(weight.shape, generator=generator_for(seed, i))

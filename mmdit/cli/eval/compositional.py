@@ -2,7 +2,8 @@
 
 Protocol `compositional-1`: for each task of GenEval, one image is generated for each of the short
 prompts of the first n scenes of the validation split (new images of attribute combinations in the
-training data) and of the held-out split (combinations that are not in the training data). An image
+training data) and of the held-out split (combinations that are not in the training data). With
+`word`, also of scenes that contain one shape, which the model may have been taught later. An image
 is correct if it contains exactly the objects and relations of its prompt. There are two controls:
 the detector on renderings of the same scenes (its own errors), and on the images of other prompts
 of the same task (chance).
@@ -50,7 +51,8 @@ def job(config: DictConfig, text: Verbatim) -> None:
     shown: list[tuple[Tensor, str, bool]] = []
     same_scenes = config.copy()
     same_scenes.seed = 0  # scenes do not depend on the seed of the noise
-    for split in config.splits:
+    taught = [config.word] if config.word is not None else []
+    for split in (*config.splits, *taught):
         data = scenes_for(subject, same_scenes, split)
         table, examples = measure(subject, data, report, config)
         report["splits"][split] = table
@@ -61,9 +63,15 @@ def job(config: DictConfig, text: Verbatim) -> None:
 
 
 def scenes_for(subject: Subject, config: DictConfig, split: str) -> Shapes:
-    """The shapes that a run was trained on; for public weights, at their image size."""
+    """The shapes that a run was trained on; for public weights, at their image size.
+
+    Args:
+        split: of the data; or `config.word`, for scenes that contain this shape.
+    """
     size = None if subject.run else subject.pipe.image_size
-    return shapes_for(subject.run, config, split, image_size=size)
+    word = split if split == config.word else None
+    split = "validation" if word else split
+    return shapes_for(subject.run, config, split, image_size=size, word=word)
 
 
 def measure(
@@ -78,7 +86,7 @@ def measure(
         scenes = [data.scene_for_task(task, i) for i in range(n)]
         prompts = [short_caption(scene) for scene in scenes]
         with subject.autocast():
-            label = f"{data.split}, {task}"
+            label = f"{data.containing or data.split}, {task}"
             images = generate(subject.pipe, prompts, config, label=label, **options).images
         right = judge(data, scenes, images)
         truth = judge(data, scenes, torch.stack([torch.from_numpy(data.render(s)) for s in scenes]))

@@ -11,11 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit.checks import number, seed_number, whole_number
+from mmdit.checks import number, one_of, seed_number, whole_number
 from mmdit.cli.eval.results import write_new
 from mmdit.cli.launch import Verbatim
 from mmdit.cli.subject import Subject
 from mmdit.data.captions import Scene, short_caption
+from mmdit.data.drawing import SHAPES
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
 from mmdit.loading import open_source
@@ -42,7 +43,12 @@ def open_features(text: Verbatim, device: torch.device) -> tuple[Features | None
 
 
 def shapes_for(
-    source: Path | None, config: DictConfig, split: str, *, image_size: int | None = None
+    source: Path | None,
+    config: DictConfig,
+    split: str,
+    *,
+    image_size: int | None = None,
+    word: str | None = None,
 ) -> Shapes:
     """The shapes that a run was trained on, by its config.json, or else those of the config.
 
@@ -51,6 +57,7 @@ def shapes_for(
         config: config of the evaluation, with `data`.
         split: 'validation' or 'held_out', for example.
         image_size: side in pixels; None for that of training, or of the config.
+        word: a shape that all scenes are to contain, whether training knew it or not.
 
     Raises:
         UserError: the run was trained on other data, or shapes cannot be rendered at that size.
@@ -68,7 +75,13 @@ def shapes_for(
     if image_size is not None:
         arguments["image_size"] = image_size
     try:
-        return Shapes(split=split, **arguments)
+        data = Shapes(split=split, **arguments)
+        if word is None:
+            return data
+        one_of("word", word, SHAPES)
+        shapes = list(dict.fromkeys([*data.shapes, word]))
+        changes = {"shapes": shapes, "containing": word, "held_out_fraction": 0}
+        return Shapes(**{**data.identity(), **changes})
     except ValueError as error:
         raise UserError(f"data: {error}") from error
 
