@@ -124,10 +124,9 @@ def _launch(
         with checked_compositions(check):
             if describe is not None and _shows_config(arguments):
                 _print_description(describe, config_name, config_dir, arguments)
-            main = hydra.main(
-                config_path=str(config_dir), config_name=config_name, version_base="1.3"
-            )
-            main(task)()
+            hydra.main(config_path=str(config_dir), config_name=config_name, version_base="1.3")(
+                task
+            )()
         return
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -240,7 +240,7 @@ def test_compositional_asks_for_a_new_word_too(run, folder):
     report = json.loads((folder / told.splitlines()[-3]).read_text())
     assert [*report["splits"]] == ["held_out", "star"]
     assert report["splits"]["star"]["overall"]["detector_on_truth"] == 1.0
-    assert "word=stra" in run("compositional", words[0], "word=stra", code=2)
+    assert "word='stra' must be one of" in run("compositional", words[0], "word=stra", code=2)
 
 
 def test_compositional_samples_an_image_for_each_scene_of_each_split(run, folder, monkeypatch):

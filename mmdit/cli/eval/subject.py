@@ -62,6 +62,8 @@ def shapes_for(
     Raises:
         UserError: the run was trained on other data, or shapes cannot be rendered at that size.
     """
+    if word is not None:
+        one_of("word", word, SHAPES)
     folders = source.parents[:3] if source is not None else ()
     described = [f / "config.json" for f in folders if (f / "config.json").is_file()]
     if described:
@@ -78,7 +80,6 @@ def shapes_for(
         data = Shapes(split=split, **arguments)
         if word is None:
             return data
-        one_of("word", word, SHAPES)
         shapes = list(dict.fromkeys([*data.shapes, word]))
         changes = {"shapes": shapes, "containing": word, "held_out_fraction": 0}
         return Shapes(**{**data.identity(), **changes})
