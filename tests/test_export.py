@@ -120,6 +120,7 @@ def test_mistakes_give_one_line(
     assert not Path("x.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_command(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
     command = [sys.executable, "-m", "mmdit.export", str(run), str(out)]

@@ -91,7 +91,7 @@ def test_while_a_run_is_evaluated(
     )
     monkeypatch.setattr(task, spoil, fail)
     with pytest.raises(UserError, match=r"^evaluating step 3: out of memory"):
-        reports.evaluate(3, task.module, task.module)
+        reports.evaluate(3, task.module, task.module, {"ema": task.module, "raw": task.module})
     reports.close()
 
 

@@ -279,6 +279,7 @@ def test_an_unknown_preset_is_rejected(tiny):
         mmdit.load_pipeline(tiny, preset="sd4")
 
 
+@pytest.mark.slow
 def test_the_shift_is_read_from_the_folder(tiny, tmp_path):
     assert mmdit.load_pipeline(tiny, t5_length=20).objective.shift.alpha == 3.0
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
@@ -420,6 +421,7 @@ def run(tiny, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_run_are_loaded_like_public_ones(run, tiny):
     whole = mmdit.load_pipeline(run)
     parts = {

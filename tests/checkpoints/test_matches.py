@@ -44,6 +44,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
         assert torch.equal(one.state_dict()[key], value), key
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("prefix", WRAPPED)
 def test_one_wrapper_is_seen_through(transformer, tmp_path, caplog, prefix, layout):
@@ -53,6 +54,7 @@ def test_one_wrapper_is_seen_through(transformer, tmp_path, caplog, prefix, layo
     assert f"reading the SD3 transformer from the keys under '{prefix}'" in caplog.text
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "model.", "net.", "model.module."])
 def test_beside_other_models_each_is_found(tiny_published, whole, tmp_path, prefix):
     path = tmp_path / "x.safetensors"

@@ -163,6 +163,7 @@ def test_the_tables_correspond_as_those_of_diffusers(manifest, name):
 # Round trips
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", TINY)
 def test_original_to_diffusers_and_back_is_bit_equal(tiny, tmp_path, name, dtype):

@@ -43,6 +43,7 @@ def class_images(folder: Path) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_the_initial_model_makes_the_class_images(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     made = class_images(folder)

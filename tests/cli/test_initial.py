@@ -162,7 +162,7 @@ def mmdit_metadata(path: Path) -> str:
         return next(value for key, value in image.text.items() if value.startswith("{"))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -189,7 +189,7 @@ def test_a_mistake_ends_in_one_message(folder: Path, words, message) -> None:
     assert len(lines) == 1, told
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

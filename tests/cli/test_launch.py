@@ -284,6 +284,7 @@ def test_overrides_of_every_kind(run: Callable[..., SimpleNamespace], folder: Pa
     assert sorted(folder.rglob("*")) == before and Path.cwd() == folder
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "arguments, shown",
     [
@@ -353,6 +354,7 @@ def test_nothing_is_built_but_what_is_ours_or_trusted(
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "word",
     [
@@ -369,6 +371,7 @@ def test_a_target_of_the_command_line_is_checked_before_anything_is_built(
     assert re.match(r"[\w.]+\._target_: 'os.system' is not part of mmdit", result.err)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", ["lists", "interpolation", "created", "logging"])
 def test_a_target_is_found_wherever_it_stands(
     place: str, run: Callable[..., SimpleNamespace], folder: Path
@@ -410,6 +413,7 @@ def test_all_that_this_project_ships_may_be_built() -> None:
 # --- mistakes ---
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "arguments, message",
     [

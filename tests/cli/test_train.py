@@ -102,6 +102,7 @@ def test_what_nobody_trains_is_written_once(folder: Path) -> None:
         mmdit.load_pipeline(folder / "copies" / newest.folder.name)
 
 
+@pytest.mark.slow
 def test_autoencoder_is_reused(folder: Path) -> None:
     result = train(folder, f"training.steps={STEPS}", "training.batch_size=2")
     assert "reusing the autoencoder" in result.stdout
@@ -152,6 +153,7 @@ def test_kill_9_loses_at_most_one_interval(folder: Path) -> None:
     assert {step: ours[step] for step in unbroken} == unbroken
 
 
+@pytest.mark.slow
 def test_run_folder_in_use_is_refused(folder: Path) -> None:
     process = start_and_wait(folder, "busy", 1)
     try:

@@ -59,6 +59,7 @@ def test_one_sample_never_changes():
     assert (thing.x, thing.y, thing.radius) == pytest.approx((0.73665633, 0.27679266, 0.19944264))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_held_out_combinations_are_never_shown(split):
     data = Shapes(split=split)

@@ -89,6 +89,7 @@ def test_an_unknown_word_is_refused(randomize):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "selective")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [*SLOW, "full"])
 def test_compiling_leaves_gradients_equal(activations, randomize):
     model = network("mmdit", randomize)

@@ -252,6 +252,7 @@ def test_a_damaged_part_of_a_folder_is_not_passed_over(run, sources, tmp_path):
     assert done.code == 0 and "parity: all 11 stages" in done.out
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -63,6 +63,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "row",
     [pytest.param(r, marks=() if r in FAMILIES.values() else pytest.mark.slow) for r in STUDY],
