@@ -146,7 +146,7 @@ def test_it_is_exported_for_other_programs_and_sampled_with(folder: Path, monkey
             torch.testing.assert_close(ours, theirs, msg=name)
     words = ("prompt=a red circle", "steps=1", "num_images=1", "checkpoint=runs/base")
     done = run(folder, "sample.py", *words, "lora=comfyui.safetensors:0.5,runs/lora-001")
-    image = folder / done.stdout.splitlines()[0]
+    image = folder / next(line for line in done.stdout.splitlines() if line.endswith(".png"))
     text = json.loads(mmdit_metadata(image))
     assert [(part["source"], part["scale"]) for part in text["lora"]] == [
         ("comfyui.safetensors", 0.5),
