@@ -457,7 +457,7 @@ class Pipeline(nn.Module):
         """Set the factor of an adapter's changes; 0 turns it off.
 
         Raises:
-            UserError: there is no such adapter, or the adapters are fused.
+            UserError: no adapter has this name, or the adapters are fused.
         """
         rescale(self, name, scale)
 
@@ -472,7 +472,7 @@ class Pipeline(nn.Module):
         """Remove an adapter, or all: every weight is as if it had never been there.
 
         Raises:
-            UserError: there is no such adapter, or it is fused with others.
+            UserError: no adapter has this name, or it is fused with others.
         """
         detach(self, name)
 

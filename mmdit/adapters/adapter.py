@@ -26,7 +26,7 @@ class Adapter(nn.Module):
         base: the source and SHA-256 of the weights that it was trained on; empty if unknown.
 
     Example:
-        adapter = load_adapter("style.safetensors", pipe)
+        adapter = read_adapter("style.safetensors", pipe)
         pipe.load_lora(adapter, scale=0.8)
     """
 
@@ -186,7 +186,7 @@ def rescale(root: nn.Module, name: str, scale: float) -> None:
     """Set the factor of an adapter's changes; 0 turns it off.
 
     Raises:
-        UserError: there is no such adapter, or it is fused.
+        UserError: no adapter has this name, or it is fused.
     """
     scale = number("scale", scale)
     _expect_live(root, name)
@@ -208,7 +208,7 @@ def detach(root: nn.Module, name: str | None = None) -> None:
     """Remove an adapter, or all; what remains of the model is as if it had never been there.
 
     Raises:
-        UserError: there is no such adapter, or it is fused with others.
+        UserError: no adapter has this name, or it is fused with others.
     """
     if name is not None and [*attached(root)] != [name]:
         _expect_live(root, name)

@@ -331,9 +331,8 @@ class FusedLinear(nn.Linear):
         self.weight = nn.Parameter(layer.fused_weight(), layer.weight.requires_grad)
         self.bias = layer.bias
         self.scales: dict[str, float] = layer.scales
-        self._own: Tensor = (
-            layer.weight.detach()
-        )  # not a parameter: it is no longer part of the model
+        # Detached, so that it is not registered as a parameter.
+        self._own: Tensor = layer.weight.detach()
         self.train(layer.training)
 
     def without(self) -> nn.Linear:

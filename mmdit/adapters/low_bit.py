@@ -29,7 +29,7 @@ def quantize(module: nn.Module, kind: str) -> None:
         ) from error
     config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]()
     module.to(torch.bfloat16)
-    inside = ("blocks", "last_block", "layers")
+    inside = ("blocks", "last_block")
     quantize_(
         module,
         config,

@@ -101,7 +101,7 @@ def sized(shape: tuple[int, ...]) -> str:
 
 
 def rows_of(slot: Slot, form: Form, tensor: Tensor) -> Tensor:
-    """Of a tensor whose rows are outputs of a public layer, those of one of our layers."""
+    """The rows of one of our layers in a tensor whose rows are the outputs of a public layer."""
     if len(slot.shape) > 2:  # a convolution, whose kernel has other columns alone
         return tensor
     return form.read(tensor, tuple(tensor.shape))

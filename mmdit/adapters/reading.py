@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from mmdit.adapters.adapter import Adapter, check_fits, weight_of
 from mmdit.adapters.homes import Home, homes, spelled
-from mmdit.adapters.layers import Change, DoRA
+from mmdit.adapters.layers import Change, DoRA, dense
 from mmdit.adapters.matrices import changes_of, sized
 from mmdit.adapters.stated import WEIGHTS, peft_config, scaling_of
 from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.checkpoints.values import computed_in, not_finite
 from mmdit.checks import did_you_mean, expanded, nearest
-from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.printable import logger
 from mmdit.runs.checkpoint import is_native, read_weights
@@ -110,7 +109,7 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
     found = grouped(archive)
     known = spelled(homes(root))
     if missing := [stem for stem in found if stem not in known]:
-        raise UserError(explain_homeless(name, missing, known, root))
+        raise UserError(explain_homeless(name, missing, known))
     expect_readable(archive, found, known)
     flat = {key: archive[key] for roles in found.values() for key in roles.values()}
     flat = {key: x if x.is_floating_point() else x.double() for key, x in flat.items()}
@@ -163,7 +162,7 @@ def restore_norms(change: DoRA, weight: Tensor) -> None:
 
 def base_norms(weight: Tensor, axis: int = 1) -> Tensor:
     """Norms of a weight as ComfyUI computes them: none is zero."""
-    norms = torch.linalg.vector_norm(wide(weight), dim=axis)
+    norms = torch.linalg.vector_norm(dense(weight), dim=axis)
     return norms + torch.finfo(norms.dtype).eps
 
 
@@ -235,17 +234,14 @@ def expect_readable(
             raise UserError(f"{archive.name}: {key} {reason}. Nothing was loaded")
 
 
-def explain_homeless(
-    name: str, missing: list[str], known: Mapping[str, Home], root: nn.Module
-) -> str:
+def explain_homeless(name: str, missing: list[str], known: Mapping[str, Home]) -> str:
     """Why layers of a file are not in a model."""
-    first, absent = missing[0], {"lora_te": "text encoder", "text_encoder": "text encoder"}
-    part = next((what for start, what in absent.items() if first.startswith(start)), None)
+    first = missing[0]
     count = f"{len(missing)} of its layers have no place in this model, such as {first}"
     numbers = re.sub(r"\d+", "0", first)
     if any(re.sub(r"\d+", "0", stem) == numbers for stem in known):
         reason = "it was trained for a model with more or other blocks"
-    elif part:
+    elif first.startswith(("lora_te", "text_encoder")):
         reason = "it changes a text encoder that is not loaded here, or not one of SD3"
     else:
         reason = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdit.adapters.adapter import Adapter, weight_of
 from mmdit.adapters.homes import Home, home_in
-from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA
+from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA, dense
 from mmdit.adapters.matrices import rows_of
 from mmdit.adapters.reading import NORM, base_norms
 from mmdit.adapters.stated import CONFIG, HEADER, WEIGHTS
@@ -79,7 +79,10 @@ def write_adapter(adapter: Adapter, path: str | Path, *, dialect: str, root: nn.
         raise UserError(f"{path} must end in .safetensors")
     spelling = Spelling(dialect, adapter, root)
     tensors = {key: value.detach().cpu().contiguous() for key, value in spelling.tensors()}
-    metadata = {"mmdit.base": json.dumps(adapter.base), **spelling.metadata()}
+    metadata = {
+        **({"mmdit.base_sha256": adapter.base["sha256"]} if adapter.base else {}),
+        **spelling.metadata(),
+    }
     if dialect == "peft":
         config = {**spelling.config("mmdit"), "peft_type": "LORA", "inference_mode": True}
         try:
@@ -222,7 +225,7 @@ class Spelling:
         parts = []
         for layer, _, _ in home.slot.parts:
             weight = weight_of(self.root, layer)
-            norms = torch.linalg.vector_norm(wide(weight), dim=1)
+            norms = torch.linalg.vector_norm(dense(weight), dim=1)
             if (change := changes.get(layer)) is not None:
                 if not isinstance(change, DoRA) or change.axis != 1:
                     raise UserError(f"{layer}: norms for each input have no keys here")

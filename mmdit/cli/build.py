@@ -52,8 +52,8 @@ def build(
         >>> parts.pipeline("a red circle")
     """
     pipeline = build_pipeline(config) if initial is None else initial.pipeline
-    if initial is not None or starts_from_weights(config):
-        make_trainable(config, pipeline, initial and initial.base)
+    if initial is not None:
+        make_trainable(config, pipeline, initial.base)
     pipeline.to(device)
     ema = EMA(pipeline, profile=instantiate(config.ema))
     parallel = instantiate(config.parallel)
@@ -72,11 +72,6 @@ def build(
         else None,
     )
     return Parts(state, parallel)
-
-
-def starts_from_weights(config: DictConfig) -> bool:
-    """Whether a config says what is trained of a model that has weights already."""
-    return config.get("adapter") is not None or config.train is not None
 
 
 def make_trainable(
@@ -109,7 +104,7 @@ def freeze_in(pipeline: Pipeline, dtype: str) -> None:
     """Store the network in fp32, bf16, int8 or fp8, and the text encoders in at least 16 bits.
 
     Raises:
-        UserError: there is no such dtype, torchao is missing, or processes share the weights.
+        UserError: the dtype is unknown, torchao is missing, or processes share the weights.
     """
     one_of("base_dtype", dtype, (*DTYPES, *KINDS))
     if dtype in KINDS and world_size() > 1:
@@ -122,7 +117,10 @@ def freeze_in(pipeline: Pipeline, dtype: str) -> None:
 
 
 def build_pipeline(config: DictConfig) -> Pipeline:
-    """The untrained model; its weights follow from the seed."""
+    """The untrained model; its weights follow from the seed.
+
+    With `train` or `adapter` it stands for a model that has weights, in predictions of memory.
+    """
     torch.manual_seed(config.seed)
     autoencoder = instantiate(config.autoencoder.model)
     text = instantiate(config.text)
@@ -151,6 +149,8 @@ def build_pipeline(config: DictConfig) -> Pipeline:
         guidance=config.sampling.guidance,
     )
     pipeline.latent_size(config.image_size, config.image_size)
+    if config.get("adapter") is not None or config.get("train") is not None:
+        make_trainable(config, pipeline)
     return pipeline
 
 

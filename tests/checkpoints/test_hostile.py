@@ -130,5 +130,5 @@ def test_what_headers_ask_for_is_refused_within_seconds_and_200_mb(tmp_path: Pat
     assert len(found) == len(paths)
     for case in found:
         assert case["raised"].startswith("UserError: "), case
-        assert case["seconds"] < 5, case  # 2.1 of a slow processor
+        assert case["seconds"] < 4, case  # 2.1 on a slow processor
         assert case["megabytes"] < 200, case

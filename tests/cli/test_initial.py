@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import mmdit
-from mmdit.adapters.adapter import Adapter, adapter_in
-from mmdit.adapters.layers import AdaptedLinear
+from mmdit.adapters.adapter import Adapter
+from mmdit.cli.build import freeze_in
 from mmdit.export import export_adapter
 from mmdit.runs.checkpoint import checkpoints_in, read_weights
 from mmdit.runs.native import weights_hash
@@ -207,6 +207,9 @@ def test_what_cannot_be_attached_is_refused(folder: Path, words: str, message: s
 @pytest.mark.slow
 def test_frozen_weights_may_be_bf16(folder: Path) -> None:
     run(folder, "train.py", *LORA, "base_dtype=bf16", "name=half", "training.steps=2")
-    pipe = mmdit.load_pipeline(folder / "runs" / "half-001")
-    layers = [m for m in pipe.modules() if isinstance(m, AdaptedLinear)]
-    assert layers and adapter_in(pipe, "adapter").changes
+    pipe = mmdit.load_pipeline(folder / "runs" / "base")
+    freeze_in(pipe, "bf16")
+    assert {weight.dtype for weight in pipe.mmdit.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in pipe.autoencoder.parameters()} == {torch.float32}
+    stored = read_weights(folder / "runs" / "half-001").tensors.values()
+    assert {tensor.dtype for tensor in stored} == {torch.float32}

@@ -166,5 +166,5 @@ def test_a_malicious_description_is_rejected_within_seconds_and_200_mb(tmp_path)
         save_file({"a": torch.zeros(1)}, paths[-1], metadata=metadata)
     for case in measured(paths):
         assert case["raised"].startswith("UserError: "), case
-        assert case["seconds"] < 5, case  # 2.1 of a slow processor
+        assert case["seconds"] < 4, case  # 2.1 on a slow processor
         assert case["megabytes"] < 200, case

@@ -18,7 +18,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mmdit.cli.build import build_pipeline, count, make_trainable, starts_from_weights
+from mmdit.cli.build import build_pipeline, count
 from mmdit.cli.eval.subject import made, table, write_results
 from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch
@@ -83,8 +83,6 @@ def as_report(
     }
     with torch.device("meta"):
         pipeline = build_pipeline(config)
-        if starts_from_weights(config):
-            make_trainable(config, pipeline)
     report["trained"] = sum(w.numel() for w in pipeline.parameters() if w.requires_grad)
     report["fits"] = [size for size in GPUS if predicted.total + CONTEXT <= size * 2**30]
     report["text_length"] = pipeline.text.context_length

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mmdit.cli.build import build_pipeline, make_trainable, starts_from_weights
+from mmdit.cli.build import build_pipeline
 from mmdit.cli.memory.plan import Plan, example_of, is_8bit, task_of
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA, local
@@ -57,8 +57,6 @@ def predict(plan: Plan) -> Footprint:
     """Predict the bytes of each process."""
     with torch.device("meta"):
         pipeline = build_pipeline(plan.config)
-        if starts_from_weights(plan.config):
-            make_trainable(plan.config, pipeline)
     constant = constant_bytes(plan, pipeline)
     if plan.device.type == "cpu":
         with FakeTensorMode(allow_non_fake_inputs=True):
