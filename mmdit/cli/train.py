@@ -24,7 +24,7 @@ from mmdit.data.shapes import Shapes
 from mmdit.engine.loop import train
 from mmdit.engine.schedules import Schedule
 from mmdit.engine.state import take_frozen
-from mmdit.engine.tasks import FlowTask, Validation
+from mmdit.engine.tasks import FlowTask, Probe, Validation
 from mmdit.errors import UserError
 from mmdit.latents.precompute import Unfinished
 from mmdit.latents.sources import LatentSource
@@ -185,8 +185,17 @@ def fit(
         processes=request.processes,
         parallel=parts.parallel,
         config=request.plain,
+        probe=probe_of(request),
     )
     return checkpoint, validation
+
+
+def probe_of(request: TrainingRequest) -> Probe | None:
+    """What measures the model at every evaluation beside the validation, if the config has it."""
+    if request.config.get("probe") is None:
+        return None
+    probe: Probe = instantiate(request.config.probe)(autocast=request.precision)
+    return probe
 
 
 def validation_of(data: Data, count: int) -> Validation:

@@ -83,10 +83,11 @@ class Mixture:
 
     Args:
         parts: name -> data set; all images have one size.
-        shares: name -> relative frequency, to three digits.
+        shares: name -> relative frequency, to three digits. With 0 a part is not trained on; as the
+            first it is still what is validated on.
 
     Raises:
-        UserError: a share is not positive, a part is empty, or sizes differ.
+        UserError: a share is negative, all are 0, a part is empty, or sizes differ.
     """
 
     name = "images"
@@ -109,11 +110,11 @@ class Mixture:
 
     def view(self, split: str) -> "Mixture":
         """Another split: of 'train' all parts, of any other the first part alone."""
-        names = list(self.parts)[: None if split == "train" else 1]
-        return Mixture(
-            parts={name: self.parts[name].view(split) for name in names},
-            shares={name: self.shares[name] for name in names},
-        )
+        views = {name: part.view(split) for name, part in self.parts.items()}
+        if split == "train":
+            return Mixture(parts=views, shares=self.shares)
+        first = next(iter(views))
+        return Mixture(parts={first: views[first]}, shares={first: 1})
 
     def __len__(self) -> int:
         return sum(self._sizes.values())
@@ -203,14 +204,15 @@ def counts_of(shares: Mapping[str, float]) -> list[int]:
     """The smallest whole numbers in the ratio of `shares`: {old: 0.7, new: 0.3} gives [7, 3].
 
     Raises:
-        UserError: a share is not positive, or they have too many digits.
+        UserError: a share is negative, all are 0, or they have too many digits.
     """
     exact = []
     for name, share in shares.items():
         field = f"data.shares.{name}"
-        rounded = Fraction(number(field, share, above=0)).limit_denominator(1000)
-        expect(rounded > 0, field, share, "must be at least 0.001")
+        rounded = Fraction(number(field, share, 0)).limit_denominator(1000)
+        expect(rounded > 0 or share == 0, field, share, "must be 0 or at least 0.001")
         exact.append(rounded)
+    expect(any(exact), "data.shares", dict(shares), "must not all be 0")
     scale = math.lcm(*(share.denominator for share in exact))
     whole = [int(share * scale) for share in exact]
     counts = [count // math.gcd(*whole) for count in whole]

@@ -222,6 +222,16 @@ class Shapes:
         """Another split of the same world."""
         return Shapes(**{**self.identity(), "split": split})
 
+    def with_word(self, word: str) -> "Shapes":
+        """The same world with one shape more, in scenes that all contain it.
+
+        Raises:
+            ValueError: there is no such shape.
+        """
+        shapes = list(dict.fromkeys([*self.shapes, word]))
+        changes = {"shapes": shapes, "containing": word, "held_out_fraction": 0}
+        return Shapes(**{**self.identity(), **changes})
+
     @property
     def words(self) -> list[str]:
         """Every word of every caption, sorted: the vocabulary of a word-level tokenizer."""

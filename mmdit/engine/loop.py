@@ -20,7 +20,7 @@ from mmdit.engine.settings import Settings
 from mmdit.engine.skips import Skips
 from mmdit.engine.state import TrainState
 from mmdit.engine.step import Stepper
-from mmdit.engine.tasks import Task
+from mmdit.engine.tasks import Probe, Task
 from mmdit.errors import UserError
 from mmdit.printable import logger
 from mmdit.processes import Processes
@@ -43,6 +43,7 @@ def train(
     processes: Processes | None = None,
     parallel: Parallel | None = None,
     config: Mapping[str, Any] | None = None,
+    probe: Probe | None = None,
 ) -> Checkpoint:
     """Train `task` up to `settings.steps` steps, from the newest checkpoint of `run` if it has one.
 
@@ -52,6 +53,7 @@ def train(
         processes: that train together; None is this one alone.
         parallel: how; the module and its average have been placed.
         config: plain config, which checkpoints keep.
+        probe: measures the averaged weights at every evaluation, too.
 
     Raises:
         Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP; the step was finished and saved.
@@ -60,7 +62,7 @@ def train(
     processes, parallel = processes or Processes(), parallel or Single()
 
     # Resume: weights, averages, moments, the step, and what the checkpoint says of the run.
-    saver = make_saver(task, settings, run, processes, config or {})
+    saver = make_saver(task, settings, run, processes, config or {}, probe)
     found = state.load(saver)
     figures = dict(found.metrics) if found else {}  # of the last evaluation
     skips = Skips(int(figures.pop("skipped_steps", 0)), section=settings.section)
@@ -73,7 +75,7 @@ def train(
     loader = make_loader(task, settings, state, processes, seed)
     step = make_stepper(task, settings, state, processes, parallel)
     meter = Meter(loader, state.device, processes.world_size)
-    reports = make_reports(task, settings, state, run, processes, logger)
+    reports = make_reports(task, settings, state, run, processes, logger, probe)
     with Signals() as signals, run.marked(state.step) as facts, saver, reports:
         steps = loader(state.step, settings.steps)
         while state.step < settings.steps:
@@ -120,12 +122,14 @@ def make_saver(
     run: RunFolder,
     processes: Processes,
     config: Mapping[str, Any],
+    probe: Probe | None,
 ) -> Saver:
     """What writes and finds checkpoints."""
+    higher = task.higher_is_better | (probe.higher_is_better if probe else set())
     return Saver(
         run.path,
         processes,
-        keep=settings.retention(task.higher_is_better),
+        keep=settings.retention(higher),
         config=config,
         asynchronous=settings.asynchronous,
     )
@@ -170,6 +174,7 @@ def make_reports(
     run: RunFolder,
     processes: Processes,
     logger: Logger,
+    probe: Probe | None,
 ) -> Reports:
     """What logs and evaluates."""
     return Reports(
@@ -180,6 +185,7 @@ def make_reports(
         start=state.step,
         steps=settings.steps,
         every=settings.log_every,
+        probe=probe,
     )
 
 

@@ -14,7 +14,7 @@ from mmdit.atomic import write_atomically
 from mmdit.engine.loader import Part
 from mmdit.engine.loggers import Logger, MetricsFile, finite
 from mmdit.engine.step import Step
-from mmdit.engine.tasks import Task
+from mmdit.engine.tasks import Probe, Task
 from mmdit.errors import NotFinite
 from mmdit.out_of_memory import enough_memory
 from mmdit.plots import plot_losses, save_grid
@@ -24,7 +24,10 @@ from mmdit.runs.files import writing
 from mmdit.runs.native import weights_hash
 
 log = logger(__name__)
-MAIN_FIGURES = ("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy")
+MAIN_FIGURES = (
+    *("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy"),
+    *("ema/accuracy_taught", "ema/accuracy_word", "ema/accuracy_old"),
+)
 BINS = 4  # of the noise level, by which training losses are told apart
 
 
@@ -39,6 +42,7 @@ class Reports:
         start: number of steps already made; what was told of later ones is dropped.
         steps: of the whole run.
         every: steps between two rows of figures.
+        probe: measures the averaged weights at every evaluation, too.
     """
 
     def __init__(
@@ -51,9 +55,10 @@ class Reports:
         start: int,
         steps: int,
         every: int = 1,
+        probe: Probe | None = None,
     ) -> None:
         self.path, self.task, self.logger, self.processes = path, task, logger, processes
-        self.steps = steps
+        self.steps, self.probe = steps, probe
         self._metrics = (
             MetricsFile(path / "metrics.jsonl", start_step=start, every=every)
             if processes.main
@@ -129,6 +134,8 @@ class Reports:
         for kind, which in (("ema", averaged), ("raw", raw)):
             with memory():
                 measured = self.task.evaluate(which)
+                if self.probe is not None and which is averaged:
+                    measured |= self._probed(step, averaged)
             record[kind] = {"weights_sha256": weights_hash(kept[kind]), **finite(measured)}
             figures |= {f"{kind}/{k}": v for k, v in measured.items()}
         try:
@@ -156,6 +163,15 @@ class Reports:
                 plot_losses(self._metrics.curves, curves)
             self.logger.picture(step, "curves", curves)
         return figures
+
+    def _probed(self, step: int, averaged: nn.Module) -> dict[str, float]:
+        """What the probe measures; nothing where the model cannot be sampled from."""
+        assert self.probe is not None
+        try:
+            return self.probe(averaged)
+        except NotFinite as error:
+            log.warning("step %d: the probe measures nothing: %s", step, error)
+            return {}
 
     def close(self) -> None:
         """Nothing is logged after this."""

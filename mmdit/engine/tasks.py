@@ -73,6 +73,17 @@ class Task(Protocol):
         """Images (n, h, w, 3) uint8 that show what `module` can do, and their captions."""
 
 
+class Probe(Protocol):
+    """Further metrics at every evaluation; they take longer, so of the averaged weights alone."""
+
+    @property
+    def higher_is_better(self) -> frozenset[str]:
+        """The metrics that are better the higher they are."""
+
+    def __call__(self, module: Any) -> dict[str, float]:
+        """The metrics of a module by name."""
+
+
 class Pictures(NamedTuple):
     """An example of `AutoencoderTask`."""
 

@@ -96,14 +96,14 @@ def scores_by_steps(records: Sequence[Record], look: Mapping[str, Style], weight
             for s, v in zip(steps, values, strict=True):
                 axes.plot([s, s], [min(v), max(v)], color=style.colour, linewidth=0.8, alpha=0.5)
             ends.append((steps[-1], means[-1], variant))
-        _frame(axes, "sampling steps", title)
+        frame(axes, "sampling steps", title)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator([5, 10, 25, 50]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         if log:
             _log_y(axes)
-        _name_at_the_right(figure, axes, ends, look)
+        name_at_the_right(figure, axes, ends, look)
     figure.tight_layout(w_pad=2)
     return png(figure)
 
@@ -139,8 +139,8 @@ def trade_off(records: Sequence[Record], look: Mapping[str, Style], weights: str
             [p.fd for p in first], [p.clip for p in first], color="#bbbbbb", linewidth=4, zorder=1
         )
         for variant, point in points.items():
-            _numbered(axes, point.fd, point.clip, look[variant])
-        _frame(axes, "Fréchet distance ↓", "CLIP score ↑")
+            numbered(axes, point.fd, point.clip, look[variant])
+        frame(axes, "Fréchet distance ↓", "CLIP score ↑")
         axes.set_title(f"{steps} steps, guidance {guidance:g}", fontsize=10, color=INK)
         axes.margins(0.08)
     figure.tight_layout()
@@ -162,7 +162,7 @@ def loss_by_flops(
         axes.scatter(x, y, color=style.colour, marker=style.marker, s=34, zorder=3, linewidth=0)
         axes.plot(x, y, color=style.colour, linewidth=0.8, alpha=0.5)
         ends.append((fmean(x), fmean(y), variant))
-    _frame(axes, "training FLOPs", "validation loss, mean of seven levels")
+    frame(axes, "training FLOPs", "validation loss, mean of seven levels")
     budgets = [f["flops"] for f in figures]
     axes.set_xscale("log")
     axes.set_xlim(min(budgets) / 1.5, max(budgets) * 1.5)
@@ -176,7 +176,7 @@ def loss_by_flops(
             color=INK,
         )
     _log_y(axes)
-    _name_at_the_right(figure, axes, ends, look)
+    name_at_the_right(figure, axes, ends, look)
     figure.tight_layout()
     return png(figure)
 
@@ -200,8 +200,8 @@ def loss_and_accuracy(figures: Sequence[Record], look: Mapping[str, Style]) -> b
                 markersize=3,
                 alpha=0.7,
             )
-        _numbered(axes, x, y, style)
-    _frame(axes, "validation loss, mean of seven levels", "accuracy")
+        numbered(axes, x, y, style)
+    frame(axes, "validation loss, mean of seven levels", "accuracy")
     axes.margins(0.06)
     figure.tight_layout()
     return png(figure)
@@ -214,7 +214,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white")
 
 
-def _frame(axes: Axes, x_label: str, y_label: str) -> None:
+def frame(axes: Axes, x_label: str, y_label: str) -> None:
+    """Label the axes, and leave of the frame only what is read."""
     axes.set_xlabel(x_label, color=INK, fontsize=10)
     axes.set_ylabel(y_label, color=INK, fontsize=10)
     axes.grid(color=GRID, linewidth=0.7)
@@ -234,7 +235,7 @@ def _log_y(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _numbered(axes: Axes, x: float, y: float, style: Style) -> None:
+def numbered(axes: Axes, x: float, y: float, style: Style) -> None:
     """Draw a disc with the variant's place in the ranking."""
     order = 3 + 1 / style.place  # better ones on top, each number on its own disc
     bright = 0.3 * style.colour[0] + 0.59 * style.colour[1] + 0.11 * style.colour[2] > 0.6
@@ -258,7 +259,7 @@ def _numbered(axes: Axes, x: float, y: float, style: Style) -> None:
     )
 
 
-def _name_at_the_right(
+def name_at_the_right(
     figure: Figure, axes: Axes, ends: Iterable[tuple[float, float, str]], look: Mapping[str, Style]
 ) -> None:
     """Label each curve with its place and name at the right, spread so that none overlap."""

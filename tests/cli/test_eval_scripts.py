@@ -243,6 +243,34 @@ def test_compositional_asks_for_a_new_word_too(run, folder):
     assert "word='stra' must be one of" in run("compositional", words[0], "word=stra", code=2)
 
 
+@pytest.mark.slow
+def test_forgetting_compares_runs_with_what_they_started_from(run, folder):
+    base = folder / "runs/tiny-001"
+    shapes = {"_target_": "mmdit.data.Shapes", "image_size": 32}
+    probe = {"_target_": "mmdit.study.WordAccuracy", "_partial_": True, "data": shapes}
+    probe |= {"word": "star", "prompts_per_task": 2, "steps": 1}
+    for seed in (0, 1):
+        new = folder / f"runs/word/adapter=lora,seed={seed}"
+        new.mkdir(parents=True)
+        config = {"initial": str(base), "initial_sha256": open_source(base).sha256, "seed": seed}
+        config |= {"probe": probe, "training": {"steps": 5}}
+        (new / "config.json").write_text(json.dumps(config))
+        row = {"step": 5, **{f"ema/accuracy_{key}": 0.5 for key in ("taught", "word", "old")}}
+        (new / "metrics.jsonl").write_text(json.dumps(row))
+    told = run("forgetting", "runs=runs/word").splitlines()
+    out = folder / "runs/word/forgetting"
+    assert [Path(line).name for line in told[-4:]] == [
+        *("forgetting.json", "forgetting.md", "forgetting.png", "forgetting-steps.png")
+    ]
+    report = json.loads((out / "forgetting.json").read_text())
+    assert report["initial_accuracies"].keys() == {"taught", "word", "old"}
+    (recipe,) = report["recipes"]
+    assert (recipe["recipe"], recipe["seeds"]) == ("adapter=lora", [0, 1])
+    assert recipe["accuracies"]["word"]["5"] == {"mean": 0.5, "half_width": 0.0}
+    assert "| 1 | adapter=lora | 0.50 ± 0.00 |" in (out / "forgetting.md").read_text()
+    assert "give runs=" in run("forgetting", code=2)
+
+
 def test_compositional_samples_an_image_for_each_scene_of_each_split(run, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     words = ("checkpoint=~/runs/tiny-001", "prompts_per_task=2", "steps=1", "batch_size=1")

@@ -128,15 +128,22 @@ def test_what_else_comes_with_an_image_is_kept() -> None:
         data.batch([0, 5])
 
 
+def test_a_share_of_zero_is_validated_on_but_not_trained_on(new) -> None:
+    data = mixed(new, 0, 1)
+    places = [data.place(i).part for i in data.order(batch_size=4, seed=0)(0, 50)]
+    assert set(places) == {"new"}
+    assert data.view("validation").prompts() == OLD.view("validation").prompts()
+
+
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        ((0, 1), r"data\.shares\.old=0 must be a finite number above 0"),
-        ((-1, 1), "above 0"),
-        ((float("nan"), 1), "above 0"),
-        ((True, 1), "above 0"),
-        (("half", 1), "above 0"),
-        ((1e-5, 1), "must be at least 0.001"),
+        ((-1, 1), r"data\.shares\.old=-1 must be a finite number of at least 0"),
+        ((0, 0), "must not all be 0"),
+        ((float("nan"), 1), "at least 0"),
+        ((True, 1), "at least 0"),
+        (("half", 1), "at least 0"),
+        ((1e-5, 1), "must be 0 or at least 0.001"),
         ((0.997, 0.71234567), "must be simple numbers"),
     ],
 )

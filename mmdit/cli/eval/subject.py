@@ -78,11 +78,7 @@ def shapes_for(
         arguments["image_size"] = image_size
     try:
         data = Shapes(split=split, **arguments)
-        if word is None:
-            return data
-        shapes = list(dict.fromkeys([*data.shapes, word]))
-        changes = {"shapes": shapes, "containing": word, "held_out_fraction": 0}
-        return Shapes(**{**data.identity(), **changes})
+        return data if word is None else data.with_word(word)
     except ValueError as error:
         raise UserError(f"data: {error}") from error
 
