@@ -2,27 +2,30 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from torch import Tensor, nn
 
 from mmdit.adapters.layers import AdaptedLinear, Change, FusedLinear
 from mmdit.adapters.targets import targeted
+from mmdit.adapters.words import AdaptedEmbedding, NewWords, read_new_words
 from mmdit.checks import did_you_mean, nearest, number
 from mmdit.errors import UserError
 from mmdit.registry import build, register
 
 Make = Callable[..., Change]
+Addition: TypeAlias = Change | NewWords
+Adapted: TypeAlias = AdaptedLinear | AdaptedEmbedding
 
 
 @register
 class Adapter(nn.Module):
-    """Changes of linear layers, each under the name of its layer in a `Pipeline`.
+    """Changes of linear layers or new words, each under the name of its layer in a `Pipeline`.
 
     Its state dict has keys like `mmdit.blocks.0.image.attention_in.q.down.weight`.
 
     Args:
-        changes: by layer, a `Change` or its description.
+        changes: by layer, a `Change` or, of token embeddings, `NewWords`; or its description.
         base: the source and SHA-256 of the weights that it was trained on; empty if unknown.
 
     Example:
@@ -43,7 +46,7 @@ class Adapter(nn.Module):
                     parent.add_module(step, nn.Module())
                 parent = parent.get_submodule(step)
             module = build(dict(change)) if isinstance(change, Mapping) else change
-            if not isinstance(module, Change):
+            if not isinstance(module, Addition):
                 raise UserError(f"adapter: {name} is a {type(module).__name__}, not a change")
             parent.add_module(last, module)
 
@@ -77,9 +80,9 @@ class Adapter(nn.Module):
         return cls(changes=changes, base=base)
 
     @property
-    def changes(self) -> dict[str, Change]:
+    def changes(self) -> dict[str, Addition]:
         """The changes by layer."""
-        found = {name: part for name, part in self.named_modules() if isinstance(part, Change)}
+        found = {name: part for name, part in self.named_modules() if isinstance(part, Addition)}
         return {at: change for at, change in found.items() if at.rpartition(".")[0] not in found}
 
 
@@ -99,49 +102,94 @@ def attach(root: nn.Module, adapter: Adapter, name: str, *, scale: float = 1.0) 
             it was.
     """
     scale = number("scale", scale)
+    expect_scaled(adapter.changes, scale)
     if not name or "." in name:
         raise UserError(f"name={name!r} must be a name without dots")
     if name in attached(root):
         raise UserError(f"an adapter {name!r} is there already: choose another name, or unload it")
     if fused(root):
         raise UserError("the adapters of this model are fused: unload them before adding another")
-    layers = {n: part for n, part in root.named_modules() if isinstance(part, nn.Linear)}
-    changes = adapter.changes
+    layers, changes = layers_of(root), adapter.changes
     check_fits(changes, layers, name)
     for at, change in changes.items():
         layer = layers[at]
-        if not isinstance(layer, AdaptedLinear):
-            layer = AdaptedLinear(layer)
+        if not isinstance(layer, Adapted):
+            layer = adapting(layer)
             root.set_submodule(at, layer)
         layer.changes[name] = change.to(layer.weight.device).train(layer.training)
         layer.scales[name] = scale
+    read_new_words(root)
 
 
-def check_fits(changes: Mapping[str, Change], layers: Mapping[str, nn.Linear], name: str) -> None:
-    """Check that a model has each changed layer, and in the same size.
+def adapting(layer: nn.Module) -> Adapted:
+    """What takes the place of a layer that adapters may change."""
+    if isinstance(layer, nn.Linear):
+        return AdaptedLinear(layer)
+    assert isinstance(layer, nn.Embedding)
+    return AdaptedEmbedding(layer)
+
+
+def layers_of(root: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that adapters may change, by name."""
+    kinds = (nn.Linear, nn.Embedding, AdaptedEmbedding)
+    return {
+        name: part
+        for name, part in root.named_modules()
+        if isinstance(part, kinds) and ".changes." not in name
+    }
+
+
+def expect_scaled(changes: Mapping[str, Addition], scale: float) -> None:
+    """Raise UserError if a scale is asked for where there is nothing to scale."""
+    if scale != 1 and changes and all(isinstance(c, NewWords) for c in changes.values()):
+        raise UserError(f"scale={scale:g}: new words are there or not; they have no scale but 1")
+
+
+def check_fits(changes: Mapping[str, Addition], layers: Mapping[str, nn.Module], name: str) -> None:
+    """Check that a model has each changed layer, and in the same size, and no new word twice.
 
     Raises:
         UserError: it does not.
     """
     if not changes:
         raise UserError(f"the adapter {name!r} changes nothing: it is empty")
-    if missing := [at for at in changes if at not in layers]:
+    fits = {
+        at: isinstance(
+            layers.get(at),
+            nn.Linear if isinstance(change, Change) else nn.Embedding | AdaptedEmbedding,
+        )
+        for at, change in changes.items()
+    }
+    if missing := [at for at in changes if not fits[at]]:
         raise UserError(
             f"the adapter {name!r} is for another model: this one has no {_some(missing)}"
         )
-    sizes = {at: (change.outputs, change.inputs) for at, change in changes.items()}
-    wrong = [at for at, size in sizes.items() if size != tuple(layers[at].weight.shape)]
-    if wrong:
-        at, size = wrong[0], tuple(layers[wrong[0]].weight.shape)
+    sizes = {
+        at: (c.width,) if isinstance(c, NewWords) else (c.outputs, c.inputs)
+        for at, c in changes.items()
+    }
+    here = {at: tuple(layers[at].weight.shape)[-len(size) :] for at, size in sizes.items()}  # type: ignore[arg-type]
+    if wrong := [at for at, size in sizes.items() if size != here[at]]:
+        at = wrong[0]
+        theirs, ours = (" x ".join(map(str, size[at])) for size in (sizes, here))
         raise UserError(
-            f"the adapter {name!r} is for another model: {at} is {sizes[at][0]} x {sizes[at][1]} "
-            f"in it and {size[0]} x {size[1]} here ({len(wrong)} of {len(changes)} layers differ)"
+            f"the adapter {name!r} is for another model: {at} is {theirs} "
+            f"in it and {ours} here ({len(wrong)} of {len(changes)} layers differ)"
         )
+    for at, change in changes.items():
+        there = layers[at]
+        known = there.words if isinstance(there, AdaptedEmbedding) else {}
+        twice = known.keys() & (change.words if isinstance(change, NewWords) else {})
+        if twice:
+            raise UserError(
+                f"the adapter {name!r}: the word {min(twice)!r} is already taught by another "
+                "adapter: unload that, or give one of them another word"
+            )
 
 
-def adapted(root: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted(root: nn.Module) -> dict[str, Adapted]:
     """The layers of a model that adapters change, by name."""
-    return {name: part for name, part in root.named_modules() if isinstance(part, AdaptedLinear)}
+    return {name: part for name, part in root.named_modules() if isinstance(part, Adapted)}
 
 
 def fused(root: nn.Module) -> dict[str, FusedLinear]:
@@ -190,8 +238,9 @@ def rescale(root: nn.Module, name: str, scale: float) -> None:
     """
     scale = number("scale", scale)
     _expect_live(root, name)
+    expect_scaled(adapter_in(root, name).changes, scale)
     for layer in adapted(root).values():
-        if name in layer.scales:
+        if name in layer.scales and isinstance(layer, AdaptedLinear):
             layer.scales[name] = scale
 
 
@@ -199,9 +248,11 @@ def fuse(root: nn.Module) -> None:
     """Add the changes of all adapters to the weights, which costs nothing from then on.
 
     The weights of the model itself are kept beside them, so that `detach` restores them exactly.
+    New words stay beside the embeddings, where they cost nothing.
     """
     for at, layer in adapted(root).items():
-        root.set_submodule(at, FusedLinear(layer))
+        if isinstance(layer, AdaptedLinear):
+            root.set_submodule(at, FusedLinear(layer))
 
 
 def detach(root: nn.Module, name: str | None = None) -> None:
@@ -219,6 +270,7 @@ def detach(root: nn.Module, name: str | None = None) -> None:
                 del layer.scales[each], layer.changes[each]
         if not layer.scales:
             root.set_submodule(at, layer.without())
+    read_new_words(root)
     for at, whole in fused(root).items():
         root.set_submodule(at, whole.without())
 

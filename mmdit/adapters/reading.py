@@ -20,6 +20,7 @@ from mmdit.adapters.homes import Home, homes, spelled
 from mmdit.adapters.layers import Change, DoRA, dense
 from mmdit.adapters.matrices import changes_of, sized
 from mmdit.adapters.stated import WEIGHTS, peft_config, scaling_of
+from mmdit.adapters.words import is_inversion, words_in
 from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.checkpoints.values import computed_in, not_finite
 from mmdit.checks import did_you_mean, expanded, nearest
@@ -67,7 +68,8 @@ def read_adapter(source: str | Path, root: nn.Module, *, weights: str = "ema") -
     """Read an adapter for a pipeline: of a run, from a file, or from a folder as PEFT saves it.
 
     LoRA and DoRA of diffusers, PEFT, sd-scripts, ComfyUI, OneTrainer and SimpleTuner, and LoKr of
-    LyCORIS, are read for the network and the text encoders. A scale alpha / rank is that of the
+    LyCORIS, are read for the network and the text encoders; and new words, one embedding file for
+    each, as ComfyUI and diffusers keep them. A scale alpha / rank is that of the
     file; without alpha it is 1, as everywhere.
 
     Args:
@@ -96,6 +98,8 @@ def read_adapter(source: str | Path, root: nn.Module, *, weights: str = "ema") -
         path = path / WEIGHTS
     archive = open_file(path)
     archive.verify()
+    if is_inversion(archive):
+        return Adapter(changes=words_in(archive))
     return Adapter(changes=changes_in(archive, root, config))
 
 

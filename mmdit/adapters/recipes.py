@@ -8,6 +8,11 @@ from torch import nn
 from mmdit.adapters import layers
 from mmdit.adapters.adapter import Adapter
 from mmdit.adapters.layers import LoKr, LoRA
+from mmdit.adapters.targets import PARTS
+from mmdit.adapters.words import EMBEDDING, NewWords, new_word
+from mmdit.checks import listed, one_of
+from mmdit.errors import UserError
+from mmdit.text.conditioning import ENCODERS, TextEncoder
 
 
 def lora(
@@ -72,3 +77,41 @@ def lokr(
     """
     make = partial(LoKr, factor=factor, rank=rank, alpha=alpha)
     return Adapter.over(root, make, targets=targets, parts=parts, blocks=blocks, base=base)
+
+
+def textual_inversion(
+    root: nn.Module,
+    *,
+    words: Sequence[str],
+    vectors: int | None = None,
+    start: str | None = None,
+    parts: Sequence[str] = ENCODERS,
+    base: Mapping[str, str] | None = None,
+) -> Adapter:
+    """New words for the text encoders of a pipeline, and nothing else (Gal et al. 2022).
+
+    Args:
+        root: the pipeline.
+        words: what prompts call them: a new one, "<cat-toy>", or one whose meaning is to change.
+        vectors, start: see `new_word`.
+        parts: the encoders; those that the pipeline lacks are left out.
+        base: see `Adapter`.
+
+    Raises:
+        UserError: an argument makes no sense, or none of the encoders is there.
+
+    Example:
+        pipe.load_lora(textual_inversion(pipe, words=["<cat-toy>"], start="toy"))
+    """
+    listed("words", words)
+    listed("parts", parts)
+    changes = {}
+    for part in parts:
+        one_of("parts", part, ENCODERS)
+        encoder = root.get_submodule(f"text.{part}")
+        if isinstance(encoder, TextEncoder):
+            found = [new_word(encoder, word, vectors=vectors, start=start) for word in words]
+            changes[f"{PARTS[part]}.{EMBEDDING}"] = NewWords.joined(found)
+    if not changes:
+        raise UserError(f"parts={list(parts)}: the model has none of these text encoders")
+    return Adapter(changes=changes, base=base)

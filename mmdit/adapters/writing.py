@@ -14,6 +14,7 @@ from mmdit.adapters.layers import Change, DoRA, LoKr, LoRA, dense
 from mmdit.adapters.matrices import rows_of
 from mmdit.adapters.reading import NORM, base_norms
 from mmdit.adapters.stated import CONFIG, HEADER, WEIGHTS
+from mmdit.adapters.words import NewWords, write_words
 from mmdit.atomic import write_atomically
 from mmdit.checkpoints.archive import write_archive
 from mmdit.checks import expanded, one_of
@@ -77,6 +78,12 @@ def write_adapter(adapter: Adapter, path: str | Path, *, dialect: str, root: nn.
     path = expanded(path)
     if dialect != "peft" and path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
+    words = {at: new for at, new in adapter.changes.items() if isinstance(new, NewWords)}
+    if words:
+        if len(words) < len(adapter.changes):
+            raise UserError("new words and changes of layers do not go into one file")
+        write_words(words, path, dialect)
+        return path
     spelling = Spelling(dialect, adapter, root)
     tensors = {key: value.detach().cpu().contiguous() for key, value in spelling.tensors()}
     metadata = {
@@ -114,6 +121,7 @@ class Spelling:
         self.changes: dict[str, dict[str, Change]] = {}  # by key and layer
         self.lokr: dict[str, Change] = {}
         for layer, change in adapter.changes.items():
+            assert isinstance(change, Change)
             if layer not in at:
                 raise UserError(f"{layer} is not stored in any public layout")
             home = at[layer]
