@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from mmdit.checks import MOST_STEPS, number, seed_number, whole_number
 from mmdit.cli.images import png_with_metadata
 from mmdit.cli.reading import TrainingRequest
 from mmdit.data import CaptionedImages, Constant, Mixture, image_folder
+from mmdit.engine.preservation import OwnPrediction
 from mmdit.errors import UserError
 from mmdit.out_of_memory import enough_memory
 from mmdit.pipeline import Pipeline
@@ -42,7 +44,7 @@ def with_class_images(request: TrainingRequest) -> TrainingRequest:
         UserError: a value of `prior` makes no sense, or the images cannot be made.
     """
     prior = request.config.get("prior")
-    if prior is None or prior.prompt is None:
+    if prior is None or prior.prompt is None or "_target_" in prior:
         return request
     check(prior)
     if request.initial is None:
@@ -55,6 +57,24 @@ def with_class_images(request: TrainingRequest) -> TrainingRequest:
     )
     plain = {**request.plain, "data": {**request.plain["data"], "found": data.fingerprint()}}
     return request._replace(data=data, validation=data.view("validation"), plain=plain)
+
+
+def own_prediction(config: DictConfig) -> OwnPrediction | None:
+    """The form of `prior` that needs no class images, if the config asks for it.
+
+    Raises:
+        UserError: a value makes no sense, or there is no adapter.
+    """
+    prior = config.get("prior")
+    if prior is None or prior.prompt is None or "_target_" not in prior:
+        return None
+    if config.get("adapter") is None:
+        raise UserError(
+            "prior=prediction compares with the model without its adapter, and needs one: "
+            "choose adapter=lora, or prior=class_images"
+        )
+    found: OwnPrediction = instantiate(prior)
+    return found
 
 
 def check(prior: DictConfig) -> None:

@@ -15,7 +15,7 @@ from mmdit.cli.build import Parts, build, describe
 from mmdit.cli.commands import how_to_resume
 from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch, sweep_label
-from mmdit.cli.prior import with_class_images
+from mmdit.cli.prior import own_prediction, with_class_images
 from mmdit.cli.reading import VERBATIM, TrainingRequest, read
 from mmdit.cli.scores import is_finished, write_scores
 from mmdit.cli.stages import check_until, clip_for_metrics, load_trained_autoencoder
@@ -174,6 +174,7 @@ def fit(
         validation=validation,
         seed=config.seed,
         autocast=request.precision,
+        prior=own_prediction(config),
     )
     checkpoint = train(
         task,

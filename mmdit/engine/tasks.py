@@ -11,6 +11,7 @@ from mmdit.checks import expect_finite, number
 from mmdit.data.dataset import Data
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
+from mmdit.engine.preservation import OwnPrediction
 from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
@@ -193,6 +194,7 @@ class Captioned(NamedTuple):
     draw: Draw
     extra: dict[str, Tensor]  # as in `Batch`
     seed: int  # of what layers draw, as dropout in an adapter
+    preserved: Tensor  # bool (b,): which samples keep what the model predicts of a class
 
 
 class Validation(NamedTuple):
@@ -213,6 +215,7 @@ class FlowTask:
         validation: for the validation loss and the pictures.
         seed: of timesteps, noise and encoder drop-out.
         autocast: precision of the forward pass.
+        prior: what the model keeps predicting of a class; None is nothing.
     """
 
     higher_is_better: ClassVar[frozenset[str]] = frozenset()
@@ -225,8 +228,10 @@ class FlowTask:
         validation: Validation,
         seed: int,
         autocast: Autocast,
+        prior: OwnPrediction | None = None,
     ) -> None:
         self.module, self.source, self.validation = module, source, validation
+        self.prior = prior
         self.seed, self.autocast = seed, autocast
         pixels = validation.images.shape[1] * validation.images.shape[2]
         latents = []
@@ -252,7 +257,9 @@ class FlowTask:
         draw = self.module.objective.draw(self.source.latent_shape(x), generators)
         kept = self.module.text.draw_kept(generators)
         seed = generator_for(self.seed, "layers", step, *indices).initial_seed()
-        return Captioned(x, text, kept, draw, extra, seed)
+        none = torch.zeros(len(indices), dtype=torch.bool)
+        preserved = none if self.prior is None else self.prior.draw(generators)
+        return Captioned(x, text, kept, draw, extra, seed, preserved)
 
     def loss(self, example: Captioned) -> Tensor:
         module = self.module
@@ -262,6 +269,10 @@ class FlowTask:
         with self.autocast():
             conditioned = condition(module.text, example.text, example.kept)
             conditioned = conditioned._replace(extra=self._read(example.extra))
+            if self.prior is not None:
+                return self.prior.loss(
+                    module, x_0, conditioned, draw, example.preserved, example.kept
+                )
             return module.objective(module.mmdit, x_0, conditioned, draw)
 
     def _read(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:

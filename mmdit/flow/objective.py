@@ -86,13 +86,21 @@ class Objective:
         Returns:
             Losses (b,), at least float32.
         """
-        t, epsilon = draw
-        t = t.to(torch.promote_types(t.dtype, x_0.dtype))  # so that float64 stays on the path
-        z_t = self.path.interpolate(x_0, epsilon, t)
-        target = self.prediction.target(self.path, x_0, epsilon, t)
+        output = self.predict(model, x_0, condition, draw)
+        return squared_error(output, self.target(x_0, draw))
+
+    def predict(self, model: Model, x_0: Tensor, condition: Condition, draw: Draw) -> Tensor:
+        """The model's output for z_t (b, c, h, w); arguments as in `__call__`."""
+        t = draw.t.to(torch.promote_types(draw.t.dtype, x_0.dtype))  # float64 stays on the path
+        z_t = self.path.interpolate(x_0, draw.epsilon, t)
         c_vec, c_ctxt, extra = condition
-        output = model(*self.prediction.inputs(self.path, z_t, t), c_vec, c_ctxt, **extra)
-        return (wide(output) - wide(target)).square().flatten(1).mean(1)
+        output: Tensor = model(*self.prediction.inputs(self.path, z_t, t), c_vec, c_ctxt, **extra)
+        return output
+
+    def target(self, x_0: Tensor, draw: Draw) -> Tensor:
+        """What the model is to predict for z_t (b, c, h, w); arguments as in `__call__`."""
+        t = draw.t.to(torch.promote_types(draw.t.dtype, x_0.dtype))
+        return self.prediction.target(self.path, x_0, draw.epsilon, t)
 
     def density(self, t: Tensor) -> Tensor:
         """Density of the times that `draw` returns, after the shift; integrates to 1 over (0, 1).
@@ -168,3 +176,8 @@ class Objective:
         c_vec, c_ctxt, extra = condition
         output = wide(model(scaled, time, c_vec, c_ctxt, **extra))
         return self.prediction.straight_velocity(path, output, z_t, t)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """The mean of (output - target)^2 over the values of each sample, (b,), at least float32."""
+    return (wide(output) - wide(target)).square().flatten(1).mean(1)

@@ -190,4 +190,5 @@ def example_of(plan: Plan, pipeline: Pipeline) -> Captioned:
             torch.zeros(b, encoder.length, dtype=torch.int64) for encoder in pipeline.text.encoders
         )
         draw = Draw(torch.full((b,), 0.5), torch.zeros(shape))
-        return Captioned(x, TokenIds(*ids), torch.ones(b, 3, dtype=torch.bool), draw, {}, seed=0)
+        kept, preserved = torch.ones(b, 3, dtype=torch.bool), torch.zeros(b, dtype=torch.bool)
+        return Captioned(x, TokenIds(*ids), kept, draw, {}, seed=0, preserved=preserved)
