@@ -14,14 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mmdit.adapters.targets import PARTS
-from mmdit.checks import did_you_mean, expanded, listed, nearest, number, one_of
+from mmdit.checks import did_you_mean, expanded, flag, listed, nearest, number, one_of
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
 from mmdit.loading import open_source
+from mmdit.models.backbone import Backbone, PatchBackbone, with_positions, with_qk_norm
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
 from mmdit.registry import describe
+from mmdit.text.conditioning import TextConditioner
 
 log = logger("mmdit.train")
 
@@ -35,6 +37,9 @@ COMES_WITH = (
     "text",
     "formulation",
 )
+# Changes of the network that may be asked for by name, by their keys.
+POSITIONS = {f"model.position_{name}": name for name in ("size", "grid", "base")}
+CHANGES = ("model.qk_norm", *POSITIONS)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -81,10 +86,10 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         return None
     sections = {key: key.partition(".")[0].partition("/")[0] for key in given}
     named = sorted(key for key, section in sections.items() if section in COMES_WITH)
-    if refused := [key for key in named if key != "text.dropout"]:
+    if refused := [key for key in named if key not in ("text.dropout", *CHANGES)]:
         raise UserError(
             f"{refused[0]}: the {sections[refused[0]]} comes with initial={config.initial}; "
-            "leave one of them out"
+            f"leave one of them out. Of its network, {', '.join(CHANGES)} may be changed"
         )
     path = expanded(config.initial)
     source = open_source(path if path.exists() else config.initial)
@@ -93,25 +98,64 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         raise UserError(
             f"initial={config.initial} is an adapter: start from the model that it was trained on"
         )
-    if "text.dropout" in given:
-        pipeline.text.dropout = number("text.dropout", config.text.dropout, 0, 1)
+    network = changed_as_asked(pipeline.mmdit, config, given)
+    objective = pipeline.objective
     if any(section == "objective" for section in sections.values()):
         objective = instantiate(config.objective)
         assert isinstance(objective, Objective)
         log.info("note: objective is that of the config, not that of %s", config.initial)
-        pipeline.objective = objective
     else:
-        config.objective = OmegaConf.create(describe(pipeline.objective))
+        config.objective = OmegaConf.create(describe(objective))
+    defaults = {}
     for key in ("image_size", "sampling.steps", "sampling.guidance"):
         name = key.removeprefix("sampling.")
-        if key in given:
-            setattr(pipeline, name, OmegaConf.select(config, key))
-        else:
+        if key not in given:
             OmegaConf.update(config, key, getattr(pipeline, name))
+        defaults[name] = OmegaConf.select(config, key)
+    text = pipeline.text
+    if "text.dropout" in given:
+        encoders = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5": text.t5}
+        rate = number("text.dropout", config.text.dropout, 0, 1)
+        text = TextConditioner(**encoders, dropout=rate, empty_prompt=text.empty_prompt)
+    # Built again, so that checkpoints describe what is trained.
+    pipeline = Pipeline(
+        mmdit=network,
+        text=text,
+        autoencoder=pipeline.autoencoder,
+        objective=objective,
+        **defaults,
+    )
     config.model = OmegaConf.create(describe(pipeline.mmdit))
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)
     return Initial(pipeline, found, source.sha256)
+
+
+def changed_as_asked(network: Backbone, config: DictConfig, given: Collection[str]) -> Backbone:
+    """The network with the changes that the command line asks for by name, which are logged.
+
+    Raises:
+        UserError: the network has no such property, or has it already.
+    """
+    asked = {key: OmegaConf.select(config, key) for key in CHANGES if key in given}
+    if not asked:
+        return network
+    if config.get("adapter") is not None:
+        raise UserError(
+            f"{min(asked)}: an adapter leaves the network that it is for as it is; finetune the "
+            "network itself, without adapter="
+        )
+    if not isinstance(network, PatchBackbone):
+        raise UserError(f"{min(asked)}: {type(network).__name__} has no such property")
+    for key, value in asked.items():
+        log.info("note: %s=%s is not that of the weights, as asked", key, value)
+    if "model.qk_norm" in asked:
+        flag("model.qk_norm", asked["model.qk_norm"])
+        if not asked["model.qk_norm"]:
+            raise UserError("model.qk_norm=false: QK-norm can be added to weights, not taken away")
+        network = with_qk_norm(network)
+    places = {POSITIONS[key]: value for key, value in asked.items() if key in POSITIONS}
+    return with_positions(network, **places) if places else network
 
 
 def select(pipeline: Pipeline, trained: Sequence[str] | None) -> None:

@@ -296,12 +296,40 @@ def with_qk_norm(model: B) -> B:
     description = describe(model)
     if description["qk_norm"]:
         raise UserError(f"this {type(model).__name__} has QK-norm already (qk_norm is true)")
+    return changed(model, qk_norm=True)
+
+
+def with_positions(
+    model: B, *, size: int | None = None, grid: int | None = None, base: int | None = None
+) -> B:
+    """Copy a model with another table of positions, to finetune it at another resolution.
+
+    Its weights stay; what it predicts changes where the positions do.
+
+    Args:
+        size, grid, base: see `position_table`; None is that of the model.
+
+    Raises:
+        UserError: a number is not positive.
+    """
+    asked = {"position_size": size, "position_grid": grid, "position_base": base}
+    return changed(model, **{name: value for name, value in asked.items() if value is not None})
+
+
+def changed(model: B, **arguments: Any) -> B:
+    """Copy a model with other arguments of its constructor, and keep the weights that it shares.
+
+    New norms begin as ones, and positions are those of the arguments.
+    """
     with torch.device("meta"):
-        network: B = build({**description, "qk_norm": True})
+        network: B = build({**describe(model), **arguments})
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, slot in network.state_dict().items():
         if name not in weights:
             weights[name] = model.cast(torch.ones(slot.shape))
+    if any(name.startswith("position_") for name in arguments):
+        table = position_table(network.positions.shape[-1], **network._position)
+        weights["positions"] = model.cast(table)
     network.load_state_dict(weights, assign=True)
     network.compute_dtype = model.compute_dtype
     return network.train(model.training)

@@ -10,6 +10,7 @@ import mmdit
 from mmdit.adapters.adapter import Adapter
 from mmdit.cli.build import freeze_in
 from mmdit.export import export_adapter
+from mmdit.registry import describe
 from mmdit.runs.checkpoint import checkpoints_in, read_weights
 from mmdit.runs.native import weights_hash
 from tests.training_for_tests import losses, run
@@ -180,6 +181,13 @@ def mmdit_metadata(path: Path) -> str:
         (("initial=runs/base", "adapter=lora", "adapter.alpha=0"), "alpha=0 must be"),
         (("initial=runs/base", "adapter=lora", "adapter.targets=unet"), "targets='unet' must be"),
         (("initial=runs/base", "base_dtype=bf16"), "base_dtype is for what adapters leave"),
+        (("initial=runs/base", "model.depth=3"), "may be changed"),
+        (("initial=runs/base", "model.qk_norm=false"), "not taken away"),
+        (("initial=runs/base", "model.position_grid=0"), "position_grid"),
+        (("initial=runs/base", "adapter=lora", "model.position_grid=4"), "leaves the network"),
+        (("initial=runs/base", "adapter=textual_inversion"), "words"),
+        (("initial=runs/base", "adapter=textual_inversion", "adapter.words=[a b]"), "one word"),
+        (("initial=runs/base", "prior=prediction", "prior.prompt=a"), "needs one"),
     ],
 )
 def test_a_mistake_ends_in_one_message(folder: Path, words, message) -> None:
@@ -213,3 +221,55 @@ def test_frozen_weights_may_be_bf16(folder: Path) -> None:
     assert {weight.dtype for weight in pipe.autoencoder.parameters()} == {torch.float32}
     stored = read_weights(folder / "runs" / "half-001").tensors.values()
     assert {tensor.dtype for tensor in stored} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_what_is_changed_by_name_is_said_and_described(folder: Path) -> None:
+    words = ("model.position_grid=8", "model.qk_norm=true", "sampling.steps=3", "text.dropout=0.1")
+    told = run(
+        folder, "train.py", *SMOKE, "initial=runs/base", "name=changed", "objective=rf", *words
+    ).stdout
+    assert "note: model.position_grid=8 is not that of the weights, as asked" in told
+    assert "note: model.qk_norm=True is not that of the weights, as asked" in told
+    assert "note: objective is that of the config" in told
+    base = mmdit.load_pipeline(folder / "runs" / "base")
+    changed = mmdit.load_pipeline(folder / "runs" / "changed-001")
+    assert changed.steps == 3 and changed.text.dropout == 0.1
+    description = describe(changed.mmdit)
+    assert (description["position_grid"], description["qk_norm"]) == (8, True)
+    assert not torch.equal(changed.mmdit.positions, base.mmdit.positions)
+    assert describe(changed.objective)["timesteps"]["class"] == "Uniform"
+    assert describe(base.objective)["timesteps"]["class"] == "LogitNormal"
+
+
+@pytest.mark.slow
+def test_new_words_are_trained_resumed_and_read_by_prompts(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    # A base whose average has left the start, where no gradient reaches the text.
+    run(folder, "train.py", *SMOKE, "ema.every=1", "run=runs/moved", "training.steps=20")
+    words = (
+        *("initial=runs/moved", "adapter=textual_inversion", "ema.every=1"),
+        "adapter.words=[circle,circles]",
+    )
+    run(folder, "train.py", *SMOKE, *words, "run=runs/words", "training.log_every=1")
+    halves = (*SMOKE, *words, "training.steps=3", "training.evaluate_every=3")
+    run(folder, "train.py", *halves, "run=runs/word_halves")
+    run(folder, "train.py", *SMOKE, *words, "resume=runs/word_halves")
+    whole, twice = (read_weights(folder / "runs" / name) for name in ("words", "word_halves"))
+    assert whole.sha256 == twice.sha256
+    assert {name.rpartition(".")[2] for name in whole.tensors} == {"vectors"}
+    base, taught = (mmdit.load_pipeline(f"runs/{name}") for name in ("moved", "words"))
+    for prompt, same in (("a red square", True), ("a red circle", False)):
+        images = [pipe(prompt, steps=2, seed=1) for pipe in (base, taught)]
+        conditions = [pipe.encode([prompt]).c_ctxt for pipe in (base, taught)]
+        assert torch.equal(*images) or not same
+        assert torch.equal(*conditions) == same
+    told = run(
+        folder,
+        "sample.py",
+        "checkpoint=runs/moved",
+        "lora=runs/words",
+        "prompt=a circle",
+        "steps=1",
+    )
+    assert told.returncode == 0

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import PatchBackbone, Shared, with_qk_norm
+from mmdit.models.backbone import PatchBackbone, Shared, with_positions, with_qk_norm
 from mmdit.models.blocks import AttentionInput
 from mmdit.models.cross_dit import CrossDiT
 from mmdit.models.dit import DiT
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.mmdit_three import MMDiTThree
 from mmdit.models.uvit import UViT
+from mmdit.nn.embeddings import position_table
 from mmdit.nn.modulation import Modulation
 from mmdit.nn.norms import RMSNorm
 from mmdit.registry import build, describe
@@ -335,3 +336,18 @@ def test_a_backbone_takes_what_all_take_and_its_own(backbone):
     assert arguments.keys() == {*get_type_hints(Shared), *backbone.own}
     assert {p.kind for p in arguments.values()} == {inspect.Parameter.KEYWORD_ONLY}
     assert describe(backbone()).keys() == {"class", *arguments}
+
+
+def test_other_positions_keep_all_weights() -> None:
+    model = Tiny(MMDiT)().to(torch.bfloat16)
+    other = with_positions(model, size=24, grid=8)
+    assert describe(other) == {**describe(model), "position_size": 24, "position_grid": 8}
+    assert other.positions.dtype == torch.bfloat16 and other.compute_dtype == torch.bfloat16
+    base = describe(model)["position_base"]
+    table = position_table(other.positions.shape[-1], size=24, grid=8, base=base)
+    assert torch.equal(other.positions, table.bfloat16())
+    weights = model.state_dict()
+    for name, weight in other.state_dict().items():
+        assert name == "positions" or torch.equal(weight, weights[name])
+    with pytest.raises(UserError, match="position_grid"):
+        with_positions(model, grid=0)
