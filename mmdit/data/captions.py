@@ -9,7 +9,7 @@ Source of the tasks: Ghosh et al. 2023, GenEval, Sec. 3.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mmdit.data.drawing import COLOURS, SHAPES, Object
+from mmdit.data.drawing import COLOURS, SHAPES, TEXTURES, Object
 
 TASKS = (
     "single_object",
@@ -117,11 +117,15 @@ def words_of(
     return sorted({word for text in (*phrases, *places, *counts, *names) for word in text.split()})
 
 
-def vocabulary() -> list[str]:
-    """Every word of every possible `Shapes`, for a word-level tokenizer."""
+def vocabulary(*, textures: bool = False) -> list[str]:
+    """Every word of every possible `Shapes`, for a word-level tokenizer.
+
+    Args:
+        textures: with the names of textures, too; without them, ids are those of earlier models.
+    """
     return words_of(
         shapes=SHAPES,
-        colours=COLOURS,
+        colours=(*COLOURS, *(TEXTURES if textures else ())),
         sizes=("small", "medium", "large"),
         backgrounds=COLOURS,
         max_count=len(NUMBERS) - 1,

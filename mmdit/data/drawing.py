@@ -30,11 +30,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
 }
 
+# A texture takes the place of a colour: bars of two colours, of which captions name neither.
+TEXTURES: dict[str, tuple[str, str]] = {"striped": ("black", "orange")}
+STRIPES = 8  # pairs of bars in the height of an image
+
 
 class Object(NamedTuple):
     """A shape in an image: names of `shape`, `colour` and `size`; lengths as image fractions.
 
-    (x, y) is the centre of the shape's bounding box and `radius` half the box's longer side (the
+    The colour may be a texture. (x, y) is the centre of the shape's bounding box and `radius` half the box's longer side (the
     square, which would look larger than the others, fills only 0.85 of it).
     """
 
@@ -133,11 +137,20 @@ def _ground(background: str, image_size: int) -> Array:
     return np.tile(np.array(COLOURS[background], np.float32), (image_size, image_size, 1))
 
 
+def paint(colour: str, rows: slice, image_size: int) -> Array:
+    """The RGB of a colour, (3,), or of a texture at some rows of an image, (rows, 1, 3)."""
+    if colour in COLOURS:
+        return np.array(COLOURS[colour], np.float32)
+    first, second = (np.array(COLOURS[name], np.float32) for name in TEXTURES[colour])
+    bar = np.floor(_pixel_centres(image_size)[rows] * (2 * STRIPES)) % 2
+    return np.where(bar[:, None, None] > 0, second, first)
+
+
 def draw(objects: Sequence[Object], background: str, image_size: int) -> Image:
     """Draw the objects in order on a plain background: uint8 (image_size, image_size, 3)."""
     canvas = _ground(background, image_size).copy()
     for thing in objects:
         rows, columns, coverage = cover(thing.shape, thing.x, thing.y, thing.radius, image_size)
         window = canvas[rows, columns]
-        window += coverage[..., None] * (np.array(COLOURS[thing.colour], np.float32) - window)
+        window += coverage[..., None] * (paint(thing.colour, rows, image_size) - window)
     return np.rint(canvas).astype(np.uint8)

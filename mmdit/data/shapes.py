@@ -29,7 +29,7 @@ from mmdit.data.caption_sources import Captions
 from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
 from mmdit.data.composition import Kind, hold_out
 from mmdit.data.dataset import Batch
-from mmdit.data.drawing import COLOURS, SHAPES, Image, Object, draw
+from mmdit.data.drawing import COLOURS, SHAPES, TEXTURES, Image, Object, draw
 from mmdit.data.order import ShuffledOrder
 
 __all__ = ["SPLITS", "Kind", "Object", "Sample", "Scene", "Shapes", "short_caption"]
@@ -70,7 +70,8 @@ class Shapes:
         split: 'train', 'validation' or 'held_out'.
         image_size: side in pixels, a multiple of 32.
         seed: seed of everything random, including the choice of held-out combinations.
-        shapes, colours: names known to `mmdit.data.drawing`, at least two of each.
+        shapes, colours: names known to `mmdit.data.drawing`, at least two of each; textures count
+            as colours.
         sizes: name -> (least, greatest) radius. Captions name sizes only if there are several.
         backgrounds: background colours. Captions name them only if there are several.
         grid: number of rows and of columns of the layout.
@@ -79,7 +80,8 @@ class Shapes:
         task_weights: task -> relative frequency; tasks that are not listed do not occur.
         rich_fraction: fraction of rich captions, which describe everything.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
-        containing: draw only scenes with an object of this shape, to teach or to test one word.
+        containing: draw only scenes with an object of this shape or colour, to teach or to test one
+            word.
         samples: size of the training set; larger indices are valid too.
 
     Raises:
@@ -223,13 +225,14 @@ class Shapes:
         return Shapes(**{**self.identity(), "split": split})
 
     def with_word(self, word: str) -> "Shapes":
-        """The same world with one shape more, in scenes that all contain it.
+        """The same world with one shape or colour more, in scenes that all contain it.
 
         Raises:
-            ValueError: there is no such shape.
+            ValueError: there is no such shape or colour.
         """
-        shapes = list(dict.fromkeys([*self.shapes, word]))
-        changes = {"shapes": shapes, "containing": word, "held_out_fraction": 0}
+        field = "shapes" if word in SHAPES else "colours"
+        names = list(dict.fromkeys([*getattr(self, field), word]))
+        changes = {field: names, "containing": word, "held_out_fraction": 0}
         return Shapes(**{**self.identity(), **changes})
 
     @property
@@ -318,7 +321,7 @@ class Shapes:
         return [
             kinds
             for kinds in self._choices_in_split(task)
-            if self.containing is None or any(kind.shape == self.containing for kind in kinds)
+            if self.containing is None or any(self.containing in kind for kind in kinds)
         ]
 
     def _choices_in_split(self, task: str) -> list[tuple[Kind, ...]]:
@@ -347,7 +350,7 @@ class Shapes:
         one_of("split", self.split, SPLITS)
         for field, names, known in (
             ("shapes", self.shapes, SHAPES),
-            ("colours", self.colours, COLOURS),
+            ("colours", self.colours, (*COLOURS, *TEXTURES)),
             ("backgrounds", self.backgrounds, COLOURS),
             ("task_weights", self.task_weights, TASKS),
         ):
@@ -355,7 +358,7 @@ class Shapes:
                 one_of(field, name, known)
             expect(len(set(names)) == len(names), field, names, "must not repeat a name")
         if self.containing is not None:
-            one_of("containing", self.containing, self.shapes)
+            one_of("containing", self.containing, (*self.shapes, *self.colours))
         for field, names in (("shapes", self.shapes), ("colours", self.colours)):
             expect(len(names) >= 2, field, names, "must name at least two")
         both = set(self.colours) & set(self.backgrounds)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit.data.captions import RELATIONS, Scene
-from mmdit.data.drawing import COLOURS, Image, area_and_centroid, cover
+from mmdit.data.drawing import COLOURS, TEXTURES, Image, area_and_centroid, cover
 from mmdit.data.shapes import Shapes
 
 Array: TypeAlias = NDArray[np.floating[Any]]
@@ -43,9 +43,11 @@ def detect(
 ) -> list[Detection]:
     """Detect the objects in an image (h, w, 3) uint8, given the possible shapes and colours.
 
-    Regions below `least_area`, a fraction of the image, are ignored.
+    Regions below `least_area`, a fraction of the image, are ignored. A region in both colours of a
+    texture has that texture.
     """
-    coverage, error = _explain(image, colours, background)
+    palette = palette_of(colours)
+    coverage, error = _explain(image, palette, background)
     label = error.argmin(axis=-1)
     foreground = np.take_along_axis(coverage, label[..., None], axis=-1)[..., 0] > 0.5
     inner = foreground & _surrounded(label)
@@ -53,14 +55,43 @@ def detect(
     for blob in components(foreground):
         elected = _elect(label[blob & inner] if (blob & inner).any() else label[blob])
         owner = elected[error[..., elected].argmin(axis=-1)]
-        for colour in elected:
-            for part in components(blob & (owner == colour)):
+        for name, members in fills(elected, palette, colours):
+            for part in components(blob & np.isin(owner, members)):
                 if part.mean() >= least_area:
                     # Two pixels wider: include the soft edge, but not neighbouring objects.
                     reach = _soften(_soften(part.astype(np.float32))) > 0
-                    own = np.where(reach & (part | ~foreground), coverage[..., colour], 0)
-                    found.append(_recognize(own, colours[colour], shapes))
+                    covered = coverage[..., members].max(axis=-1)
+                    own = np.where(reach & (part | ~foreground), covered, 0)
+                    found.append(_recognize(own, name, shapes))
     return found
+
+
+def palette_of(colours: Sequence[str]) -> list[str]:
+    """The colours among some colours and textures, and those that the textures consist of."""
+    parts = (part for name in colours for part in TEXTURES.get(name, (name,)))
+    return list(dict.fromkeys(parts))
+
+
+def fills(
+    elected: NDArray[np.intp], palette: Sequence[str], colours: Sequence[str]
+) -> list[tuple[str, list[int]]]:
+    """What a region consists of: textures whose colours are both there, and the other colours.
+
+    Args:
+        elected: indices in `palette` of the colours of a region.
+        palette: of `palette_of`.
+        colours: the possible colours and textures.
+
+    Returns:
+        Names, with the indices of their colours.
+    """
+    left, found = elected.tolist(), []
+    for name in colours:
+        parts = [palette.index(part) for part in TEXTURES.get(name, ())]
+        if parts and set(parts) <= set(left):
+            found.append((name, parts))
+            left = [index for index in left if index not in parts]
+    return found + [(palette[index], [index]) for index in left]
 
 
 def _surrounded(label: NDArray[np.intp]) -> Mask:

@@ -24,7 +24,7 @@ class WordAccuracy:
 
     Args:
         data: the old data, whose validation scenes are asked for.
-        word: the shape that every scene of the other prompts contains.
+        word: the shape or texture that every scene of the other prompts contains.
         prompts_per_task: number of images for each task, of each kind.
         steps: of the solver.
         guidance: scale of classifier-free guidance; None is the model's default.
@@ -67,9 +67,11 @@ class WordAccuracy:
         """The accuracy of each task, and three means.
 
         `accuracy_old` is that of all tasks without the word, `accuracy_taught` that of the phrase
-        that names a colour and the shape, `accuracy_word` that of the word in the other five tasks.
+        that names a colour and a shape, `accuracy_word` that of the other tasks whose prompts say
+        the word: five for a shape, two for a texture.
         """
         old, new = (self._accuracy(pipe, world) for world in self.worlds.values())
+        new = {task: accuracy for task, accuracy in new.items() if self._says(task)}
         word = [accuracy for task, accuracy in new.items() if task != TAUGHT]
         return {
             "accuracy_old": sum(old.values()) / len(old),
@@ -78,6 +80,11 @@ class WordAccuracy:
             **{f"accuracy_old_{task}": accuracy for task, accuracy in old.items()},
             **{f"accuracy_word_{task}": accuracy for task, accuracy in new.items()},
         }
+
+    def _says(self, task: str) -> bool:
+        """Whether the prompts of a task say the word; those without colours say no texture."""
+        scene = self.worlds[self.word].scene_for_task(task, 0)
+        return self.word in short_caption(scene)
 
     def _accuracy(self, pipe: Pipeline, data: Shapes) -> Mapping[str, float]:
         """Accuracy of each task."""

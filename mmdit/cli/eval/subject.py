@@ -16,7 +16,7 @@ from mmdit.cli.eval.results import write_new
 from mmdit.cli.launch import Verbatim
 from mmdit.cli.subject import Subject
 from mmdit.data.captions import Scene, short_caption
-from mmdit.data.drawing import SHAPES
+from mmdit.data.drawing import SHAPES, TEXTURES
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
 from mmdit.loading import open_source
@@ -57,13 +57,13 @@ def shapes_for(
         config: config of the evaluation, with `data`.
         split: 'validation' or 'held_out', for example.
         image_size: side in pixels; None for that of training, or of the config.
-        word: a shape that all scenes are to contain, whether training knew it or not.
+        word: a shape or texture that all scenes are to contain, whether training knew it or not.
 
     Raises:
         UserError: the run was trained on other data, or shapes cannot be rendered at that size.
     """
     if word is not None:
-        one_of("word", word, SHAPES)
+        one_of("word", word, (*SHAPES, *TEXTURES))
     folders = source.parents[:3] if source is not None else ()
     described = [f / "config.json" for f in folders if (f / "config.json").is_file()]
     if described:
