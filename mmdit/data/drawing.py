@@ -38,8 +38,9 @@ STRIPES = 8  # pairs of bars in the height of an image
 class Object(NamedTuple):
     """A shape in an image: names of `shape`, `colour` and `size`; lengths as image fractions.
 
-    The colour may be a texture. (x, y) is the centre of the shape's bounding box and `radius` half the box's longer side (the
-    square, which would look larger than the others, fills only 0.85 of it).
+    The colour may be a texture. (x, y) is the centre of the shape's bounding box and `radius` half
+    the box's longer side (the square, which would look larger than the others, fills only 0.85 of
+    it).
     """
 
     shape: str

@@ -54,6 +54,7 @@ def detect(
     found = []
     for blob in components(foreground):
         elected = _elect(label[blob & inner] if (blob & inner).any() else label[blob])
+        elected = np.union1d(elected, _elect_textures(label[blob], palette, colours))
         owner = elected[error[..., elected].argmin(axis=-1)]
         for name, members in fills(elected, palette, colours):
             for part in components(blob & np.isin(owner, members)):
@@ -109,6 +110,16 @@ def _elect(votes: NDArray[np.intp]) -> NDArray[np.intp]:
     """The colours of a region: usually one, more if objects touch."""
     counts = np.bincount(votes)
     return np.flatnonzero(counts >= max(1.0, SHARE * counts.max()))
+
+
+def _elect_textures(
+    votes: NDArray[np.intp], palette: Sequence[str], colours: Sequence[str]
+) -> NDArray[np.intp]:
+    """The colours of the textures in a region: bars are too thin to have pixels inside."""
+    counts = np.bincount(votes, minlength=len(palette))
+    textures = ([palette.index(c) for c in TEXTURES[name]] for name in colours if name in TEXTURES)
+    there = [parts for parts in textures if counts[parts].min() >= SHARE * counts.max()]
+    return np.array(there, np.intp).flatten()
 
 
 def _explain(image: Image, colours: Sequence[str], background: str) -> tuple[Array, Array]:

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit.data.captions import MAX_WORDS, NUMBERS, RELATIONS, TASKS, cell_of, plural
-from mmdit.data.drawing import COLOURS, SHAPES, area_and_centroid, cover
+from mmdit.data.captions import (
+    MAX_WORDS,
+    NUMBERS,
+    RELATIONS,
+    TASKS,
+    cell_of,
+    plural,
+    vocabulary,
+)
+from mmdit.data.drawing import COLOURS, SHAPES, TEXTURES, area_and_centroid, cover, draw
 from mmdit.data.shapes import MARGIN, SPLITS, Kind, Sample, Scene, Shapes, short_caption
 from mmdit.errors import UserError
 
@@ -328,3 +336,28 @@ def test_the_identity_tells_arguments():
     others = ({"seed": 1}, {"image_size": 64}, {"samples": 5}, {"rich_fraction": 0.0})
     assert all(Shapes(split="train", **other).identity() != plain for other in others)
     assert Shapes(split="validation").identity() != plain
+
+
+def test_a_texture_takes_the_place_of_a_colour() -> None:
+    data = Shapes(split="validation").with_word("striped")
+    for i in range(20):
+        scene = data.scene_for_task("position", i)
+        assert any(thing.colour == "striped" for thing in scene.objects)
+        assert "striped" in short_caption(scene)
+        image = data.render(scene)
+        for thing in (o for o in scene.objects if o.shape != "triangle"):  # it has a thin tip
+            radius = 0.5 * thing.radius
+            rows = slice(int((thing.y - radius) * 32), int((thing.y + radius) * 32))
+            seen = {tuple(pixel) for pixel in image[rows, int(thing.x * 32)].tolist()}
+            parts = TEXTURES.get(thing.colour, (thing.colour,))
+            assert seen == {COLOURS[part] for part in parts}
+    assert "striped" in vocabulary(textures=True) and "striped" not in vocabulary()
+
+
+def test_a_texture_scales_with_the_image() -> None:
+    scene = Shapes().with_word("striped").scene_for_task("colours", 0)
+    small, large = (draw(scene.objects, scene.background, side) for side in (32, 64))
+    thing = scene.objects[0]
+    y, x = int(thing.y * 32), int(thing.x * 32)
+    for dy in range(-3, 4):
+        assert tuple(small[y + dy, x]) == tuple(large[2 * (y + dy), 2 * x])

@@ -151,3 +151,23 @@ def flood_fill(mask: np.ndarray) -> set[frozenset[tuple[int, int]]]:
                     queue.append(near)
         regions.add(frozenset(region))
     return regions
+
+
+@pytest.mark.parametrize("task", ["colours", "position", "colour_attribution"])
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_textures_are_told_from_colours(task, image_size):
+    data = Shapes(split="validation", image_size=image_size).with_word("striped")
+    scenes, images = scenes_and_images(data, task, 30)
+    for seen in (images, noisy(images)):
+        assert np.mean(judge(data, scenes, seen)) >= 0.99
+    plain = [
+        scene._replace(
+            objects=tuple(
+                o._replace(colour="orange" if o.colour == "striped" else o.colour)
+                for o in scene.objects
+            )
+        )
+        for scene in scenes
+    ]
+    drawn = torch.from_numpy(np.stack([data.render(scene) for scene in plain]))
+    assert not any(judge(data, scenes, drawn))
