@@ -13,7 +13,15 @@ from mmdit.export import export_adapter
 from mmdit.registry import describe
 from mmdit.runs.checkpoint import checkpoints_in, read_weights
 from mmdit.runs.native import weights_hash
-from tests.training_for_tests import losses, run
+from tests.ready_process import Ready
+from tests.training_for_tests import (
+    ALONE,
+    assert_same_run,
+    command,
+    losses,
+    run,
+    wait_for_step,
+)
 
 SMOKE = ("experiment=smoke", "precision=fp32")
 LORA = (*SMOKE, "initial=runs/base", "adapter=lora", "adapter.rank=4", "name=lora")
@@ -273,3 +281,19 @@ def test_new_words_are_trained_resumed_and_read_by_prompts(folder: Path, monkeyp
         "steps=1",
     )
     assert told.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_an_adapter_that_was_killed_goes_on_as_if_it_had_not_been(folder: Path, kind: str) -> None:
+    words = ("initial=runs/base", f"adapter={kind}", "training.save_every=2", "ema.every=1")
+    long = ("training.steps=100000", "training.evaluate_every=100000", f"run=runs/killed_{kind}")
+    line = command("train.py", *SMOKE, *words, *long)
+    process = Ready(line[1:], cwd=folder, env=ALONE)
+    wait_for_step(process, folder / "runs" / f"killed_{kind}", 7)
+    process.kill()
+    process.wait()
+    end = ("training.steps=14", "training.evaluate_every=100000")
+    run(folder, "train.py", *SMOKE, *words, *end, f"resume=runs/killed_{kind}")
+    run(folder, "train.py", *SMOKE, *words, *end, f"run=runs/unbroken_{kind}")
+    assert_same_run(folder / "runs" / f"killed_{kind}", folder / "runs" / f"unbroken_{kind}")
