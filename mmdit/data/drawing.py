@@ -138,7 +138,7 @@ def _ground(background: str, image_size: int) -> Array:
     return np.tile(np.array(COLOURS[background], np.float32), (image_size, image_size, 1))
 
 
-def paint(colour: str, rows: slice, image_size: int) -> Array:
+def rgb_of(colour: str, rows: slice, image_size: int) -> Array:
     """The RGB of a colour, (3,), or of a texture at some rows of an image, (rows, 1, 3)."""
     if colour in COLOURS:
         return np.array(COLOURS[colour], np.float32)
@@ -153,5 +153,5 @@ def draw(objects: Sequence[Object], background: str, image_size: int) -> Image:
     for thing in objects:
         rows, columns, coverage = cover(thing.shape, thing.x, thing.y, thing.radius, image_size)
         window = canvas[rows, columns]
-        window += coverage[..., None] * (paint(thing.colour, rows, image_size) - window)
+        window += coverage[..., None] * (rgb_of(thing.colour, rows, image_size) - window)
     return np.rint(canvas).astype(np.uint8)
