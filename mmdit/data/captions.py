@@ -100,6 +100,32 @@ def rich_caption(
     return placed if len(placed.split()) <= MAX_WORDS else related
 
 
+def true_captions(
+    scene: Scene, *, grid: int, name_sizes: bool, name_background: bool
+) -> tuple[str, ...]:
+    """Every short caption that is true of a scene, whatever its task, and the rich ones."""
+    shapes = {thing.shape for thing in scene.objects}
+    relation = _relation(scene.objects, grid)
+    if scene.task == "counting":
+        tasks = ["counting"]
+    elif len(scene.objects) == 1:
+        tasks = ["single_object", "colours"]
+    else:
+        tasks = [*(["two_object"] if len(shapes) > 1 else []), "colour_attribution"]
+        tasks += ["position"] if relation else []
+    found = [
+        short_caption(scene._replace(task=task, relation=relation if task == "position" else None))
+        for task in tasks
+    ]
+    found += [
+        rich_caption(
+            scene, grid=grid, relate=relate, name_sizes=name_sizes, name_background=name_background
+        )
+        for relate in (True, False)
+    ]
+    return tuple(dict.fromkeys(found))
+
+
 def words_of(
     *,
     shapes: Iterable[str],

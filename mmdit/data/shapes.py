@@ -9,13 +9,14 @@ import bisect
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
 
 from mmdit.checks import (
     expect,
+    flag,
     listed,
     mapping,
     number,
@@ -31,6 +32,7 @@ from mmdit.data.composition import Kind, hold_out
 from mmdit.data.dataset import Batch
 from mmdit.data.drawing import COLOURS, SHAPES, TEXTURES, Image, Object, draw
 from mmdit.data.order import ShuffledOrder
+from mmdit.keys import generator_for
 
 __all__ = ["SPLITS", "Kind", "Object", "Sample", "Scene", "Shapes", "short_caption"]
 
@@ -43,6 +45,14 @@ MARGIN = 1 / 64
 INDICES = 1 << 56  # indices per split (and task): 32 such spaces fit below 2**61
 
 T = TypeVar("T")
+
+
+class Names(TypedDict):
+    """What captions may name, beside a scene."""
+
+    grid: int
+    name_sizes: bool
+    name_background: bool
 
 
 class Sample(NamedTuple):
@@ -79,6 +89,7 @@ class Shapes:
         max_count: largest number of objects in the counting task; `grid**2` by default.
         task_weights: task -> relative frequency; tasks that are not listed do not occur.
         rich_fraction: fraction of rich captions, which describe everything.
+        every_caption: each image has all captions that are true of it, of which each step sees one.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
         containing: draw only scenes with an object of this shape or colour, to teach or to test one
             word.
@@ -106,6 +117,7 @@ class Shapes:
         max_count: int | None = None,
         task_weights: Mapping[str, float] = DEFAULT_WEIGHTS,
         rich_fraction: float = 0.5,
+        every_caption: bool = False,
         held_out_fraction: float = 0.125,
         containing: str | None = None,
         samples: int = 20_000,
@@ -135,7 +147,7 @@ class Shapes:
         self.max_count = min(grid**2, len(NUMBERS) - 1) if max_count is None else max_count
         self.task_weights = {task: float(weight) for task, weight in task_weights.items()}
         self.rich_fraction, self.held_out_fraction = rich_fraction, held_out_fraction
-        self.containing = containing
+        self.containing, self.every_caption = containing, every_caption
         self._check()
         # Keyed by the seed alone, outside the spaces of the indices: the same for every split.
         rng = _stream(self.seed, 2**64 - 1)
@@ -177,11 +189,12 @@ class Shapes:
         return self.samples
 
     def batch(self, indices: Iterable[int], step: int = 0) -> Batch:
-        """Images as one uint8 tensor (b, h, w, 3), and captions; the same at every step."""
-        del step
-        samples = [self[index] for index in indices]
-        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
-        return Batch(images, [sample.caption for sample in samples])
+        """Images as one uint8 tensor (b, h, w, 3), the same at every step, and captions."""
+        numbers = list(indices)
+        cached = [self.cacheable(index) for index in numbers]
+        images = torch.from_numpy(np.stack([image for image, _ in cached]))
+        picked = zip(cached, numbers, strict=True)
+        return Batch(images, [self.pick(own, index, step) for (_, own), index in picked])
 
     def square(self, indices: Iterable[int]) -> Batch:
         """The same as `batch`: the images are square."""
@@ -198,18 +211,25 @@ class Shapes:
         return self.image_size, self.image_size
 
     def cacheable(self, index: int) -> tuple[Image, Captions]:
-        """The image, identical at every step, and its caption."""
+        """The image, identical at every step, and its captions."""
         sample = self[index]
-        return sample.image, {"text": (sample.caption,)}
+        if not self.every_caption:
+            return sample.image, {"text": (sample.caption,)}
+        return sample.image, {"text": captions.true_captions(sample.scene, **self._names)}
 
     def pick(self, captions: Mapping[str, Sequence[T]], index: int, step: int) -> T:
-        """The caption of a sample; it has only one."""
-        del index, step
-        return captions["text"][0]
+        """The caption of a sample that step `step` sees."""
+        own = captions["text"]
+        if len(own) == 1:
+            return own[0]
+        return own[generator_for(self.seed, "caption", index, step).initial_seed() % len(own)]
 
     def identity(self) -> dict[str, Any]:
         """Plain data that determines `cacheable`: equal identities give equal images, captions."""
-        stated = {name: value for name, value in vars(self).items() if value is not None}
+        off = (None, False)  # options that earlier versions did not have
+        stated = {
+            name: value for name, value in vars(self).items() if not any(value is o for o in off)
+        }
         return {name: value for name, value in stated.items() if not name.startswith("_")}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -282,13 +302,16 @@ class Shapes:
         rich, relate = rng.random() < self.rich_fraction, rng.random() < 0.5
         if not rich:
             return scene, short_caption(scene)
-        return scene, captions.rich_caption(
-            scene,
-            grid=self.grid,
-            relate=relate,
-            name_sizes=len(self.sizes) > 1,
-            name_background=len(self.backgrounds) > 1,
-        )
+        return scene, captions.rich_caption(scene, relate=relate, **self._names)
+
+    @property
+    def _names(self) -> Names:
+        """What decides, besides the scene, about its captions."""
+        return {
+            "grid": self.grid,
+            "name_sizes": len(self.sizes) > 1,
+            "name_background": len(self.backgrounds) > 1,
+        }
 
     def _generator(self, task: str | None, index: int) -> np.random.Generator:
         """Philox keyed by (seed, space, index): each split has one space, and one for each task."""
@@ -375,6 +398,7 @@ class Shapes:
         room = min(self.grid**2, len(NUMBERS) - 1)
         expect(1 <= most <= room, "max_count", most, f"must be from 1 to {room}")
         number("rich_fraction", self.rich_fraction, 0, 1)
+        flag("every_caption", self.every_caption)
         number("held_out_fraction", self.held_out_fraction, 0, 0.5)
         some = any(self.task_weights.values())
         expect(some, "task_weights", self.task_weights, "must not all be zero")

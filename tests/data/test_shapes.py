@@ -361,3 +361,28 @@ def test_a_texture_scales_with_the_image() -> None:
     y, x = int(thing.y * 32), int(thing.x * 32)
     for dy in range(-3, 4):
         assert tuple(small[y + dy, x]) == tuple(large[2 * (y + dy), 2 * x])
+
+
+def test_every_caption_of_an_image_is_true_of_it() -> None:
+    data = Shapes(split="validation", every_caption=True)
+    seen = set()
+    for i in range(60):
+        _, own = data.cacheable(i)
+        texts = own["text"]
+        assert short_caption(data.scene(i)) in texts or data.scene(i).task == "two_object"
+        assert len(set(texts)) == len(texts) > 1
+        picked = {data.batch([i], step).captions[0] for step in range(40)}
+        assert picked == set(texts)
+        seen |= {len(texts)}
+    assert data.batch([3], 7).captions == data.batch([2, 3], 7).captions[1:]
+    assert max(seen) == 4
+    assert "every_caption" not in Shapes().identity()
+    assert data.view("train").every_caption
+
+
+def test_true_captions_of_a_pair_name_its_relation() -> None:
+    data = Shapes(every_caption=True, task_weights={"position": 1.0})
+    for i in range(20):
+        scene, texts = data.scene(i), data.cacheable(i)[1]["text"]
+        assert short_caption(scene) in texts
+        assert any(" and " in text for text in texts)
