@@ -92,7 +92,7 @@ class Shapes:
         every_caption: each image has all captions that are true of it, of which each step sees one.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
         containing: draw only scenes with an object of this shape or colour, to teach or to test one
-            word.
+            word; it comes in each colour, or shape, in turn.
         samples: size of the training set; larger indices are valid too.
 
     Raises:
@@ -281,7 +281,7 @@ class Shapes:
         if task is None:
             mark = rng.random() * self._thresholds[-1]
             task = tuple(self.task_weights)[bisect.bisect_right(self._thresholds, mark)]
-        kinds = _pick(rng, self._choices[task])
+        kinds = _pick(rng, self._choices_at(task, index))
         relation = None
         if task == "counting":
             kinds = kinds * (2 + int(rng.random() * (self.max_count - 1)))
@@ -346,6 +346,19 @@ class Shapes:
             for kinds in self._choices_in_split(task)
             if self.containing is None or any(self.containing in kind for kind in kinds)
         ]
+
+    def _choices_at(self, task: str, index: int) -> list[tuple[Kind, ...]]:
+        """The choices for one sample.
+
+        What they must contain comes in each colour, or shape, in turn, so that a few images of a
+        shape show it in as many colours as they can.
+        """
+        every = self._choices[task]
+        if self.containing is None:
+            return every
+        others = self.colours if self.containing in self.shapes else self.shapes
+        wanted = {self.containing, others[(index + self.seed) % len(others)]}
+        return [kinds for kinds in every if any(set(kind) == wanted for kind in kinds)] or every
 
     def _choices_in_split(self, task: str) -> list[tuple[Kind, ...]]:
         """The kinds, one or two, that this split may show for a task; empty if there is no room."""

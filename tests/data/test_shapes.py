@@ -386,3 +386,13 @@ def test_true_captions_of_a_pair_name_its_relation() -> None:
         scene, texts = data.scene(i), data.cacheable(i)[1]["text"]
         assert short_caption(scene) in texts
         assert any(" and " in text for text in texts)
+
+
+@pytest.mark.parametrize("word", ["star", "striped"])
+def test_a_word_comes_in_every_colour_or_shape_in_turn(word) -> None:
+    data = Shapes(seed=1).with_word(word)
+    others = data.colours if word == "star" else data.shapes
+    for i in range(12):
+        kinds = {(o.shape, o.colour) for o in data.scene(i).objects}
+        other = others[(i + 1) % len(others)]
+        assert kinds & {(word, other), (other, word)}
