@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.adapters.adapter import Adapter, check_fits, weight_of
+from mmdit.adapters.adapter import Adapter, check_fits, layers_of, weight_of
 from mmdit.adapters.homes import Home, homes, spelled
 from mmdit.adapters.layers import Change, DoRA, dense
 from mmdit.adapters.matrices import changes_of, sized
@@ -99,7 +99,9 @@ def read_adapter(source: str | Path, root: nn.Module, *, weights: str = "ema") -
     archive = open_file(path)
     archive.verify()
     if is_inversion(archive):
-        return Adapter(changes=words_in(archive))
+        words = words_in(archive)
+        check_fits(words, layers_of(root), str(archive.name))
+        return Adapter(changes=words)
     return Adapter(changes=changes_in(archive, root, config))
 
 
@@ -146,8 +148,7 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
         if role in CHANGING
     ):
         log.warning("%s changes nothing: the matrices that training moves are all zero", name)
-    layers = {n: part for n, part in root.named_modules() if isinstance(part, nn.Linear)}
-    check_fits(changes, layers, name)
+    check_fits(changes, layers_of(root), name)
     return changes
 
 

@@ -221,9 +221,13 @@ TENSORS: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
         only(**{"<cat>": torch.ones(2, 16)}),
         ("<cat> is of textual inversion",),
     ),
-    "textual inversion": (
-        only(clip_l=torch.ones(2, 16), clip_g=torch.ones(2, 24)),
-        ("is of textual inversion",),
+    "textual inversion of another model": (
+        only(clip_l=torch.ones(2, 16), clip_g=torch.ones(2, 25)),
+        ("text.clip_g.model.token_embedding is 25 in it and 24 here",),
+    ),
+    "textual inversion with NaN": (
+        only(clip_l=torch.full((2, 16), torch.nan)),
+        ("clip_l has NaN or infinite values",),
     ),
     "textual inversion of AUTOMATIC1111": (
         only(emb_params=torch.ones(2, 16)),
