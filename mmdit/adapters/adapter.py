@@ -179,10 +179,11 @@ def check_fits(changes: Mapping[str, Addition], layers: Mapping[str, nn.Module],
     for at, change in changes.items():
         there = layers[at]
         known = there.words if isinstance(there, AdaptedEmbedding) else {}
-        twice = known.keys() & (change.words if isinstance(change, NewWords) else {})
-        if twice:
+        folded = {word.casefold() for word in known}
+        new = change.words if isinstance(change, NewWords) else {}
+        if twice := [word for word in new if word.casefold() in folded]:
             raise UserError(
-                f"the adapter {name!r}: the word {min(twice)!r} is already taught by another "
+                f"the adapter {name!r}: the word {twice[0]!r} is already taught by another "
                 "adapter: unload that, or give one of them another word"
             )
 

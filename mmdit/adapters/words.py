@@ -37,7 +37,7 @@ class NewWords(nn.Module):
         width: of an embedding.
 
     Raises:
-        UserError: a word is empty or has a space, or a number is not positive.
+        UserError: a word is empty, has a space or is there twice, or a number is not positive.
     """
 
     def __init__(self, *, words: Mapping[str, int], width: int) -> None:
@@ -46,6 +46,8 @@ class NewWords(nn.Module):
         for word, vectors in words.items():
             check_word(word)
             whole_number(f"vectors of {word!r}", vectors, most=64)
+        if len({word.casefold() for word in words}) < len(words):
+            raise UserError(f"words={list(words)}: each may be there once, whatever its case")
         self.words, self.width = dict(words), width
         self.vectors = nn.Parameter(torch.zeros(sum(words.values()), width))
 
@@ -126,17 +128,19 @@ class ExtendedTokenizer(PromptTokenizer):
         self.own, self.words = own, dict(words)
         self.length, self.vocabulary_size = own.length, own.vocabulary_size
         self._tokenizer = Tokenizer.from_str(own._tokenizer.to_str())
-        places = map(chr, count(FIRST))
-        self._places = {
-            word.lower(): "".join(next(places) for _ in range(n)) for word, n in words.items()
-        }
-        characters = "".join(self._places.values())
+        numbers = count(FIRST)
+        places = {word: "".join(chr(next(numbers)) for _ in range(n)) for word, n in words.items()}
+        characters = "".join(places.values())
         self._tokenizer.add_tokens([AddedToken(c, normalized=False) for c in characters])
         added = [self._tokenizer.token_to_id(c) for c in characters]
         assert added[0] is not None
         self._first = added[0]  # the others follow it
-        longest_first = sorted(map(re.escape, self._places), key=len, reverse=True)
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+        self._removed = dict.fromkeys(map(ord, characters))  # they mean nothing in a prompt itself
+        # One group for each word, the longest first.
+        in_order = sorted(places, key=len, reverse=True)
+        groups = "|".join(f"({re.escape(word)})" for word in in_order)
+        self._pattern = re.compile(rf"(?<!\w)(?:{groups})(?!\w)", re.IGNORECASE)
+        self._places = [places[word] for word in in_order]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         ids = super().__call__([self._marked(text) for text in texts])
@@ -150,7 +154,8 @@ class ExtendedTokenizer(PromptTokenizer):
 
     def _marked(self, text: str) -> str:
         """A prompt with the characters that stand for the tokens of its new words."""
-        return self._pattern.sub(lambda match: self._places[match[0].lower()], text)
+        text = text.translate(self._removed)
+        return self._pattern.sub(lambda match: self._places[(match.lastindex or 1) - 1], text)
 
 
 def read_new_words(root: nn.Module) -> None:

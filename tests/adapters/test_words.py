@@ -112,8 +112,8 @@ def test_several_adapters_and_fusing(pipe) -> None:
     pipe.load_lora(one, name="one")
     for old, new in zip(alone, encoded(pipe, PROMPTS[0]), strict=True):
         assert torch.equal(old, new)  # whatever their ids
-    with pytest.raises(UserError, match="the word 'zork' is already taught"):
-        pipe.load_lora(textual_inversion(pipe, words=["zork"]), name="three")
+    with pytest.raises(UserError, match="the word 'Zork' is already taught"):
+        pipe.load_lora(textual_inversion(pipe, words=["Zork"]), name="three")
     assert [*pipe.adapters] == ["two", "one"]
 
 
@@ -183,6 +183,7 @@ def test_bad_files_are_refused(pipe, tmp_path, tensors, message) -> None:
         ({"words": ["a dog"]}, "must be one word"),
         ({"words": [""]}, "must be one word"),
         ({"words": ["x" * 101]}, "must be one word"),
+        ({"words": ["zork", "ZORK"]}, "whatever its case"),
         ({"words": ["zork"], "start": " "}, "has no tokens"),
         ({"words": ["zork"], "vectors": 0}, "vectors=0"),
         ({"words": ["zork"], "parts": ["mmdit"]}, "parts='mmdit'"),
@@ -200,3 +201,28 @@ def test_one_word_a_file(pipe, tmp_path) -> None:
     one = textual_inversion(pipe, words=["zork"])
     with pytest.raises(UserError, match="dialect=sd-scripts has no file for a new word"):
         write_adapter(one, tmp_path / "a.safetensors", dialect="sd-scripts", root=pipe)
+
+
+@pytest.mark.parametrize(
+    ("word", "prompt", "times"),
+    [
+        ("sks", "a \u017fks dog", 1),  # a long s is one in another case
+        ("i", "\u0130 and i", 2),
+        ("zork", "a \ue000 dog", 0),  # a character that stands for nothing
+        ("zork", "zork\ue000zork", 0),  # and does not separate words
+        ("<a|b>", "a <a|b>, <A|B>", 2),
+        ("a.c", "abc a.c", 1),
+        ("\u732b", "\u732b \u732b\u732b", 1),
+    ],
+)
+def test_words_are_found_whatever_their_characters(pipe, word, prompt, times) -> None:
+    pipe.load_lora(textual_inversion(pipe, words=[word], vectors=2))
+    for ids in pipe.text.tokenize([prompt]):
+        assert (ids == -1).sum() == (ids == -2).sum() == times
+        assert (ids >= -2).all()
+
+
+def test_the_longest_word_is_read_first(pipe) -> None:
+    pipe.load_lora(textual_inversion(pipe, words=["<a>", "<a>-b"], vectors=1))
+    ids = pipe.text.tokenize(["<a>-b <a>"]).clip_l[0]
+    assert ids[ids < 0].tolist() == [-2, -1]
