@@ -49,6 +49,8 @@ def with_class_images(request: TrainingRequest) -> TrainingRequest:
     check(prior)
     if request.initial is None:
         raise UserError("prior= needs the model that makes the class images: initial=<source>")
+    if request.config.get("adapter") is not None:  # a mistake in it shows before images are made
+        instantiate(request.config.adapter)(request.initial.pipeline)
     folder = generated(request, prior)
     images = request.processes.once(lambda: opened(folder, request.config, prior.prompt))
     data = Mixture(

@@ -171,3 +171,25 @@ def test_mistakes_are_one_message(folder: Path, words: tuple[str, ...], message:
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list((folder / "refused").glob("dreambooth*"))
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_adapter_shows_before_images_are_made(folder: Path) -> None:
+    before = sorted((folder / "runs").iterdir())
+    words = (*SMALL, *PROMPTS, "prior.seed=77", "adapter.rank=0", "run=runs/none")
+    assert "rank=0 must be" in run(folder, "train.py", *words, code=2).stderr
+    assert sorted((folder / "runs").iterdir()) == before
+
+
+@pytest.mark.slow
+def test_the_prior_may_be_the_models_own_predictions(folder: Path) -> None:
+    words = (*SMALL, *PROMPTS, "prior=prediction", "ema.every=1")
+    before = {path.name for path in (folder / "runs").glob("class-images-*")}
+    run(folder, "train.py", *words, "run=runs/own")
+    half = ("training.steps=3", "schedule.warmup_steps=2", "training.evaluate_every=3")
+    run(folder, "train.py", *words, "run=runs/own_parts", *half)
+    run(folder, "train.py", *words, "resume=runs/own_parts")
+    whole, parts = (read_weights(folder / "runs" / name, "raw") for name in ("own", "own_parts"))
+    assert whole.sha256 == parts.sha256
+    assert before == {path.name for path in (folder / "runs").glob("class-images-*")}
+    assert losses(folder / "runs" / "own") != losses(folder / "runs" / "whole")

@@ -36,6 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def moved(folder: Path) -> str:
+    """A base whose average has left the start, where no gradient reaches the text."""
+    if not (folder / "runs" / "moved").exists():
+        run(folder, "train.py", *SMOKE, "ema.every=1", "run=runs/moved", "training.steps=20")
+    return "runs/moved"
+
+
 def metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
@@ -108,12 +115,17 @@ def test_two_parts_equal_an_unbroken_run(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_have_the_losses_of_one(folder: Path, parallel: str) -> None:
+@pytest.mark.parametrize("kind", ["lora", "textual_inversion"])
+def test_two_processes_have_the_losses_of_one(folder: Path, kind: str, parallel: str) -> None:
     words = (*LORA, "adapter.targets=all", "training.save_every=6")
-    one = folder / "runs" / "alone"
+    if kind == "textual_inversion":
+        base = moved(folder)
+        words = (*SMOKE, f"initial={base}", "adapter=textual_inversion", "training.save_every=6")
+        words = (*words, "adapter.words=[circle,square,triangle]", "text.dropout=0")
+    one = folder / "runs" / f"{kind}_alone"
     if not one.exists():
-        run(folder, "train.py", *words, "run=runs/alone")
-    both = folder / "runs" / parallel
+        run(folder, "train.py", *words, f"run={one}")
+    both = folder / "runs" / f"{kind}_{parallel}"
     run(folder, "train.py", *words, f"run={both}", f"parallel={parallel}", processes=2)
     wanted, found = losses(one), losses(both)
     assert found.keys() == wanted.keys()
@@ -253,10 +265,9 @@ def test_what_is_changed_by_name_is_said_and_described(folder: Path) -> None:
 @pytest.mark.slow
 def test_new_words_are_trained_resumed_and_read_by_prompts(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
-    # A base whose average has left the start, where no gradient reaches the text.
-    run(folder, "train.py", *SMOKE, "ema.every=1", "run=runs/moved", "training.steps=20")
+    base = moved(folder)
     words = (
-        *("initial=runs/moved", "adapter=textual_inversion", "ema.every=1"),
+        *(f"initial={base}", "adapter=textual_inversion", "ema.every=1"),
         "adapter.words=[circle,circles]",
     )
     run(folder, "train.py", *SMOKE, *words, "run=runs/words", "training.log_every=1")
