@@ -118,13 +118,16 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         rate = number("text.dropout", config.text.dropout, 0, 1)
         text = TextConditioner(**encoders, dropout=rate, empty_prompt=text.empty_prompt)
     # Built again, so that checkpoints describe what is trained.
-    pipeline = Pipeline(
+    changed = Pipeline(
         mmdit=network,
         text=text,
         autoencoder=pipeline.autoencoder,
         objective=objective,
         **defaults,
     )
+    judge = pipeline if network is pipeline.mmdit else changed
+    judge.latent_size(config.image_size, config.image_size)  # long before it is needed
+    pipeline = changed
     config.model = OmegaConf.create(describe(pipeline.mmdit))
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)

@@ -117,7 +117,7 @@ class _SidecarReader:
                 return f"{missing}, but one with {suffix}: convert these to a metadata.jsonl"
             how = f"data.captions.suffix={suffix} (when packing: --suffix {suffix})"
             return f"{missing}, but one with {suffix}: read it with {how}"
-        return missing
+        return f"{missing}; data/captions=constant gives all images one caption"
 
     def _places(self, name: str) -> Iterator[tuple[str, Path]]:
         """Kind and path of each file that may hold captions of an image."""

@@ -106,7 +106,11 @@ def test_a_table_whose_names_are_not_there_gets_the_cause(tmp_path, photo, absol
             "but one with .png.txt: read it with data.captions.suffix=.png.txt (when packing",
         ),
         (".json", "but one with .json: convert these to a metadata.jsonl (3 files)"),
-        (None, "no file with the suffix .txt beside it (3 files)"),
+        (
+            None,
+            "no file with the suffix .txt beside it; data/captions=constant gives all images one "
+            "caption (3 files)",
+        ),
     ],
 )
 def test_captions_of_other_programs_are_offered(tmp_path, photo, suffix, found) -> None:
