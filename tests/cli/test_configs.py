@@ -163,3 +163,12 @@ def test_every_key_of_the_shipped_configs_is_read(name):
     for word in [*experiments, *groups, "metrics=study", "++clip.training.accumulation=4"]:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             check_keys(compose(name, [word]), known, (), CONFIGS)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_no_plain_key_has_the_name_of_a_group(file):
+    """Hydra would take `word=star` for the choice of configs/word/star.yaml."""
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
+    values = yaml.safe_load(file.read_text())
+    plain = {key for key, value in values.items() if not isinstance(value, dict | list)}
+    assert not plain & groups
