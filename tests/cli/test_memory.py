@@ -97,6 +97,11 @@ def test_a_prediction_is_what_real_steps_take(run, words):
     check_measured(report())
 
 
+def test_weights_in_8_bits_are_not_predicted(run):
+    message = run("adapter=lora", "base_dtype=int8", code=2)
+    assert "base_dtype=int8: memory of weights in 8 bits is not predicted" in message
+
+
 @pytest.mark.slow
 def test_an_adapter_takes_less_than_its_model(run):
     words = ("model=d24", "image_size=64", "batch=1", "activation_checkpointing=full")

@@ -8,6 +8,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from mmdit.adapters.low_bit import KINDS
 from mmdit.checks import flag, one_of, whole_number
 from mmdit.cli import CONFIGS
 from mmdit.devices import available
@@ -58,6 +59,11 @@ def planned(config: DictConfig) -> Plan:
     flag("measure", config.measure)
     if config.compile:
         raise UserError("compile=true: memory of compiled blocks is not predicted; leave it out")
+    if config.base_dtype in KINDS:
+        raise UserError(
+            f"base_dtype={config.base_dtype}: memory of weights in 8 bits is not predicted; the "
+            "prediction for base_dtype=bf16 is more than they take"
+        )
     one_of("activation_checkpointing", config.activation_checkpointing, ACTIVATIONS)
     unknown = sorted(set(map(str, config.encoders or [])) - ENCODERS.keys())
     if isinstance(config.encoders, str) or unknown:
