@@ -8,8 +8,7 @@ from torch import nn
 from mmdit.adapters import layers
 from mmdit.adapters.adapter import Adapter
 from mmdit.adapters.layers import LoKr, LoRA
-from mmdit.adapters.targets import PARTS
-from mmdit.adapters.words import EMBEDDING, NewWords, new_word
+from mmdit.adapters.words import embedding_of, new_words
 from mmdit.checks import listed, one_of
 from mmdit.errors import UserError
 from mmdit.text.conditioning import ENCODERS, TextEncoder
@@ -93,7 +92,7 @@ def textual_inversion(
     Args:
         root: the pipeline.
         words: what prompts call them: a new one, "<cat-toy>", or one whose meaning is to change.
-        vectors, start: see `new_word`.
+        vectors, start: see `new_words`.
         parts: the encoders; those that the pipeline lacks are left out.
         base: see `Adapter`.
 
@@ -110,8 +109,8 @@ def textual_inversion(
         one_of("parts", part, ENCODERS)
         encoder = root.get_submodule(f"text.{part}")
         if isinstance(encoder, TextEncoder):
-            found = [new_word(encoder, word, vectors=vectors, start=start) for word in words]
-            changes[f"{PARTS[part]}.{EMBEDDING}"] = NewWords.joined(found)
+            found = new_words(encoder, words, vectors=vectors, start=start)
+            changes[embedding_of(part)] = found
     if not changes:
         raise UserError(f"parts={list(parts)}: the model has none of these text encoders")
     return Adapter(changes=changes, base=base)

@@ -4,6 +4,7 @@ A word stands for one or more token embeddings of its own. Their ids are negativ
 that the end token of CLIP keeps the highest id, at which its pooled vector is read.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -51,19 +52,8 @@ class NewWords(nn.Module):
         self.words, self.width = dict(words), width
         self.vectors = nn.Parameter(torch.zeros(sum(words.values()), width))
 
-    @classmethod
-    def joined(cls, parts: Sequence["NewWords"]) -> "NewWords":
-        """All words of several; a word that comes twice is taken once."""
-        rows: dict[str, Tensor] = {}
-        for part in parts:
-            own = part.vectors.detach().split([*part.words.values()])
-            rows |= dict(zip(part.words, own, strict=True))
-        new = cls(words={word: len(own) for word, own in rows.items()}, width=parts[0].width)
-        new.vectors.data = torch.cat([*rows.values()])
-        return new
 
-
-def check_word(word: str) -> str:
+def check_word(word: str) -> None:
     """Raise UserError unless a text can be recognized as one word of a prompt."""
     text("word", word)
     if len(word) > LONGEST_WORD or not re.fullmatch(r"\S+", word):
@@ -71,7 +61,6 @@ def check_word(word: str) -> str:
             f"word={word[:LONGEST_WORD]!r} must be one word of up to {LONGEST_WORD} characters, "
             "without spaces"
         )
-    return word
 
 
 class AdaptedEmbedding(nn.Module):
@@ -142,6 +131,9 @@ class ExtendedTokenizer(PromptTokenizer):
         self._pattern = re.compile(rf"(?<!\w)(?:{groups})(?!\w)", re.IGNORECASE)
         self._places = [places[word] for word in in_order]
 
+    def identity(self) -> str:
+        return hashlib.sha256(f"{self.own.identity()} {self.words}".encode()).hexdigest()
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         ids = super().__call__([self._marked(text) for text in texts])
         return torch.where(ids < self._first, ids, self._first - 1 - ids)
@@ -169,36 +161,49 @@ def read_new_words(root: nn.Module) -> None:
 
 
 @torch.no_grad()
-def new_word(
-    encoder: TextEncoder, word: str, *, vectors: int | None = None, start: str | None = None
+def new_words(
+    encoder: TextEncoder,
+    words: Sequence[str],
+    *,
+    vectors: int | None = None,
+    start: str | None = None,
 ) -> NewWords:
-    """A new word for one encoder, which begins as a text that the encoder can read.
+    """New words for one encoder, which begin as a text that the encoder can read.
 
     Args:
-        vectors: number of its embeddings; None is one for each token of `start`.
-        start: the text, whose tokens' embeddings are repeated in turn; None is the word as the
+        vectors: number of embeddings of each; None is one for each token of `start`.
+        start: the text, whose tokens' embeddings are repeated in turn; None is each word as the
             encoder reads it now, so that the outputs of prompts in which it stands between spaces
             are those of before.
 
     Raises:
-        UserError: the text is empty.
+        UserError: the text is empty, or a word is there twice.
     """
-    check_word(word)
-    begin = word if start is None else start
-    tokenizer = encoder.tokenizer
-    encoded = tokenizer._tokenizer.encode(begin)
-    ids = [
-        i
-        for i, special in zip(encoded.ids, encoded.special_tokens_mask, strict=True)
-        if not special
-    ]
-    if not ids:
-        raise UserError(f"start={begin!r} has no tokens")
-    number = len(ids) if vectors is None else whole_number("vectors", vectors, most=64)
-    chosen = torch.tensor([ids[i % len(ids)] for i in range(number)], device=encoder.device)
-    new = NewWords(words={word: number}, width=encoder.width).to(encoder.device)
-    new.vectors.copy_(encoder.model.token_embedding(chosen))
+    ids: dict[str, list[int]] = {}
+    for word in words:
+        check_word(word)
+        own = ids_of(encoder.tokenizer, word if start is None else start)
+        number = len(own) if vectors is None else whole_number("vectors", vectors, most=64)
+        if word in ids:
+            raise UserError(f"words={list(words)}: each may be there once, whatever its case")
+        ids[word] = [own[i % len(own)] for i in range(number)]
+    new = NewWords(words={word: len(own) for word, own in ids.items()}, width=encoder.width)
+    chosen = torch.tensor([i for own in ids.values() for i in own], device=encoder.device)
+    new.to(encoder.device).vectors.copy_(encoder.model.token_embedding(chosen))
     return new
+
+
+def ids_of(tokenizer: PromptTokenizer, start: str) -> list[int]:
+    """The ids of a text, without those that a tokenizer adds to it.
+
+    Raises:
+        UserError: it has none.
+    """
+    encoded = tokenizer._tokenizer.encode(start)
+    pairs = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+    if found := [i for i, special in pairs if not special]:
+        return found
+    raise UserError(f"start={start!r} has no tokens")
 
 
 # Files: one tensor (vectors, width) for each encoder. The word is in the header or the file's name.
@@ -207,6 +212,11 @@ FILES = {
     "diffusers": {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5"},
 }
 WORD = "mmdit.word"  # metadata key
+
+
+def embedding_of(part: str) -> str:
+    """The name in a pipeline of the token embeddings of a text encoder."""
+    return f"{PARTS[part]}.{EMBEDDING}"
 
 
 def is_inversion(archive: Archive) -> bool:
@@ -238,7 +248,7 @@ def words_in(archive: Archive) -> dict[str, NewWords]:
         except UserError as error:
             raise UserError(f"{archive.name}: {error}") from None
         new.vectors.data = table
-        changes[f"{PARTS[parts[key]]}.{EMBEDDING}"] = new
+        changes[embedding_of(parts[key])] = new
     if len(changes) < len(archive.infos):
         raise UserError(f"{archive.name}: t5 and t5xxl are the same encoder")
     return changes
@@ -257,6 +267,6 @@ def write_words(words: Mapping[str, NewWords], path: Path, dialect: str) -> None
         raise UserError(
             f"dialect={dialect} has no file for a new word: choose {' or '.join(FILES)}"
         )
-    parts = {f"{PARTS[part]}.{EMBEDDING}": key for part, key in FILES[dialect].items()}
+    parts = {embedding_of(part): key for part, key in FILES[dialect].items()}
     tensors = {parts[at]: new.vectors.detach().cpu() for at, new in words.items()}
     write_archive(path, tensors, {WORD: names[0]})

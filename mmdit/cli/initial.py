@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mmdit.adapters.targets import PARTS
-from mmdit.checks import did_you_mean, expanded, flag, listed, nearest, number, one_of
+from mmdit.checks import did_you_mean, expanded, listed, nearest, number, one_of
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
 from mmdit.loading import open_source
-from mmdit.models.backbone import Backbone, PatchBackbone, with_positions, with_qk_norm
+from mmdit.models.backbone import Backbone, PatchBackbone, changed
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
 from mmdit.registry import describe
@@ -38,8 +38,9 @@ COMES_WITH = (
     "formulation",
 )
 # Changes of the network that may be asked for by name, by their keys.
-POSITIONS = {f"model.position_{name}": name for name in ("size", "grid", "base")}
-CHANGES = ("model.qk_norm", *POSITIONS)
+CHANGES = tuple(
+    f"model.{n}" for n in ("qk_norm", "position_size", "position_grid", "position_base")
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -118,16 +119,17 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         rate = number("text.dropout", config.text.dropout, 0, 1)
         text = TextConditioner(**encoders, dropout=rate, empty_prompt=text.empty_prompt)
     # Built again, so that checkpoints describe what is trained.
-    changed = Pipeline(
+    rebuilt = Pipeline(
         mmdit=network,
         text=text,
         autoencoder=pipeline.autoencoder,
         objective=objective,
         **defaults,
     )
-    judge = pipeline if network is pipeline.mmdit else changed
-    judge.latent_size(config.image_size, config.image_size)  # long before it is needed
-    pipeline = changed
+    # An impossible size shows now; the message names the size that the weights were trained at.
+    sized = pipeline if network is pipeline.mmdit else rebuilt
+    sized.latent_size(config.image_size, config.image_size)
+    pipeline = rebuilt
     config.model = OmegaConf.create(describe(pipeline.mmdit))
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)
@@ -138,7 +140,7 @@ def changed_as_asked(network: Backbone, config: DictConfig, given: Collection[st
     """The network with the changes that the command line asks for by name, which are logged.
 
     Raises:
-        UserError: the network has no such property, or has it already.
+        UserError: the network has no such property, or it cannot be changed.
     """
     asked = {key: OmegaConf.select(config, key) for key in CHANGES if key in given}
     if not asked:
@@ -150,15 +152,17 @@ def changed_as_asked(network: Backbone, config: DictConfig, given: Collection[st
         )
     if not isinstance(network, PatchBackbone):
         raise UserError(f"{min(asked)}: {type(network).__name__} has no such property")
-    for key, value in asked.items():
-        log.info("note: %s=%s is not that of the weights, as asked", key, value)
-    if "model.qk_norm" in asked:
-        flag("model.qk_norm", asked["model.qk_norm"])
-        if not asked["model.qk_norm"]:
-            raise UserError("model.qk_norm=false: QK-norm can be added to weights, not taken away")
-        network = with_qk_norm(network)
-    places = {POSITIONS[key]: value for key, value in asked.items() if key in POSITIONS}
-    return with_positions(network, **places) if places else network
+    own = describe(network)
+    different = {
+        name: value
+        for key, value in asked.items()
+        if own[name := key.removeprefix("model.")] != value
+    }
+    if different.get("qk_norm") is False:
+        raise UserError("model.qk_norm=false: QK-norm can be added to weights, not taken away")
+    for name, value in different.items():
+        log.info("note: model.%s=%s is not that of the weights, as asked", name, value)
+    return changed(network, **different) if different else network
 
 
 def select(pipeline: Pipeline, trained: Sequence[str] | None) -> None:

@@ -21,7 +21,7 @@ from mmdit.checks import MOST_STEPS, number, seed_number, whole_number
 from mmdit.cli.images import png_with_metadata
 from mmdit.cli.reading import TrainingRequest
 from mmdit.data import CaptionedImages, Constant, Mixture, image_folder
-from mmdit.engine.preservation import OwnPrediction
+from mmdit.engine.preservation import OwnPrediction, changed_layers
 from mmdit.errors import UserError
 from mmdit.out_of_memory import enough_memory
 from mmdit.pipeline import Pipeline
@@ -61,20 +61,16 @@ def with_class_images(request: TrainingRequest) -> TrainingRequest:
     return request._replace(data=data, validation=data.view("validation"), plain=plain)
 
 
-def own_prediction(config: DictConfig) -> OwnPrediction | None:
+def own_prediction(config: DictConfig, pipeline: Pipeline) -> OwnPrediction | None:
     """The form of `prior` that needs no class images, if the config asks for it.
 
     Raises:
-        UserError: a value makes no sense, or there is no adapter.
+        UserError: a value makes no sense, or no adapter changes a layer of the model.
     """
     prior = config.get("prior")
     if prior is None or prior.prompt is None or "_target_" not in prior:
         return None
-    if config.get("adapter") is None:
-        raise UserError(
-            "prior=prediction compares with the model without its adapter, and needs one: "
-            "choose adapter=lora, or prior=class_images"
-        )
+    changed_layers(pipeline)
     found: OwnPrediction = instantiate(prior)
     return found
 

@@ -138,6 +138,8 @@ def check_values(config: DictConfig) -> None:
     whole_number("training.validation_size", config.training.validation_size)
     if config.autoencoder.trained:
         check_recipe(config, "autoencoder")
+    if config.get("probe") is not None:
+        instantiate(config.probe)()  # long before it is used
     if config.get("metrics") is not None:
         check_recipe(config, "clip")
         instantiate(config.metrics)  # long before it is used

@@ -85,6 +85,7 @@ def open_latents(request: TrainingRequest, parts: Parts) -> LatentSource:
             f"text_device={config.text_device} is for encoders that are not trained, as those of "
             "text=published; leave it out"
         )
+    own_prediction(config, pipeline)  # long before it is used
     if config.until is not None:
         check_until(config.until, source)
         return source
@@ -174,7 +175,7 @@ def fit(
         validation=validation,
         seed=config.seed,
         autocast=request.precision,
-        prior=own_prediction(config),
+        prior=own_prediction(config, pipeline),
     )
     checkpoint = train(
         task,

@@ -96,12 +96,11 @@ def repeated(x: Tensor, count: int) -> Tensor:
     return x.expand(count, *x.shape[1:])
 
 
-@contextmanager
-def adapters_off(pipe: Pipeline) -> Iterator[None]:
-    """The model without the changes of its adapters, within the block.
+def changed_layers(pipe: Pipeline) -> list[AdaptedLinear]:
+    """The layers that adapters change.
 
     Raises:
-        UserError: it has none.
+        UserError: there are none.
     """
     layers = [layer for layer in adapted(pipe).values() if isinstance(layer, AdaptedLinear)]
     if not layers:
@@ -109,6 +108,17 @@ def adapters_off(pipe: Pipeline) -> Iterator[None]:
             "prior=prediction compares with the model without its adapter, but none changes a "
             "layer: choose adapter=lora, or prior=class_images"
         )
+    return layers
+
+
+@contextmanager
+def adapters_off(pipe: Pipeline) -> Iterator[None]:
+    """The model without the changes of its adapters, within the block.
+
+    Raises:
+        UserError: it has none.
+    """
+    layers = changed_layers(pipe)
     kept = [dict(layer.scales) for layer in layers]
     for layer in layers:
         layer.scales.update(dict.fromkeys(layer.scales, 0.0))

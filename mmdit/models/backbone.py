@@ -299,27 +299,17 @@ def with_qk_norm(model: B) -> B:
     return changed(model, qk_norm=True)
 
 
-def with_positions(
-    model: B, *, size: int | None = None, grid: int | None = None, base: int | None = None
-) -> B:
-    """Copy a model with another table of positions, to finetune it at another resolution.
+def changed(model: B, **arguments: Any) -> B:
+    """Copy a model with QK-norm or other positions, to finetune it at another resolution.
 
-    Its weights stay; what it predicts changes where the positions do.
+    Its weights stay; new norms begin as ones, and positions are those of the arguments.
 
     Args:
-        size, grid, base: see `position_table`; None is that of the model.
+        arguments: `qk_norm`, `position_size`, `position_grid` or `position_base`, see
+            `PatchBackbone`.
 
     Raises:
         UserError: a number is not positive.
-    """
-    asked = {"position_size": size, "position_grid": grid, "position_base": base}
-    return changed(model, **{name: value for name, value in asked.items() if value is not None})
-
-
-def changed(model: B, **arguments: Any) -> B:
-    """Copy a model with other arguments of its constructor, and keep the weights that it shares.
-
-    New norms begin as ones, and positions are those of the arguments.
     """
     with torch.device("meta"):
         network: B = build({**describe(model), **arguments})

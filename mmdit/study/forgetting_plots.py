@@ -6,7 +6,7 @@ from math import isnan
 from matplotlib.figure import Figure
 
 from mmdit.study.forgetting import FIGURES, Recipe
-from mmdit.study.plots import frame, name_at_the_right, numbered, png, styles
+from mmdit.study.plots import curve_of, frame, name_at_the_right, numbered, png, styles
 
 TITLES = {
     "taught": 'the phrase that was taught, "a red star"',
@@ -26,14 +26,7 @@ def over_steps(recipes: Sequence[Recipe], base: Mapping[str, float]) -> bytes:
             style, means = look[recipe.name], recipe.accuracies[key]
             steps = [0, *means]
             values = [base[key], *(m.mean for m in means.values())]
-            axes.plot(
-                *(steps, values),
-                color=style.colour,
-                linestyle=style.line,
-                marker=style.marker,
-                markersize=4,
-                linewidth=1.4,
-            )
+            curve_of(axes, steps, values, style)
             last = recipe.last(key)
             if not isnan(last.half_width):
                 axes.errorbar(steps[-1], last.mean, last.half_width, color=style.colour, alpha=0.5)

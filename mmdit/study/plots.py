@@ -85,14 +85,7 @@ def scores_by_steps(records: Sequence[Record], look: Mapping[str, Style], weight
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = [[curve[s] for curve in curves] for s in steps]
             means = [fmean(v) for v in values]
-            axes.plot(
-                *(steps, means),
-                color=style.colour,
-                linestyle=style.line,
-                marker=style.marker,
-                markersize=4,
-                linewidth=1.4,
-            )
+            curve_of(axes, steps, means, style)
             for s, v in zip(steps, values, strict=True):
                 axes.plot([s, s], [min(v), max(v)], color=style.colour, linewidth=0.8, alpha=0.5)
             ends.append((steps[-1], means[-1], variant))
@@ -212,6 +205,18 @@ def loss_and_accuracy(figures: Sequence[Record], look: Mapping[str, Style]) -> b
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white")
+
+
+def curve_of(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style) -> None:
+    """Draw the curve of a variant."""
+    axes.plot(
+        *(x, y),
+        color=style.colour,
+        linestyle=style.line,
+        marker=style.marker,
+        markersize=4,
+        linewidth=1.4,
+    )
 
 
 def frame(axes: Axes, x_label: str, y_label: str) -> None:

@@ -184,6 +184,7 @@ def test_bad_files_are_refused(pipe, tmp_path, tensors, message) -> None:
         ({"words": [""]}, "must be one word"),
         ({"words": ["x" * 101]}, "must be one word"),
         ({"words": ["zork", "ZORK"]}, "whatever its case"),
+        ({"words": ["zork", "zork"]}, "whatever its case"),
         ({"words": ["zork"], "start": " "}, "has no tokens"),
         ({"words": ["zork"], "vectors": 0}, "vectors=0"),
         ({"words": ["zork"], "parts": ["mmdit"]}, "parts='mmdit'"),
@@ -226,3 +227,9 @@ def test_the_longest_word_is_read_first(pipe) -> None:
     pipe.load_lora(textual_inversion(pipe, words=["<a>", "<a>-b"], vectors=1))
     ids = pipe.text.tokenize(["<a>-b <a>"]).clip_l[0]
     assert ids[ids < 0].tolist() == [-2, -1]
+
+
+def test_the_identity_of_a_tokenizer_tells_its_words(pipe) -> None:
+    own = pipe.text.clip_l.tokenizer
+    found = {ExtendedTokenizer(own, words).identity() for words in ({"a": 1}, {"b": 1}, {"a": 2})}
+    assert len({own.identity(), *found}) == 4

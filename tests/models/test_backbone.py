@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmdit.errors import UserError
-from mmdit.models.backbone import PatchBackbone, Shared, with_positions, with_qk_norm
+from mmdit.models.backbone import PatchBackbone, Shared, changed, with_qk_norm
 from mmdit.models.blocks import AttentionInput
 from mmdit.models.cross_dit import CrossDiT
 from mmdit.models.dit import DiT
@@ -340,7 +340,7 @@ def test_a_backbone_takes_what_all_take_and_its_own(backbone):
 
 def test_other_positions_keep_all_weights() -> None:
     model = Tiny(MMDiT)().to(torch.bfloat16)
-    other = with_positions(model, size=24, grid=8)
+    other = changed(model, position_size=24, position_grid=8)
     assert describe(other) == {**describe(model), "position_size": 24, "position_grid": 8}
     assert other.positions.dtype == torch.bfloat16 and other.compute_dtype == torch.bfloat16
     base = describe(model)["position_base"]
@@ -350,4 +350,4 @@ def test_other_positions_keep_all_weights() -> None:
     for name, weight in other.state_dict().items():
         assert name == "positions" or torch.equal(weight, weights[name])
     with pytest.raises(UserError, match="position_grid"):
-        with_positions(model, grid=0)
+        changed(model, position_grid=0)

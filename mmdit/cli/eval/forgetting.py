@@ -19,6 +19,7 @@ from mmdit.errors import UserError
 from mmdit.loading import open_source
 from mmdit.printable import logger
 from mmdit.study.forgetting import FIGURES, Mean, Recipe, Study, read_study
+from mmdit.study.records import finite
 
 log = logger(__name__)
 PROTOCOL = "forgetting-1"
@@ -66,7 +67,8 @@ def measured(study: Study, config: DictConfig) -> dict[str, float]:
     log.info("measuring %s", study.initial)
     probe = instantiate(study.probe)()
     pipe = source.pipeline().to(available(config.device)).eval()
-    return {figure: probe(pipe)[f"accuracy_{figure}"] for figure in FIGURES}
+    found = probe(pipe)
+    return {figure: found[f"accuracy_{figure}"] for figure in FIGURES}
 
 
 def as_json(recipe: Recipe, base: dict[str, float]) -> dict[str, Any]:
@@ -84,8 +86,7 @@ def as_json(recipe: Recipe, base: dict[str, float]) -> dict[str, Any]:
 
 def plain(mean: Mean) -> dict[str, float | None]:
     """A mean for the JSON file, which has no NaN."""
-    single = mean.half_width != mean.half_width
-    return {"mean": mean.mean, "half_width": None if single else mean.half_width}
+    return {"mean": mean.mean, "half_width": finite(mean.half_width)}
 
 
 def as_markdown(recipes: list[Recipe], base: dict[str, float], study: Study) -> str:
