@@ -74,16 +74,10 @@ class Archive:
                     f"{path} repeats {sorted(repeated)[0]}, which another shard holds, too: "
                     "download the shards again"
                 )
-            try:
-                opened = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is damaged ({error}): download or copy it again") from None
-            except RuntimeError as error:  # the address space is too small for it
-                raise UserError(f"{path} cannot be opened ({first_line(error)})") from None
             self.headers[path] = header
             self.infos |= header.infos
             self.metadata |= header.metadata
-            self._opened |= dict.fromkeys(header.infos, opened)
+            self._opened |= dict.fromkeys(header.infos, mapped(path))
 
     def __getitem__(self, key: str) -> Tensor:
         tensor: Tensor = self._opened[self.root + key].get_tensor(self.root + key)
@@ -98,6 +92,15 @@ class Archive:
         for path in self.paths:
             header = self.headers.get(path)
             verify_hash(path, None if header is None else header.text)
+
+    def reopened(self) -> Self:
+        """The same tensors, mapped once more: their memory is let go with this view of them."""
+        view = copy.copy(self)
+        if self.headers:
+            view._opened = {}
+            for path, header in self.headers.items():
+                view._opened |= dict.fromkeys(header.infos, mapped(path))
+        return view
 
     def without(self, *prefixes: str) -> Self:
         """A view without the tensors whose keys begin with one of these prefixes."""
@@ -129,6 +132,20 @@ class Archive:
         part.root, part.parts = self.root + prefix, ()
         part.name = Path(f"{self.name}:{name}")
         return part
+
+
+def mapped(path: Path) -> Any:
+    """A safetensors file, mapped into memory.
+
+    Raises:
+        UserError: it is damaged, or too large to be mapped.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): download or copy it again") from None
+    except RuntimeError as error:  # the address space is too small for it
+        raise UserError(f"{path} cannot be opened ({first_line(error)})") from None
 
 
 class PickleArchive(Archive):

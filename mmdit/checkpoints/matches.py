@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -67,6 +68,10 @@ class Match:
     def tensor(self, key: str) -> Tensor:
         """The tensor of a key without the prefix."""
         return self.archive[self.prefix + key]
+
+    def reopened(self) -> Self:
+        """The same model in a mapping of its own; see `Archive.reopened`."""
+        return replace(self, archive=self.archive.reopened())
 
 
 def find(archive: Archive, kind: str, *, layout: str | None = None) -> Match | None:

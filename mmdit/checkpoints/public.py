@@ -153,8 +153,11 @@ def load_into(
     small = sum(tensor.nbytes for tensor in stored.values()) < ALWAYS_CHECKED
     if not (verify or read_anyway or small):
         log.debug("%s: not searched for NaN; verify=True does so", match.archive.name)
-    elif bad := not_finite(stored):
-        raise UserError(explain_infinite(match.archive.name, bad, None))
+    else:
+        # Large weights that may not be needed soon do not stay in memory for the search alone.
+        searched = match if read_anyway or small else match.reopened()
+        if bad := not_finite({key: searched.tensor(source) for key, source in sources.items()}):
+            raise UserError(explain_infinite(match.archive.name, bad, None))
     tensors: dict[str, Tensor] = {}
     too_large = []
     for key, slot in slots.items():

@@ -180,6 +180,16 @@ def test_shards_that_are_wrong(index):
 # Hashes
 
 
+def test_a_file_may_be_mapped_once_more(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_archive(path, {"part.x": torch.arange(4.0)}, {})
+    archive = open_file(path).part("part")
+    again = archive.reopened()
+    assert torch.equal(archive["x"], again["x"])
+    assert archive["x"].data_ptr() != again["x"].data_ptr()
+    assert archive["x"].data_ptr() == archive["x"].data_ptr()
+
+
 def test_what_is_written_says_its_hash_and_is_the_same_each_time(tmp_path):
     for name in ("one", "two"):
         write_archive(tmp_path / name, TENSORS, {"told": 'quotes " and \u00fcmlauts', "x": "y"})
