@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mmdit.checks import number, whole_number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
+from mmdit.nn.stored import linear
 from mmdit.registry import register
 
 
@@ -296,7 +297,7 @@ class AdaptedLinear(nn.Linear):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = changed = F.linear(x, self.weight, self.bias)
+        y = changed = linear(x, self.weight, self.bias)
         for name, change in self.changes.items():
             changed = changed + self.scales[name] * change(x, y, self.weight, self.bias)
         return changed
