@@ -7,6 +7,7 @@ memorizes.
 
 import bisect
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeVar
@@ -42,6 +43,7 @@ DEFAULT_SIZES = {"medium": (0.16, 0.20)}
 DEFAULT_WEIGHTS = dict(zip(TASKS, (1.0, 1.0, 1.0, 1.0, 2.0, 2.0), strict=True))
 # Half a pixel at 32 pixels: two objects are a pixel apart, so that they can be distinguished.
 MARGIN = 1 / 64
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly
 INDICES = 1 << 56  # indices per split (and task): 32 such spaces fit below 2**61
 
 T = TypeVar("T")
@@ -92,7 +94,8 @@ class Shapes:
         every_caption: each image has all captions that are true of it, of which each step sees one.
         held_out_fraction: in [0, 0.5]; if above 0, at least one kind and one pair are held out.
         containing: draw only scenes with an object of this shape or colour, to teach or to test one
-            word; it comes in each colour, or shape, in turn.
+            word; it comes in each colour, or shape, in turn, and the tasks are spread evenly, so
+            that a few images show all of its uses.
         samples: size of the training set; larger indices are valid too.
 
     Raises:
@@ -279,8 +282,10 @@ class Shapes:
     def _draw(self, task: str | None, index: int) -> tuple[Scene, str]:
         rng = self._generator(task, index)
         if task is None:
-            mark = rng.random() * self._thresholds[-1]
-            task = tuple(self.task_weights)[bisect.bisect_right(self._thresholds, mark)]
+            spread = (index + self.seed + 0.5) * GOLDEN % 1
+            mark = rng.random() if self.containing is None else spread
+            at = bisect.bisect_right(self._thresholds, mark * self._thresholds[-1])
+            task = tuple(self.task_weights)[at]
         kinds = _pick(rng, self._choices_at(task, index))
         relation = None
         if task == "counting":

@@ -204,6 +204,7 @@ def test_scenes_may_all_contain_one_shape():
         assert all(any(thing.shape == "star" for thing in scene.objects) for scene in scenes)
     others = {t.shape for i in range(200) for t in data.scene(i).objects} - {"star"}
     assert others == {"circle", "square"}
+    assert {data.scene(index).task for index in range(8)} == set(TASKS)
     assert data.view("validation").containing == "star"
     assert data.identity().pop("containing") == "star"
     assert "containing" not in Shapes(**world).identity()  # caches of before stay valid
