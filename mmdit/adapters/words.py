@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from mmdit.adapters.targets import PARTS
 from mmdit.checkpoints.archive import Archive, write_archive
-from mmdit.checks import mapping, text, whole_number
+from mmdit.checks import expect, listed, mapping, text, whole_number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.registry import register
-from mmdit.text.conditioning import TextEncoder
+from mmdit.text.conditioning import TextConditioner, TextEncoder
 from mmdit.text.tokenizers import PromptTokenizer
+from mmdit.text.waiting import WaitingEncoder
 
 LONGEST_WORD = 100  # characters
 EMBEDDING = "token_embedding"  # the layer of a text encoder
@@ -153,7 +154,7 @@ class ExtendedTokenizer(PromptTokenizer):
 def read_new_words(root: nn.Module) -> None:
     """Let the tokenizers of a pipeline's encoders read the words whose embeddings are there."""
     for encoder in root.modules():
-        if isinstance(encoder, TextEncoder):
+        if isinstance(encoder, TextEncoder) and not isinstance(encoder, WaitingEncoder):
             embedding, tokenizer = encoder.model.token_embedding, encoder.tokenizer
             own = tokenizer.own if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
             words = embedding.words if isinstance(embedding, AdaptedEmbedding) else {}
@@ -191,6 +192,56 @@ def new_words(
     chosen = torch.tensor([i for own in ids.values() for i in own], device=encoder.device)
     new.to(encoder.device).vectors.copy_(encoder.model.token_embedding(chosen))
     return new
+
+
+@torch.no_grad()
+def start_words(conditioner: TextConditioner, starts: Mapping[str, Sequence[str]]) -> None:
+    """Let words of the encoders' vocabularies begin as the mean of others, for what is new to them.
+
+    The embedding of a word that training has never seen is random: "star" then means nothing, not
+    even a shape.
+
+    Args:
+        conditioner: its token embeddings are changed.
+        starts: by word, those whose embeddings are averaged: {"star": ["circle", "square"]}.
+
+    Raises:
+        UserError: a word is not one token of an encoder.
+
+    Example:
+        start_words(pipe.text, {"star": ["circle", "square"], "stars": ["circles", "squares"]})
+    """
+    mapping("start_words", starts)
+    for encoder in conditioner.encoders:
+        if not isinstance(encoder, TextEncoder):
+            continue
+        weight, new = encoder.model.token_embedding.weight, {}
+        for word, others in starts.items():
+            key = f"start_words[{word!r}]"
+            listed(key, others)
+            expect(len(others) > 0, key, list(others), "must name words")
+            known = torch.stack([weight[token_of(encoder.tokenizer, other)] for other in others])
+            new[token_of(encoder.tokenizer, word)] = known.mean(0)
+        for token, embedding in new.items():
+            weight[token] = embedding
+
+
+def token_of(tokenizer: PromptTokenizer, word: str) -> int:
+    """The only token of a word.
+
+    Raises:
+        UserError: it is unknown, or has several, which are those of other words, too.
+    """
+    text("start_words", word)
+    if tokenizer.unknown_words(word):
+        raise UserError(f"start_words: the text encoders do not know the word {word!r}")
+    ids = ids_of(tokenizer, word)
+    if len(ids) > 1:
+        raise UserError(
+            f"start_words: {word!r} has {len(ids)} tokens, which other words have, too; "
+            "adapter=textual_inversion teaches such words"
+        )
+    return ids[0]
 
 
 def ids_of(tokenizer: PromptTokenizer, start: str) -> list[int]:

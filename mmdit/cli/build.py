@@ -11,6 +11,7 @@ from torch import nn
 
 from mmdit.adapters.adapter import adapter_in
 from mmdit.adapters.low_bit import KINDS, quantize
+from mmdit.adapters.words import start_words
 from mmdit.checks import one_of
 from mmdit.cli.initial import DTYPES, Initial, given_keys, open_initial, select
 from mmdit.engine.activations import recompute
@@ -19,6 +20,7 @@ from mmdit.engine.parallel import Parallel, world_size
 from mmdit.engine.state import TrainState
 from mmdit.errors import UserError
 from mmdit.models.matching import matched
+from mmdit.nn.stored import compute_in_float32
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
 
@@ -54,6 +56,8 @@ def build(
     pipeline = build_pipeline(config) if initial is None else initial.pipeline
     if initial is not None:
         make_trainable(config, pipeline, initial.base)
+    if dtype == torch.float32 and config.base_dtype not in KINDS:
+        compute_in_float32(pipeline)
     pipeline.to(device)
     ema = EMA(pipeline, profile=instantiate(config.ema))
     parallel = instantiate(config.parallel)
@@ -89,10 +93,17 @@ def make_trainable(
         if config.base_dtype is not None:
             raise UserError("base_dtype is for what adapters leave as it is: give adapter=, too")
         select(pipeline, config.train)
+        if config.start_words is not None:
+            start_words(pipeline.text, config.start_words)
         return
     for key in ("train", "posthoc"):
         if config.get(key) is not None:
             raise UserError(f"{key} and adapter exclude each other: adapter.parts says where it is")
+    if config.start_words is not None:
+        raise UserError(
+            "start_words changes the model, and an adapter leaves it as it is: "
+            "adapter=textual_inversion has adapter.start"
+        )
     pipeline.requires_grad_(False)
     if config.base_dtype is not None:
         freeze_in(pipeline, config.base_dtype)

@@ -5,25 +5,32 @@ What a run starts from is decided in this order: a checkpoint of the run itself 
 """
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mmdit.adapters.targets import PARTS
+from mmdit.checkpoints.locate import Place
 from mmdit.checks import did_you_mean, expanded, listed, nearest, number, one_of
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
-from mmdit.loading import open_source
+from mmdit.latents.sources import FromCache
+from mmdit.loading import Public, Source, open_source
 from mmdit.models.backbone import Backbone, PatchBackbone, changed
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
 from mmdit.registry import describe
-from mmdit.text.conditioning import TextConditioner
+from mmdit.text.conditioning import ENCODERS, TextConditioner, TextEncoder
+from mmdit.text.waiting import WaitingEncoder
 
 log = logger("mmdit.train")
 
@@ -77,9 +84,11 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         UserError: there are no such weights, or the command line describes other networks.
     """
     if config.initial is None:
-        if config.base_dtype is not None or config.train is not None:
-            key = "train" if config.base_dtype is None else "base_dtype"
-            raise UserError(f"{key}={config[key]} needs weights to start from: initial=<source>")
+        for key in ("base_dtype", "train", "start_words"):
+            if config[key] is not None:
+                raise UserError(
+                    f"{key}={config[key]} needs weights to start from: initial=<source>"
+                )
         if config.get("adapter") is not None:
             raise UserError(
                 "adapter= needs weights to adapt: initial=<run, file, folder or hub id>"
@@ -113,15 +122,10 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         if key not in given:
             OmegaConf.update(config, key, getattr(pipeline, name))
         defaults[name] = OmegaConf.select(config, key)
-    text = pipeline.text
-    if "text.dropout" in given:
-        encoders = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5": text.t5}
-        rate = number("text.dropout", config.text.dropout, 0, 1)
-        text = TextConditioner(**encoders, dropout=rate, empty_prompt=text.empty_prompt)
     # Built again, so that checkpoints describe what is trained.
     rebuilt = Pipeline(
         mmdit=network,
-        text=text,
+        text=text_as_asked(pipeline.text, source, config, given),
         autoencoder=pipeline.autoencoder,
         objective=objective,
         **defaults,
@@ -134,6 +138,38 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)
     return Initial(pipeline, found, source.sha256)
+
+
+def text_as_asked(
+    text: TextConditioner, source: Source, config: DictConfig, given: Collection[str]
+) -> TextConditioner:
+    """The text encoders with the dropout that the command line asks for; they wait if they can."""
+    rate = text.dropout
+    if "text.dropout" in given:
+        rate = number("text.dropout", config.text.dropout, 0, 1)
+    encoders: dict[str, Any] = dict(zip(ENCODERS, text.encoders, strict=True))
+    if isinstance(source, Public) and waits(config):
+        for kind, encoder in encoders.items():
+            if isinstance(encoder, TextEncoder):
+                encoders[kind] = WaitingEncoder(encoder, partial(reopened, source.path, kind))
+    return TextConditioner(**encoders, dropout=rate, empty_prompt=text.empty_prompt)
+
+
+def waits(config: DictConfig) -> bool:
+    """Whether training needs the text encoders before its first step alone.
+
+    Embeddings are then cached, and an adapter is trained that leaves the encoders as they are.
+    """
+    adapter = config.get("adapter")
+    cached = issubclass(get_class(config.latents._target_), FromCache)
+    return cached and adapter is not None and list(adapter.get("parts", ENCODERS)) == ["mmdit"]
+
+
+def reopened(path: Path, kind: str) -> CLIPTextModel | T5Encoder:
+    """The network of a text encoder, from weights that have been verified before."""
+    model = Place(path, verify=False).load(kind)
+    assert isinstance(model, CLIPTextModel | T5Encoder)
+    return model
 
 
 def changed_as_asked(network: Backbone, config: DictConfig, given: Collection[str]) -> Backbone:

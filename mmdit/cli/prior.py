@@ -30,6 +30,7 @@ from mmdit.recipes import config_hash
 from mmdit.registry import describe
 from mmdit.request import Request
 from mmdit.runs.folder import RunFolder
+from mmdit.text.waiting import remember
 
 log = logger("mmdit.train")
 RECIPE = "recipe.json"
@@ -123,6 +124,7 @@ def sampled(
 ) -> Iterator[tuple[int, Tensor]]:
     """The images of these numbers, uint8 (h, w, 3); image i starts from the noise of seed + i."""
     with request.precision():
+        remember(pipeline.text, [prior.prompt, ""], shown=False)
         condition = pipeline.encode([prior.prompt])
     for start in range(0, len(numbers), prior.batch_size):
         batch = numbers[start : start + prior.batch_size]

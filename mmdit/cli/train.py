@@ -38,6 +38,7 @@ from mmdit.runs.folder import RunFolder, open_together
 from mmdit.runs.signals import Interrupted
 from mmdit.study.emphasis import report_formulation
 from mmdit.text.clip_pair import CLIPPair
+from mmdit.text.waiting import remember, waiting
 
 log = logger("mmdit.train")
 
@@ -60,7 +61,9 @@ def job(config: DictConfig, text: Verbatim) -> None:
         if run is None:
             return
         measure = prepare_scores(request)
-        checkpoint, validation = fit(request, parts, source, run)
+        validation = validation_of(request.validation, config.training.validation_size)
+        encode_prompts(request, parts, validation)
+        checkpoint = fit(request, parts, source, run, validation)
         score(request, parts, run, checkpoint, measure)
     if request.processes.main:
         prompt = next(iter(validation.prompts))
@@ -145,11 +148,14 @@ def prepare(
                 request.device,
                 request.precision,
             )
+    text, place = parts.pipeline.text, request.text_device
+    if place is not None and waiting(text):
+        text.to(place)  # where all is encoded; others are faster where they are
     if config.until != "autoencoder":
         source.prepare(processes)
-    if request.text_device is not None:
+    if place is not None:
         for module in (parts.pipeline, state.ema.module):
-            module.text.to(request.text_device)
+            module.text.to(place)
 
 
 def prepare_scores(request: TrainingRequest) -> tuple[CLIPPair, Shapes] | None:
@@ -159,12 +165,25 @@ def prepare_scores(request: TrainingRequest) -> tuple[CLIPPair, Shapes] | None:
     return clip_for_metrics(request.config, request.plain, request.device, request.precision)
 
 
+def encode_prompts(request: TrainingRequest, parts: Parts, validation: Validation) -> None:
+    """Encode the prompts of all evaluations, where the encoders are in memory only for that."""
+    prior = own_prediction(request.config, parts.pipeline)
+    prompts = [*validation.captions, *validation.prompts, ""]
+    if prior is not None:
+        prompts.append(prior.prompt)
+    with request.precision():
+        remember(parts.pipeline.text, prompts, shown=request.processes.main)
+
+
 def fit(
-    request: TrainingRequest, parts: Parts, source: LatentSource, run: RunFolder
-) -> tuple[Checkpoint, Validation]:
+    request: TrainingRequest,
+    parts: Parts,
+    source: LatentSource,
+    run: RunFolder,
+    validation: Validation,
+) -> Checkpoint:
     """Train to the last step."""
     config, pipeline = request.config, parts.pipeline
-    validation = validation_of(request.validation, config.training.validation_size)
     if request.processes.main:
         report_formulation(pipeline.objective, run.path)
         for remark in pipeline.text.remarks_on_captions(validation.captions):
@@ -177,7 +196,7 @@ def fit(
         autocast=request.precision,
         prior=own_prediction(config, pipeline),
     )
-    checkpoint = train(
+    return train(
         task,
         parts.state,
         run=run,
@@ -189,7 +208,6 @@ def fit(
         config=request.plain,
         probe=probe_of(request),
     )
-    return checkpoint, validation
 
 
 def probe_of(request: TrainingRequest) -> Probe | None:

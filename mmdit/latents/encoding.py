@@ -22,7 +22,14 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.out_of_memory import enough_memory
 from mmdit.pipeline import from_pixels
 from mmdit.precision import Autocast
-from mmdit.text.conditioning import Encoding, Encodings, TextConditioner, TokenIds
+from mmdit.text.conditioning import (
+    AbsentEncoder,
+    Encoding,
+    Encodings,
+    TextConditioner,
+    TextEncoder,
+    TokenIds,
+)
 
 # The dtype of latents and of frozen encoders' embeddings, whatever the source (App. E.1).
 HALF = torch.bfloat16
@@ -104,11 +111,15 @@ def batches_of(data: CacheableData, indices: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
+def halved(encoder: TextEncoder | AbsentEncoder, ids: Tensor) -> Encoding:
+    """The embeddings of captions by a frozen encoder, in half precision."""
+    return Encoding(*(part.to(HALF) for part in encoder(ids)))
+
+
 def encode_text(text: TextConditioner, ids: TokenIds) -> Encodings:
     """The embeddings of captions by frozen encoders, in half precision."""
-    return Encodings(
-        *(Encoding(*(part.to(HALF) for part in encoding)) for encoding in text.encodings(ids))
-    )
+    pairs = zip(text.encoders, ids, strict=True)
+    return Encodings(*(halved(encoder, own_ids) for encoder, own_ids in pairs))
 
 
 def condition(text: TextConditioner, read: TokenIds | Encodings, kept: Tensor) -> Condition:

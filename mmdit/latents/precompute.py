@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.checks import expect_finite
 from mmdit.data.dataset import CacheableData
 from mmdit.errors import UserError
 from mmdit.latents.cache import Cache, Samples, texts_of
-from mmdit.latents.encoding import HALF, Encoded, encode_each, encode_text
+from mmdit.latents.encoding import HALF, Encoded, encode_each, halved
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.out_of_memory import enough_memory
 from mmdit.precision import Autocast
@@ -24,11 +25,12 @@ from mmdit.runs.folder import RunFolder
 from mmdit.runs.native import weights_hash
 from mmdit.runs.signals import Signals
 from mmdit.text.conditioning import (
+    NAMES,
     AbsentEncoder,
+    Encoding,
     Encodings,
     TextConditioner,
     TextEncoder,
-    expect_finite_encodings,
 )
 
 log = logger(__name__)
@@ -154,26 +156,39 @@ class Precomputation:
         embeddings: dict[str, Tensor] = {}
         if self.text.frozen:
             texts = texts_of(captions, cache.kinds)
-            parts = []
-            for start in range(0, len(texts), CAPTIONS):
-                parts.append(self._embeddings(texts[start : start + CAPTIONS]))
-                if signals.received is not None:
-                    raise Unfinished(cache, signals.received)
-            embeddings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for name, encoder in zip(Encodings._fields, self.text.encoders, strict=True):
+                if isinstance(encoder, AbsentEncoder):
+                    continue
+                with encoder.opened():  # one after another: T5 is large
+                    encoding = self._encoded(name, encoder, texts, signals, cache)
+                embeddings |= {
+                    f"{name}.{part}": values
+                    for part, values in encoding._asdict().items()
+                    if values.numel()
+                }
         return Samples([sample.latent for sample in ordered], captions, embeddings)
 
-    def _embeddings(self, texts: list[str]) -> dict[str, Tensor]:
-        """Outputs of the encoders that are present: `<encoder>.hidden` and `<encoder>.pooled`."""
+    def _encoded(
+        self, name: str, encoder: TextEncoder, texts: list[str], signals: Signals, cache: Cache
+    ) -> Encoding:
+        """Output of an encoder for captions, each of which is encoded once."""
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        different, parts = list(numbers), []
+        for start in range(0, len(different), CAPTIONS):
+            parts.append(self._encoding(name, encoder, different[start : start + CAPTIONS]))
+            if signals.received is not None:
+                raise Unfinished(cache, signals.received)
+        rows = [numbers[text] for text in texts]
+        return Encoding(*(torch.cat(part)[rows] for part in zip(*parts, strict=True)))
+
+    def _encoding(self, name: str, encoder: TextEncoder, texts: list[str]) -> Encoding:
+        """Output of an encoder for captions, in half precision on the CPU."""
         what, advice = f"encoding {len(texts)} captions", "precision=bf16, text_device=cpu"
         with enough_memory(what, f"{advice} or text.use_t5=false"), self.autocast():
-            encodings = encode_text(self.text, self.text.tokenize(texts))
-        expect_finite_encodings(encodings)  # before they are stored
-        return {
-            f"{name}.{part}": tensor.cpu()
-            for name, encoder in zip(Encodings._fields, self.text.encoders, strict=True)
-            for part, tensor in getattr(encodings, name)._asdict().items()
-            if isinstance(encoder, TextEncoder) and tensor.numel()
-        }
+            encoding = halved(encoder, encoder.tokenize(texts))
+        for part in encoding:
+            expect_finite(f"the text encoder {NAMES[name]}", part)  # before it is stored
+        return Encoding(*(part.cpu() for part in encoding))
 
 
 @contextlib.contextmanager
@@ -193,9 +208,10 @@ def identity_of(encoder: TextEncoder | AbsentEncoder) -> dict[str, Any]:
     """Plain data that determines the embeddings of an encoder."""
     if isinstance(encoder, AbsentEncoder):
         return {**describe(encoder)}
-    return {
-        "weights": weights_hash(encoder.model),
-        "architecture": config_hash(describe(encoder.model)),
-        "tokenizer": encoder.tokenizer.identity(),
-        "tokens": encoder.length,
-    }
+    with encoder.opened():
+        return {
+            "weights": weights_hash(encoder.model),
+            "architecture": config_hash(describe(encoder.model)),
+            "tokenizer": encoder.tokenizer.identity(),
+            "tokens": encoder.length,
+        }

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Self
 
 import torch
@@ -79,6 +80,10 @@ class TextEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def opened(self) -> AbstractContextManager[None]:
+        """A block in which `model` is there; a `WaitingEncoder` opens it for the block."""
+        return nullcontext()
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:  # -> (b, length) int64, on the CPU
         return self.tokenizer(prompts)

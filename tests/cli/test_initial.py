@@ -8,6 +8,7 @@ import torch
 
 import mmdit
 from mmdit.adapters.adapter import Adapter
+from mmdit.adapters.words import token_of
 from mmdit.cli.build import freeze_in
 from mmdit.export import export_adapter
 from mmdit.registry import describe
@@ -241,6 +242,34 @@ def test_frozen_weights_may_be_bf16(folder: Path) -> None:
     assert {weight.dtype for weight in pipe.autoencoder.parameters()} == {torch.float32}
     stored = read_weights(folder / "runs" / "half-001").tensors.values()
     assert {tensor.dtype for tensor in stored} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_new_words_may_begin_as_the_mean_of_others(folder: Path) -> None:
+    starts = "start_words={cyan: [red, green]}"
+    words = ("initial=runs/base", "training.steps=1", "text.dropout=1", "ema.every=1")
+    run(folder, "train.py", *SMOKE, *words, starts, "run=runs/started")
+    base, started = (mmdit.load_pipeline(folder / "runs" / name) for name in ("base", "started"))
+    for ours, theirs in zip(started.text.encoders, base.text.encoders, strict=True):
+        cyan, red, green = (token_of(ours.tokenizer, word) for word in ("cyan", "red", "green"))
+        weight = theirs.model.token_embedding.weight
+        expected = weight.clone()
+        expected[cyan] = (weight[red] + weight[green]) / 2
+        assert torch.equal(ours.model.token_embedding.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("start_words={cyan: [magenta]}",), "do not know the word 'magenta'"),
+        (("start_words={cyan: []}",), "start_words"),
+        (("start_words={cyan: [red]}", "adapter=lora"), "adapter.start"),
+        (("start_words=red",), "start_words"),
+    ],
+)
+def test_starts_that_make_no_sense_are_refused(folder: Path, words, message: str) -> None:
+    given = (*SMOKE, "initial=runs/base", *words)
+    assert message in run(folder, "train.py", *given, code=2).stderr
 
 
 @pytest.mark.slow

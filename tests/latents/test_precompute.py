@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -15,15 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
+import mmdit
 from mmdit.cli.stages import check_until
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loggers import read_metrics
 from mmdit.errors import UserError
 from mmdit.latents.cache import Cache, Samples
+from mmdit.latents.encoding import HALF
 from mmdit.latents.precompute import Precomputation
 from mmdit.latents.sources import FromPixels
 from mmdit.processes import Processes
 from mmdit.runs.folder import RunFolder
+from mmdit.runs.signals import Signals
 from tests import ready_process
 from tests.ready_process import Ready
 from tests.training_for_tests import ALONE
@@ -195,6 +199,36 @@ def test_a_run_goes_on_with_its_own_images_wherever_they_are(folder):
 def test_scores_of_shapes_are_refused_for_other_images(folder):
     output = train(folder, "metrics=study", "latents=from_pixels", code=2).stderr
     assert output.startswith("metrics: its CLIP and its prompts are those of data=shapes")
+
+
+@pytest.mark.slow
+def test_a_lora_of_public_weights_opens_their_encoders_for_the_cache_and_prompts_alone(folder):
+    words = ("initial=tiny", "adapter=lora", "optimizer.lr=1e-3", "image_size=32")
+    plain, cached = "run=runs/lora_pixels", "run=runs/lora_cache"
+    train(folder, *words, "latents=from_pixels", plain)
+    train(folder, *words, "latents=from_cache", "latents.root=lora_cache", cached)
+    ours, theirs = (
+        read_metrics(folder / "runs" / f"lora_{source}" / "metrics.jsonl")
+        for source in ("cache", "pixels")
+    )
+    for name in ("loss", "ema/loss", "raw/loss"):
+        found, expected = ([row[name] for row in rows if name in row] for rows in (ours, theirs))
+        assert expected and found == pytest.approx(expected, rel=1e-5), name
+
+
+def test_a_caption_of_many_images_is_encoded_once(monkeypatch, tiny_published):
+    pipe = mmdit.load_pipeline(tiny_published)
+    text, batches = pipe.text.requires_grad_(False), []
+    make = Precomputation(
+        data=None, autoencoder=pipe.autoencoder, text=text, autocast=nullcontext, threads=1
+    )
+    encode = text.t5.forward
+    monkeypatch.setattr(text.t5, "forward", lambda ids: batches.append(len(ids)) or encode(ids))
+    texts = ["a cat", "a dog", "a cat", "a cat"]
+    with Signals() as signals:
+        found = make._encoded("t5", text.t5, texts, signals, cache=None)
+    assert batches == [2]
+    torch.testing.assert_close(found.hidden, encode(text.t5.tokenize(texts)).hidden.to(HALF))
 
 
 def test_encoders_that_are_trained_stay_with_the_network(folder):

@@ -1,0 +1,99 @@
+"""Text encoders that are in memory only while something is encoded."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmdit
+from mmdit.cli.initial import reopened
+from mmdit.nn.stored import compute_in_float32
+from mmdit.pipeline import Pipeline
+from mmdit.registry import describe
+from mmdit.text.conditioning import TextConditioner
+from mmdit.text.waiting import WaitingEncoder, remember, waiting
+
+PROMPTS = ["a cat", "a red circle", ""]
+
+
+@pytest.fixture
+def plain(tiny_published: Path) -> TextConditioner:
+    return mmdit.load_pipeline(tiny_published).text.requires_grad_(False)
+
+
+@pytest.fixture
+def opened() -> list[str]:
+    """The kinds of the encoders that were opened, in order."""
+    return []
+
+
+@pytest.fixture
+def text(plain: TextConditioner, tiny_published: Path, opened: list[str]) -> TextConditioner:
+    def open_again(kind: str):
+        opened.append(kind)
+        return reopened(tiny_published, kind)
+
+    def waits(kind: str) -> WaitingEncoder:
+        return WaitingEncoder(getattr(plain, kind), partial(open_again, kind))
+
+    return TextConditioner(
+        clip_l=waits("clip_l"), clip_g=waits("clip_g"), t5=waits("t5"), empty_prompt="encoded"
+    )
+
+
+def test_conditions_are_those_of_the_encoders(plain, text, opened) -> None:
+    for ours, theirs in zip(text.encode(PROMPTS)[:2], plain.encode(PROMPTS)[:2], strict=True):
+        assert torch.equal(ours, theirs)
+    assert opened == ["clip_l", "clip_g", "t5"]
+    assert text.frozen and not list(text.parameters())
+    assert all("model" not in vars(encoder) for encoder in text.encoders)
+    assert describe(text)["t5"] == describe(plain)["t5"]
+
+
+def test_what_is_remembered_is_not_encoded_again(plain, text, opened) -> None:
+    remember(text, PROMPTS, shown=False)
+    remember(text, PROMPTS[:1], shown=False)
+    assert opened == ["clip_l", "clip_g", "t5"]  # one after another, each once
+    for ours, theirs in zip(text.encode(PROMPTS)[:2], plain.encode(PROMPTS)[:2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(opened) == 3
+    text.encode(["a dog"])
+    assert len(opened) == 6
+
+
+def test_an_encoder_stays_open_in_a_block(text, opened) -> None:
+    encoder = text.t5
+    with encoder.opened():
+        for prompt in PROMPTS:
+            encoder(encoder.tokenize([prompt]))
+        assert opened == ["t5"]
+    with pytest.raises(AttributeError):
+        _ = encoder.model
+
+
+def test_copies_share_it(text) -> None:
+    remember(text, PROMPTS, shown=False)
+    assert copy.deepcopy(text).t5 is text.t5
+    assert [*waiting(text)] == ["clip_l", "clip_g", "t5"]
+
+
+def test_it_computes_in_float32_where_the_model_does(plain, tiny_published: Path) -> None:
+    encoder = copy.deepcopy(plain.t5).bfloat16()
+    waits = WaitingEncoder(encoder, lambda: reopened(tiny_published, "t5").bfloat16())
+    ids = encoder.tokenize(PROMPTS)
+    assert torch.equal(waits(ids).hidden, encoder(ids).hidden)
+    compute_in_float32(waits)
+    assert waits(ids).hidden.dtype == torch.float32
+    torch.testing.assert_close(waits(ids).hidden, plain.t5(ids).hidden, rtol=0.05, atol=0.05)
+
+
+def test_adapters_find_nothing_to_change_in_it(text, tiny_published: Path) -> None:
+    pipe = mmdit.load_pipeline(tiny_published)
+    arguments = {"mmdit": pipe.mmdit, "autoencoder": pipe.autoencoder, "objective": pipe.objective}
+    waits = Pipeline(**arguments, text=text, image_size=pipe.image_size, steps=1, guidance=1.0)
+    waits.load_lora(mmdit.adapters.lora(waits, rank=2))
+    assert waits.adapters
+    with pytest.raises(mmdit.UserError, match="clip_l"):
+        waits.load_lora(mmdit.adapters.lora(waits, rank=2, parts=["clip_l"]), name="text")
