@@ -126,6 +126,8 @@ def variants(kind: str) -> dict[str, Build]:
     named = {name: functools.partial(_of_yaml, kind, file) for name, file in _yamls(kind).items()}
     with_yaml = [get_object(OmegaConf.load(file)._target_) for file in _yamls(kind).values()]
     bare = [cls for cls in _classes(base) if cls not in with_yaml] if base else []
+    # The laws of backbones are about those that read text alone.
+    bare = [cls for cls in bare if not getattr(cls, "reads", None)]
     return {**named, **{cls.__name__: functools.partial(_bare, kind, cls) for cls in bare}, **more}
 
 

@@ -280,7 +280,7 @@ def kind_of(module: nn.Module) -> str:
         UserError: it has no public format.
     """
     match module:
-        case MMDiT():
+        case MMDiT() if not module.reads:
             return "mmdit"
         case Autoencoder():
             return "autoencoder"

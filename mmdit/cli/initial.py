@@ -25,6 +25,7 @@ from mmdit.latents.sources import FromCache
 from mmdit.loading import Public, Source, open_source
 from mmdit.models.backbone import Backbone, PatchBackbone, changed
 from mmdit.models.clip import CLIPTextModel
+from mmdit.models.concat import with_extra_channels
 from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
@@ -84,7 +85,7 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         UserError: there are no such weights, or the command line describes other networks.
     """
     if config.initial is None:
-        for key in ("base_dtype", "train", "start_words"):
+        for key in ("base_dtype", "train", "start_words", "extra_channels"):
             if config[key] is not None:
                 raise UserError(
                     f"{key}={config[key]} needs weights to start from: initial=<source>"
@@ -179,6 +180,8 @@ def changed_as_asked(network: Backbone, config: DictConfig, given: Collection[st
         UserError: the network has no such property, or it cannot be changed.
     """
     asked = {key: OmegaConf.select(config, key) for key in CHANGES if key in given}
+    if config.extra_channels is not None:
+        asked["extra_channels"] = config.extra_channels
     if not asked:
         return network
     if config.get("adapter") is not None:
@@ -192,13 +195,15 @@ def changed_as_asked(network: Backbone, config: DictConfig, given: Collection[st
     different = {
         name: value
         for key, value in asked.items()
-        if own[name := key.removeprefix("model.")] != value
+        if own.get(name := key.removeprefix("model.")) != value
     }
     if different.get("qk_norm") is False:
         raise UserError("model.qk_norm=false: QK-norm can be added to weights, not taken away")
     for name, value in different.items():
         log.info("note: model.%s=%s is not that of the weights, as asked", name, value)
-    return changed(network, **different) if different else network
+    extra = different.pop("extra_channels", None)
+    network = changed(network, **different) if different else network
+    return network if extra is None else with_extra_channels(network, extra)
 
 
 def select(pipeline: Pipeline, trained: Sequence[str] | None) -> None:

@@ -2,6 +2,7 @@
 
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
+from mmdit.models.concat import ConcatMMDiT
 from mmdit.models.cross_dit import CrossDiT
 from mmdit.models.dit import DiT
 from mmdit.models.mmdit import MMDiT
@@ -12,6 +13,7 @@ from mmdit.models.uvit import UViT
 __all__ = [
     "Autoencoder",
     "CLIPTextModel",
+    "ConcatMMDiT",
     "CrossDiT",
     "DiT",
     "MMDiT",
