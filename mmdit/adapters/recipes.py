@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Unpack
 
 from torch import nn
 
 from mmdit.adapters import layers
-from mmdit.adapters.adapter import Adapter
+from mmdit.adapters.adapter import Adapter, Where
 from mmdit.adapters.layers import LoKr, LoRA
 from mmdit.adapters.words import embedding_of, new_words
 from mmdit.checks import listed, one_of
@@ -20,24 +21,20 @@ def lora(
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
-    targets: str = "attention",
-    parts: Sequence[str] = ("mmdit",),
-    blocks: Sequence[int] | str | None = None,
-    base: Mapping[str, str] | None = None,
+    **where: Unpack[Where],
 ) -> Adapter:
     """A new LoRA for a pipeline.
 
     Args:
         root: the pipeline.
         rank, alpha, dropout: see `LoRA`.
-        targets, parts, blocks: the layers, see `targeted`.
-        base: see `Adapter`.
+        where: the layers, and the weights that it is for, see `Adapter.over`.
 
     Example:
         pipe.load_lora(lora(pipe, rank=16, targets="attention+mlp"))
     """
     make = partial(LoRA, rank=rank, alpha=alpha, dropout=dropout)
-    return Adapter.over(root, make, targets=targets, parts=parts, blocks=blocks, base=base)
+    return Adapter.over(root, make, **where)
 
 
 def dora(
@@ -46,14 +43,11 @@ def dora(
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
-    targets: str = "attention",
-    parts: Sequence[str] = ("mmdit",),
-    blocks: Sequence[int] | str | None = None,
-    base: Mapping[str, str] | None = None,
+    **where: Unpack[Where],
 ) -> Adapter:
     """A new DoRA for a pipeline; arguments are those of `lora`."""
     make = partial(layers.dora, rank=rank, alpha=alpha, dropout=dropout)
-    return Adapter.over(root, make, targets=targets, parts=parts, blocks=blocks, base=base)
+    return Adapter.over(root, make, **where)
 
 
 def lokr(
@@ -62,10 +56,7 @@ def lokr(
     factor: int | None = 16,
     rank: int | None = None,
     alpha: float | None = None,
-    targets: str = "attention",
-    parts: Sequence[str] = ("mmdit",),
-    blocks: Sequence[int] | str | None = None,
-    base: Mapping[str, str] | None = None,
+    **where: Unpack[Where],
 ) -> Adapter:
     """A new LoKr for a pipeline.
 
@@ -75,7 +66,7 @@ def lokr(
     Other arguments are those of `lora`.
     """
     make = partial(LoKr, factor=factor, rank=rank, alpha=alpha)
-    return Adapter.over(root, make, targets=targets, parts=parts, blocks=blocks, base=base)
+    return Adapter.over(root, make, **where)
 
 
 def textual_inversion(

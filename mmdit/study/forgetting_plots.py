@@ -43,7 +43,7 @@ def over_steps(recipes: Sequence[Recipe], base: Mapping[str, float]) -> bytes:
 def taught_against_lost(recipes: Sequence[Recipe], base: Mapping[str, float]) -> bytes:
     """Accuracy with the word against the change of that without it, numbered as in the table."""
     look = styles([recipe.name for recipe in recipes])
-    figure = Figure(figsize=(9, 6), facecolor="white")
+    figure = Figure(figsize=(13, max(6, 0.21 * len(recipes) + 0.6)), facecolor="white")
     axes = figure.add_subplot()
     axes.axvline(0, color="#888888", linestyle="--", linewidth=1)
     for recipe in recipes:
@@ -58,6 +58,10 @@ def taught_against_lost(recipes: Sequence[Recipe], base: Mapping[str, float]) ->
                 linewidth=1,
             )
         numbered(axes, change, word.mean, style)
+    for row, (name, style) in enumerate(look.items()):
+        at = (1.03, 0.99 - 0.99 * row / max(len(look), 25))
+        label = f"{style.place}  {name}"
+        axes.text(*at, label, transform=axes.transAxes, fontsize=9, va="top", color=style.colour)
     frame(axes, "change on the six tasks without the word", "the word in the five other tasks")
     figure.tight_layout()
     return png(figure)
