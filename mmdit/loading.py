@@ -21,7 +21,7 @@ from mmdit.checkpoints.folders import SUBFOLDERS, TOKENIZERS
 from mmdit.checkpoints.hashes import content_of
 from mmdit.checkpoints.locate import Place
 from mmdit.checkpoints.public import find, own_description
-from mmdit.checks import expanded, flag
+from mmdit.checks import expanded, flag, number, whole_number
 from mmdit.devices import available
 from mmdit.dtypes import expect_computable
 from mmdit.errors import UserError
@@ -188,6 +188,10 @@ class Run(Source):
             )
         pipeline = source.pipeline(dtype=dtype, left_out=left_out)
         pipeline.load_lora(adapter)
+        # As it was trained; adapters of older versions do not say.
+        for name in ("image_size", "steps"):
+            setattr(pipeline, name, whole_number(name, base.get(name, getattr(pipeline, name))))
+        pipeline.guidance = number("guidance", base.get("guidance", pipeline.guidance))
         return pipeline.eval()
 
     def only_clip(self) -> str:

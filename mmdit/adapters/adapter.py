@@ -24,7 +24,7 @@ class Where(TypedDict, total=False):
     targets: str
     parts: Sequence[str]
     blocks: Sequence[int] | str | None
-    base: Mapping[str, str] | None
+    base: Mapping[str, Any] | None
 
 
 @register
@@ -35,7 +35,8 @@ class Adapter(nn.Module):
 
     Args:
         changes: by layer, a `Change` or, of token embeddings, `NewWords`; or its description.
-        base: the source and SHA-256 of the weights that it was trained on; empty if unknown.
+        base: the source and SHA-256 of the weights that it was trained on, with the image size,
+            steps and guidance to sample with; empty if unknown.
 
     Example:
         adapter = read_adapter("style.safetensors", pipe)
@@ -43,7 +44,7 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, *, changes: Mapping[str, Any], base: Mapping[str, str] | None = None
+        self, *, changes: Mapping[str, Any], base: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.base = dict(base or {})
@@ -68,7 +69,7 @@ class Adapter(nn.Module):
         targets: str = "attention",
         parts: Sequence[str] = ("mmdit",),
         blocks: Sequence[int] | str | None = None,
-        base: Mapping[str, str] | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> Self:
         """A new adapter, which changes nothing yet.
 
@@ -232,7 +233,7 @@ def unused_name(root: nn.Module, stem: str) -> str:
     return name if name not in others else next(n for n in numbered if n not in others)
 
 
-def adapter_in(root: nn.Module, name: str, base: Mapping[str, str] | None = None) -> Adapter:
+def adapter_in(root: nn.Module, name: str, base: Mapping[str, Any] | None = None) -> Adapter:
     """An attached adapter, sharing its weights with the model."""
     _expect_live(root, name)
     found = {at: layer.changes for at, layer in adapted(root).items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -76,7 +76,7 @@ def textual_inversion(
     vectors: int | None = None,
     start: str | None = None,
     parts: Sequence[str] = ENCODERS,
-    base: Mapping[str, str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """New words for the text encoders of a pipeline, and nothing else (Gal et al. 2022).
 

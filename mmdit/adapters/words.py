@@ -212,6 +212,7 @@ def start_words(conditioner: TextConditioner, starts: Mapping[str, Sequence[str]
         start_words(pipe.text, {"star": ["circle", "square"], "stars": ["circles", "squares"]})
     """
     mapping("start_words", starts)
+    changes: list[tuple[Tensor, dict[int, Tensor]]] = []
     for encoder in conditioner.encoders:
         if not isinstance(encoder, TextEncoder):
             continue
@@ -222,6 +223,8 @@ def start_words(conditioner: TextConditioner, starts: Mapping[str, Sequence[str]
             expect(len(others) > 0, key, list(others), "must name words")
             known = torch.stack([weight[token_of(encoder.tokenizer, other)] for other in others])
             new[token_of(encoder.tokenizer, word)] = known.mean(0)
+        changes.append((weight, new))
+    for weight, new in changes:
         for token, embedding in new.items():
             weight[token] = embedding
 
@@ -233,6 +236,7 @@ def token_of(tokenizer: PromptTokenizer, word: str) -> int:
         UserError: it is unknown, or has several, which are those of other words, too.
     """
     text("start_words", word)
+    expect(bool(word.strip()), "start_words", word, "must name words")
     if tokenizer.unknown_words(word):
         raise UserError(f"start_words: the text encoders do not know the word {word!r}")
     ids = ids_of(tokenizer, word)

@@ -23,6 +23,7 @@ from mmdit.models.matching import matched
 from mmdit.nn.stored import compute_in_float32
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
+from mmdit.text.waiting import waiting
 
 log = logger("mmdit.train")
 ADAPTER = "adapter"  # the name of what is trained
@@ -79,7 +80,7 @@ def build(
 
 
 def make_trainable(
-    config: DictConfig, pipeline: Pipeline, base: Mapping[str, str] | None = None
+    config: DictConfig, pipeline: Pipeline, base: Mapping[str, Any] | None = None
 ) -> None:
     """Let of a model be trained what the config says: parts of it, or an adapter beside them.
 
@@ -95,6 +96,8 @@ def make_trainable(
         select(pipeline, config.train)
         if config.start_words is not None:
             start_words(pipeline.text, config.start_words)
+            for word, others in config.start_words.items():
+                log.info("%s begins as the mean of %s", word, ", ".join(others))
         return
     for key in ("train", "posthoc"):
         if config.get(key) is not None:
@@ -173,7 +176,8 @@ def describe(config: DictConfig) -> Iterator[str]:
         pipeline = initial.pipeline
         make_trainable(config, pipeline)
         yield f"{count(pipeline.mmdit):,} parameters in the MMDiT of initial={config.initial}"
-        yield f"{count(pipeline.text):,} in the text encoders"
+        encoders = count(pipeline.text) + sum(e.weights for e in waiting(pipeline.text).values())
+        yield f"{encoders:,} in the text encoders"
         trained = sum(weight.numel() for weight in pipeline.parameters() if weight.requires_grad)
         yield f"{trained:,} are trained"
         return

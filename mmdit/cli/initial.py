@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mmdit.adapters.targets import PARTS
-from mmdit.checkpoints.locate import Place
 from mmdit.checks import did_you_mean, expanded, listed, nearest, number, one_of
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
@@ -60,9 +59,11 @@ class Initial(NamedTuple):
     sha256: str
 
     @property
-    def base(self) -> dict[str, str]:
-        """What an adapter states about the weights that it was trained on."""
-        return {"source": self.source, "sha256": self.sha256}
+    def base(self) -> dict[str, Any]:
+        """What an adapter states about the model that it was trained on, and how to sample it."""
+        pipe = self.pipeline
+        defaults = {name: getattr(pipe, name) for name in ("image_size", "steps", "guidance")}
+        return {"source": self.source, "sha256": self.sha256, **defaults}
 
 
 def given_keys() -> set[str]:
@@ -104,11 +105,7 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         )
     path = expanded(config.initial)
     source = open_source(path if path.exists() else config.initial)
-    pipeline = source.pipeline()
-    if pipeline.adapters:
-        raise UserError(
-            f"initial={config.initial} is an adapter: start from the model that it was trained on"
-        )
+    pipeline = whole_model(source, config.initial)
     network = changed_as_asked(pipeline.mmdit, config, given)
     objective = pipeline.objective
     if any(section == "objective" for section in sections.values()):
@@ -152,7 +149,8 @@ def text_as_asked(
     if isinstance(source, Public) and waits(config):
         for kind, encoder in encoders.items():
             if isinstance(encoder, TextEncoder):
-                encoders[kind] = WaitingEncoder(encoder, partial(reopened, source.path, kind))
+                again = partial(reopened, source.path, kind, source.sha256)
+                encoders[kind] = WaitingEncoder(encoder, again)
     return TextConditioner(**encoders, dropout=rate, empty_prompt=text.empty_prompt)
 
 
@@ -163,14 +161,42 @@ def waits(config: DictConfig) -> bool:
     """
     adapter = config.get("adapter")
     cached = issubclass(get_class(config.latents._target_), FromCache)
-    return cached and adapter is not None and list(adapter.get("parts", ENCODERS)) == ["mmdit"]
+    return cached and adapter is not None and adapter.get("parts") == ["mmdit"]
 
 
-def reopened(path: Path, kind: str) -> CLIPTextModel | T5Encoder:
-    """The network of a text encoder, from weights that have been verified before."""
-    model = Place(path, verify=False).load(kind)
+def reopened(path: Path, kind: str, sha256: str) -> CLIPTextModel | T5Encoder:
+    """The network of a text encoder, from weights that have been verified before.
+
+    Raises:
+        UserError: they are no longer there, or others are.
+    """
+    source = Public(path, [kind], allow_pickle=False, verify=False)
+    if source.sha256 != sha256:  # files that have not changed are not read again
+        raise UserError(f"{path}: its weights were changed while they were in use; start again")
+    model = source.place.load(kind)
     assert isinstance(model, CLIPTextModel | T5Encoder)
     return model
+
+
+def whole_model(source: Source, name: str) -> Pipeline:
+    """The model of a source, with all its parts and without an adapter.
+
+    Raises:
+        UserError: a part is missing or damaged, or the source is an adapter.
+    """
+    try:
+        pipeline = source.pipeline()
+    except UserError as error:
+        what = str(error).partition(". (Elsewhere")[0]  # keys that sampling has
+        raise UserError(
+            f"initial={name}: {what}. Training starts from a whole model: network, text encoders "
+            "with their tokenizers, and autoencoder"
+        ) from None
+    if pipeline.adapters:
+        raise UserError(
+            f"initial={name} is an adapter: start from the model that it was trained on"
+        )
+    return pipeline
 
 
 def changed_as_asked(network: Backbone, config: DictConfig, given: Collection[str]) -> Backbone:

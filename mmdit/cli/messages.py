@@ -105,7 +105,9 @@ def _explain_composition(
     if isinstance(error, hydra_errors.OverrideParseException):
         quoted = f"""'{printable(error.override.partition("=")[0])}="..."'"""
         advice = f"special characters need quotes inside the shell's quotes, {quoted}"
-        message = f"cannot read {error.override!r}: {message.splitlines()[-1]}; {advice}"
+        lines = [line for line in message.splitlines() if line.strip(" ^")]
+        why = "" if lines[-1].startswith("Lexer") else f": {lines[-1]}"  # the lexer names no reason
+        message = f"cannot read {error.override!r}{why}; {advice}"
     elif isinstance(cause, omegaconf_errors.OmegaConfBaseException):
         message = f"{message}\n{first_line(cause)}".strip()
     written = re.search(r"'\+*([^'=]+)=", message)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
@@ -23,6 +24,7 @@ from mmdit.cli.reading import TrainingRequest
 from mmdit.data import CaptionedImages, Constant, Mixture, image_folder
 from mmdit.engine.preservation import OwnPrediction, changed_layers
 from mmdit.errors import UserError
+from mmdit.nn.stored import compute_in_float32
 from mmdit.out_of_memory import enough_memory
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
@@ -50,6 +52,9 @@ def with_class_images(request: TrainingRequest) -> TrainingRequest:
     check(prior)
     if request.initial is None:
         raise UserError("prior= needs the model that makes the class images: initial=<source>")
+    data = request.data
+    if len({data.size_of(index) for index in range(len(data))}) > 1:  # type: ignore[attr-defined]
+        raise UserError("prior=class_images: its images are square; data.max_ratio=1 makes all so")
     if request.config.get("adapter") is not None:  # a mistake in it shows before images are made
         instantiate(request.config.adapter)(request.initial.pipeline)
     folder = generated(request, prior)
@@ -69,8 +74,10 @@ def own_prediction(config: DictConfig, pipeline: Pipeline) -> OwnPrediction | No
         UserError: a value makes no sense, or no adapter changes a layer of the model.
     """
     prior = config.get("prior")
-    if prior is None or prior.prompt is None or "_target_" not in prior:
+    if prior is None or "_target_" not in prior:
         return None
+    if prior.prompt is None:
+        raise UserError('prior=prediction needs what the model is to keep: class_prompt="a dog"')
     changed_layers(pipeline)
     found: OwnPrediction = instantiate(prior)
     return found
@@ -104,6 +111,8 @@ def generated(request: TrainingRequest, prior: DictConfig) -> Path:
             log.info("reusing the %d class images of %s", prior.images, folder)
             return folder
         log.info("making %d of %d class images in %s", len(numbers), prior.images, folder)
+        if request.dtype == torch.float32:
+            compute_in_float32(pipeline.requires_grad_(False))
         pipeline.to(request.device)
         if request.text_device is not None:
             pipeline.text.to(request.text_device)

@@ -28,6 +28,7 @@ from mmdit.engine.tasks import FlowTask, Probe, Validation
 from mmdit.errors import UserError
 from mmdit.latents.precompute import Unfinished
 from mmdit.latents.sources import LatentSource
+from mmdit.pipeline import Pipeline
 from mmdit.precision import reason
 from mmdit.printable import logger, show
 from mmdit.processes import leave
@@ -89,19 +90,39 @@ def open_latents(request: TrainingRequest, parts: Parts) -> LatentSource:
             "text=published; leave it out"
         )
     own_prediction(config, pipeline)  # long before it is used
+    check_sizes(request.data, pipeline)
     if config.until is not None:
         check_until(config.until, source)
         return source
     schedule, steps, every = state.schedule, request.settings.steps, state.ema.profile.every
     remarks = schedule.check_length(steps) if isinstance(schedule, Schedule) else []
+    start = "random start" if request.initial is None else "initial weights"
     if every > steps:
         remarks.append(
             f"ema.every={every} is more than training.steps={steps}: the average, which is "
-            "sampled from and measured, stays at the random start"
+            f"sampled from and measured, stays at the {start}"
         )
     for remark in remarks if request.processes.main else ():
         log.warning("note: %s", remark)
     return source
+
+
+def check_sizes(data: Data, pipeline: Pipeline) -> None:
+    """Check that the network can compute all sizes that images are cropped to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    size_of = getattr(data, "size_of", None)  # of data sets that can be cached
+    sizes = {size_of(index) for index in range(len(data))} if size_of else set()
+    for height, width in sorted(sizes):
+        try:
+            pipeline.latent_size(height, width)
+        except UserError as error:
+            raise UserError(
+                f"images are cropped to {width} x {height}: {error}. Choose a smaller image_size; "
+                "data.max_ratio=1 crops all images to squares"
+            ) from None
 
 
 def open_run(request: TrainingRequest) -> RunFolder:
@@ -266,6 +287,9 @@ def report(
     if imports := request.config.imports:
         opened += " " + shlex.quote(f"imports=[{','.join(imports)}]")
     log.info("sample from it: %s %s prompt=%s", command("sample"), opened, shlex.quote(prompt))
+    if request.config.get("adapter") is not None:
+        exported = f"{shlex.quote(str(run))} {shlex.quote(request.config.name)}.safetensors"
+        log.info("export it:      python -m mmdit.export %s --dialect comfyui", exported)
     if request.data.name == "shapes":
         log.info("measure it:     %s %s", command("eval/compositional"), opened)
 

@@ -61,7 +61,7 @@ class Schedule(ABC):
             )
         if warmup >= steps:
             remarks.append(
-                f"training.steps={steps} end within the warm-up, schedule.warmup_steps={warmup}: "
+                f"training.steps={steps} ends within the warm-up, schedule.warmup_steps={warmup}: "
                 "the learning rate never reaches optimizer.lr"
             )
         return remarks

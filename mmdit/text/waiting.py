@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mmdit.registry import describe
 from mmdit.text.conditioning import NAMES, Encoding, TextConditioner, TextEncoder
 
 AT_ONCE = 16  # prompts per batch
+Row: TypeAlias = tuple[torch.dtype, bytes]
 
 
 class WaitingEncoder(TextEncoder, Network):
@@ -29,6 +30,9 @@ class WaitingEncoder(TextEncoder, Network):
     Args:
         encoder: the encoder that it stands for, which it lets go.
         open: opens its network again, on the CPU.
+
+    Attributes:
+        weights: number of weights of the network.
     """
 
     model: CLIPTextModel | T5Encoder  # only while it is open
@@ -39,7 +43,9 @@ class WaitingEncoder(TextEncoder, Network):
         self.tokenizer, self.length = encoder.tokenizer, encoder.length
         self.width, self.pooled_width = encoder.width, encoder.pooled_width
         self._open, self._description = open, describe(encoder)
-        self._remembered: dict[bytes, Encoding] = {}
+        self.weights = sum(weight.numel() for weight in encoder.model.parameters())
+        self._stored = self._opened = encoder.model.compute_dtype
+        self._remembered: dict[Row, Encoding] = {}
         self.place: Tensor
         # Empty, but moves with the model: it is encoded where this is.
         self.register_buffer("place", torch.empty(0, device=encoder.device), persistent=False)
@@ -51,12 +57,19 @@ class WaitingEncoder(TextEncoder, Network):
     def device(self) -> torch.device:
         return self.place.device
 
+    def _apply(self, fn, recurse=True) -> Self:  # a dtype is that of the weights, once opened
+        super()._apply(fn, recurse)
+        self._stored = fn(torch.empty(0, dtype=self._stored, device="cpu")).dtype
+        return self
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         if "model" in self.__dict__:
             yield
             return
         model = self._open().requires_grad_(False).to(self.device)
+        if self._stored != self._opened:
+            model.to(self._stored)
         if self.compute_dtype == torch.float32:
             compute_in_float32(model)
         # Not a submodule: its weights are not those of the model that waits.
@@ -68,7 +81,7 @@ class WaitingEncoder(TextEncoder, Network):
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Encoding:  # (b, length) int64, anywhere
-        rows = _rows(ids)
+        rows = self._rows(ids)
         if not all(row in self._remembered for row in rows):
             with self.opened():
                 return super().forward(ids)
@@ -78,19 +91,18 @@ class WaitingEncoder(TextEncoder, Network):
     def remember(self, prompts: Sequence[str]) -> None:
         """Encode prompts that will be asked for again, and keep their encodings on the CPU."""
         ids = self.tokenize(prompts).unique(dim=0)
-        new = ids[[row not in self._remembered for row in _rows(ids)]]
+        new = ids[[row not in self._remembered for row in self._rows(ids)]]
         if not len(new):
             return
         with self.opened():
             for batch in new.split(AT_ONCE):
                 parts = (part.cpu().unbind() for part in self(batch))
                 kept = (Encoding(*pair) for pair in zip(*parts, strict=True))
-                self._remembered |= dict(zip(_rows(batch), kept, strict=True))
+                self._remembered |= dict(zip(self._rows(batch), kept, strict=True))
 
-
-def _rows(ids: Tensor) -> list[bytes]:
-    """What tells the prompts of a batch apart."""
-    return [row.numpy().tobytes() for row in ids.cpu()]
+    def _rows(self, ids: Tensor) -> list[Row]:
+        """What tells encodings apart: the dtype of the computation, and the ids of a prompt."""
+        return [(self.compute_dtype, row.numpy().tobytes()) for row in ids.cpu()]
 
 
 def waiting(text: TextConditioner) -> dict[str, WaitingEncoder]:

@@ -59,7 +59,9 @@ def test_a_run_of_an_adapter_holds_the_adapter_alone(folder: Path) -> None:
     assert not list(lora.glob("checkpoints/frozen*"))
     digest = read_weights(base).sha256
     assert newest.manifest["config"]["initial_sha256"] == digest
-    assert adapter.base == {"source": str(base.resolve()), "sha256": digest}
+    pipe = mmdit.load_pipeline(base)
+    sampled = {"image_size": pipe.image_size, "steps": pipe.steps, "guidance": pipe.guidance}
+    assert adapter.base == {"source": str(base.resolve()), "sha256": digest, **sampled}
 
 
 def test_it_opens_as_the_model_with_the_adapter(folder: Path, monkeypatch) -> None:

@@ -1,6 +1,8 @@
 """Text encoders that are in memory only while something is encoded."""
 
 import copy
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 
 import mmdit
 from mmdit.cli.initial import reopened
+from mmdit.loading import open_source
 from mmdit.nn.stored import compute_in_float32
 from mmdit.pipeline import Pipeline
 from mmdit.registry import describe
@@ -33,7 +36,7 @@ def opened() -> list[str]:
 def text(plain: TextConditioner, tiny_published: Path, opened: list[str]) -> TextConditioner:
     def open_again(kind: str):
         opened.append(kind)
-        return reopened(tiny_published, kind)
+        return reopened(tiny_published, kind, open_source(tiny_published).sha256)
 
     def waits(kind: str) -> WaitingEncoder:
         return WaitingEncoder(getattr(plain, kind), partial(open_again, kind))
@@ -79,14 +82,54 @@ def test_copies_share_it(text) -> None:
     assert [*waiting(text)] == ["clip_l", "clip_g", "t5"]
 
 
-def test_it_computes_in_float32_where_the_model_does(plain, tiny_published: Path) -> None:
+def test_it_computes_in_float32_where_the_model_does(plain) -> None:
     encoder = copy.deepcopy(plain.t5).bfloat16()
-    waits = WaitingEncoder(encoder, lambda: reopened(tiny_published, "t5").bfloat16())
+    waits = WaitingEncoder(encoder, lambda: copy.deepcopy(plain.t5.model).bfloat16())
     ids = encoder.tokenize(PROMPTS)
     assert torch.equal(waits(ids).hidden, encoder(ids).hidden)
     compute_in_float32(waits)
     assert waits(ids).hidden.dtype == torch.float32
     torch.testing.assert_close(waits(ids).hidden, plain.t5(ids).hidden, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_its_weights_have_the_dtype_that_is_asked_for(plain, dtype, wide: bool) -> None:
+    encoder, waits = (
+        copy.deepcopy(plain.t5),
+        WaitingEncoder(plain.t5, lambda: copy.deepcopy(plain.t5.model)),
+    )
+    for one in (encoder, waits):
+        one.to(dtype)
+        if wide:
+            compute_in_float32(one)
+    ids = encoder.tokenize(PROMPTS)
+    ours, theirs = waits(ids).hidden, encoder(ids).hidden
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_what_is_remembered_in_one_precision_is_not_used_in_another(plain) -> None:
+    waits = WaitingEncoder(plain.t5, lambda: copy.deepcopy(plain.t5.model).bfloat16())
+    waits.compute_dtype = torch.bfloat16
+    waits.remember(PROMPTS)
+    before = waits(waits.tokenize(PROMPTS)).hidden
+    compute_in_float32(waits)
+    assert before.dtype == torch.bfloat16
+    assert waits(waits.tokenize(PROMPTS)).hidden.dtype == torch.float32
+
+
+def test_weights_that_have_changed_are_refused(tiny_published: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_published, folder)
+    digest = open_source(folder).sha256
+    assert reopened(folder, "t5", digest).compute_dtype == torch.float32
+    file = next((folder / "text_encoder_3").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(mmdit.UserError, match="changed while they were in use"):
+        reopened(folder, "t5", digest)
 
 
 def test_adapters_find_nothing_to_change_in_it(text, tiny_published: Path) -> None:

@@ -55,6 +55,11 @@ def planned(config: DictConfig) -> Plan:
     Raises:
         UserError: a value is invalid, or does not fit the others.
     """
+    if config.initial is not None:
+        raise UserError(
+            f"initial={config.initial}: memory is predicted from the architecture alone: leave it "
+            "out; model=d24 is SD3 Medium, sd35_medium SD3.5 Medium, d38 SD3.5 Large"
+        )
     config = filled(config)
     flag("measure", config.measure)
     if config.compile:
