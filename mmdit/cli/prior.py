@@ -22,6 +22,7 @@ from mmdit.checks import MOST_STEPS, number, seed_number, whole_number
 from mmdit.cli.images import png_with_metadata
 from mmdit.cli.reading import TrainingRequest
 from mmdit.data import CaptionedImages, Constant, Mixture, image_folder
+from mmdit.data.dataset import Data
 from mmdit.engine.preservation import OwnPrediction, changed_layers
 from mmdit.errors import UserError
 from mmdit.nn.stored import compute_in_float32
@@ -52,9 +53,7 @@ def with_class_images(request: TrainingRequest) -> TrainingRequest:
     check(prior)
     if request.initial is None:
         raise UserError("prior= needs the model that makes the class images: initial=<source>")
-    data = request.data
-    if len({data.size_of(index) for index in range(len(data))}) > 1:  # type: ignore[attr-defined]
-        raise UserError("prior=class_images: its images are square; data.max_ratio=1 makes all so")
+    check_square(request.data, request.config.image_size)
     if request.config.get("adapter") is not None:  # a mistake in it shows before images are made
         instantiate(request.config.adapter)(request.initial.pipeline)
     folder = generated(request, prior)
@@ -91,6 +90,17 @@ def check(prior: DictConfig) -> None:
     number("prior.guidance", prior.guidance)
     seed_number("prior.seed", prior.seed, images=prior.images)
     whole_number("prior.batch_size", prior.batch_size)
+
+
+def check_square(data: Data, side: int) -> None:
+    """Raise UserError unless all images are squares of this side, as the class images are."""
+    sizes = {data.size_of(index) for index in range(len(data))}  # type: ignore[attr-defined]
+    if other := sizes - {(side, side)}:
+        height, width = min(other)
+        raise UserError(
+            f"prior=class_images: its images are {side} x {side} pixels, but data has some of "
+            f"{width} x {height}: data.max_ratio=1 crops to squares"
+        )
 
 
 def generated(request: TrainingRequest, prior: DictConfig) -> Path:

@@ -152,7 +152,7 @@ def test_images_of_the_instance_are_sampled(folder: Path) -> None:
         ((*PROMPTS, "data.root=nowhere"), "root 'nowhere' must be a folder"),
         ((*PROMPTS, "data.root=broken"), "1 of 2 images of broken cannot be used"),
         ((*PROMPTS, "data.crop=random"), "instance of the mixture: data.crop=random"),
-        ((*PROMPTS, "data.max_ratio=4", "data.root=wide"), "images of a mixture have one size"),
+        ((*PROMPTS, "data.max_ratio=4", "data.root=wide"), "data.max_ratio=1 crops to squares"),
         ((*PROMPTS, "experiment=smoke"), "instance_prompt is a key of experiment=dreambooth"),
     ],
 )

@@ -210,7 +210,14 @@ def mmdit_metadata(path: Path) -> str:
         (("initial=runs/base", "adapter=textual_inversion"), "words"),
         (("initial=runs/base", "adapter=textual_inversion", "adapter.words=[a b]"), "one word"),
         (("initial=runs/base", "prior=prediction", "prior.prompt=a"), "but none changes a layer"),
+        (
+            ("initial=runs/base", "adapter=lora", "prior=prediction", "prior.prompt=null"),
+            "needs what the model is to keep",
+        ),
         (("initial=runs/base", "probe=new_word"), "data"),
+        (("initial=runs/base", "adapter=lora", "adapter.parts=null"), "parts"),
+        (("extra_channels=4",), "needs weights to start from"),
+        (("initial=runs/base", "adapter=lora", "extra_channels=4"), "leaves the network"),
     ],
 )
 def test_a_mistake_ends_in_one_message(folder: Path, words, message) -> None:
@@ -237,7 +244,9 @@ def test_what_cannot_be_attached_is_refused(folder: Path, words: str, message: s
 
 @pytest.mark.slow
 def test_frozen_weights_may_be_bf16(folder: Path) -> None:
-    run(folder, "train.py", *LORA, "base_dtype=bf16", "name=half", "training.steps=2")
+    words = ("base_dtype=bf16", "name=half", "training.steps=2", "sampling.steps=3")
+    run(folder, "train.py", *LORA, *words)
+    assert mmdit.load_pipeline(folder / "runs" / "half-001").steps == 3  # as it was trained
     pipe = mmdit.load_pipeline(folder / "runs" / "base")
     freeze_in(pipe, "bf16")
     assert {weight.dtype for weight in pipe.mmdit.parameters()} == {torch.bfloat16}
@@ -250,7 +259,8 @@ def test_frozen_weights_may_be_bf16(folder: Path) -> None:
 def test_new_words_may_begin_as_the_mean_of_others(folder: Path) -> None:
     starts = "start_words={cyan: [red, green]}"
     words = ("initial=runs/base", "training.steps=1", "text.dropout=1", "ema.every=1")
-    run(folder, "train.py", *SMOKE, *words, starts, "run=runs/started")
+    told = run(folder, "train.py", *SMOKE, *words, starts, "run=runs/started").stdout
+    assert "cyan begins as the mean of red, green" in told
     base, started = (mmdit.load_pipeline(folder / "runs" / name) for name in ("base", "started"))
     for ours, theirs in zip(started.text.encoders, base.text.encoders, strict=True):
         cyan, red, green = (token_of(ours.tokenizer, word) for word in ("cyan", "red", "green"))
