@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, Self, TypeAlias, TypedDict
+from typing import Any, Self, TypeAlias
 
 from torch import Tensor, nn
 
@@ -16,15 +16,6 @@ from mmdit.registry import build, register
 Make = Callable[..., Change]
 Addition: TypeAlias = Change | NewWords
 Adapted: TypeAlias = AdaptedLinear | AdaptedEmbedding
-
-
-class Where(TypedDict, total=False):
-    """Which layers of a pipeline an adapter changes; see `Adapter.over`."""
-
-    targets: str
-    parts: Sequence[str]
-    blocks: Sequence[int] | str | None
-    base: Mapping[str, Any] | None
 
 
 @register

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 from torch import nn
 
 from mmdit.adapters import layers
-from mmdit.adapters.adapter import Adapter, Where
+from mmdit.adapters.adapter import Adapter
 from mmdit.adapters.layers import LoKr, LoRA
 from mmdit.adapters.words import embedding_of, new_words
 from mmdit.checks import listed, one_of
@@ -21,20 +21,24 @@ def lora(
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
-    **where: Unpack[Where],
+    targets: str = "attention",
+    parts: Sequence[str] = ("mmdit",),
+    blocks: Sequence[int] | str | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """A new LoRA for a pipeline.
 
     Args:
         root: the pipeline.
         rank, alpha, dropout: see `LoRA`.
-        where: the layers, and the weights that it is for, see `Adapter.over`.
+        targets, parts, blocks: the layers, see `targeted`.
+        base: see `Adapter`.
 
     Example:
         pipe.load_lora(lora(pipe, rank=16, targets="attention+mlp"))
     """
     make = partial(LoRA, rank=rank, alpha=alpha, dropout=dropout)
-    return Adapter.over(root, make, **where)
+    return Adapter.over(root, make, targets=targets, parts=parts, blocks=blocks, base=base)
 
 
 def dora(
@@ -43,11 +47,14 @@ def dora(
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
-    **where: Unpack[Where],
+    targets: str = "attention",
+    parts: Sequence[str] = ("mmdit",),
+    blocks: Sequence[int] | str | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """A new DoRA for a pipeline; arguments are those of `lora`."""
     make = partial(layers.dora, rank=rank, alpha=alpha, dropout=dropout)
-    return Adapter.over(root, make, **where)
+    return Adapter.over(root, make, targets=targets, parts=parts, blocks=blocks, base=base)
 
 
 def lokr(
@@ -56,7 +63,10 @@ def lokr(
     factor: int | None = 16,
     rank: int | None = None,
     alpha: float | None = None,
-    **where: Unpack[Where],
+    targets: str = "attention",
+    parts: Sequence[str] = ("mmdit",),
+    blocks: Sequence[int] | str | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """A new LoKr for a pipeline.
 
@@ -66,7 +76,7 @@ def lokr(
     Other arguments are those of `lora`.
     """
     make = partial(LoKr, factor=factor, rank=rank, alpha=alpha)
-    return Adapter.over(root, make, **where)
+    return Adapter.over(root, make, targets=targets, parts=parts, blocks=blocks, base=base)
 
 
 def textual_inversion(
