@@ -138,7 +138,7 @@ def assert_same_model(again: Pipeline, pipe: Pipeline, prompt: str) -> None:
     torch.testing.assert_close(latents(again, prompt), latents(pipe, prompt), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("negative", [None, "a blue dog"])
+@pytest.mark.parametrize("negative", [pytest.param(None, marks=pytest.mark.slow), "a blue dog"])
 @pytest.mark.parametrize("use_t5", [True, False])
 def test_eight_guided_steps_match_diffusers(tiny, negative, use_t5):
     diffusers = pytest.importorskip("diffusers")

@@ -568,6 +568,7 @@ def test_log_records_of_a_script_forge_no_line(folder: Path) -> None:
     assert result.out == f"two\nlines of {SHOWN} and {SHOWN}, 1.50\n{SHOWN}\n"
 
 
+@pytest.mark.slow
 def test_full_traceback_on_request(folder: Path) -> None:
     result = run_script(folder, "action=mistake", HYDRA_FULL_ERROR="1")
     assert result.code == 2 and "Traceback" in result.err and 'raise UserError("the' in result.err

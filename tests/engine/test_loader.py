@@ -57,6 +57,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(world_size, accumulation):
         loader(processes=Processes(0, world_size), accumulation=accumulation)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path: Path):
     def fragile(step: int, indices: Sequence[int]) -> torch.Tensor:
         mark = tmp_path / "killed"

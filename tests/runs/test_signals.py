@@ -53,6 +53,7 @@ def test_a_signal_to_one_process_holds_for_all():
     assert none.agreed([0.0] * 4) is None
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_with_a_stack_trace():
     program = (
         "import time\nfrom mmdit.runs.signals import time_limit\n"
