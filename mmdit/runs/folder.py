@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from mmdit.atomic import write_atomically
 from mmdit.errors import UserError, first_line
@@ -290,6 +290,11 @@ def open_run(
                 f" the runs in {root} are {listed or 'none'}"
             )
         folder = RunFolder(path)
+        # A run that was stopped before its first checkpoint has a config all the same.
+        before = _config_of(path, []) if folder.latest() is None else {}
+        changed = differences(before, config, (*FREE, *LOWERED)) if before else []
+        if changed:
+            _refuse(folder, changed, before, config)
     return _claim(folder, config, FREE if resume == "finish" else (*FREE, *LOWERED))
 
 
@@ -327,17 +332,8 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
         was, here = _computed(before), _computed(config)
         if was == here:
             free = (*free, "precision")  # requested or chosen by auto: no difference
-        changed = differences(before, config, free)
-        if changed:
-            folder.close()
-            more = f"; {len(changed) - 10} more" if changed[10:] else ""
-            listed = "; ".join(map(str, changed[:10])) + more
-            raise UserError(
-                f"cannot resume {folder.path}, its config differs: {listed}. Give its own command: "
-                f"{folder.command() or 'the one that started it, with resume='}; or start a "
-                "new run without resume= (a sweep: under another name=)"
-                + how_to_lengthen(before, config, folder.path, checkpoints_in(folder.path))
-            )
+        if changed := differences(before, config, free):
+            _refuse(folder, changed, before, config)
         for change in differences(before, config, (*FREE, "precision")):
             log.info("resuming with a different value: %s", change)
         if None not in (was, here) and was != here:
@@ -348,6 +344,24 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], may_differ: Sequence[st
             )
     write_atomically(folder.path / "config.json", json.dumps(config, indent=1).encode())
     return folder
+
+
+def _refuse(
+    folder: RunFolder,
+    changed: Sequence[object],
+    before: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> NoReturn:
+    """Let go of a run whose config differs from that of this command, and say where."""
+    folder.close()
+    more = f"; {len(changed) - 10} more" if changed[10:] else ""
+    listed = "; ".join(map(str, changed[:10])) + more
+    raise UserError(
+        f"cannot resume {folder.path}, its config differs: {listed}. Give its own command: "
+        f"{folder.command() or 'the one that started it, with resume='}; or start a "
+        "new run without resume= (a sweep: under another name=)"
+        + how_to_lengthen(before, config, folder.path, checkpoints_in(folder.path))
+    )
 
 
 def _computed(config: Mapping[str, Any]) -> str | None:

@@ -184,6 +184,15 @@ def test_a_run_is_resumed_without_its_config_file(tmp_path: Path, content: str |
     assert json.loads((run / "config.json").read_text()) == CONFIG
 
 
+def test_a_run_without_a_checkpoint_is_resumed_with_its_own_config_alone(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    other = {**CONFIG, "seed": 1}
+    with pytest.raises(UserError, match=r"its config differs: seed was 0, now 1"):
+        opened(tmp_path, config=other, resume=str(run))
+    assert json.loads((run / "config.json").read_text()) == CONFIG
+    assert opened(tmp_path, resume=str(run)) == run
+
+
 def test_a_checkpoint_of_another_run_is_rejected(tmp_path: Path) -> None:
     run = tmp_path / "a-001"
     save(run, 4)
