@@ -64,8 +64,10 @@ class MixedOrder:
         part = self._dealt[offset]
         before = block * self.counts[part] + self._dealt[:offset].count(part)
         (index,) = self.orders[part](before, 1)
-        passes = before // self.sizes[part]
-        return sum(self.sizes[:part]) + index + passes * sum(self.sizes)
+        # A part that is a mixture itself counts passes in its indices, too.
+        size = self.sizes[part]
+        passes = before // size + index // size
+        return sum(self.sizes[:part]) + index % size + passes * sum(self.sizes)
 
 
 class Mixture:

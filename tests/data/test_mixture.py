@@ -52,6 +52,17 @@ def test_halves_fill_every_batch_alike(new) -> None:
         assert parts == {"old": 2, "new": 2}
 
 
+def test_shares_hold_in_a_mixture_that_is_part_of_another(new) -> None:
+    inner = mixed(new, 0, 1)
+    data = Mixture(parts={"instance": inner, "class": OLD}, shares={"instance": 1, "class": 1})
+    indices = data.order(batch_size=4, seed=0)(0, 400)
+    places = [data.place(index) for index in indices]
+    assert Counter(place.part for place in places) == {"instance": 200, "class": 200}
+    taught = [inner.place(place.number).part for place in places if place.part == "instance"]
+    assert Counter(taught) == {"new": 200}
+    assert len(set(indices)) == 400
+
+
 def test_the_order_follows_from_the_position_alone(new) -> None:
     data = mixed(new)
     whole = data.order(batch_size=4, seed=3)(0, 300)
