@@ -46,7 +46,7 @@ class ConcatMMDiT(MMDiT):
     def forward(  # type: ignore[override]
         self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor, image: Tensor
     ) -> Tensor:
-        """As `MMDiT`, with image (b, extra_channels, h, w) beside z_t (b, c, h, w)."""
+        """`MMDiT.forward` with a second latent, image (b, extra_channels, h, w)."""
         return super().forward(torch.cat([z_t, image.to(z_t)], dim=1), t, c_vec, c_ctxt)
 
     def flops(self, *, height: int, width: int, text_length: int) -> int:

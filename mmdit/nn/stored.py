@@ -1,8 +1,8 @@
 """Frozen weights that are stored in 16 bits and multiplied in float32, one layer at a time.
 
-A processor without bfloat16 instructions multiplies bfloat16 matrices ten times slower than float32
-ones, and convolves with them hundreds of times slower; converting a weight when it is needed costs
-little, and takes no memory for a second copy of the model.
+A processor without bfloat16 instructions multiplies bfloat16 matrices four times slower than
+float32 ones, and convolves with them hundreds of times slower; converting a weight when it is
+needed costs little, and takes no memory for a second copy of the model.
 """
 
 from typing import Any

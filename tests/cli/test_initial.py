@@ -259,8 +259,8 @@ def test_frozen_weights_may_be_bf16(folder: Path) -> None:
 def test_new_words_may_begin_as_the_mean_of_others(folder: Path) -> None:
     starts = "start_words={cyan: [red, green]}"
     words = ("initial=runs/base", "training.steps=1", "text.dropout=1", "ema.every=1")
-    told = run(folder, "train.py", *SMOKE, *words, starts, "run=runs/started").stdout
-    assert "cyan begins as the mean of red, green" in told
+    output = run(folder, "train.py", *SMOKE, *words, starts, "run=runs/started").stdout
+    assert "cyan begins as the mean of red, green" in output
     base, started = (mmdit.load_pipeline(folder / "runs" / name) for name in ("base", "started"))
     for ours, theirs in zip(started.text.encoders, base.text.encoders, strict=True):
         cyan, red, green = (token_of(ours.tokenizer, word) for word in ("cyan", "red", "green"))
