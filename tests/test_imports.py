@@ -25,6 +25,7 @@ FLOORS = [
     {"loading"},
     {"metrics", "latents"},
     {"engine"},
+    {"alignment"},
     {"study", "parity", "export"},
     {"mmdit"},  # the package's own __init__.py: what users import
     {"cli"},
