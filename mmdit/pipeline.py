@@ -1,6 +1,7 @@
 """Text-to-image sampling: encode the prompt, integrate the guided flow from noise, decode."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,12 @@ from mmdit.flow.condition import Condition
 from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
-from mmdit.flow.solvers import Progress, Solver, euler
+from mmdit.flow.solvers import Progress, Solver, euler, takes_averages
 from mmdit.flow.watch import Watch
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
 from mmdit.models.controlnet import ControlledMMDiT, control_pixels
+from mmdit.models.interval import IntervalMMDiT
 from mmdit.registry import register
 from mmdit.request import Request
 from mmdit.text.conditioning import TextConditioner
@@ -111,6 +113,8 @@ class NetworkVelocity:
         network: predicts in the parametrization of `objective`.
         objective: converts the prediction to a velocity.
         evaluated: called after every evaluation with z_t and the velocity.
+        ends: the time at which the step from each time ends, for a network that predicts average
+            velocities over steps (`IntervalMMDiT`); from other times it predicts the velocity.
     """
 
     def __init__(
@@ -118,18 +122,24 @@ class NetworkVelocity:
         network: Backbone,
         objective: Objective,
         evaluated: Callable[[Tensor, Tensor], object] = lambda z_t, velocity: None,
+        ends: Mapping[float, float] = {},
     ) -> None:
         self.network, self.objective, self.evaluated = network, objective, evaluated
+        self.ends = ends
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
         """Velocity (b, c, h, w), at least float32, of latents that are all at time t."""
+        if t in self.ends:
+            end = z_t.new_full((len(z_t),), self.ends[t], dtype=at_least_float32(z_t.dtype))
+            condition = condition._replace(extra={**condition.extra, "r": end})
         velocity = self.objective.velocity(self.network, z_t, t, condition)
         self.evaluated(z_t, velocity)
         return velocity
 
     def skipping(self, layers: Collection[int]) -> "NetworkVelocity":
         """The velocity of the same network without these blocks."""
-        return NetworkVelocity(self.network.skipping(layers), self.objective, self.evaluated)
+        network = self.network.skipping(layers)
+        return NetworkVelocity(network, self.objective, self.evaluated, self.ends)
 
 
 @register
@@ -410,7 +420,9 @@ class Pipeline(nn.Module):
                 'to denoise() as `negative`, for example encode([""])'
             )
         watch = Watch(len(times) - 1, progress)
-        network = NetworkVelocity(self.mmdit, self.objective, watch.evaluated)
+        averages = isinstance(self.mmdit, IntervalMMDiT) and takes_averages(solver)
+        ends = dict(pairwise(times.tolist())) if averages else {}
+        network = NetworkVelocity(self.mmdit, self.objective, watch.evaluated, ends)
         steps = len(times) - 1 if steps is None else steps
         velocity = guidance(network, positive, negative, times, steps)
         z = solver(velocity, z, times, watch.step)

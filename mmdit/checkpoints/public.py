@@ -35,6 +35,7 @@ from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet, ParallelControlNet
+from mmdit.models.interval import IntervalMMDiT
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
 from mmdit.nn.network import Network
@@ -280,7 +281,7 @@ def kind_of(module: nn.Module) -> str:
         UserError: it has no public format.
     """
     match module:
-        case MMDiT() if not module.reads:
+        case MMDiT() if not module.reads and not isinstance(module, IntervalMMDiT):
             return "mmdit"
         case Autoencoder():
             return "autoencoder"

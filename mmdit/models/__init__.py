@@ -5,6 +5,7 @@ from mmdit.models.clip import CLIPTextModel
 from mmdit.models.concat import ConcatMMDiT
 from mmdit.models.cross_dit import CrossDiT
 from mmdit.models.dit import DiT
+from mmdit.models.interval import IntervalMMDiT
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.mmdit_three import MMDiTThree
 from mmdit.models.t5 import T5Encoder
@@ -16,6 +17,7 @@ __all__ = [
     "ConcatMMDiT",
     "CrossDiT",
     "DiT",
+    "IntervalMMDiT",
     "MMDiT",
     "MMDiTThree",
     "T5Encoder",
