@@ -81,7 +81,7 @@ def _variant(kind: str) -> Any:
 density, path, prediction = _variant("density"), _variant("path"), _variant("prediction")
 shift, grid, solver = _variant("shift"), _variant("grid"), _variant("solver")
 guidance, schedule, profile = _variant("guidance"), _variant("schedule"), _variant("profile")
-backbone = _variant("backbone")
+backbone, transition = _variant("backbone"), _variant("transition")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from mmdit.flow.paths import Path as FlowPath
 from mmdit.flow.predictions import FPrediction, Prediction
 from mmdit.flow.schedule import PublishedShift, Shift
 from mmdit.flow.timesteps import DiscreteUniform, LogitNormal, Mode, TimestepDensity
+from mmdit.flow.transitions import CPS, Ancestral, FlowSDE, GaussianSDE, Transition
 from mmdit.models.backbone import PatchBackbone
 from tests.tiny import SIZES, Tiny
 
@@ -84,6 +85,16 @@ KINDS = {
         {"karras(short)": lambda: KarrasGrid(sigma_min=0.1, sigma_max=9.0, rho=2.0)},
     ),
     "solver": Kind("solver", None),
+    "transition": Kind(
+        "transition",
+        Transition,
+        {
+            "ancestral(0.5)": lambda: Ancestral(eta=0.5),
+            "cps(1)": lambda: CPS(eta=1.0),
+            "flow-sde(0.3)": lambda: FlowSDE(a=0.3),
+            "gaussian(1, 0.5)": lambda: GaussianSDE(variance=1.0, eta=0.5),
+        },
+    ),
     "guidance": Kind("guide", Guidance, {"cfg(1)": lambda: ClassifierFreeGuidance(scale=1.0)}),
     "schedule": Kind(
         "schedule",

@@ -12,18 +12,32 @@ from mmdit.flow.objective import Objective
 from mmdit.flow.paths import EDM, Cosine, LDMLinear, MatchedEDM, RectifiedFlow
 from mmdit.flow.predictions import Epsilon, FPrediction, V, Velocity
 from mmdit.flow.schedule import PublishedShift, Shift
-from mmdit.flow.solvers import dpmpp_2m, dpmpp_2m_log_snr, euler, euler_ancestral, heun, midpoint
+from mmdit.flow.solvers import (
+    dpmpp_2m,
+    dpmpp_2m_log_snr,
+    euler,
+    euler_ancestral,
+    heun,
+    midpoint,
+    stochastic,
+)
 from mmdit.flow.timesteps import CosMap, DiscreteUniform, LogitNormal, Mode, Uniform
+from mmdit.flow.transitions import CPS, Ancestral, DanceSDE, FlowSDE, GaussianSDE
 
 __all__ = [
+    "CPS",
     "EDM",
+    "Ancestral",
     "ClassifierFreeGuidance",
     "CosMap",
     "Cosine",
     "CosineGrid",
+    "DanceSDE",
     "DiscreteUniform",
     "Epsilon",
     "FPrediction",
+    "FlowSDE",
+    "GaussianSDE",
     "GuidanceInterval",
     "GuidanceRescale",
     "KarrasGrid",
@@ -48,4 +62,5 @@ __all__ = [
     "euler_ancestral",
     "heun",
     "midpoint",
+    "stochastic",
 ]

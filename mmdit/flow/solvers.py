@@ -8,13 +8,15 @@ from 0, the new time, and the new state, which it must not modify.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from mmdit.checks import expect, listed, whole_number
 from mmdit.errors import UserError
+from mmdit.flow.transitions import Ancestral, Trajectory, Transition, log_prob, sample
 from mmdit.keys import generator_for
 
 VelocityFunction = Callable[[Tensor, float], Tensor]
@@ -89,6 +91,77 @@ def dpmpp_2m_log_snr(
     return _two_step(velocity, z, grid, -grid.logit(), progress)
 
 
+def stochastic(
+    velocity: VelocityFunction,
+    z: Tensor,
+    grid: Tensor,
+    progress: Progress | None = None,
+    *,
+    transition: Transition,
+    window: Sequence[int] | None = None,
+    trajectory: Trajectory | None = None,
+) -> Tensor:
+    """Steps drawn at random from a transition, first order, one evaluation per step.
+
+    Fresh noise is keyed by an image's initial latent, so it depends neither on the batch nor on the
+    device.
+
+    Example:
+        trajectory = Trajectory()
+        solver = functools.partial(stochastic, transition=FlowSDE(), trajectory=trajectory)
+        latents = pipe.denoise(z, times, condition, guidance=guidance, solver=solver).latents
+        first, second = trajectory.states[:2]
+        trajectory.log_probs[0]  # log-probability of the step from first to second, (b,)
+
+    Args:
+        transition: distribution of a step, from `mmdit.flow.transitions`.
+        window: first and last of the random steps, counted from 0; the others are Euler's, as in
+            MixGRPO and the fast form of Flow-GRPO. None is all steps.
+        trajectory: receives all states, and the log-probabilities of the random steps.
+
+    Raises:
+        UserError: the window does not lie inside the grid.
+    """
+    steps = len(grid) - 1
+    first, last = (0, steps - 1) if window is None else _window(window, steps)
+    keys = [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in z.detach().float()]
+    if trajectory is not None:
+        trajectory.states, trajectory.log_probs = [z], {}
+    for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
+        v = velocity(z, t)
+        if first <= i <= last:
+            times = (torch.full((len(z),), u, dtype=torch.float64) for u in (t, t_next))
+            mean, std = transition.moments(v, z, *times)
+            random = bool((std > 0).all())
+            z = sample(mean, std, _fresh_noise(keys, i, mean)) if random else mean
+            if random and trajectory is not None:
+                trajectory.log_probs[i] = log_prob(z, mean, std)
+        else:
+            z = z + (t_next - t) * v
+        if trajectory is not None:
+            trajectory.states.append(z)
+        if progress is not None:
+            progress(i, t_next, z)
+    return z
+
+
+def _window(window: Sequence[int], steps: int) -> tuple[int, int]:
+    """The first and last step of a window, checked."""
+    listed("window", window)
+    expect(
+        len(window) == 2, "window", [*window], "must be two numbers, the first and the last step"
+    )
+    first = whole_number("window[0]", window[0], 0, steps - 1)
+    return first, whole_number("window[1]", window[1], first, steps - 1)
+
+
+def _fresh_noise(keys: Sequence[str], step: int, like: Tensor) -> Tensor:
+    """Noise (b, ...) of a step, each sample's from its own key."""
+    shape = like.shape[1:]
+    draws = [torch.randn(shape, generator=generator_for(key, "fresh", step)) for key in keys]
+    return torch.stack(draws).to(like)
+
+
 def euler_ancestral(
     velocity: VelocityFunction,
     z: Tensor,
@@ -99,33 +172,17 @@ def euler_ancestral(
 ) -> Tensor:
     """Euler's method with fresh noise: part of the noise is replaced at every step.
 
-    eta = 1 is ancestral sampling from the diffusion's posterior (Ho et al. 2020, Sec. 3.2), eta = 0
-    is `euler` (Song et al. 2021, Eq. 16). First order, one evaluation per step. Fresh noise is
-    keyed by an image's initial latent, so it depends neither on the batch nor on the device.
+    `stochastic` with the transition `Ancestral`.
 
     Args:
-        eta: in [0, 1]; scales the standard deviation of the fresh noise.
+        eta: in [0, 1]; scales the standard deviation of the fresh noise. 0 is `euler`.
 
     Raises:
         UserError: eta outside [0, 1].
     """
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"euler_ancestral: eta {eta} must lie in [0, 1]")
-    keys = [hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in z.float()]
-    for i, (t, t_next) in enumerate(pairwise(grid.tolist())):
-        v = velocity(z, t)
-        x_0, epsilon = z - t * v, z + (1 - t) * v
-        # Ratio of the noise-to-data ratios after and before; 0 when all was noise.
-        ratio = t_next * (1 - t) / (t * (1 - t_next))
-        fresh = eta * t_next * math.sqrt(1 - ratio**2)
-        z = (1 - t_next) * x_0 + math.sqrt(t_next**2 - fresh**2) * epsilon
-        if fresh > 0:
-            shape = x_0.shape[1:]
-            noise = [torch.randn(shape, generator=generator_for(key, "fresh", i)) for key in keys]
-            z = z + fresh * torch.stack(noise).to(z)
-        if progress is not None:
-            progress(i, t_next, z)
-    return z
+    return stochastic(velocity, z, grid, progress, transition=Ancestral(eta=eta))
 
 
 def _two_step(

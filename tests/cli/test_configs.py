@@ -24,6 +24,7 @@ import mmdit.flow.predictions
 import mmdit.flow.schedule
 import mmdit.flow.solvers
 import mmdit.flow.timesteps
+import mmdit.flow.transitions
 import mmdit.latents.sources
 from mmdit.cli.keys import check_keys, known_keys
 
@@ -36,6 +37,7 @@ VARIANTS = {
     "objective/prediction": mmdit.flow.predictions,
     "objective/shift": mmdit.flow.schedule,
     "solver": mmdit.flow.solvers,
+    "transition": mmdit.flow.transitions,
     "guide": mmdit.flow.guidance,
     "schedule": mmdit.engine.schedules,
     "ema": mmdit.engine.ema,
@@ -58,6 +60,7 @@ HELPERS = {
         "local",
         "gamma_of",
     ),
+    *("Trajectory", "sample", "log_prob", "kl"),
     *("Parallel", "world_size", "check_started", "whole", "Read", "LatentSource", "encode"),
 }
 
