@@ -68,7 +68,7 @@ class ScenePrompts:
         rich: bool = False,
         task_weights: Mapping[str, float] | None = None,
     ) -> None:
-        scenes = scenes_of(data, "prompts.data")
+        scenes = expect_shapes("prompts.data", data)
         seed_number("prompts.seed", seed)
         flag("prompts.rich", rich)
         changes = {} if task_weights is None else {"task_weights": task_weights}
@@ -132,7 +132,7 @@ class PromptFile:
         return [Prompt(self._texts[line]) for line in order(0, count)]
 
 
-def scenes_of(data: object, field: str) -> Shapes:
+def expect_shapes(field: str, data: object) -> Shapes:
     """The data, if it has scenes, as data=shapes has.
 
     Raises:
@@ -141,8 +141,8 @@ def scenes_of(data: object, field: str) -> Shapes:
     if isinstance(data, Shapes):
         return data
     raise UserError(
-        f"{field} is a {type(data).__name__}, but only data=shapes has scenes to judge images by: "
-        "use it, or prompt_source=data or file with a reward that reads texts"
+        f"{field} is a {type(data).__name__}, but only data=shapes has scenes, by which images can "
+        "be judged"
     )
 
 

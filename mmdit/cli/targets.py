@@ -25,6 +25,7 @@ OWN = "mmdit"
 HYDRA = ("hydra", "hydra_plugins")  # allowed below `hydra`: launchers, sweepers
 LOGGING = (*HYDRA, "logging", "colorlog", "mmdit.printable")  # allowed in Hydra's logging
 FACTORIES = ("()", "class")  # what `logging.config` builds
+FUNCTION = "function"  # a key whose value may name one as module:name
 
 
 def check_targets(config: DictConfig, imports: Collection[str]) -> None:
@@ -52,7 +53,7 @@ def _allowed(key: str, imports: Iterable[str]) -> tuple[str, ...]:
 
 
 def _targets(node: Any, place: str, above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Key and value of every `_target_`, and of what Hydra's logging builds."""
+    """Key and value of every `_target_` and function, and of what Hydra's logging builds."""
     if not OmegaConf.is_config(node) or id(node) in above:
         return
     logs = place.startswith("hydra.") and "logging" in place
@@ -67,6 +68,8 @@ def _targets(node: Any, place: str, above: tuple[int, ...] = ()) -> Iterator[tup
             continue
         if key == "_target_" or (logs and key in FACTORIES):
             yield where, value
+        elif key == FUNCTION and isinstance(value, str):
+            yield where, value.replace(":", ".", 1)
         else:
             yield from _targets(value, where, (*above, id(node)))
 

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit.data.captions import RELATIONS, Scene
-from mmdit.data.drawing import COLOURS, TEXTURES, Image, area_and_centroid, cover
+from mmdit.data.drawing import COLOURS, TEXTURES, Image, Object, area_and_centroid, cover
 from mmdit.data.shapes import Shapes
 
 Array: TypeAlias = NDArray[np.floating[Any]]
 Mask: TypeAlias = NDArray[np.bool_]
 
+COLOURED = ("colours", "position", "colour_attribution")  # tasks whose prompts name colours
 SHARE = 0.25  # of the leading colour's votes: a colour with fewer is not a separate object
 
 
@@ -195,19 +196,25 @@ def matches(scene: Scene, found: Sequence[Detection]) -> bool:
     position and colour attribution. In the position task, the offset from the second object to the
     first must point in the direction of the relation, and be larger along its axis than across.
     """
-    coloured = scene.task in ("colours", "position", "colour_attribution")
-
-    def kinds(things: Iterable[object]) -> list[tuple[str, str]]:
-        return sorted((t.shape, t.colour if coloured else "") for t in things)  # type: ignore[attr-defined]
-
-    if kinds(scene.objects) != kinds(found):
+    if kinds(scene, scene.objects) != kinds(scene, found):
         return False
     if scene.relation is None:
         return True
     wanted = (scene.objects[0].shape, scene.objects[0].colour)
     first, second = sorted(found, key=lambda d: (d.shape, d.colour) != wanted)
+    return holds(scene.relation, first, second)
+
+
+def kinds(scene: Scene, things: Iterable[Object | Detection]) -> list[tuple[str, str]]:
+    """Shape and colour of some objects, sorted; no colour where the short caption names none."""
+    coloured = scene.task in COLOURED
+    return sorted((thing.shape, thing.colour if coloured else "") for thing in things)
+
+
+def holds(relation: str, first: Detection, second: Detection) -> bool:
+    """Whether a relation, a key of `RELATIONS`, is true of two objects."""
     x, y = first.x - second.x, first.y - second.y
-    along_x, along_y = RELATIONS[scene.relation]
+    along_x, along_y = RELATIONS[relation]
     along, across = (x * along_x, y) if along_x else (y * along_y, x)
     return along > abs(across)
 
@@ -217,18 +224,21 @@ def judge(data: Shapes, scenes: Sequence[Scene], images: Tensor) -> list[bool]:
 
     A region counts as an object from a quarter of the area of the smallest object of `data`.
     """
+    found = detections(data, scenes, images)
+    return [matches(scene, things) for scene, things in zip(scenes, found, strict=True)]
+
+
+def detections(data: Shapes, scenes: Sequence[Scene], images: Tensor) -> list[list[Detection]]:
+    """The objects that `judge` sees in each image, whose scene states the background."""
     least_radius = min(least for least, _ in data.sizes.values())
     least_area = min(area_and_centroid(shape)[0] for shape in data.shapes) * least_radius**2 / 4
     return [
-        matches(
-            scene,
-            detect(
-                image.numpy(),
-                shapes=data.shapes,
-                colours=data.colours,
-                background=scene.background,
-                least_area=least_area,
-            ),
+        detect(
+            image.numpy(),
+            shapes=data.shapes,
+            colours=data.colours,
+            background=scene.background,
+            least_area=least_area,
         )
         for scene, image in zip(scenes, images, strict=True)
     ]

@@ -8,7 +8,7 @@ from mmdit.alignment.prompts import (
     Prompt,
     PromptFile,
     ScenePrompts,
-    scenes_of,
+    expect_shapes,
 )
 from mmdit.data.captions import TASKS, short_caption
 from mmdit.data.shapes import Shapes
@@ -148,4 +148,4 @@ def test_bad_arguments_are_named(make, message):
 
 def test_scenes_are_those_of_shapes():
     data = Shapes()
-    assert scenes_of(data, "reward.data") is data
+    assert expect_shapes("reward.data", data) is data
