@@ -26,7 +26,7 @@ FLOORS = [
     {"metrics", "latents"},
     {"engine"},
     {"alignment"},
-    {"study", "parity", "export"},
+    {"study", "parity", "export", "fewsteps"},
     {"mmdit"},  # the package's own __init__.py: what users import
     {"cli"},
 ]

@@ -19,6 +19,8 @@ from mmdit.adapters.targets import PARTS
 from mmdit.checks import did_you_mean, expanded, listed, nearest, number, one_of
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
+from mmdit.fewsteps import MeanFlow
+from mmdit.fewsteps.student import Student
 from mmdit.flow.objective import Objective
 from mmdit.latents.sources import FromCache
 from mmdit.loading import Public, Source, open_source
@@ -95,6 +97,8 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
             raise UserError(
                 "adapter= needs weights to adapt: initial=<run, file, folder or hub id>"
             )
+        if student_of(config) is not None:
+            raise UserError("student= needs a teacher: initial=<run, file, folder or hub id>")
         return None
     sections = {key: key.partition(".")[0].partition("/")[0] for key in given}
     named = sorted(key for key, section in sections.items() if section in COMES_WITH)
@@ -114,11 +118,15 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         log.info("note: objective is that of the config, not that of %s", config.initial)
     else:
         config.objective = OmegaConf.create(describe(objective))
-    defaults = {}
-    for key in ("image_size", "sampling.steps", "sampling.guidance"):
-        name = key.removeprefix("sampling.")
+    defaults = {name: getattr(pipeline, name) for name in ("image_size", "steps", "guidance")}
+    if (student := take_over(config, pipeline)) is not None:
+        torch.manual_seed(config.seed)
+        network = student.network(network)
+        defaults |= {"steps": student.steps, "guidance": 1.0}
+    for name, value in defaults.items():
+        key = name if name == "image_size" else f"sampling.{name}"
         if key not in given:
-            OmegaConf.update(config, key, getattr(pipeline, name))
+            OmegaConf.update(config, key, value)
         defaults[name] = OmegaConf.select(config, key)
     # Built again, so that checkpoints describe what is trained.
     rebuilt = Pipeline(
@@ -132,10 +140,38 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
     sized = pipeline if network is pipeline.mmdit else rebuilt
     sized.latent_size(config.image_size, config.image_size)
     pipeline = rebuilt
+    if student is not None:
+        student.check(pipeline)
     config.model = OmegaConf.create(describe(pipeline.mmdit))
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)
     return Initial(pipeline, found, source.sha256)
+
+
+def student_of(config: DictConfig) -> Student | None:
+    """The way to train a student of few steps that a config asks for."""
+    student: Student | None = instantiate(config.get("student"))
+    return student
+
+
+def take_over(config: DictConfig, teacher: Pipeline) -> Student | None:
+    """The student that a config asks for, in which values of null become those of the teacher.
+
+    Raises:
+        UserError: an adapter cannot hold what the student has of its own.
+    """
+    if student_of(config) is None:
+        return None
+    for key, value in {"guidance": teacher.guidance, "teacher_steps": teacher.steps}.items():
+        if config.student[key] is None:
+            config.student[key] = value
+    student = student_of(config)
+    if isinstance(student, MeanFlow) and config.get("adapter") is not None:
+        raise UserError(
+            "student=mean_flow has an embedding of its own, which an adapter does not hold: leave "
+            "adapter out, or choose student=reflow"
+        )
+    return student
 
 
 def text_as_asked(
@@ -161,7 +197,8 @@ def waits(config: DictConfig) -> bool:
     """
     adapter = config.get("adapter")
     cached = issubclass(get_class(config.latents._target_), FromCache)
-    return cached and adapter is not None and adapter.get("parts") == ["mmdit"]
+    alone = adapter is not None and adapter.get("parts") == ["mmdit"]
+    return cached and alone and config.get("student") is None  # a student's captions come later
 
 
 def reopened(path: Path, kind: str, sha256: str) -> CLIPTextModel | T5Encoder:

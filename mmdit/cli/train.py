@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from mmdit.cli.build import Parts, build, describe
 from mmdit.cli.commands import how_to_resume
+from mmdit.cli.few_steps import source_for_student, student_task
 from mmdit.cli.formulations import store_formulations
 from mmdit.cli.launch import Verbatim, launch, sweep_label
 from mmdit.cli.prior import own_prediction, with_class_images
@@ -89,6 +90,7 @@ def open_latents(request: TrainingRequest, parts: Parts) -> LatentSource:
             f"text_device={config.text_device} is for encoders that are not trained, as those of "
             "text=published; leave it out"
         )
+    source = source_for_student(request, parts, source)
     own_prediction(config, pipeline)  # long before it is used
     check_sizes(request.data, pipeline)
     if config.until is not None:
@@ -209,7 +211,7 @@ def fit(
         report_formulation(pipeline.objective, run.path)
         for remark in pipeline.text.remarks_on_captions(validation.captions):
             log.warning("note: in the validation split, %s", remark)
-    task = FlowTask(
+    task = student_task(request, parts, source, validation) or FlowTask(
         module=pipeline,
         source=source,
         validation=validation,

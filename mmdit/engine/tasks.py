@@ -13,6 +13,7 @@ from mmdit.data.order import Order
 from mmdit.dtypes import wide
 from mmdit.engine.preservation import OwnPrediction
 from mmdit.errors import UserError
+from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
 from mmdit.latents.encoding import AT_ONCE, condition, memory_for
@@ -254,17 +255,22 @@ class FlowTask:
     def example(self, step: int, indices: Sequence[int]) -> Captioned:
         x, text, extra = self.source.read(step, indices)
         generators = [generator_for(self.seed, "flow", step, index) for index in indices]
-        draw = self.module.objective.draw(self.source.latent_shape(x), generators)
+        draw = self.draw(self.source.latent_shape(x), generators)
         kept = self.module.text.draw_kept(generators)
         seed = generator_for(self.seed, "layers", step, *indices).initial_seed()
         none = torch.zeros(len(indices), dtype=torch.bool)
         preserved = none if self.prior is None else self.prior.draw(generators)
         return Captioned(x, text, kept, draw, extra, seed, preserved)
 
+    def draw(self, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Draw:
+        """What chance decides about a batch of latents of a shape (c, h, w)."""
+        return self.module.objective.draw(shape, generators)
+
     def loss(self, example: Captioned) -> Tensor:
         module = self.module
         x_0 = self.source.latents(example.x)
-        draw = Draw(*(part.to(x_0.device, non_blocking=True) for part in example.draw))
+        moved = (part.to(x_0.device, non_blocking=True) for part in example.draw)
+        draw = type(example.draw)(*moved)
         torch.manual_seed(example.seed)
         with self.autocast():
             conditioned = condition(module.text, example.text, example.kept)
@@ -273,7 +279,11 @@ class FlowTask:
                 return self.prior.loss(
                     module, x_0, conditioned, draw, example.preserved, example.kept
                 )
-            return module.objective(module.mmdit, x_0, conditioned, draw)
+            return self.losses(x_0, conditioned, draw)
+
+    def losses(self, x_0: Tensor, condition: Condition, draw: Draw) -> Tensor:
+        """The losses (b,) of a batch of what the source of latents holds."""
+        return self.module.objective(self.module.mmdit, x_0, condition, draw)
 
     def _read(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the network reads of the tensors that come with a batch, on its device.

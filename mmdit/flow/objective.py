@@ -66,13 +66,17 @@ class Objective:
             shape: the shape (c, h, w) of one sample.
             generators: one per sample, so that a draw does not depend on the batch.
         """
-        t = torch.cat([self.timesteps.sample(1, generator) for generator in generators])
+        t = self.draw_times(generators)
         epsilon = torch.stack(
             [torch.randn(*shape, generator=generator) for generator in generators]
         )
+        return Draw(t, epsilon)
+
+    def draw_times(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """t ~ pi(t), shifted: float32 (b,), one for each generator."""
+        t = torch.cat([self.timesteps.sample(1, generator) for generator in generators])
         # Noise levels are shifted, not t, so that lambda moves by the same amount on every path.
-        shifted = self.path.time_at(self.shift(self.path.straight(t.double())))
-        return Draw(shifted.float(), epsilon)
+        return self.path.time_at(self.shift(self.path.straight(t.double()))).float()
 
     def __call__(self, model: Model, x_0: Tensor, condition: Condition, draw: Draw) -> Tensor:
         """The mean of (model(z_t, t) - target)^2 over the values of each sample.

@@ -29,7 +29,7 @@ FREE = (
     *("activation_checkpointing", "computed"),
     *(f"latents.{key}" for key in ("folder", "root", "shard_size", "threads", "verify")),
     *("variant", "metrics", "clip", "imports"),  # for measurements after training
-    *("sampling", "text_device", "prior.batch_size"),
+    *("sampling", "text_device", "prior.batch_size", "student.batch_size"),
     # Data are identified by their content, not by their location.
     *(
         f"{data}.{key}"

@@ -1,0 +1,83 @@
+"""Students of few steps: `student=mean_flow` or `reflow`, taught by the model of `initial=`."""
+
+from mmdit.cli.build import Parts
+from mmdit.cli.initial import student_of
+from mmdit.cli.reading import TrainingRequest
+from mmdit.engine.parallel import FSDP
+from mmdit.engine.tasks import Validation
+from mmdit.errors import UserError
+from mmdit.fewsteps import MeanFlow, Reflow
+from mmdit.fewsteps.pairs import Pairs, Recipe
+from mmdit.fewsteps.task import StudentTask
+from mmdit.latents.sources import LatentSource
+from mmdit.registry import describe
+
+
+def source_for_student(
+    request: TrainingRequest, parts: Parts, source: LatentSource
+) -> LatentSource:
+    """Where the latents of a run come from: of a student that learns from pairs, those pairs.
+
+    Raises:
+        UserError: the config has what students cannot be trained with.
+    """
+    config, student = request.config, student_of(request.config)
+    if student is None:
+        return source
+    assert request.initial is not None, "open_initial raises without a teacher"
+    check_beside(request, parts)
+    if not isinstance(student, Reflow):
+        return source
+    assert student.guidance is not None and student.teacher_steps is not None
+    recipe = Recipe(
+        weights_sha256=request.initial.sha256,
+        data=request.plain["data"],
+        objective=describe(parts.pipeline.objective),
+        image_size=config.image_size,
+        pairs=student.pairs,
+        steps=student.teacher_steps,
+        guidance=student.guidance,
+        seed=student.seed,
+    )
+    return Pairs(
+        parts.pipeline,
+        recipe=recipe,
+        data=request.data,
+        root=config.runs,
+        batch_size=student.batch_size,
+        autocast=request.precision,
+    )
+
+
+def check_beside(request: TrainingRequest, parts: Parts) -> None:
+    """Raise UserError if the config has what students cannot be trained with."""
+    config, student = request.config, student_of(request.config)
+    if config.get("prior") is not None and config.prior.prompt is not None:
+        raise UserError("student and prior exclude each other: a student learns from its teacher")
+    if not isinstance(student, MeanFlow):
+        return
+    why = "student=mean_flow differentiates the network forwards, which"
+    if config.compile:
+        raise UserError(f"{why} compiled blocks do not allow: leave compile out")
+    if isinstance(parts.parallel, FSDP):
+        raise UserError(f"{why} sharded weights do not allow: choose parallel=ddp")
+
+
+def student_task(
+    request: TrainingRequest, parts: Parts, source: LatentSource, validation: Validation
+) -> StudentTask | None:
+    """The training of the student that the config asks for, if it does."""
+    student = student_of(request.config)
+    if student is None:
+        return None
+    assert student.guidance is not None and student.teacher_steps is not None
+    return StudentTask(
+        module=parts.pipeline,
+        student=student,
+        guidance=student.guidance,
+        steps=student.teacher_steps,
+        source=source,
+        validation=validation,
+        seed=request.config.seed,
+        autocast=request.precision,
+    )

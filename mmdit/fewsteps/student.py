@@ -1,0 +1,63 @@
+"""What every way to train a student of few steps has to say."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmdit.checks import MOST_STEPS, number, whole_number
+from mmdit.fewsteps.teacher import Teacher
+from mmdit.flow.condition import Condition
+from mmdit.flow.objective import Model, Objective
+from mmdit.models.backbone import Backbone
+from mmdit.pipeline import Pipeline
+
+
+class Student(Protocol):
+    """A way to train a network that samples in few steps, without guidance.
+
+    Attributes:
+        steps: number of solver steps that the student samples with by default.
+        guidance, teacher_steps: how the teacher samples; None is its default.
+        taught: whether the loss needs the teacher, of which a copy is then kept.
+    """
+
+    steps: int
+    guidance: float | None
+    teacher_steps: int | None
+    taught: bool
+
+    def check(self, teacher: Pipeline) -> None:
+        """Raise UserError if this model cannot be the teacher."""
+
+    def network(self, teacher: Backbone) -> Backbone:
+        """The network that is trained, which at first computes what the teacher's does."""
+
+    def draw(
+        self, objective: Objective, shape: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> Any:
+        """What chance decides about a batch: a `Draw`, or one with more fields."""
+
+    def loss(
+        self,
+        objective: Objective,
+        teacher: Teacher | None,
+        model: Model,
+        x: Tensor,
+        condition: Condition,
+        draw: Any,
+    ) -> Tensor:
+        """Losses (b,) of a batch of what the source of latents holds, at least float32."""
+
+    def forwards(self) -> float:
+        """Evaluations of the network that a step costs per sample; a backward pass counts two."""
+
+
+def checked(student: Student) -> None:
+    """Raise UserError, naming the key, if a value that all students have is invalid."""
+    whole_number("student.steps", student.steps, most=MOST_STEPS)
+    if student.teacher_steps is not None:
+        whole_number("student.teacher_steps", student.teacher_steps, most=MOST_STEPS)
+    if student.guidance is not None:
+        number("student.guidance", student.guidance)
