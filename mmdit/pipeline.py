@@ -26,7 +26,7 @@ from mmdit.flow.condition import Condition
 from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
-from mmdit.flow.solvers import Progress, Solver, euler, takes_averages
+from mmdit.flow.solvers import Progress, Solver, euler
 from mmdit.flow.watch import Watch
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.backbone import Backbone
@@ -104,6 +104,14 @@ def check_extra(network: Backbone, extra: Mapping[str, Tensor]) -> None:
         )
     for name, part in extra.items():
         expect_finite(f"the source of extra[{name!r}]", part)
+
+
+def takes_averages(solver: Solver) -> bool:
+    """Whether a solver's steps are exact if the velocity is the average over each of them: Euler's.
+
+    Others combine velocities at points of time, which averages are not.
+    """
+    return getattr(solver, "func", solver) is euler
 
 
 class NetworkVelocity:

@@ -35,14 +35,6 @@ def euler(
     return z
 
 
-def takes_averages(solver: Solver) -> bool:
-    """Whether a solver's steps are exact if the velocity is the average over each of them: Euler's.
-
-    Others combine velocities at points of time, which averages are not.
-    """
-    return getattr(solver, "func", solver) is euler
-
-
 def heun(
     velocity: VelocityFunction, z: Tensor, grid: Tensor, progress: Progress | None = None
 ) -> Tensor:
