@@ -19,6 +19,7 @@ TASKS = (
     "position",
     "colour_attribution",
 )
+COLOURED = ("colours", "position", "colour_attribution")  # whose short captions name colours
 RELATIONS = {
     "above": (0, -1),
     "below": (0, 1),

@@ -28,7 +28,7 @@ from mmdit.checks import (
 from mmdit.data import captions
 from mmdit.data.buckets import Size
 from mmdit.data.caption_sources import Captions
-from mmdit.data.captions import NUMBERS, RELATIONS, TASKS, Scene, short_caption
+from mmdit.data.captions import COLOURED, NUMBERS, RELATIONS, TASKS, Scene, short_caption
 from mmdit.data.composition import Kind, hold_out
 from mmdit.data.dataset import Batch
 from mmdit.data.drawing import COLOURS, SHAPES, TEXTURES, Image, Object, draw
@@ -183,6 +183,21 @@ class Shapes:
         self._require(task)
         return self._draw(task, index)[0]
 
+    def scene_like(self, scene: Scene, index: int) -> Scene:
+        """The `index`-th scene among those of this split that have the short caption of `scene`.
+
+        What the caption names is kept; all else is drawn as for any scene of the task.
+
+        Raises:
+            ValueError: this split never shows what the caption asks for.
+        """
+        choices = self._kinds_like(scene)
+        if not choices:
+            raise ValueError(f"split {self.split!r} never shows {short_caption(scene)!r}")
+        space = SPLITS.index(self.split) * 8 + 7  # the last of a split, which no task uses
+        rng = _stream(self.seed, space * INDICES + index)
+        return self._arrange(rng, scene.task, _pick(rng, choices), scene.relation)
+
     def render(self, scene: Scene) -> Image:
         """The image of a scene at this dataset's resolution: uint8 (h, w, 3)."""
         return draw(scene.objects, scene.background, self.image_size)
@@ -287,22 +302,12 @@ class Shapes:
             at = bisect.bisect_right(self._thresholds, mark * self._thresholds[-1])
             task = tuple(self.task_weights)[at]
         kinds = _pick(rng, self._choices_at(task, index))
-        relation = None
         if task == "counting":
             kinds = kinds * (2 + int(rng.random() * (self.max_count - 1)))
         elif rng.random() < 0.5:
             kinds = kinds[::-1]
-        if task == "position":
-            relation = _pick(rng, tuple(RELATIONS))
-            cells = self._aligned_cells(rng, relation)
-        else:
-            cells = self._distinct_cells(rng, len(kinds))
-        sizes = [_pick(rng, tuple(self.sizes)) for _ in kinds]
-        if task == "counting":  # "three small circles" is true of all three
-            sizes = sizes[:1] * len(kinds)
-        placed = zip(kinds, sizes, cells, strict=True)
-        objects = tuple(self._place(rng, kind, size, cell) for kind, size, cell in placed)
-        scene = Scene(task, objects, relation, _pick(rng, self.backgrounds))
+        relation = _pick(rng, tuple(RELATIONS)) if task == "position" else None
+        scene = self._arrange(rng, task, kinds, relation)
         # The caption is drawn last, so that rich_fraction does not change scenes.
         rich, relate = rng.random() < self.rich_fraction, rng.random() < 0.5
         if not rich:
@@ -325,6 +330,31 @@ class Shapes:
             raise ValueError(f"index {index} must be from 0 to 2**56 - 1")
         space = SPLITS.index(self.split) * 8 + (0 if task is None else 1 + TASKS.index(task))
         return _stream(self.seed, space * INDICES + index)
+
+    def _arrange(
+        self, rng: np.random.Generator, task: str, kinds: Sequence[Kind], relation: str | None
+    ) -> Scene:
+        """A scene of these kinds, in order of mention: its cells, sizes and background."""
+        if relation is None:
+            cells = self._distinct_cells(rng, len(kinds))
+        else:
+            cells = self._aligned_cells(rng, relation)
+        sizes = [_pick(rng, tuple(self.sizes)) for _ in kinds]
+        if task == "counting":  # "three small circles" is true of all three
+            sizes = sizes[:1] * len(kinds)
+        placed = zip(kinds, sizes, cells, strict=True)
+        objects = tuple(self._place(rng, kind, size, cell) for kind, size, cell in placed)
+        return Scene(task, objects, relation, _pick(rng, self.backgrounds))
+
+    def _kinds_like(self, scene: Scene) -> list[tuple[Kind, ...]]:
+        """What this split may show for the short caption of a scene, in its order of mention."""
+        if scene.task in COLOURED:
+            return [tuple(Kind(thing.colour, thing.shape) for thing in scene.objects)]
+        shapes = [thing.shape for thing in scene.objects]
+        repeats = len(shapes) if scene.task == "counting" else 1
+        ordered = (own for each in self._choices[scene.task] for own in {each, each[::-1]})
+        found = [kinds * repeats for kinds in ordered]
+        return [kinds for kinds in found if [kind.shape for kind in kinds] == shapes]
 
     def _place(
         self, rng: np.random.Generator, kind: Kind, size: str, cell: tuple[int, int]

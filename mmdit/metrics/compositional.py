@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdit.data.captions import RELATIONS, Scene
+from mmdit.data.captions import COLOURED, RELATIONS, Scene
 from mmdit.data.drawing import COLOURS, TEXTURES, Image, Object, area_and_centroid, cover
 from mmdit.data.shapes import Shapes
 
 Array: TypeAlias = NDArray[np.floating[Any]]
 Mask: TypeAlias = NDArray[np.bool_]
 
-COLOURED = ("colours", "position", "colour_attribution")  # tasks whose prompts name colours
 SHARE = 0.25  # of the leading colour's votes: a colour with fewer is not a separate object
 
 
