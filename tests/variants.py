@@ -217,4 +217,6 @@ def _surroundings() -> dict[str, Any]:
     """The values of train.yaml and sample.yaml that variants interpolate."""
     train = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
     train["training"] = OmegaConf.to_container(OmegaConf.load(CONFIGS / "training/toy.yaml"))
-    return {key: train[key] for key in ("seed", "image_size", "training")} | {"guidance": 4.5}
+    train["collector"] = {"updates": 2}
+    names = ("seed", "image_size", "training", "collector")
+    return {key: train[key] for key in names} | {"guidance": 4.5}

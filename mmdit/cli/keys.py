@@ -37,10 +37,13 @@ def known_keys(config_name: str, config_dir: Path) -> Tree:
     for group in choices:
         for file in sorted((config_dir / str(group)).glob("*.yaml")):
             text = file.read_text("utf-8")
-            if "/" not in str(group) and "@package" not in text:
+            if "/" not in str(group):
                 option = OmegaConf.to_container(OmegaConf.load(file))
                 assert isinstance(option, dict)
-                known[str(group)] = _merged(known.get(str(group)), option)
+                if "@package" in text:  # it has values of several sections, its own among them
+                    option = option.get(str(group))
+                if option is not None:
+                    known[str(group)] = _merged(known.get(str(group)), option)
     for place, names in OPTIONAL.items():
         section, name = place.split(".")
         if isinstance(known.get(section), dict) and name in known[section]:

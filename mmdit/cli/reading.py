@@ -65,6 +65,7 @@ def read(config: DictConfig, text: Verbatim) -> TrainingRequest:
         config[key] = config[key] if config[key] is None else str(config[key])
     check_name(config.name)
     take_in(config, text)
+    check_post_training(config)
     initial = open_initial(config, given_keys())
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if initial is not None:
@@ -145,3 +146,35 @@ def check_values(config: DictConfig) -> None:
         instantiate(config.metrics)  # long before it is used
         with torch.device("meta"):
             instantiate(config.clip.model)
+
+
+def check_post_training(config: DictConfig) -> None:
+    """Check that what post-training needs is there together.
+
+    Raises:
+        UserError: a section is missing, or one is there that nothing reads.
+    """
+    present = {
+        name: config.get(name) is not None
+        for name in ("algorithm", "collector", "sampler", "reward", "prompt_source")
+    }
+    if (
+        present["algorithm"]
+        and "transition" in config.algorithm
+        and "transition" not in (config.get("sampler") or {})
+    ):
+        raise UserError(
+            "algorithm: this one trains the steps of stochastic sampling: choose sampler=sde"
+        )
+    if present["algorithm"] and config.get("prior") is not None:
+        raise UserError("prior and algorithm exclude each other: the reference is kept by the loss")
+    if all(present.values()) or not any(present.values()):
+        return
+    there, missing = (
+        ", ".join(name for name, is_there in present.items() if is_there == kind)
+        for kind in (True, False)
+    )
+    raise UserError(
+        f"{there} needs {missing}, too: experiment=alignment has all of them, and algorithm=, "
+        "sampler=, reward= and prompt_source= choose others"
+    )

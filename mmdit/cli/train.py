@@ -11,6 +11,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from mmdit.cli.alignment import PostTraining, post_training
 from mmdit.cli.build import Parts, build, describe
 from mmdit.cli.commands import how_to_resume
 from mmdit.cli.few_steps import source_for_student, student_task
@@ -25,7 +26,8 @@ from mmdit.data.shapes import Shapes
 from mmdit.engine.loop import train
 from mmdit.engine.schedules import Schedule
 from mmdit.engine.state import take_frozen
-from mmdit.engine.tasks import FlowTask, Probe, Validation
+from mmdit.engine.tasks import FlowTask, Probe, Task
+from mmdit.engine.validation import Validation
 from mmdit.errors import UserError
 from mmdit.latents.precompute import Unfinished
 from mmdit.latents.sources import LatentSource
@@ -53,6 +55,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     request = with_class_images(read(config, text))
     parts = build(config, request.device, request.dtype, request.initial)
     source = open_latents(request, parts)
+    aligned = post_training(request, parts)
     run = open_run(request) if config.until is None else None
     if run is not None and (config.resume or sweep_label()) and is_finished(config, run):
         log.info("%s is finished: it has made training.steps=%d", run.path, config.training.steps)
@@ -65,7 +68,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
         measure = prepare_scores(request)
         validation = validation_of(request.validation, config.training.validation_size)
         encode_prompts(request, parts, validation)
-        checkpoint = fit(request, parts, source, run, validation)
+        checkpoint = fit(request, parts, source, run, validation, aligned)
         score(request, parts, run, checkpoint, measure)
     if request.processes.main:
         prompt = next(iter(validation.prompts))
@@ -204,21 +207,26 @@ def fit(
     source: LatentSource,
     run: RunFolder,
     validation: Validation,
+    aligned: PostTraining | None = None,
 ) -> Checkpoint:
-    """Train to the last step."""
+    """Train to the last step, on the data or on what the model makes itself."""
     config, pipeline = request.config, parts.pipeline
     if request.processes.main:
         report_formulation(pipeline.objective, run.path)
         for remark in pipeline.text.remarks_on_captions(validation.captions):
             log.warning("note: in the validation split, %s", remark)
-    task = student_task(request, parts, source, validation) or FlowTask(
-        module=pipeline,
-        source=source,
-        validation=validation,
-        seed=config.seed,
-        autocast=request.precision,
-        prior=own_prediction(config, pipeline),
-    )
+    task: Task | None = student_task(request, parts, source, validation)
+    if aligned is not None:
+        task = aligned.task(request, parts, validation)
+    if task is None:
+        task = FlowTask(
+            module=pipeline,
+            source=source,
+            validation=validation,
+            seed=config.seed,
+            autocast=request.precision,
+            prior=own_prediction(config, pipeline),
+        )
     return train(
         task,
         parts.state,
@@ -230,6 +238,7 @@ def fit(
         parallel=parts.parallel,
         config=request.plain,
         probe=probe_of(request),
+        collector=None if aligned is None else aligned.collector,
     )
 
 

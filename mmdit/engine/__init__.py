@@ -1,6 +1,6 @@
 """Training: the loop, steps, optimizers, averages, schedules, logging."""
 
-from mmdit.engine.ema import ConstantDecay, HalfLife, PowerFunction
+from mmdit.engine.ema import ConstantDecay, Following, HalfLife, PowerFunction
 from mmdit.engine.loggers import NoLogger
 from mmdit.engine.optimizers import adamw, adamw_8bit, muon
 from mmdit.engine.parallel import DDP, FSDP, Single
@@ -12,6 +12,7 @@ __all__ = [
     "DDP",
     "FSDP",
     "ConstantDecay",
+    "Following",
     "HalfLife",
     "NoLogger",
     "PostHoc",

@@ -64,6 +64,9 @@ class ContrastiveTask:
     def times(self, example: Batch) -> None:
         return None
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     def work(self, example: Batch) -> Work:
         return Work()
 

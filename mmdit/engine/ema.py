@@ -53,6 +53,27 @@ class ConstantDecay(Profile):
         return min(self.limit, (1 + updates) / (10 + updates))
 
 
+class Following(Profile):
+    """The old policy of DiffusionNFT (Zheng et al. 2025), which follows ever more slowly.
+
+    After n updates it keeps min(rate n, most) of itself. With most=0 it is the newest weights
+    themselves, every time: the policy that sampled, for algorithms that need that one.
+
+    Args:
+        rate: growth of what it keeps with each update, at least 0.
+        most: greatest share that it keeps, in [0, 1).
+        every: steps between two updates: those of a round.
+    """
+
+    def __init__(self, *, rate: float, most: float, every: int) -> None:
+        self.rate = number("ema.rate", rate, 0)
+        self.most = number("ema.most", most, 0, below=1)
+        self.every = whole_number("ema.every", every, 1)
+
+    def decay(self, step: int) -> float:
+        return min(self.rate * (step // self.every), self.most)
+
+
 class HalfLife(Profile):
     """Weights count half as much after every `half_life` samples, whatever the batch size.
 

@@ -16,6 +16,7 @@ from mmdit.engine.meter import Meter
 from mmdit.engine.parallel import Parallel, Single
 from mmdit.engine.posthoc import remove_snapshots
 from mmdit.engine.reports import Reports
+from mmdit.engine.rounds import Collector, begins, collect
 from mmdit.engine.settings import Settings
 from mmdit.engine.skips import Skips
 from mmdit.engine.state import TrainState
@@ -44,6 +45,7 @@ def train(
     parallel: Parallel | None = None,
     config: Mapping[str, Any] | None = None,
     probe: Probe | None = None,
+    collector: Collector | None = None,
 ) -> Checkpoint:
     """Train `task` up to `settings.steps` steps, from the newest checkpoint of `run` if it has one.
 
@@ -54,9 +56,11 @@ def train(
         parallel: how; the module and its average have been placed.
         config: plain config, which checkpoints keep.
         probe: measures the averaged weights at every evaluation, too.
+        collector: makes the data of every round of steps; None trains on what `task` reads.
 
     Raises:
-        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP; the step was finished and saved.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP; the step, or the round, was finished and
+            saved.
         UserError: the loss or the gradient is not finite. The last good checkpoint stays.
     """
     processes, parallel = processes or Processes(), parallel or Single()
@@ -79,6 +83,10 @@ def train(
     with Signals() as signals, run.marked(state.step) as facts, saver, reports:
         steps = loader(state.step, settings.steps)
         while state.step < settings.steps:
+            # Collect what the steps of a round train on.
+            if collector is not None and begins(collector, state.step):
+                reports.figures(state.step + 1, collect(collector, state))
+
             # Train one step.
             last = state.step + 1 == settings.steps
             lr = state.set_rate()
@@ -100,7 +108,7 @@ def train(
             reports.advance()
 
             # Evaluate and save.
-            received = signals.agreed(made.flags)
+            received = signals.agreed(made.flags) if begins(collector, state.step) else None
             with meter.paused():
                 if settings.evaluates(state.step):
                     figures = evaluate(state, reports, settings)

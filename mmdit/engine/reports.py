@@ -103,9 +103,15 @@ class Reports:
         if skipped is not None:
             row["skipped_steps"] = skipped
         times = [self.task.times(part.example) for part in parts]
-        self.figures(step, row | levels(times, made.losses, self.processes) | dict(rates))
+        row |= levels(times, made.losses, self.processes) | self._of_the_loss() | dict(rates)
+        self.figures(step, row)
         speed = f"{rates['images_per_second']:.0f} images/s"
         self._bar.set_postfix_str(f"loss {made.loss:.4f}, {speed}")
+
+    def _of_the_loss(self) -> dict[str, float]:
+        """What the task says of its losses, mean over processes."""
+        everyone = self.processes.gather(self.task.figures())
+        return {name: sum(f[name] for f in everyone) / len(everyone) for name in everyone[0]}
 
     def advance(self) -> None:
         """Show that one more step was made."""

@@ -1,7 +1,6 @@
 """What is learned: the loss of a batch, and how well the result does. The loop knows no more."""
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -12,15 +11,13 @@ from mmdit.data.dataset import Data
 from mmdit.data.order import Order
 from mmdit.dtypes import wide
 from mmdit.engine.preservation import OwnPrediction
-from mmdit.errors import UserError
+from mmdit.engine.validation import TextToImage, Validation
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
-from mmdit.latents.encoding import AT_ONCE, condition, memory_for
+from mmdit.latents.encoding import condition, memory_for
 from mmdit.latents.sources import LatentSource
-from mmdit.metrics.attention import attention_at, last_blocks
 from mmdit.metrics.reconstruction import psnr
-from mmdit.metrics.validation import LEVELS, validation_loss
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.pipeline import Pipeline, from_pixels, to_latents, to_pixels
 from mmdit.precision import Autocast
@@ -64,6 +61,9 @@ class Task(Protocol):
 
     def times(self, example: Any) -> Tensor | None:
         """The noise level t of each sample, (b,) on the CPU, by which losses are told apart."""
+
+    def figures(self) -> dict[str, float]:
+        """What else is logged of the losses of the last step, in this process."""
 
     def work(self, example: Any) -> Work:
         """Cost of each sample."""
@@ -153,6 +153,9 @@ class AutoencoderTask:
     def times(self, example: Pictures) -> None:
         return None
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     def work(self, example: Pictures) -> Work:
         return Work()
 
@@ -198,16 +201,7 @@ class Captioned(NamedTuple):
     preserved: Tensor  # bool (b,): which samples keep what the model predicts of a class
 
 
-class Validation(NamedTuple):
-    """What a flow is judged by, always the same."""
-
-    images: Tensor  # uint8 (n, h, w, 3)
-    captions: list[str]
-    prompts: list[str]  # of the images that are sampled
-    extra: dict[str, Tensor] = {}  # noqa: RUF012  # as in `Batch`, for each image and sample
-
-
-class FlowTask:
+class FlowTask(TextToImage):
     """Text to image: the objective on latents, with each encoder dropped independently.
 
     Args:
@@ -219,8 +213,6 @@ class FlowTask:
         prior: what the model keeps predicting of a class; None is nothing.
     """
 
-    higher_is_better: ClassVar[frozenset[str]] = frozenset()
-
     def __init__(
         self,
         *,
@@ -231,23 +223,8 @@ class FlowTask:
         autocast: Autocast,
         prior: OwnPrediction | None = None,
     ) -> None:
-        self.module, self.source, self.validation = module, source, validation
-        self.prior = prior
-        self.seed, self.autocast = seed, autocast
-        pixels = validation.images.shape[1] * validation.images.shape[2]
-        latents = []
-        for images in validation.images.split(max(1, AT_ONCE // pixels)):
-            with memory_for("encoding", images), torch.no_grad(), autocast():
-                latents.append(to_latents(module.autoencoder, images))
-        self._validation_latents = torch.cat(latents)
-        self._flops = functools.cache(
-            functools.partial(module.mmdit.flops, text_length=module.text.context_length)
-        )
-
-    @property
-    def protocol(self) -> dict[str, str | int]:
-        samples = len(self.validation.captions)
-        return {"protocol": "validation-1", "samples": samples, "seed": self.seed}
+        super().__init__(module=module, validation=validation, seed=seed, autocast=autocast)
+        self.source, self.prior = source, prior
 
     def order(self, *, batch_size: int, seed: int) -> Order:
         return self.source.order(batch_size=batch_size, seed=seed)
@@ -274,7 +251,7 @@ class FlowTask:
         torch.manual_seed(example.seed)
         with self.autocast():
             conditioned = condition(module.text, example.text, example.kept)
-            conditioned = conditioned._replace(extra=self._read(example.extra))
+            conditioned = conditioned._replace(extra=self.read(example.extra))
             if self.prior is not None:
                 return self.prior.loss(
                     module, x_0, conditioned, draw, example.preserved, example.kept
@@ -285,53 +262,13 @@ class FlowTask:
         """The losses (b,) of a batch of what the source of latents holds."""
         return self.module.objective(self.module.mmdit, x_0, condition, draw)
 
-    def _read(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the network reads of the tensors that come with a batch, on its device.
-
-        Raises:
-            UserError: it reads others.
-        """
-        reads, device = self.module.mmdit.reads, self.module.device
-        if missing := reads - extra.keys():
-            raise UserError(
-                f"{type(self.module.mmdit).__name__} reads {', '.join(sorted(missing))} besides "
-                "text, but the data has none: return it in Batch.extra from `Data.batch` and "
-                "`Data.square`, and train with latents=from_pixels"
-            )
-        return {name: extra[name].to(device, non_blocking=True) for name in sorted(reads)}
-
     def times(self, example: Captioned) -> Tensor:
         return example.draw.t
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     def work(self, example: Captioned) -> Work:
         """Of the network alone, whose backward pass costs two forward passes."""
-        _, height, width = self.source.latent_shape(example.x)
-        p = self.module.mmdit.patch_size
-        tokens = (height // p) * (width // p) + self.module.text.context_length
-        return Work(tokens, 3.0 * self._flops(height=height, width=width))
-
-    @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """The validation loss at each level, its mean over all but the last, and Figure 5's watch.
-
-        That is the greatest attention logit and the entropy, averaged over the last five blocks.
-        """
-        assert isinstance(module, Pipeline)
-        latents, captions = self._validation_latents, self.validation.captions
-        with self.autocast():
-            shown: dict[str, Any] = {"seed": self.seed, "extra": self._read(self.validation.extra)}
-            levels = validation_loss(module, latents, captions, **shown)
-            attention = attention_at(module, latents, captions, levels=LEVELS[:-1], **shown)
-        figures = {f"loss_t{t:.3f}": loss for t, loss in zip(LEVELS, levels, strict=True)}
-        seen = last_blocks(attention)
-        attended = {"attention_max_logit": seen.max_logit, "attention_entropy": seen.entropy}
-        return {"loss": sum(levels[:-1]) / len(levels[:-1]), **figures, **attended}
-
-    @torch.no_grad()
-    def picture(self, module: nn.Module) -> tuple[Tensor, list[str]]:
-        assert isinstance(module, Pipeline)
-        prompts, extra = self.validation.prompts, self._read(self.validation.extra)
-        extra = {name: part[: len(prompts)] for name, part in extra.items()}
-        with self.autocast():
-            images = module(prompts, seeds=range(len(prompts)), extra=extra)
-        return images.cpu(), prompts
+        tokens, flops = self.cost_of(self.source.latent_shape(example.x))
+        return Work(tokens, 3.0 * flops)

@@ -86,7 +86,7 @@ class StudentTask(FlowTask):
         prompts, side = self.validation.prompts, pipe.image_size
         times, guidance = pipe.objective.times(steps), ClassifierFreeGuidance(scale=scale)
         z = times[0].item() * pipe.noise(range(len(prompts)), side, side)
-        extra = {n: x[: len(prompts)] for n, x in self._read(self.validation.extra).items()}
+        extra = {n: x[: len(prompts)] for n, x in self.read(self.validation.extra).items()}
         with self.autocast():
             positive, negative = pipe.encode(prompts)._replace(extra=extra), None
             if guidance.reads_negative:

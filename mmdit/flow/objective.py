@@ -10,7 +10,7 @@ from mmdit.dtypes import at_least_float32, wide
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import Grid, UniformGrid
-from mmdit.flow.paths import Path
+from mmdit.flow.paths import Path, like
 from mmdit.flow.predictions import Prediction
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import TimestepDensity
@@ -106,6 +106,12 @@ class Objective:
         t = draw.t.to(torch.promote_types(draw.t.dtype, x_0.dtype))
         return self.prediction.target(self.path, x_0, draw.epsilon, t)
 
+    def error_of_data(self, t: Tensor) -> Tensor:
+        """Error of the predicted x_0 for an error of 1 of the output at times t, (b,); t itself
+        for rectified flow.
+        """
+        return (self.path.b(t) / self.prediction.determinant(self.path, t)).abs()
+
     def density(self, t: Tensor) -> Tensor:
         """Density of the times that `draw` returns, after the shift; integrates to 1 over (0, 1).
 
@@ -155,7 +161,9 @@ class Objective:
                 "grid or a path that starts below 1, or another prediction"
             )
 
-    def velocity(self, model: Model, z: Tensor, sigma: float, condition: Condition) -> Tensor:
+    def velocity(
+        self, model: Model, z: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> Tensor:
         """dz/dsigma = epsilon - x_0 on the straight path, z = (1 - sigma) x_0 + sigma epsilon.
 
         The network is evaluated on the path in training, at the same noise level. Integrated with
@@ -164,15 +172,16 @@ class Objective:
         Args:
             model: the network.
             z: state (b, c, h, w) on the straight path.
-            sigma: noise level in (0, 1].
+            sigma: noise level in (0, 1], one for all or one for each, (b,).
             condition: the conditioning of the batch.
 
         Returns:
             (b, c, h, w), in the wider dtype of z and the network's output, at least float32.
         """
         path = self.path
-        t = path.time_at(torch.tensor([sigma], dtype=torch.float64))
-        z_t = (path.a(t) + path.b(t)).item() * z
+        levels = sigma if isinstance(sigma, Tensor) else torch.tensor([sigma], dtype=torch.float64)
+        t = path.time_at(levels)
+        z_t = like(path.a(t) + path.b(t), z) * z
         scaled, time = self.prediction.inputs(path, z_t, t)
         # In bfloat16, half of the timesteps would coincide before the network embeds them.
         precise = at_least_float32(z.dtype)

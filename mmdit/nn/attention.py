@@ -1,11 +1,30 @@
 """Attention: the one function that every network calls."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+_trained = ContextVar("attention as in training", default=False)
+
+
+@contextmanager
+def as_in_training() -> Iterator[None]:
+    """Compute attention within the block as where it is differentiated, bit for bit.
+
+    On a CPU, that is another way than the fastest without a gradient. So what a model gives here
+    can be compared with what it gives while it is trained: their ratio is exactly 1.
+    """
+    token = _trained.set(True)
+    try:
+        yield
+    finally:
+        _trained.reset(token)
 
 
 class Heads(NamedTuple):
@@ -61,10 +80,11 @@ def attention(
     """
     q, k, v = (rearrange(part, "b n h d -> b h n d") for part in (q, k, v))
     on_cpu, keys = q.device.type == "cpu", k.shape[-2]
-    if on_cpu and q.requires_grad and q.shape[-2] <= 1024:
+    differentiated = q.requires_grad or _trained.get()
+    if on_cpu and differentiated and q.shape[-2] <= 1024:
         out = _explicit(q, k, v, bias=bias, causal=causal, scale=scale)
     else:
-        half = on_cpu and not q.requires_grad and q.element_size() < 4
+        half = on_cpu and not differentiated and q.element_size() < 4
         if half and keys % 32 and (keys < 512 or keys % 2):
             k, v, bias = _padded(k, v, bias=bias, causal=causal)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)

@@ -329,7 +329,7 @@ def test_bad_arguments_are_named(make, message):
 
 def config_of(*words: str):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", ["+reward=weighted_sum", *words])
+        return compose("train", ["reward=weighted_sum", *words])
 
 
 def test_the_yaml_of_a_sum_takes_further_parts():

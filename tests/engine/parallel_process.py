@@ -100,6 +100,9 @@ class Denoising:
     def times(self, example: tuple[Tensor, ...]) -> Tensor:
         return example[2]
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     def work(self, example: tuple[Tensor, ...]) -> Work:
         return Work()
 

@@ -63,6 +63,9 @@ class Regression:
     def times(self, x: Tensor) -> Tensor:
         return torch.linspace(0, 1, len(x))
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     def work(self, x: Tensor) -> Work:
         return Work()
 

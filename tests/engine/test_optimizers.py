@@ -242,6 +242,9 @@ class Reading:
     def times(self, ids: Tensor) -> None:
         return None
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     def work(self, ids: Tensor) -> Work:
         return Work()
 

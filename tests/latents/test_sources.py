@@ -18,7 +18,8 @@ from mmdit.data.dataset import Batch
 from mmdit.data.folder import image_folder
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loader import Loader
-from mmdit.engine.tasks import Captioned, FlowTask, Validation
+from mmdit.engine.tasks import Captioned, FlowTask
+from mmdit.engine.validation import Validation
 from mmdit.errors import NotFinite, UserError
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow

@@ -18,7 +18,8 @@ from mmdit.engine.footprint import (
 )
 from mmdit.engine.optimizers import adamw_8bit
 from mmdit.engine.parallel import FSDP, Single
-from mmdit.engine.tasks import Captioned, FlowTask, Validation
+from mmdit.engine.tasks import Captioned, FlowTask
+from mmdit.engine.validation import Validation
 from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.latents.sources import FromPixels

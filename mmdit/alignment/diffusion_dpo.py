@@ -1,0 +1,52 @@
+"""Diffusion-DPO (Wallace et al. 2023; App. C): preferences between two images of a prompt."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit.alignment.algorithm import Result
+from mmdit.alignment.models import Models
+from mmdit.alignment.rollouts import Rollouts, best_and_worst
+from mmdit.checks import number
+from mmdit.flow.objective import Draw, squared_error
+
+
+class DiffusionDPO:
+    """Direct preference optimization, with the flow loss for the log-likelihood.
+
+    For an image w that is preferred to l, both noised with the same t and epsilon,
+
+        loss = -log sigmoid(-beta / 2 [(|v - u|_w^2 - |v_ref - u|_w^2) - (the same of l)])
+
+    with errors that are means over values. At the reference, it is log 2.
+
+    Args:
+        beta: how strongly the reference holds; above 0. A greater one holds more.
+    """
+
+    forward_passes = 8.0  # two images
+
+    def __init__(self, *, beta: float = 100.0) -> None:
+        self.beta = number("algorithm.beta", beta, above=0)
+
+    def select(self, rollouts: Rollouts) -> Tensor:
+        """Pairs of a best and a worst image of the groups whose rewards differ: two columns."""
+        return best_and_worst(rollouts)
+
+    def __call__(self, models: Models, rollouts: Rollouts, chosen: Tensor, draw: Draw) -> Result:
+        preferred, other = (rollouts.x_0[rows].to(draw.t.device) for rows in chosen.unbind(1))
+        better, worse = self._gain(models, preferred, draw), self._gain(models, other, draw)
+        margin = -self.beta / 2 * (better - worse)
+        figures = {
+            "implicit_accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "sigmoid": margin.sigmoid(),  # near 0 or 1, a pair teaches nothing more
+            "gain_preferred": -better,
+            "gain_other": -worse,
+        }
+        figures = {name: value.detach() for name, value in figures.items()}
+        return Result(-F.logsigmoid(margin), figures)
+
+    def _gain(self, models: Models, x_0: Tensor, draw: Draw) -> Tensor:
+        """|v - u|^2 - |v_ref - u|^2 for each image, (b,)."""
+        target = models.policy.pipe.objective.target(x_0, draw)
+        output, reference = models.policy.output(x_0, draw), models.reference.output(x_0, draw)
+        return squared_error(output, target) - squared_error(reference, target)
