@@ -4,7 +4,6 @@ The accuracies are those of `WordAccuracy`, which runs of `experiment=shapes_new
 evaluation. Runs that differ only in their seed are one recipe.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from mmdit.engine.loggers import read_metrics
 from mmdit.errors import UserError
 from mmdit.runs.checkpoint import runs_in
 from mmdit.study.records import read_json
@@ -160,19 +160,18 @@ def read_study(folder: Path) -> Study:
 
 
 def read_curve(run: Path, config: Mapping[str, Any], name: str) -> Curve:
-    """The accuracies that a run has logged.
+    """The accuracies that a run has logged; none of a run that has just begun.
 
     Raises:
         UserError: its metrics cannot be read.
     """
     accuracies: dict[str, dict[int, float]] = {figure: {} for figure in FIGURES}
     try:
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for row in read_metrics(run / "metrics.jsonl"):
             for figure, values in accuracies.items():
                 if (value := row.get(f"ema/accuracy_{figure}")) is not None:
-                    values[row["step"]] = float(value)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    values[int(row["step"])] = float(value)
+    except OSError as error:
         raise UserError(f"{run / 'metrics.jsonl'} is not readable: {error}") from error
     recipe = config.get("variant") or re.sub(r"(^|,)seed=\d+$", "", name) or name
     return Curve(str(recipe), int(config["seed"]), accuracies)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mmdit.study.word
+from mmdit.cli.eval.forgetting import as_markdown
 from mmdit.data.captions import TASKS
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
@@ -50,9 +51,14 @@ def test_runs_that_differ_in_their_seed_are_one_recipe(tmp_path) -> None:
     write_run(tmp_path, "plain", {100: (1.0, 0.6, 0.4)}, variant="no replay")
     write_run(tmp_path, "stopped", {50: (0.9, 0.9, 0.9)})
     write_run(tmp_path, "other", {100: (0.9, 0.9, 0.9)}, probe=None)
+    (write_run(tmp_path, "begun", {}) / "metrics.jsonl").unlink()
+    torn = write_run(tmp_path, "training", {50: (0.1, 0.1, 0.1)}) / "metrics.jsonl"
+    torn.write_text(torn.read_text() + '\n{"step": 60, "ema/accu')
     study = read_study(tmp_path)
     assert sorted(study.notes) == [
+        "Ignored, not finished: begun.",
         "Ignored, not finished: stopped.",
+        "Ignored, not finished: training.",
         "Ignored, without a probe: other.",
     ]
     best, second = study.recipes()
@@ -60,6 +66,8 @@ def test_runs_that_differ_in_their_seed_are_one_recipe(tmp_path) -> None:
     assert (second.name, second.seeds, second.steps) == ("adapter=lora", [0, 1], [50, 100])
     assert second.last("word").mean == pytest.approx(0.4)
     assert str(best.last("word")) == "0.60"
+    table = as_markdown(study.recipes(), {"taught": 0.0, "word": 0.1, "old": 0.6}, study)
+    assert "| no replay (seeds 0) | 1.00 |" in table and "| adapter=lora | 0.90 ± 0.00 |" in table
     for draw in (over_steps, taught_against_lost):
         drawn = draw(study.recipes(), {"taught": 0.0, "word": 0.1, "old": 0.6})
         assert drawn.startswith(b"\x89PNG")
@@ -95,7 +103,8 @@ def test_folders_without_such_runs_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no finished run in it measured a word"):
         read_study(tmp_path)
     write_run(tmp_path, "a", {100: (1.0, 0.5, 0.5)})
-    (tmp_path / "a" / "metrics.jsonl").write_text("{")
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    (tmp_path / "a" / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl is not readable"):
         read_study(tmp_path)
 

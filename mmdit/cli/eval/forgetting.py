@@ -91,12 +91,14 @@ def plain(mean: Mean) -> dict[str, float | None]:
 
 def as_markdown(recipes: list[Recipe], base: dict[str, float], study: Study) -> str:
     """The recipes, best first."""
+    seeds = sorted({seed for recipe in recipes for seed in recipe.seeds})
     rows: list[list[object]] = [["", "before", *(f"{base[f]:.2f}" for f in FIGURES), ""]]
     for place, recipe in enumerate(recipes, 1):
         old = recipe.last("old")
         lost = Mean(base["old"] - old.mean, old.half_width)
-        rows.append([place, recipe.name, *(str(recipe.last(f)) for f in FIGURES), str(lost)])
-    seeds = sorted({seed for recipe in recipes for seed in recipe.seeds})
+        fewer = "" if recipe.seeds == seeds else f" (seeds {', '.join(map(str, recipe.seeds))})"
+        accuracies = (str(recipe.last(f)) for f in FIGURES)
+        rows.append([place, recipe.name + fewer, *accuracies, str(lost)])
     header = ["", "recipe", "phrase taught", "word in other tasks", "old tasks", "lost"]
     lines = [
         f"{PROTOCOL}: accuracy at the end of training, from {study.initial}",
