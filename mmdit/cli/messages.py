@@ -52,6 +52,8 @@ def explain(
         ):
             key = first_line(error).rpartition(": ")[2]
             return f"{key} has no value and needs one: give {key}=..."
+        case omegaconf_errors.OmegaConfBaseException() if word := _left_out(error):
+            return f"{word}: this script cannot do without {word[1:]}; choose an option of it"
         case (
             omegaconf_errors.InterpolationResolutionError()
             | omegaconf_errors.GrammarParseError()
@@ -65,6 +67,14 @@ def explain(
         case OSError() if trouble := path_trouble(error):
             return trouble
     return _explain_partial(error)
+
+
+def _left_out(error: omegaconf_errors.OmegaConfBaseException) -> str | None:
+    """The word of the command line that took away the key which is missing, such as `~data`."""
+    referred = re.search(r"Interpolation key '([^']+)' not found", str(error))
+    missing = referred[1] if referred else str(error.full_key)
+    words = (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("~"))
+    return next((word for word in words if f"{missing}.".startswith(f"{word[1:]}.")), None)
 
 
 def _explain_value(error: ValueError, config_dir: Path) -> str:
