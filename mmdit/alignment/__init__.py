@@ -6,6 +6,7 @@ from mmdit.alignment.collector import Collector
 from mmdit.alignment.diffusion_dpo import DiffusionDPO
 from mmdit.alignment.diffusion_nft import DiffusionNFT
 from mmdit.alignment.flow_grpo import FlowGRPO
+from mmdit.alignment.pairs import PreferencePairs
 from mmdit.alignment.prompts import DataPrompts, PromptFile, ScenePrompts
 from mmdit.alignment.rewards import CLIPReward, CompositionalReward, FunctionReward, WeightedSum
 from mmdit.alignment.samplers import ODESampler, SDESampler
@@ -23,6 +24,7 @@ __all__ = [
     "FlowGRPO",
     "FunctionReward",
     "ODESampler",
+    "PreferencePairs",
     "PromptFile",
     "SDESampler",
     "ScenePrompts",

@@ -83,6 +83,16 @@ class Collector:
         self._rollouts: Rollouts | None = None
 
     @property
+    def guidance(self) -> float:
+        """Scale of the guidance that the images are sampled with."""
+        return self.sampler.guidance
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of a round."""
+        return self.groups * self.members * self.sampler.evaluations
+
+    @property
     def rollouts(self) -> Rollouts:
         """Those of the newest round."""
         assert self._rollouts is not None, "a round begins with collecting"

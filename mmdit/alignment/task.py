@@ -1,15 +1,16 @@
 """Post-training as a task of the training loop: an algorithm's loss on the images of a round."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mmdit.alignment.algorithm import Algorithm
-from mmdit.alignment.collector import Collector
 from mmdit.alignment.models import Reference, conditioned
+from mmdit.alignment.rollouts import Rollouts
 from mmdit.data.order import Order
+from mmdit.engine.rounds import Collector
 from mmdit.engine.tasks import Work
 from mmdit.engine.validation import TextToImage, Validation
 from mmdit.flow.objective import Draw
@@ -25,6 +26,22 @@ class Drawn(NamedTuple):
     numbers: Tensor  # (b,), positions among all samples of the run
     draw: Draw
     seed: int  # of what layers draw, as dropout in an adapter
+
+
+class Rounds(Collector, Protocol):
+    """A collector of images with rewards."""
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """Those of the newest round."""
+
+    @property
+    def guidance(self) -> float:
+        """Scale of the guidance that the images were sampled with."""
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of a round."""
 
 
 class AlignmentTask(TextToImage):
@@ -46,7 +63,7 @@ class AlignmentTask(TextToImage):
         module: Pipeline,
         old: Pipeline,
         reference: Reference,
-        collector: Collector,
+        collector: Rounds,
         algorithm: Algorithm,
         validation: Validation,
         seed: int,
@@ -87,7 +104,7 @@ class AlignmentTask(TextToImage):
                 self.old,
                 self.reference,
                 rollouts.text_of(chosen[:, 0] if len(chosen) else example.numbers * 0),
-                guidance=self.collector.sampler.guidance,
+                guidance=self.collector.guidance,
             )
             if not len(chosen):  # nothing in the round is better than the rest
                 return 0 * compared.policy.output(draw.epsilon, draw).float().flatten(1).mean(1)
@@ -124,7 +141,5 @@ class AlignmentTask(TextToImage):
     def work(self, example: Drawn) -> Work:
         """Of the losses, and of the images' share of sampling."""
         tokens, forward = self.cost_of(self.latent_shape)
-        images = self.collector.groups * self.collector.members
-        sampled = self.collector.sampler.evaluations * images
-        per_sample = sampled / (self.collector.updates * self.batch_size)
+        per_sample = self.collector.evaluations / (self.collector.updates * self.batch_size)
         return Work(tokens, forward * (self.algorithm.forward_passes + per_sample))

@@ -5,9 +5,8 @@ from typing import NamedTuple
 from hydra.utils import instantiate
 
 from mmdit.alignment.algorithm import Algorithm
-from mmdit.alignment.collector import Collector
 from mmdit.alignment.models import Reference, reference_of
-from mmdit.alignment.task import AlignmentTask
+from mmdit.alignment.task import AlignmentTask, Rounds
 from mmdit.cli.build import Parts
 from mmdit.cli.reading import TrainingRequest
 from mmdit.engine.rounds import check_rounds
@@ -19,7 +18,7 @@ class PostTraining(NamedTuple):
     """What post-training needs beside a model."""
 
     algorithm: Algorithm
-    collector: Collector
+    collector: Rounds
     reference: Reference
 
     def task(self, request: TrainingRequest, parts: Parts, validation: Validation) -> AlignmentTask:
@@ -50,7 +49,7 @@ def post_training(request: TrainingRequest, parts: Parts) -> PostTraining | None
         return None
     if request.initial is None:
         raise UserError("algorithm= trains a model further: give its weights, initial=<run>")
-    collector: Collector = instantiate(config.collector)(
+    collector: Rounds = instantiate(config.collector)(
         autocast=request.precision, processes=request.processes
     )
     check_rounds(collector, request.settings)

@@ -154,10 +154,12 @@ def check_post_training(config: DictConfig) -> None:
     Raises:
         UserError: a section is missing, or one is there that nothing reads.
     """
-    present = {
-        name: config.get(name) is not None
-        for name in ("algorithm", "collector", "sampler", "reward", "prompt_source")
-    }
+    needed = ["algorithm", "collector"]
+    if config.get("collector") is not None:
+        raw = OmegaConf.to_yaml(config.collector, resolve=False)
+        parts = ("sampler", "reward", "prompt_source")
+        needed += [name for name in parts if f"${{{name}}}" in raw]
+    present = {name: config.get(name) is not None for name in needed}
     if (
         present["algorithm"]
         and "transition" in config.algorithm

@@ -146,8 +146,7 @@ class Table:
     def open(self, root: Path, kinds: Sequence[str]) -> Reader:
         path = self._path(root)
         captions: dict[str, dict[str, list[str]]] = {}
-        rows = _csv_rows(path, kinds) if path.suffix.lower() == ".csv" else _json_rows(path)
-        for place, row in rows:
+        for place, row in table_rows(path, ("file_name", *kinds)):
             name = row.get("file_name")
             if "file_name" not in row:
                 keys = ", ".join(list(row)[:20]) or "none"
@@ -411,6 +410,18 @@ def _text_of(path: Path) -> str:
         raise UserError(f"{path}, line {line}: must be UTF-8") from error
 
 
+def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table, JSON lines or CSV with a header, each with its place for messages.
+
+    Args:
+        columns: that a CSV file must have; a row of JSON may lack some.
+
+    Raises:
+        UserError: it cannot be read; the message names the line.
+    """
+    return _csv_rows(path, columns) if path.suffix.lower() == ".csv" else _json_rows(path)
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for count, line in enumerate(io.StringIO(_text_of(path), newline=None), 1):
         if not line.strip():
@@ -421,17 +432,17 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not JSON: {first_line(error)}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{place}: must be an object with file_name")
+            raise UserError(f"{place}: must be an object, {{...}}")
         yield place, row
 
 
-def _csv_rows(path: Path, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     records = _csv_records(path)
     header = [name.strip() for _, fields in itertools.islice(records, 1) for name in fields]
-    for name in ("file_name", *kinds):
+    for name in columns:
         if header.count(name) != 1:
-            columns = ", ".join(header) or "none"
-            raise UserError(f"{path} must have one column {name!r}; its columns are {columns}")
+            found = ", ".join(header) or "none"
+            raise UserError(f"{path} must have one column {name!r}; its columns are {found}")
     for place, fields in records:
         if len(fields) != len(header):
             raise UserError(
