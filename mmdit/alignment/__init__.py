@@ -4,6 +4,7 @@ from mmdit.alignment.awm import AdvantageWeightedMatching
 from mmdit.alignment.best_of_n import BestOfN
 from mmdit.alignment.collector import Collector
 from mmdit.alignment.diffusion_dpo import DiffusionDPO
+from mmdit.alignment.diffusion_ipo import DiffusionIPO
 from mmdit.alignment.diffusion_nft import DiffusionNFT
 from mmdit.alignment.flow_grpo import FlowGRPO
 from mmdit.alignment.pairs import PreferencePairs
@@ -20,6 +21,7 @@ __all__ = [
     "CompositionalReward",
     "DataPrompts",
     "DiffusionDPO",
+    "DiffusionIPO",
     "DiffusionNFT",
     "FlowGRPO",
     "FunctionReward",

@@ -15,7 +15,8 @@ class DiffusionDPO:
 
     For an image w that is preferred to l, both noised with the same t and epsilon,
 
-        loss = -log sigmoid(-beta / 2 [(|v - u|_w^2 - |v_ref - u|_w^2) - (the same of l)])
+        loss = -log sigmoid(beta (log rho_w - log rho_l)),
+        log rho = -(|v - u|^2 - |v_ref - u|^2) / 2
 
     with errors that are means over values. At the reference, it is log 2.
 
@@ -34,19 +35,20 @@ class DiffusionDPO:
 
     def __call__(self, models: Models, rollouts: Rollouts, chosen: Tensor, draw: Draw) -> Result:
         preferred, other = (rollouts.x_0[rows].to(draw.t.device) for rows in chosen.unbind(1))
-        better, worse = self._gain(models, preferred, draw), self._gain(models, other, draw)
-        margin = -self.beta / 2 * (better - worse)
+        better, worse = log_ratio(models, preferred, draw), log_ratio(models, other, draw)
+        margin = self.beta * (better - worse)
         figures = {
             "implicit_accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
             "sigmoid": margin.sigmoid(),  # near 0 or 1, a pair teaches nothing more
-            "gain_preferred": -better,
-            "gain_other": -worse,
+            "gain_preferred": better,
+            "gain_other": worse,
         }
         figures = {name: value.detach() for name, value in figures.items()}
         return Result(-F.logsigmoid(margin), figures)
 
-    def _gain(self, models: Models, x_0: Tensor, draw: Draw) -> Tensor:
-        """|v - u|^2 - |v_ref - u|^2 for each image, (b,)."""
-        target = models.policy.pipe.objective.target(x_0, draw)
-        output, reference = models.policy.output(x_0, draw), models.reference.output(x_0, draw)
-        return squared_error(output, target) - squared_error(reference, target)
+
+def log_ratio(models: Models, x_0: Tensor, draw: Draw) -> Tensor:
+    """-(|v - u|^2 - |v_ref - u|^2) / 2 for each image, (b,)."""
+    target = models.policy.pipe.objective.target(x_0, draw)
+    output, reference = models.policy.output(x_0, draw), models.reference.output(x_0, draw)
+    return (squared_error(reference, target) - squared_error(output, target)) / 2

@@ -15,6 +15,7 @@ from mmdit.alignment import (
     AdvantageWeightedMatching,
     BestOfN,
     DiffusionDPO,
+    DiffusionIPO,
     DiffusionNFT,
     FlowGRPO,
     SDESampler,
@@ -114,6 +115,21 @@ def test_dpo_is_log_2_at_the_reference(pipe) -> None:
     )
     assert torch.allclose(result.losses, torch.full((3,), math.log(2)), atol=1e-7)
     assert (result.figures["implicit_accuracy"] == 0.5).all()
+
+
+def test_ipo_is_a_quarter_at_the_reference_and_slopes_as_dpo_does(pipe) -> None:
+    """There -log sigmoid(x) has the slope -1/2, and (x - 1/2)^2 the slope -1."""
+    rollouts, found = rollouts_of(pipe), []
+    for algorithm, level in ((DiffusionIPO(), 0.25), (DiffusionDPO(), math.log(2))):
+        chosen = algorithm.select(rollouts)
+        draw = draw_for(rollouts, len(chosen))
+        compared = models_of(pipe, pipe, copy.deepcopy(pipe), rollouts, chosen[:, 0])
+        losses = algorithm(compared, rollouts, chosen, draw).losses
+        assert torch.allclose(losses, torch.full((3,), level), atol=1e-6)
+        losses.mean().backward()
+        found.append(gradients(pipe))
+    assert torch.allclose(found[0], 2 * found[1], rtol=1e-3, atol=1e-6)
+    assert found[0].abs().max() > 1e-4
 
 
 def test_dpo_prefers_what_lowers_the_loss_of_the_better(pipe) -> None:
@@ -252,6 +268,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "awm": lambda: AdvantageWeightedMatching(clip=0.9, kl=0.1),
     "grpo": lambda: FlowGRPO(transition=FlowSDE(), clip=0.9, kl=0.1),
     "dpo": lambda: DiffusionDPO(beta=10.0),
+    "ipo": lambda: DiffusionIPO(beta=10.0),
     "best_of_n": BestOfN,
 }
 
@@ -341,6 +358,7 @@ def test_with_an_adapter_the_reference_is_the_model_without_it(pipe) -> None:
         (lambda: AdvantageWeightedMatching(clip=1.0), "algorithm.clip"),
         (lambda: FlowGRPO(transition=FlowSDE(), clip=float("nan")), "algorithm.clip"),
         (lambda: DiffusionDPO(beta=-1.0), "algorithm.beta"),
+        (lambda: DiffusionIPO(beta=0.0), "algorithm.beta"),
         (lambda: SDESampler(transition=FlowSDE(), window=[0, 9]), "sampler.window"),
         (lambda: SDESampler(transition=FlowSDE(), steps=1), "sampler.steps"),
     ],

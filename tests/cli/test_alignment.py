@@ -18,7 +18,7 @@ SMALL = (
     *("training.save_every=4", "training.validation_size=4", "schedule.warmup_steps=0"),
     *("sampling.steps=2",),
 )
-ALGORITHMS = ("diffusion_nft", "flow_grpo", "awm", "diffusion_dpo", "best_of_n")
+ALGORITHMS = ("diffusion_nft", "flow_grpo", "awm", "diffusion_dpo", "diffusion_ipo", "best_of_n")
 
 
 @pytest.fixture(scope="module")

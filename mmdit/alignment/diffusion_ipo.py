@@ -1,0 +1,47 @@
+"""Identity preference optimization (Azar et al. 2023), for flows as Diffusion-DPO is."""
+
+from torch import Tensor
+
+from mmdit.alignment.algorithm import Result
+from mmdit.alignment.diffusion_dpo import log_ratio
+from mmdit.alignment.models import Models
+from mmdit.alignment.rollouts import Rollouts, best_and_worst
+from mmdit.checks import number
+from mmdit.flow.objective import Draw
+
+
+class DiffusionIPO:
+    """Pushes two images of a prompt apart until they are a given distance from the reference.
+
+    With h = log rho_w - log rho_l, the likelihood ratios to the reference of the preferred and the
+    other image as in `DiffusionDPO`,
+
+        loss = (beta h - 1/2)^2.
+
+    Preferences that always agree drive DPO ever further from the reference; here the gradient ends
+    at h = 1 / (2 beta), and turns beyond it.
+
+    Args:
+        beta: how strongly the reference holds; above 0. A greater one holds more.
+    """
+
+    forward_passes = 8.0  # two images
+
+    def __init__(self, *, beta: float = 100.0) -> None:
+        self.beta = number("algorithm.beta", beta, above=0)
+
+    def select(self, rollouts: Rollouts) -> Tensor:
+        """Pairs of a best and a worst image of the groups whose rewards differ: two columns."""
+        return best_and_worst(rollouts)
+
+    def __call__(self, models: Models, rollouts: Rollouts, chosen: Tensor, draw: Draw) -> Result:
+        preferred, other = (rollouts.x_0[rows].to(draw.t.device) for rows in chosen.unbind(1))
+        better, worse = log_ratio(models, preferred, draw), log_ratio(models, other, draw)
+        distance = self.beta * (better - worse)
+        figures = {
+            "implicit_accuracy": (distance > 0).float() + 0.5 * (distance == 0).float(),
+            "gain_preferred": better,
+            "gain_other": worse,
+        }
+        figures = {name: value.detach() for name, value in figures.items()}
+        return Result((distance - 0.5).square(), figures)
