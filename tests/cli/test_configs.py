@@ -60,7 +60,7 @@ HELPERS = {
         "local",
         "gamma_of",
     ),
-    *("takes_averages", "Trajectory", "sample", "log_prob", "kl"),
+    *("Trajectory", "sample", "log_prob", "kl"),
     *("Parallel", "world_size", "check_started", "whole", "Read", "LatentSource", "encode"),
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import mmdit
+from mmdit.engine.activations import recompute
 from mmdit.errors import UserError
 from mmdit.fewsteps import MeanFlow
 from mmdit.fewsteps.mean_flow import IntervalDraw, average_target
@@ -155,6 +156,19 @@ def test_the_teacher_is_guided_as_in_sampling(pipe, scale: float) -> None:
         expected = guidance(velocity, condition, negative, torch.tensor([1.0, 0.0]), 1)(x_0, 0.7)
     found = teacher.velocity(x_0, torch.full((4,), 0.7), condition)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copied_teacher_stays_where_blocks_recompute_activations(pipe) -> None:
+    x_0, condition = batch(pipe)
+    pipe.requires_grad_(True)
+    recompute(pipe, "full")
+    teacher = Teacher(copy.deepcopy(pipe.mmdit), condition, 1.0)
+    t = torch.full((4,), 0.7)
+    before = teacher.velocity(x_0, t, condition)
+    with torch.no_grad():
+        for weight in pipe.mmdit.parameters():
+            weight.mul_(2)
+    assert torch.equal(teacher.velocity(x_0, t, condition), before)
 
 
 def test_intervals_follow_the_sample(pipe) -> None:
