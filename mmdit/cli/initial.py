@@ -119,7 +119,7 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
     else:
         config.objective = OmegaConf.create(describe(objective))
     defaults = {name: getattr(pipeline, name) for name in ("image_size", "steps", "guidance")}
-    if (student := take_over(config, pipeline)) is not None:
+    if (student := take_over(config, pipeline, given)) is not None:
         torch.manual_seed(config.seed)
         network = student.network(network)
         defaults |= {"steps": student.steps, "guidance": 1.0}
@@ -154,14 +154,19 @@ def student_of(config: DictConfig) -> Student | None:
     return student
 
 
-def take_over(config: DictConfig, teacher: Pipeline) -> Student | None:
+def take_over(config: DictConfig, teacher: Pipeline, given: Collection[str]) -> Student | None:
     """The student that a config asks for, in which values of null become those of the teacher.
 
     Raises:
-        UserError: an adapter cannot hold what the student has of its own.
+        UserError: an adapter cannot hold what the student has of its own, or encoders are dropped.
     """
     if student_of(config) is None:
         return None
+    if "text.dropout" in given:
+        raise UserError(
+            "text.dropout: a student samples without guidance and keeps all text encoders; leave "
+            "it out"
+        )
     for key, value in {"guidance": teacher.guidance, "teacher_steps": teacher.steps}.items():
         if config.student[key] is None:
             config.student[key] = value

@@ -58,6 +58,7 @@ def test_a_student_starts_as_its_teacher_and_samples_in_fewer_steps(tiny_publish
     [
         (("adapter=lora",), "adapter", "student=mean_flow has an embedding of its own"),
         (("objective=eps_linear",), "objective", r"LDMLinear and Epsilon.*student=reflow"),
+        (("text.dropout=0.1",), "text.dropout", "keeps all text encoders"),
         (("objective=v_cos",), "objective", "Cosine and V"),
         (("model=toy",), "model", "the model comes with initial="),
         (("autoencoder=sd3",), "autoencoder", "the autoencoder comes with initial="),
