@@ -1,8 +1,8 @@
 """Students of few steps: `student=mean_flow` or `reflow`, taught by the model of `initial=`."""
 
 from mmdit.cli.build import Parts
-from mmdit.cli.initial import student_of
 from mmdit.cli.reading import TrainingRequest
+from mmdit.cli.students import student_of
 from mmdit.engine.parallel import FSDP
 from mmdit.engine.tasks import Validation
 from mmdit.errors import UserError

@@ -17,10 +17,9 @@ from torch import nn
 
 from mmdit.adapters.targets import PARTS
 from mmdit.checks import did_you_mean, expanded, listed, nearest, number, one_of
+from mmdit.cli.students import student_of, take_over
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
-from mmdit.fewsteps import MeanFlow
-from mmdit.fewsteps.student import Student
 from mmdit.flow.objective import Objective
 from mmdit.latents.sources import FromCache
 from mmdit.loading import Public, Source, open_source
@@ -146,37 +145,6 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)
     return Initial(pipeline, found, source.sha256)
-
-
-def student_of(config: DictConfig) -> Student | None:
-    """The way to train a student of few steps that a config asks for."""
-    student: Student | None = instantiate(config.get("student"))
-    return student
-
-
-def take_over(config: DictConfig, teacher: Pipeline, given: Collection[str]) -> Student | None:
-    """The student that a config asks for, in which values of null become those of the teacher.
-
-    Raises:
-        UserError: an adapter cannot hold what the student has of its own, or encoders are dropped.
-    """
-    if student_of(config) is None:
-        return None
-    if "text.dropout" in given:
-        raise UserError(
-            "text.dropout: a student samples without guidance and keeps all text encoders; leave "
-            "it out"
-        )
-    for key, value in {"guidance": teacher.guidance, "teacher_steps": teacher.steps}.items():
-        if config.student[key] is None:
-            config.student[key] = value
-    student = student_of(config)
-    if isinstance(student, MeanFlow) and config.get("adapter") is not None:
-        raise UserError(
-            "student=mean_flow has an embedding of its own, which an adapter does not hold: leave "
-            "adapter out, or choose student=reflow"
-        )
-    return student
 
 
 def text_as_asked(
