@@ -32,8 +32,7 @@ class AlignmentProbe:
     shows; by learning the errors of one sampler, which accuracy under another sampler shows; by
     learning the prompts by heart, which combinations held out of training show.
 
-    By default 1,476 images with 17,760 evaluations of the network: 40 s for the default toy on two
-    cores, of which 10 s are for judging the images.
+    By default 1,476 images with 17,760 evaluations of the network.
 
     Args:
         data: the shapes: validation scenes, and those of the split held_out, are asked for.
