@@ -28,22 +28,23 @@ def known_keys(config_name: str, config_dir: Path) -> Tree:
     """The sections and keys that a script may read.
 
     These are the keys of its default config, and of all options of the groups that this config
-    selects from, because options may have different keys.
+    selects from, because options may have different keys. An option that has values of several
+    sections may have one of its own, whoever selects it.
     """
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         base = compose(config_name, return_hydra_config=True)
     choices = base.hydra.runtime.choices
     known: Tree = OmegaConf.to_container(base)  # type: ignore[assignment]
-    for group in choices:
-        for file in sorted((config_dir / str(group)).glob("*.yaml")):
-            text = file.read_text("utf-8")
-            if "/" not in str(group):
-                option = OmegaConf.to_container(OmegaConf.load(file))
-                assert isinstance(option, dict)
-                if "@package" in text:  # it has values of several sections, its own among them
-                    option = option.get(str(group))
-                if option is not None:
-                    known[str(group)] = _merged(known.get(str(group)), option)
+    for file in sorted(config_dir.glob("*/*.yaml")):
+        group = file.parent.name
+        option = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(option, dict)
+        if "@package" in file.read_text("utf-8"):
+            option = option.get(group)
+        elif group not in choices:
+            continue
+        if option is not None:
+            known[group] = _merged(known.get(group), option)
     for place, names in OPTIONAL.items():
         section, name = place.split(".")
         if isinstance(known.get(section), dict) and name in known[section]:
