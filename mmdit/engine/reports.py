@@ -27,6 +27,7 @@ log = logger(__name__)
 MAIN_FIGURES = (
     *("ema/loss", "raw/loss", "ema/psnr", "raw/psnr", "ema/accuracy", "raw/accuracy"),
     *("ema/accuracy_taught", "ema/accuracy_word", "ema/accuracy_old"),
+    *("ema/accuracy_held_out", "ema/diversity"),
 )
 BINS = 4  # of the noise level, by which training losses are told apart
 
