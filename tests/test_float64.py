@@ -26,7 +26,7 @@ from mmdit.flow.predictions import FPrediction, V, Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import Uniform
 from mmdit.metrics.path_length import MeasuredGuidance
-from mmdit.models import backbone, controlnet
+from mmdit.models import backbone, controlnet, interval
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.controlnet import ControlledMMDiT, ControlNet, ParallelControlNet, control_pixels
@@ -72,7 +72,7 @@ def sinusoid_apart(monkeypatch):
         with _disable_current_modes():
             return sinusoid(t).to(t.dtype)
 
-    for module in (backbone, controlnet):
+    for module in (backbone, controlnet, interval):
         monkeypatch.setattr(module, "sinusoid", apart)
 
 

@@ -223,6 +223,7 @@ def test_nft_does_not_move_for_groups_without_differences(pipe) -> None:
     assert gradients(pipe).abs().max() < 1e-5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "transition", [FlowSDE(), CPS(), Ancestral()], ids=lambda t: type(t).__name__
 )
@@ -273,7 +274,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_gradients_equal_finite_differences(pipe, name: str, monkeypatch) -> None:
     """Along a direction in the weights of the last layer, in float64."""

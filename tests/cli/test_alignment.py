@@ -66,7 +66,7 @@ def test_two_processes_with_a_lora_have_the_losses_of_one(folder: Path, algorith
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-3)
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
