@@ -274,7 +274,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_gradients_equal_finite_differences(pipe, name: str, monkeypatch) -> None:
     """Along a direction in the weights of the last layer, in float64."""

@@ -158,7 +158,7 @@ def test_every_text_config_builds(file, tiny_published):
     assert text.encode([""]).c_vec.shape == (1, text.pooled_width)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "memory"])
 def test_every_key_of_the_shipped_configs_is_read(name):
     known = known_keys(name, CONFIGS)

@@ -56,6 +56,16 @@ def test_names_say_the_parameters_to_two_digits():
         assert row.name.endswith(f"({','.join(f'{v:.2f}' for v in values)})" if values else "")
 
 
+class Composed(dict[str, DictConfig]):
+    """The config of a row by its name, composed when it is asked for."""
+
+    def __missing__(self, name: str) -> DictConfig:
+        option = next(row.option for row in STUDY if row.name == name)
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            self[name] = compose("formulations_alone", overrides=[f"formulation={option}"])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def composed():
     """Every row's config: of train.yaml the two groups that matter, for speed."""
@@ -63,11 +73,7 @@ def composed():
     defaults = [{"objective": "rf_lognorm"}, "_self_", {"formulation": None}]
     node = {"defaults": defaults, "variant": None}
     ConfigStore.instance().store(name="formulations_alone", node=node)
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        return {
-            row.name: compose("formulations_alone", overrides=[f"formulation={row.option}"])
-            for row in STUDY
-        }
+    return Composed()
 
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
