@@ -24,6 +24,7 @@ from tests.training_for_tests import (
     wait_for_step,
 )
 
+pytestmark = pytest.mark.slow  # they share two runs
 SMOKE = ("experiment=smoke", "precision=fp32")
 LORA = (*SMOKE, "initial=runs/base", "adapter=lora", "adapter.rank=4", "name=lora")
 
@@ -82,7 +83,6 @@ def test_it_opens_as_the_model_with_the_adapter(folder: Path, monkeypatch) -> No
     )
 
 
-@pytest.mark.slow
 def test_the_first_step_sees_the_model_itself(folder: Path) -> None:
     """The first loss of a LoRA equals that of finetuning the network itself."""
     run(folder, "train.py", *SMOKE, "initial=runs/base", "name=full")
@@ -93,7 +93,6 @@ def test_the_first_step_sees_the_model_itself(folder: Path) -> None:
     assert later[0] != later[1]
 
 
-@pytest.mark.slow
 def test_finetuning_changes_what_is_named_alone(folder: Path) -> None:
     words = ("initial=runs/base", "train=[clip_l,mmdit.blocks.0]", "name=part", "data.samples=16")
     run(folder, "train.py", *SMOKE, *words, "training.steps=2", "training.evaluate_every=2")
@@ -105,7 +104,6 @@ def test_finetuning_changes_what_is_named_alone(folder: Path) -> None:
     assert all(name.startswith(("text.clip_l.", "mmdit.blocks.0.")) for name in changed)
 
 
-@pytest.mark.slow
 def test_two_parts_equal_an_unbroken_run(folder: Path) -> None:
     words = (*LORA, "adapter.dropout=0.3")
     run(folder, "train.py", *words, "run=runs/whole", "training.save_every=3")
@@ -116,7 +114,6 @@ def test_two_parts_equal_an_unbroken_run(folder: Path) -> None:
     assert losses(folder / "runs" / "whole") == losses(folder / "runs" / "parts")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["lora", "textual_inversion"])
 def test_two_processes_have_the_losses_of_one(folder: Path, kind: str, parallel: str) -> None:
@@ -154,7 +151,6 @@ def test_an_adapter_of_a_changed_model_is_refused(folder: Path, tmp_path: Path) 
         mmdit.load_pipeline(tmp_path / "a.safetensors")
 
 
-@pytest.mark.slow
 def test_it_is_exported_for_other_programs_and_sampled_with(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     for dialect in ("diffusers", "sd-scripts", "comfyui"):
@@ -186,7 +182,6 @@ def mmdit_metadata(path: Path) -> str:
         return next(value for key, value in image.text.items() if value.startswith("{"))
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -227,7 +222,6 @@ def test_a_mistake_ends_in_one_message(folder: Path, words, message) -> None:
     assert len(lines) == 1, told
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -242,7 +236,6 @@ def test_what_cannot_be_attached_is_refused(folder: Path, words: str, message: s
     assert message in run(folder, "sample.py", *given, code=2).stderr
 
 
-@pytest.mark.slow
 def test_frozen_weights_may_be_bf16(folder: Path) -> None:
     words = ("base_dtype=bf16", "name=half", "training.steps=2", "sampling.steps=3")
     run(folder, "train.py", *LORA, *words)
@@ -255,7 +248,6 @@ def test_frozen_weights_may_be_bf16(folder: Path) -> None:
     assert {tensor.dtype for tensor in stored} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_new_words_may_begin_as_the_mean_of_others(folder: Path) -> None:
     starts = "start_words={cyan: [red, green]}"
     words = ("initial=runs/base", "training.steps=1", "text.dropout=1", "ema.every=1")
@@ -284,7 +276,6 @@ def test_starts_that_make_no_sense_are_refused(folder: Path, words, message: str
     assert message in run(folder, "train.py", *given, code=2).stderr
 
 
-@pytest.mark.slow
 def test_what_is_changed_by_name_is_said_and_described(folder: Path) -> None:
     words = ("model.position_grid=8", "model.qk_norm=true", "sampling.steps=3", "text.dropout=0.1")
     told = run(
@@ -303,7 +294,6 @@ def test_what_is_changed_by_name_is_said_and_described(folder: Path) -> None:
     assert describe(base.objective)["timesteps"]["class"] == "LogitNormal"
 
 
-@pytest.mark.slow
 def test_new_words_are_trained_resumed_and_read_by_prompts(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     base = moved(folder)
@@ -335,7 +325,6 @@ def test_new_words_are_trained_resumed_and_read_by_prompts(folder: Path, monkeyp
     assert json.loads(mmdit_metadata(image))["lora"][0]["source"] == "runs/words"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
 def test_an_adapter_that_was_killed_goes_on_as_if_it_had_not_been(folder: Path, kind: str) -> None:
     words = ("initial=runs/base", f"adapter={kind}", "training.save_every=2", "ema.every=1")

@@ -214,6 +214,7 @@ def test_runs_in_subfolders_are_ranked_and_what_they_left_out_is_noted(tmp_path)
     assert any(re.match("3 of .* steps skipped, not finite: ", note) for note in result["notes"])
 
 
+@pytest.mark.slow
 def test_figures_that_a_study_lacks_leave_a_dash(tmp_path):
     pytest.importorskip("matplotlib")
     records = [scores(v) for v in VARIANTS[:2]]
