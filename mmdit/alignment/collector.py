@@ -189,11 +189,10 @@ def figures(rollouts: Rollouts) -> dict[str, float]:
     for prompt, group in zip(rollouts.prompts, rollouts.groups, strict=True):
         if prompt.task is not None:
             by_task.setdefault(prompt.task, []).append(group.mean())
-    differs = rollouts.groups.amax(1) > rollouts.groups.amin(1)
     return {
         "reward": rewards.mean().item(),
         "reward_deviation": rewards.std().item(),
-        "groups_without_signal": 1 - differs.double().mean().item(),
+        "groups_without_signal": 1 - rollouts.informative.double().mean().item(),
         **{f"reward_{task}": torch.stack(by_task[task]).mean().item() for task in sorted(by_task)},
     }
 

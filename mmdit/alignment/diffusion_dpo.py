@@ -34,17 +34,25 @@ class DiffusionDPO:
         return best_and_worst(rollouts)
 
     def __call__(self, models: Models, rollouts: Rollouts, chosen: Tensor, draw: Draw) -> Result:
-        preferred, other = (rollouts.x_0[rows].to(draw.t.device) for rows in chosen.unbind(1))
-        better, worse = log_ratio(models, preferred, draw), log_ratio(models, other, draw)
-        margin = self.beta * (better - worse)
-        figures = {
-            "implicit_accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
-            "sigmoid": margin.sigmoid(),  # near 0 or 1, a pair teaches nothing more
-            "gain_preferred": better,
-            "gain_other": worse,
-        }
-        figures = {name: value.detach() for name, value in figures.items()}
+        distance, figures = compared(models, rollouts, chosen, draw)
+        margin = self.beta * distance
+        figures["sigmoid"] = margin.detach().sigmoid()  # near 0 or 1, a pair teaches nothing more
         return Result(-F.logsigmoid(margin), figures)
+
+
+def compared(
+    models: Models, rollouts: Rollouts, chosen: Tensor, draw: Draw
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """log rho_w - log rho_l of pairs of rows, (b,), and what is logged of it."""
+    preferred, other = (rollouts.x_0[rows].to(draw.t.device) for rows in chosen.unbind(1))
+    better, worse = log_ratio(models, preferred, draw), log_ratio(models, other, draw)
+    distance = better - worse
+    figures = {
+        "implicit_accuracy": (distance > 0).float() + 0.5 * (distance == 0).float(),
+        "gain_preferred": better.detach(),
+        "gain_other": worse.detach(),
+    }
+    return distance, figures
 
 
 def log_ratio(models: Models, x_0: Tensor, draw: Draw) -> Tensor:

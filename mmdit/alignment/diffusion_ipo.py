@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mmdit.alignment.algorithm import Result
-from mmdit.alignment.diffusion_dpo import log_ratio
+from mmdit.alignment.diffusion_dpo import compared
 from mmdit.alignment.models import Models
 from mmdit.alignment.rollouts import Rollouts, best_and_worst
 from mmdit.checks import number
@@ -35,13 +35,5 @@ class DiffusionIPO:
         return best_and_worst(rollouts)
 
     def __call__(self, models: Models, rollouts: Rollouts, chosen: Tensor, draw: Draw) -> Result:
-        preferred, other = (rollouts.x_0[rows].to(draw.t.device) for rows in chosen.unbind(1))
-        better, worse = log_ratio(models, preferred, draw), log_ratio(models, other, draw)
-        distance = self.beta * (better - worse)
-        figures = {
-            "implicit_accuracy": (distance > 0).float() + 0.5 * (distance == 0).float(),
-            "gain_preferred": better,
-            "gain_other": worse,
-        }
-        figures = {name: value.detach() for name, value in figures.items()}
-        return Result((distance - 0.5).square(), figures)
+        distance, figures = compared(models, rollouts, chosen, draw)
+        return Result((self.beta * distance - 0.5).square(), figures)

@@ -21,11 +21,11 @@ class FlowGRPO:
 
         loss = -min(A rho, A clip(rho, 1 - clip, 1 + clip)) + kl |mean - mean_ref|^2 / (2 std^2).
 
-    The images come from stochastic sampling: `collector.transition` says which. Its window of
+    The images come from stochastic sampling: `sampler.transition` says which. Its window of
     steps is what is trained (the fast form trains one to three early ones).
 
     Args:
-        transition: the stochastic step, that of the collector.
+        transition: the stochastic step, that of the sampler.
         clip: how far the ratio may move; above 0. Densities are means over values, so ratios stay
             close to 1.
         most: at which advantages are clipped; above 0.

@@ -1,6 +1,5 @@
 """The three models of post-training: the one that is trained, the old one, and the reference."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdit.adapters.adapter import attached
-from mmdit.engine.ema import frozen
+from mmdit.engine.ema import copied
 from mmdit.engine.preservation import adapters_off
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition
@@ -133,5 +132,4 @@ def reference_of(pipe: Pipeline) -> Reference:
             "parallel=fsdp spreads the weights over processes, and the reference would be a copy "
             "of them: train an adapter (adapter=lora), or choose parallel=ddp"
         )
-    shared = {id(tensor): tensor for tensor in frozen(pipe)}
-    return Reference(copy.deepcopy(pipe, shared).eval().requires_grad_(False), without_gradient)
+    return Reference(copied(pipe), without_gradient)

@@ -64,8 +64,7 @@ class PreferencePairs:
         processes: all of them read the same pairs.
 
     Raises:
-        UserError: there is no such folder or table, a line of it cannot be read, or an image is
-            not there.
+        UserError: the folder, its table or an image does not exist, or a line cannot be read.
     """
 
     members, guidance, evaluations = 2, 1.0, 0
@@ -130,7 +129,7 @@ def pairs_in(root: Path) -> Iterator[Pair]:
         pair = Pair(values[0], *(root / name for name in values[1:]))
         for path in pair[1:]:
             if not path.is_file():
-                raise UserError(f"{place}: there is no image {path}")
+                raise UserError(f"{place}: the image {path} does not exist")
         yield pair
 
 

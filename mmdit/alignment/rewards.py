@@ -106,7 +106,7 @@ class CLIPReward:
         device: where it is computed, of a CLIP that is opened here.
 
     Raises:
-        UserError: there is no CLIP.
+        UserError: it is not a CLIP, or cannot be read.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class FunctionReward:
             array or list.
 
     Raises:
-        UserError: there is no such function.
+        UserError: the function cannot be found.
     """
 
     def __init__(self, *, function: Callable[[Tensor, list[str]], Any] | str) -> None:

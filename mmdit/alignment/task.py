@@ -78,7 +78,7 @@ class AlignmentTask(TextToImage):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Of an image, (c, h, w)."""
+        """Shape of a latent, (c, h, w)."""
         side = self.module.image_size
         return (self.module.mmdit.latent_channels, *self.module.latent_size(side, side))
 
@@ -139,7 +139,7 @@ class AlignmentTask(TextToImage):
         return None
 
     def work(self, example: Drawn) -> Work:
-        """Of the losses, and of the images' share of sampling."""
+        """Cost of the losses, and of sampling the images as far as it falls to one sample."""
         tokens, forward = self.cost_of(self.latent_shape)
         per_sample = self.collector.evaluations / (self.collector.updates * self.batch_size)
         return Work(tokens, forward * (self.algorithm.forward_passes + per_sample))

@@ -151,9 +151,9 @@ class EMA(Generic[M]):
 
     def __init__(self, module: M, *, profile: Profile) -> None:
         self.profile = profile
-        shared = {id(tensor): tensor for tensor in frozen(module)}
+        shared = {id(tensor) for tensor in frozen(module)}
         self.shared = frozenset(key for key, tensor in _named(module) if id(tensor) in shared)
-        self.module = copy.deepcopy(module, shared).eval().requires_grad_(False)
+        self.module = copied(module)
         self._trained = module
         for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
             if weight.requires_grad:
@@ -176,6 +176,12 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights and buffers by their keys; one that has two keys comes twice."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def copied(module: M) -> M:
+    """A copy of a module that is not trained; it shares what is not trained in the module."""
+    shared = {id(tensor): tensor for tensor in frozen(module)}
+    return copy.deepcopy(module, shared).eval().requires_grad_(False)
 
 
 def frozen(module: nn.Module) -> Iterator[Tensor]:

@@ -105,8 +105,8 @@ def changed_layers(pipe: Pipeline) -> list[AdaptedLinear]:
     layers = [layer for layer in adapted(pipe).values() if isinstance(layer, AdaptedLinear)]
     if not layers:
         raise UserError(
-            "prior=prediction compares with the model without its adapter, but none changes a "
-            "layer: choose adapter=lora, or prior=class_images"
+            "prior=prediction and algorithm= compare with the model without its adapter, but none "
+            "changes a layer: choose adapter=lora, or prior=class_images"
         )
     return layers
 

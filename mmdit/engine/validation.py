@@ -29,7 +29,7 @@ class TextToImage:
 
     Args:
         module: the pipeline; its autoencoder stays as it is.
-        validation: for the validation loss and the pictures.
+        validation: for the validation loss and the sample images.
         seed: of the noise.
         autocast: precision of the forward pass.
     """

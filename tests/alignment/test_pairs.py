@@ -77,7 +77,7 @@ def test_a_table_may_be_csv(pipe, root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"other": "gone.png"}, r"line 2: there is no image .*gone\.png"),
+        ({"other": "gone.png"}, r"line 2: the image .*gone\.png does not exist"),
         ({"prompt": " "}, "line 2: prompt=' ' must be a text that is not empty"),
         ({"preferred": 3}, "line 2: preferred=3 must be a text"),
     ],
