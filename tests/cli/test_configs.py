@@ -60,7 +60,7 @@ HELPERS = {
         "local",
         "gamma_of",
     ),
-    *("Trajectory", "sample", "log_prob", "kl"),
+    *("Trajectory", "sample", "log_prob", "kl", "copied"),
     *("Parallel", "world_size", "check_started", "whole", "Read", "LatentSource", "encode"),
 }
 
