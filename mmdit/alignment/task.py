@@ -74,7 +74,6 @@ class AlignmentTask(TextToImage):
         self.old, self.reference = old, reference
         self.collector, self.algorithm, self.batch_size = collector, algorithm, batch_size
         self._chosen: tuple[int, Tensor] = (-1, torch.empty(0))
-        self._seen: list[dict[str, Tensor]] = []
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -109,7 +108,7 @@ class AlignmentTask(TextToImage):
             if not len(chosen):  # nothing in the round is better than the rest
                 return 0 * compared.policy.output(draw.epsilon, draw).float().flatten(1).mean(1)
             losses, figures = self.algorithm(compared, rollouts, chosen, draw)
-        self._seen.append({name: value.detach().float().mean() for name, value in figures.items()})
+        self.note(figures)
         return losses
 
     def chosen(self, example: Drawn) -> Tensor:
@@ -127,13 +126,6 @@ class AlignmentTask(TextToImage):
             return rows
         first = round_ * self.collector.updates * self.batch_size
         return rows[(example.numbers - first) % len(rows)]
-
-    def figures(self) -> dict[str, float]:
-        """What the algorithm says of the last step, mean over this process's samples."""
-        names = self._seen[0] if self._seen else {}
-        means = {n: torch.stack([seen[n] for seen in self._seen]).mean().item() for n in names}
-        self._seen = []
-        return means
 
     def times(self, example: Drawn) -> None:
         return None

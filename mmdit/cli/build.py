@@ -14,6 +14,7 @@ from mmdit.adapters.low_bit import KINDS, quantize
 from mmdit.adapters.words import start_words
 from mmdit.checks import one_of
 from mmdit.cli.initial import DTYPES, Initial, given_keys, open_initial, select
+from mmdit.cli.students import opponent_of
 from mmdit.engine.activations import recompute
 from mmdit.engine.ema import EMA
 from mmdit.engine.parallel import Parallel, world_size
@@ -75,6 +76,7 @@ def build(
         kept=partial(adapter_in, name=ADAPTER, base=initial and initial.base)
         if config.get("adapter") is not None
         else None,
+        opponent=opponent_of(config, pipeline),
     )
     return Parts(state, parallel)
 

@@ -1,4 +1,4 @@
-"""Students of few steps: `student=mean_flow` or `reflow`, taught by the model of `initial=`."""
+"""Students of few steps, taught by the model of `initial=`: what `student=` asks for."""
 
 from mmdit.cli.build import Parts
 from mmdit.cli.reading import TrainingRequest
@@ -6,7 +6,7 @@ from mmdit.cli.students import student_of
 from mmdit.engine.parallel import FSDP
 from mmdit.engine.tasks import Validation
 from mmdit.errors import UserError
-from mmdit.fewsteps import MeanFlow, Reflow
+from mmdit.fewsteps import LADD, Reflow
 from mmdit.fewsteps.pairs import Pairs, Recipe
 from mmdit.fewsteps.task import StudentTask
 from mmdit.latents.sources import LatentSource
@@ -26,7 +26,7 @@ def source_for_student(
         return source
     assert request.initial is not None, "open_initial raises without a teacher"
     check_beside(request, parts)
-    if not isinstance(student, Reflow):
+    if not isinstance(student, (LADD, Reflow)):
         return source
     assert student.guidance is not None and student.teacher_steps is not None
     recipe = Recipe(
@@ -54,9 +54,11 @@ def check_beside(request: TrainingRequest, parts: Parts) -> None:
     config, student = request.config, student_of(request.config)
     if config.get("prior") is not None and config.prior.prompt is not None:
         raise UserError("student and prior exclude each other: a student learns from its teacher")
-    if not isinstance(student, MeanFlow):
+    if isinstance(student, Reflow):
         return
     why = "student=mean_flow differentiates the network forwards, which"
+    if isinstance(student, LADD):
+        why = "student=ladd reads the tokens after each block of a copy of the teacher, which"
     if config.compile:
         raise UserError(f"{why} compiled blocks do not allow: leave compile out")
     if isinstance(parts.parallel, FSDP):
@@ -71,11 +73,13 @@ def student_task(
     if student is None:
         return None
     assert student.guidance is not None and student.teacher_steps is not None
+    opponent = parts.state.opponent
     return StudentTask(
         module=parts.pipeline,
         student=student,
         guidance=student.guidance,
         steps=student.teacher_steps,
+        opponent=opponent and opponent.module,
         source=source,
         validation=validation,
         seed=request.config.seed,

@@ -2,11 +2,13 @@
 
 from collections.abc import Collection
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from mmdit.engine.state import Opponent
 from mmdit.errors import UserError
-from mmdit.fewsteps import MeanFlow
+from mmdit.fewsteps import LADD, MeanFlow
 from mmdit.fewsteps.student import Student
 from mmdit.pipeline import Pipeline
 
@@ -15,6 +17,16 @@ def student_of(config: DictConfig) -> Student | None:
     """The way to train a student of few steps that a config asks for."""
     student: Student | None = instantiate(config.get("student"))
     return student
+
+
+def opponent_of(config: DictConfig, pipeline: Pipeline) -> Opponent | None:
+    """What is trained beside the student that a config asks for, if anything; from the seed."""
+    student = student_of(config)
+    if not isinstance(student, LADD):
+        return None
+    torch.manual_seed(config.seed)
+    heads = student.opponent(pipeline.mmdit).to(pipeline.device)
+    return Opponent(heads, student.optimizer(heads))
 
 
 def take_over(config: DictConfig, teacher: Pipeline, given: Collection[str]) -> Student | None:

@@ -163,12 +163,12 @@ def make_stepper(
     task: Task, settings: Settings, state: TrainState, processes: Processes, parallel: Parallel
 ) -> Stepper:
     """What makes a step of the optimizer, on a module in training mode."""
+    state.module.train()
     return Stepper(
-        state.module.train(),
-        parallel.losses(state.module, task.loss),
+        parallel.losses(state.whole, task.loss),
         parallel=parallel,
         processes=processes,
-        optimizer=state.optimizer,
+        trained=state.trained,
         clip=settings.clip,
         skips=settings.nonfinite == "skip",
         section=settings.section,

@@ -5,7 +5,7 @@ All else follows from the config, so this is what a checkpoint holds and what a 
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,32 @@ from mmdit.runs import tensors as tensor_files
 from mmdit.runs.checkpoint import FROZEN, Checkpoint, checkpoints_in
 from mmdit.runs.saving import Saver
 
+OPPONENT = "opponent"  # under which its weights and moments are kept
+
+
+class Opponent(NamedTuple):
+    """What is trained beside a module by a loss of its own, and is no part of the model.
+
+    As the heads of a discriminator. Checkpoints keep it with the moments: only training needs it.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer  # of its weights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights and moments."""
+        own = {**self.module.state_dict(), **moments(self.module, self.optimizer)}
+        return {f"{OPPONENT}.{name}": tensor for name, tensor in own.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave, among others."""
+        prefix = f"{OPPONENT}."
+        own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+        weights = self.module.state_dict()
+        self.module.load_state_dict({name: own[name] for name in weights})
+        kept = {name: x for name, x in own.items() if name not in weights}
+        load_moments(self.module, self.optimizer, kept)
+
 
 class TrainState:
     """A module in training, after some number of steps.
@@ -28,10 +54,12 @@ class TrainState:
         optimizer: updates its weights.
         schedule: factor of the optimizer's learning rate at each step.
         kept: from a module to what checkpoints hold of it, as an adapter; None is all.
+        opponent: what is trained beside the module, if anything.
         posthoc: averages kept beside `ema`, from which others are made after training.
 
     Attributes:
         step: number of steps made.
+        trained: the module and its opponent, each with its optimizer.
     """
 
     def __init__(
@@ -43,12 +71,19 @@ class TrainState:
         schedule: Callable[[int], float],
         posthoc: PostHoc | None = None,
         kept: Callable[[nn.Module], nn.Module] | None = None,
+        opponent: Opponent | None = None,
     ) -> None:
         self.module, self.ema, self.optimizer = module, ema, optimizer
         self.schedule, self.posthoc = schedule, posthoc
-        self._kept = kept
+        self.opponent, self._kept = opponent, kept
         self.step = 0
-        self._rates = rates_of(optimizer)
+        self.trained = [(module, optimizer), *([opponent] if opponent else [])]
+        self._rates = [rates_of(each) for _, each in self.trained]
+
+    @property
+    def whole(self) -> nn.Module:
+        """All that losses train: the module, with its opponent if there is one."""
+        return nn.ModuleList([self.module, self.opponent.module]) if self.opponent else self.module
 
     @property
     def device(self) -> torch.device:
@@ -57,9 +92,10 @@ class TrainState:
 
     def set_rate(self) -> float:
         """Set the learning rates of the next step; returns that of the first group of weights."""
-        rates = [rate * self.schedule(self.step) for rate in self._rates]
-        set_lr(self.optimizer, rates)
-        return rates[0]
+        factor = self.schedule(self.step)
+        for (_, optimizer), rates in zip(self.trained, self._rates, strict=True):
+            set_lr(optimizer, [rate * factor for rate in rates])
+        return self._rates[0][0] * factor
 
     def advance(self, run: Path, *, last: bool, writes: bool) -> None:
         """Count a step that was made, and take its weights into the averages.
@@ -82,6 +118,8 @@ class TrainState:
             figures: what the manifest says of the run up to here.
         """
         kept = self.posthoc.tensors() if self.posthoc else {}
+        if self.opponent is not None:
+            kept |= self.opponent.tensors()
         tensors = self.weights()
         tensors["optimizer"] = moments(self.module, self.optimizer) | kept
         saver.save(
@@ -116,6 +154,8 @@ class TrainState:
         saver.load(checkpoint, {**self.weights(), "optimizer": kept})
         if self.posthoc is not None:
             self.posthoc.take(kept)
+        if self.opponent is not None:
+            self.opponent.load(kept)
         load_moments(self.module, self.optimizer, kept)
         self.step = checkpoint.step
         return checkpoint

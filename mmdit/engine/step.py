@@ -19,7 +19,7 @@ class Step(NamedTuple):
     """What came of a step."""
 
     loss: float  # mean over the batch, over all processes
-    norm: float  # of the gradient, before clipping
+    norm: float  # of the gradient, before clipping; of the first module
     losses: Tensor  # of each sample of this process, (b,) on the CPU
     flags: list[float]  # summed over all processes
     updated: bool
@@ -29,30 +29,32 @@ class Stepper:
     """Makes steps.
 
     Args:
-        module: what is trained.
         loss: an example to the loss of each sample (b,); gradients are averaged over processes.
         parallel, processes: how and with whom.
-        optimizer: of the weights of `module`.
-        clip: greatest norm of the gradient.
+        trained: modules, each with the optimizer of its weights.
+        clip: greatest norm of the gradient of a module.
         skips: whether a step whose loss or gradient is not finite is left out instead of an error.
         section: of the config, whose keys messages name.
     """
 
     def __init__(
         self,
-        module: nn.Module,
         loss: Loss,
         *,
         parallel: Parallel,
         processes: Processes,
-        optimizer: torch.optim.Optimizer,
+        trained: Sequence[tuple[nn.Module, torch.optim.Optimizer]],
         clip: float,
         skips: bool,
         section: str = "training",
     ) -> None:
-        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
         self.loss, self.parallel, self.processes = loss, parallel, processes
-        self.optimizer, self.clip, self.skips = optimizer, clip, skips
+        self.optimizers = [optimizer for _, optimizer in trained]
+        self.weights = [
+            [weight for weight in module.parameters() if weight.requires_grad]
+            for module, _ in trained
+        ]
+        self.clip, self.skips = clip, skips
         self.section = section
 
     def __call__(self, parts: Sequence[Part], flags: Sequence[float] = ()) -> Step:
@@ -65,7 +67,8 @@ class Stepper:
             UserError: the loss or the gradient is not finite, in every process if it is in one; the
                 weights are as they were. Or memory ran out.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         try:
             *first, last = parts
             with self.parallel.quiet():
@@ -77,14 +80,17 @@ class Stepper:
             raise
         own = torch.cat(losses).float().cpu()
         # A gradient that is not finite in one process is not finite in any after the exchange, ...
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.clip)).item()
+        clipped = [torch.nn.utils.clip_grad_norm_(each, self.clip) for each in self.weights]
+        norms = [whole(norm).item() for norm in clipped]
         # ... but a loss may be infinite and its gradient zero: all must know.
         told = torch.tensor([own.mean(), *flags], dtype=torch.float64)
         total, *summed = self.processes.total(told).tolist()
         loss = total / self.processes.world_size
+        norm = next((each for each in norms if not math.isfinite(each)), norms[0])
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         elif not self.skips:
             raise UserError(self._complaint(parts, own, loss, norm))
         return Step(loss, norm, own, summed, finite)

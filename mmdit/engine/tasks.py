@@ -63,7 +63,7 @@ class Task(Protocol):
         """The noise level t of each sample, (b,) on the CPU, by which losses are told apart."""
 
     def figures(self) -> dict[str, float]:
-        """What else is logged of the losses of the last step, in this process."""
+        """What else is logged of the losses since this was last asked for, in this process."""
 
     def work(self, example: Any) -> Work:
         """Cost of each sample."""
@@ -264,9 +264,6 @@ class FlowTask(TextToImage):
 
     def times(self, example: Captioned) -> Tensor:
         return example.draw.t
-
-    def figures(self) -> dict[str, float]:
-        return {}
 
     def work(self, example: Captioned) -> Work:
         """Of the network alone, whose backward pass costs two forward passes."""

@@ -47,6 +47,7 @@ class TextToImage:
             with memory_for("encoding", images), torch.no_grad(), autocast():
                 latents.append(to_latents(module.autoencoder, images))
         self._validation_latents = torch.cat(latents)
+        self._noted: list[dict[str, Tensor]] = []
         self._flops = functools.cache(
             functools.partial(module.mmdit.flops, text_length=module.text.context_length)
         )
@@ -77,6 +78,17 @@ class TextToImage:
                 "`Data.square`, and train with latents=from_pixels"
             )
         return {name: extra[name].to(device, non_blocking=True) for name in sorted(reads)}
+
+    def note(self, figures: Mapping[str, Tensor]) -> None:
+        """Remember what is logged of a batch: each a mean, or one value a sample."""
+        self._noted.append({name: v.detach().float().mean() for name, v in figures.items()})
+
+    def figures(self) -> dict[str, float]:
+        """The mean of what this process has noted since this was last asked for."""
+        names = self._noted[0] if self._noted else {}
+        means = {n: torch.stack([each[n] for each in self._noted]).mean().item() for n in names}
+        self._noted = []
+        return means
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmdit.checks import flag, number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
-from mmdit.fewsteps.student import checked
+from mmdit.fewsteps.student import Lesson, checked
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Model, Objective, squared_error
@@ -104,7 +104,7 @@ class MeanFlow:
         x: Tensor,
         condition: Condition,
         draw: IntervalDraw,
-    ) -> Tensor:
+    ) -> Lesson:
         t, epsilon, r = draw
         z = objective.path.interpolate(x, epsilon, t)
         v = epsilon - x if teacher is None else teacher.velocity(z, t, condition)
@@ -120,7 +120,7 @@ class MeanFlow:
             target[apart] = average_target(average, z[apart], r[apart], t[apart], v[apart])
         c_vec, c_ctxt, extra = condition
         error = squared_error(model(z, t, c_vec, c_ctxt, r=r, **extra), target)
-        return error / (error.detach() + self.offset) ** self.power
+        return Lesson(error / (error.detach() + self.offset) ** self.power, {})
 
     def forwards(self) -> float:
         """Forward and backward, twice the teacher, and two for each Jacobian-vector product."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmdit.checks import seed_number, whole_number
 from mmdit.errors import UserError
-from mmdit.fewsteps.student import checked
+from mmdit.fewsteps.student import Lesson, checked
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Draw, Model, Objective
@@ -79,9 +79,9 @@ class Reflow:
         x: Tensor,
         condition: Condition,
         draw: Draw,
-    ) -> Tensor:
+    ) -> Lesson:
         x_0, epsilon = x.unbind(1)  # as `Pairs` holds them
-        return objective(model, x_0, condition, Draw(draw.t, epsilon))
+        return Lesson(objective(model, x_0, condition, Draw(draw.t, epsilon)), {})
 
     def forwards(self) -> float:
         """Forward and backward."""

@@ -1,7 +1,7 @@
 """What every way to train a student of few steps has to say."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Model, Objective
 from mmdit.models.backbone import Backbone
 from mmdit.pipeline import Pipeline
+
+
+class Lesson(NamedTuple):
+    """The losses of a batch (b,), and what is logged of it: each a mean, or one value a sample."""
+
+    losses: Tensor
+    figures: dict[str, Tensor]
 
 
 class Student(Protocol):
@@ -47,8 +54,8 @@ class Student(Protocol):
         x: Tensor,
         condition: Condition,
         draw: Any,
-    ) -> Tensor:
-        """Losses (b,) of a batch of what the source of latents holds, at least float32."""
+    ) -> Lesson:
+        """Losses of a batch of what the source of latents holds, at least float32."""
 
     def forwards(self) -> float:
         """Evaluations of the network that a step costs per sample; a backward pass counts two."""

@@ -28,6 +28,7 @@ class StudentTask(FlowTask):
         module: the student, whose weights are still those of the teacher.
         student: how it learns.
         guidance, steps: the teacher's.
+        opponent: what the student made to be trained beside it, if anything.
         source, validation, seed, autocast: as in `FlowTask`.
     """
 
@@ -38,6 +39,7 @@ class StudentTask(FlowTask):
         student: Student,
         guidance: float,
         steps: int,
+        opponent: nn.Module | None = None,
         source: LatentSource,
         validation: Validation,
         seed: int,
@@ -51,7 +53,8 @@ class StudentTask(FlowTask):
         if student.taught:
             with torch.no_grad(), autocast():
                 unconditional = module.encode([""])
-            self.teacher = Teacher(copy.deepcopy(module.mmdit), unconditional, guidance)
+            network = copy.deepcopy(module.mmdit)
+            self.teacher = Teacher(network, unconditional, guidance, opponent)
         self._shown_steps = sorted({1, 2, module.steps})
         self._taught = self._sampled(module, steps, guidance)
 
@@ -65,7 +68,9 @@ class StudentTask(FlowTask):
 
     def losses(self, x: Tensor, condition: Condition, draw: Draw) -> Tensor:
         objective, model = self.module.objective, self.module.mmdit
-        return self.student.loss(objective, self.teacher, model, x, condition, draw)
+        lesson = self.student.loss(objective, self.teacher, model, x, condition, draw)
+        self.note(lesson.figures)
+        return lesson.losses
 
     def work(self, example: Captioned) -> Work:
         tokens, flops = super().work(example)

@@ -26,6 +26,7 @@ SMALL = (
     *("training.evaluate_every=6", "training.save_every=3"),
 )
 REFLOW = ("student=reflow", "student.pairs=70", "student.teacher_steps=3")
+LADD = ("student=ladd", *REFLOW[1:])  # with the pairs of reflow
 
 
 def config_of(*words: str) -> DictConfig:
@@ -85,11 +86,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder, "train.py", *words, "model.depth=2", "model.width=48", "run=runs/base")
     run(folder, "train.py", *SMALL, "run=runs/mean_flow")
     run(folder, "train.py", *SMALL, *REFLOW, "run=runs/reflow")
+    run(folder, "train.py", *SMALL, *LADD, "run=runs/ladd")
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean_flow", "reflow"])
+@pytest.mark.parametrize("name", ["mean_flow", "reflow", "ladd"])
 def test_a_student_opens_and_samples_as_it_was_trained(folder: Path, name: str) -> None:
     out = f"images-{name}"
     words = (f"checkpoint=runs/{name}", "prompt=a red circle", f"out={out}")
@@ -102,13 +104,13 @@ def test_a_student_opens_and_samples_as_it_was_trained(folder: Path, name: str) 
     assert {"ema/distance_1", "raw/distance_2"} <= rows[-1].keys()
     student = mmdit.load_pipeline(folder / "runs" / name)
     assert isinstance(student.mmdit, IntervalMMDiT) == (name == "mean_flow")
-    if name == "reflow":
+    if name != "mean_flow":
         saved = mmdit.save_single_file(student, folder / "student.safetensors")
         assert isinstance(mmdit.load_mmdit(saved), MMDiT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "words"), [("mean_flow", ()), ("reflow", REFLOW)])
+@pytest.mark.parametrize(("name", "words"), [("mean_flow", ()), ("reflow", REFLOW), ("ladd", LADD)])
 def test_two_halves_equal_an_unbroken_run(folder: Path, name: str, words: tuple[str, ...]) -> None:
     halves = f"runs/halves-{name}"
     run(folder, "train.py", *SMALL, *words, f"run={halves}", "training.steps=3")
@@ -118,7 +120,7 @@ def test_two_halves_equal_an_unbroken_run(folder: Path, name: str, words: tuple[
 
 @pytest.mark.slow
 def test_two_processes_equal_one(folder: Path) -> None:
-    for name, words in (("mean_flow", ()), ("reflow", (*REFLOW, "runs=two"))):
+    for name, words in (("mean_flow", ()), ("reflow", (*REFLOW, "runs=two")), ("ladd", LADD)):
         more = (f"run=two/{name}", "parallel=ddp")
         run(folder, "train.py", *SMALL, *words, *more, processes=2)
         one = losses(folder / "runs" / name)

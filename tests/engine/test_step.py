@@ -22,11 +22,10 @@ def parts(count: int, size: int = 8) -> list[Part]:
 
 def stepper(module: nn.Module, loss, *, skips: bool = False, section: str = "training") -> Stepper:
     return Stepper(
-        module,
         loss,
         parallel=Single(),
         processes=Processes(),
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        trained=[(module, torch.optim.SGD(module.parameters(), lr=0.1))],
         clip=100.0,
         skips=skips,
         section=section,

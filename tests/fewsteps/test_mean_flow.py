@@ -97,11 +97,11 @@ def test_without_intervals_the_loss_is_the_flows(pipe) -> None:
     draw = drawn(method, pipe)
     student = with_intervals(pipe.mmdit)
     with torch.no_grad():
-        losses = method.loss(objective(), None, student, x_0, condition, draw)
+        losses = method.loss(objective(), None, student, x_0, condition, draw).losses
         flow = objective()(pipe.mmdit, x_0, condition, Draw(draw.t, draw.epsilon))
         assert torch.equal(losses, flow)
         weighted = MeanFlow(share=0, teacher=False, power=0.5, offset=0.1)
-        losses = weighted.loss(objective(), None, student, x_0, condition, draw)
+        losses = weighted.loss(objective(), None, student, x_0, condition, draw).losses
     torch.testing.assert_close(losses, flow / (flow + 0.1) ** 0.5)
 
 
@@ -113,7 +113,7 @@ def test_a_new_student_has_nothing_to_learn_from_an_unguided_teacher_but_average
     student = with_intervals(pipe.mmdit)
     teacher = Teacher(copy.deepcopy(student), pipe.encode([""]), 1.0)
     with torch.no_grad():
-        losses = method.loss(objective(), teacher, student, x_0, condition, draw)
+        losses = method.loss(objective(), teacher, student, x_0, condition, draw).losses
     assert losses[[1, 3]].max() == 0 < losses[[0, 2]].min()
 
 
@@ -128,7 +128,7 @@ def test_targets_are_constants(pipe) -> None:
     student.requires_grad_(True)
     weights = list(student.parameters())
     draw = IntervalDraw(t, epsilon, r)
-    losses = method.loss(objective(), teacher, student, x_0, condition, draw)
+    losses = method.loss(objective(), teacher, student, x_0, condition, draw).losses
     found = torch.autograd.grad(losses.sum(), weights, allow_unused=True)
 
     z = RectifiedFlow().interpolate(x_0, epsilon, t)

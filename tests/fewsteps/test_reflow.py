@@ -111,7 +111,7 @@ def test_the_loss_is_the_flows_on_a_pair(pipe) -> None:
     x = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0))
     draw = method.draw(pipe.objective, shape, [generator_for(0, i) for i in range(2)])
     condition = pipe.encode(CAPTIONS[:2])
-    losses = method.loss(pipe.objective, None, pipe.mmdit, x, condition, draw)
+    losses = method.loss(pipe.objective, None, pipe.mmdit, x, condition, draw).losses
     own = Draw(draw.t, x[:, 1])
     assert torch.equal(losses, pipe.objective(pipe.mmdit, x[:, 0], condition, own))
     assert method.network(pipe.mmdit) is pipe.mmdit

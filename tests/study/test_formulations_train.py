@@ -105,11 +105,10 @@ def trains_and_paints(row: Formulation, *, steps: int, settings: Sequence[Settin
         autocast=precision,
     )
     make_step = Stepper(
-        pipe,
         task.loss,
         parallel=Single(),
         processes=Processes(),
-        optimizer=instantiate(config.optimizer)(pipe),
+        trained=[(pipe, instantiate(config.optimizer)(pipe))],
         clip=1.0,
         skips=False,
     )

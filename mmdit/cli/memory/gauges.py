@@ -133,11 +133,10 @@ def measure(plan: Plan, processes: Processes) -> dict[str, int]:
 
         state.optimizer.register_step_pre_hook(before_update)
         step = Stepper(
-            pipeline,
-            parallel.losses(pipeline, loss),
+            parallel.losses(state.whole, loss),
             parallel=parallel,
             processes=processes,
-            optimizer=state.optimizer,
+            trained=state.trained,
             clip=config.training.clip,
             skips=True,
         )
