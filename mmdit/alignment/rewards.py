@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mmdit.alignment.prompts import Prompt, expect_shapes
 from mmdit.checks import expect, flag, mapping, number, whole_number
-from mmdit.data.captions import Scene
+from mmdit.data.captions import Scene, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.devices import available
 from mmdit.errors import UserError, first_line
 from mmdit.metrics.compositional import Detection, detections, holds, kinds, matches
+from mmdit.metrics.diversity import attributes
 from mmdit.metrics.features import load_clip_features
 from mmdit.out_of_memory import is_out_of_memory
 from mmdit.text.clip_pair import CLIPPair
@@ -43,13 +44,17 @@ class CompositionalReward:
     Args:
         data: the shapes, of whose scenes the prompts are.
         partial: give credit for the parts that are right, by `credit`; 1 is still all of it.
+        novelty: in [0, 1], what a right image loses if all other right images of its prompt agree
+            with it in what the caption leaves free (`crowding`): an answer is worth less the more
+            often it is given, so that one answer for all is no longer the best.
 
     Raises:
-        UserError: the data has no scenes.
+        UserError: the data has no scenes, or a value is out of range.
     """
 
-    def __init__(self, *, data: Shapes, partial: bool = False) -> None:
+    def __init__(self, *, data: Shapes, partial: bool = False, novelty: float = 0.0) -> None:
         self.data = expect_shapes("reward.data", data)
+        self.novelty = number("reward.novelty", novelty, 0, 1)
         flag("reward.partial", partial)
         self.score: Callable[[Scene, list[Detection]], float] = credit if partial else matches
 
@@ -68,7 +73,36 @@ class CompositionalReward:
             )
         found = detections(self.data, scenes, images)
         scores = [self.score(scene, things) for scene, things in zip(scenes, found, strict=True)]
-        return torch.tensor(scores, dtype=torch.float64)
+        rewards = torch.tensor(scores, dtype=torch.float64)
+        if self.novelty:
+            rewards *= 1 - self.novelty * crowding(scenes, found, self.data.grid)
+        return rewards
+
+
+def crowding(scenes: Sequence[Scene], found: Sequence[Sequence[Detection]], grid: int) -> Tensor:
+    """How many other right images of the same caption agree with an image in what it leaves free.
+
+    A share in [0, 1], the mean over place and, where the caption names none, colour; 0 for wrong
+    images, and where no other is right. Float64 (n,).
+
+    Args:
+        scenes: of the prompt of each image.
+        found: the objects in each image.
+        grid: cells of the layout along a side.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, (scene, things) in enumerate(zip(scenes, found, strict=True)):
+        if matches(scene, things):
+            groups.setdefault(short_caption(scene), []).append(row)
+    shares = torch.zeros(len(scenes), dtype=torch.float64)
+    for rows in groups.values():
+        free = attributes(scenes[rows[0]], grid).values()
+        for attribute in free if len(rows) > 1 else ():
+            values = [attribute(found[row]) for row in rows]
+            alike = Counter(values)
+            agree = [(alike[value] - 1) / (len(rows) - 1) for value in values]
+            shares[rows] += torch.tensor(agree, dtype=torch.float64) / len(free)
+    return shares
 
 
 def credit(scene: Scene, found: Sequence[Detection]) -> float:

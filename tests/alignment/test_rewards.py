@@ -354,3 +354,32 @@ def test_a_config_cannot_name_a_function_of_a_module_that_is_not_trusted(monkeyp
     check_targets(config, ["own_rewards"])
     with pytest.raises(UserError, match="imports="):
         check_targets(config, ())
+
+
+def test_an_answer_that_is_given_often_is_worth_less() -> None:
+    asked = scene("single_object", RED)  # "a circle": place and colour are free
+    blue = BLUE._replace(shape="circle")
+    images = torch.cat([drawn(RED), drawn(RED), drawn(blue), drawn(SIDE), drawn(LOW_RED)])
+    prompts = [Prompt(short_caption(asked), asked)] * 5
+    reward = CompositionalReward(data=DATA, novelty=0.6)
+    # The triangle is wrong. Of the 3 other right images, one is where each is; two are as red.
+    place = torch.tensor([1, 1, 1, 0, 1]) / 3
+    colour = torch.tensor([2, 2, 0, 0, 2]) / 3
+    expected = 1 - 0.6 * (place + colour).double() / 2
+    expected[3] = 0
+    torch.testing.assert_close(reward(images, prompts), expected, rtol=1e-6, atol=1e-6)
+    plain = CompositionalReward(data=DATA)(images, prompts)
+    assert plain.tolist() == [1, 1, 1, 0, 1]
+
+
+def test_novelty_compares_images_of_one_prompt_alone() -> None:
+    one, other = scene("single_object", RED), scene("colours", RED)
+    prompts = [Prompt(short_caption(each), each) for each in (one, other)]
+    reward = CompositionalReward(data=DATA, novelty=1.0)
+    assert reward(torch.cat([drawn(RED)] * 2), prompts).tolist() == [1, 1]
+    assert reward(torch.cat([drawn(RED)] * 2), prompts[:1] * 2).tolist() == [0, 0]
+
+
+def test_novelty_is_a_share() -> None:
+    with pytest.raises(UserError, match=r"reward\.novelty="):
+        CompositionalReward(data=DATA, novelty=1.5)

@@ -50,9 +50,7 @@ class Contest:
 
     def loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         objective, method = self.pipe.objective, self.method
-        return method.loss(
-            objective, self.teacher, self.student, self.x, self.condition, self.draw
-        )
+        return method.loss(objective, self.teacher, self.student, self.x, self.condition, self.draw)
 
 
 def gradients(loss: Tensor, weights: list[Tensor]) -> list[Tensor | None]:
