@@ -21,6 +21,7 @@ from mmdit.cli.prior import own_prediction, with_class_images
 from mmdit.cli.reading import VERBATIM, TrainingRequest, read
 from mmdit.cli.scores import is_finished, write_scores
 from mmdit.cli.stages import check_until, clip_for_metrics, load_trained_autoencoder
+from mmdit.cli.then import become, next_words
 from mmdit.data.dataset import Data
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loop import train
@@ -47,9 +48,12 @@ from mmdit.text.waiting import remember, waiting
 log = logger("mmdit.train")
 
 
-def job(config: DictConfig, text: Verbatim) -> None:
+def job(config: DictConfig, text: Verbatim) -> list[str]:
     """Read, build, prepare, fit, score. All is built before anything is trained: mistakes show at
     once.
+
+    Returns:
+        The arguments of what is trained next, from the result; none if there is nothing.
     """
     began = time.perf_counter()
     request = with_class_images(read(config, text))
@@ -60,11 +64,11 @@ def job(config: DictConfig, text: Verbatim) -> None:
     if run is not None and (config.resume or sweep_label()) and is_finished(config, run):
         log.info("%s is finished: it has made training.steps=%d", run.path, config.training.steps)
         leave()
-        return
+        return next_words(request, run.path)
     with closing(request, run):
         prepare(request, parts, source, run)
         if run is None:
-            return
+            return []
         measure = prepare_scores(request)
         validation = validation_of(request.validation, config.training.validation_size)
         encode_prompts(request, parts, validation)
@@ -73,6 +77,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
     if request.processes.main:
         prompt = next(iter(validation.prompts))
         report(request, run.path, checkpoint, prompt, (time.perf_counter() - began) / 60)
+    return next_words(request, run.path)
 
 
 def open_latents(request: TrainingRequest, parts: Parts) -> LatentSource:
@@ -327,4 +332,13 @@ def closing(request: TrainingRequest, run: RunFolder | None) -> Iterator[None]:
 def main() -> None:
     """Train a text-to-image model, as the command line asks."""
     store_formulations()
-    launch(job, config_name="train", verbatim=VERBATIM, describe=describe, outlives_output=True)
+    following: list[str] = []
+
+    def train_all(config: DictConfig, text: Verbatim) -> None:
+        following[:] = job(config, text)
+
+    launch(
+        train_all, config_name="train", verbatim=VERBATIM, describe=describe, outlives_output=True
+    )
+    if following:
+        become(following)

@@ -1,0 +1,52 @@
+"""What is trained after a run, from its result."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdit.cli.then import passed_on
+from tests.training_for_tests import run, train
+
+THEN = """# @package _global_
+defaults: [smoke, _self_]
+name: second
+training: {steps: 4, evaluate_every: 4, save_every: 4}
+"""
+
+
+def test_what_holds_for_both_runs_is_passed_on() -> None:
+    words = [
+        *("experiment=smoke", "seed=3", "training.steps=10", "data.samples=50", "+data.extra=1"),
+        *("model.depth=2", "logger=wandb", "logger.mode=offline", "resume=auto", "run=runs/a"),
+        *("data/part@data.parts.x=folder", "precision=fp32", "--config-dir", "mine"),
+    ]
+    assert list(passed_on(words)) == [
+        *("seed=3", "data.samples=50", "+data.extra=1", "logger=wandb", "logger.mode=offline"),
+        *("data/part@data.parts.x=folder", "precision=fp32", "--config-dir=mine"),
+    ]
+    assert list(passed_on(["--config-dir=mine"])) == ["--config-dir=mine"]
+
+
+@pytest.mark.slow
+def test_a_second_run_starts_from_the_first_and_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "second.yaml").write_text(THEN)
+    words = ("then=second", "training.steps=4", "seed=5", "precision=fp32", "--config-dir=mine")
+    told = train(tmp_path, *words).stdout
+    assert "then: python train.py experiment=second initial=runs/smoke-001 run=" in told
+    second = tmp_path / "runs" / "smoke-001-then"
+    config = json.loads((second / "config.json").read_text())
+    assert (config["name"], config["seed"], config["computed"]) == ("second", 5, "fp32")
+    assert config["initial"] == "runs/smoke-001"
+    before = (second / "metrics.jsonl").read_text()
+    again = train(tmp_path, *words, "resume=auto")
+    assert "smoke-001 is finished" in again.stdout and "001-then is finished" in again.stdout
+    assert (second / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_in_a_sweep_the_next_command_is_told(tmp_path: Path) -> None:
+    words = ("experiment=smoke", "training.steps=2", "then=lora", "seed=0,1", "-m")
+    told = run(tmp_path, "train.py", *words).stdout
+    assert told.count("then=lora is left to you here: python train.py experiment=lora") == 2
