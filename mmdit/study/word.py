@@ -12,8 +12,17 @@ from mmdit.metrics.compositional import judge
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast
 from mmdit.request import Request
+from mmdit.study.curves import Comparison
 
 TAUGHT = "colours"  # the task whose prompts are the phrase "a red star"
+# What finetuning taught and what it cost: eval/forgetting.py.
+FORGETTING = Comparison(
+    experiment="shapes_new_word",
+    probe="WordAccuracy",
+    figures={name: f"accuracy_{name}" for name in ("taught", "word", "old")},
+    order=("word", "taught"),
+    required=("taught", "word", "old"),
+)
 
 
 class WordAccuracy:
