@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmdit.alignment.prompts import expect_shapes
 from mmdit.checks import MOST_STEPS, expect, number, seed_number, whole_number
-from mmdit.data.captions import Scene, short_caption
+from mmdit.data.captions import TASKS, Scene, short_caption
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
 from mmdit.flow.solvers import Solver, dpmpp_2m, euler
@@ -18,8 +19,22 @@ from mmdit.metrics.diversity import LEAST, CaptionDiversity, pixel_deviation
 from mmdit.pipeline import Pipeline
 from mmdit.precision import Autocast
 from mmdit.request import Request
+from mmdit.study.curves import Comparison, Mean, Recipe
 
 MOST_CAPTIONS = 200
+GAINS = ("accuracy", "accuracy_held_out", "accuracy_other_sampler")
+VARIETY = ("diversity", "diversity_place", "diversity_colour", "pixel_deviation")
+BY_TASK = tuple(f"accuracy_{task}" for task in TASKS)
+# What post-training gains and what it costs: eval/alignment.py.
+ALIGNMENT = Comparison(
+    experiment="alignment",
+    probe="AlignmentProbe",
+    figures={name: name for name in (*GAINS, *VARIETY, "diversity_left_out", *BY_TASK)},
+    order=("accuracy",),
+    required=("accuracy", "accuracy_other_sampler", "pixel_deviation"),
+)
+# What a post-trained model of shapes should reach.
+ENOUGH_ACCURACY, ENOUGH_DIVERSITY = 0.93, 0.8
 
 
 class AlignmentProbe:
@@ -51,12 +66,7 @@ class AlignmentProbe:
         UserError: a value is out of range, or the data has no scenes.
     """
 
-    higher_is_better = frozenset(
-        {
-            *("accuracy", "accuracy_held_out", "accuracy_other_sampler"),
-            *("diversity", "diversity_place", "diversity_colour", "pixel_deviation"),
-        }
-    )
+    higher_is_better = frozenset({*GAINS, *VARIETY})
 
     def __init__(
         self,
@@ -188,6 +198,23 @@ def different_captions(data: Shapes, tasks: Sequence[str], count: int) -> list[S
     raise UserError(
         f"probe.diversity_prompts={count} is more than the {len(found)} short captions of the data"
     )
+
+
+class Best(NamedTuple):
+    """The highest accuracy of a recipe, and its step."""
+
+    step: int
+    accuracy: Mean
+
+
+def best_diverse(recipe: Recipe) -> Best | None:
+    """The evaluation of the highest mean accuracy among those of enough mean diversity."""
+    accuracy, diversity = recipe.figures["accuracy"], recipe.figures["diversity"]
+    enough = [step for step in recipe.steps if diversity[step].mean >= ENOUGH_DIVERSITY]
+    if not enough:
+        return None
+    step = max(enough, key=lambda step: accuracy[step].mean)
+    return Best(step, accuracy[step])
 
 
 def mean(values: Sequence[float]) -> float:

@@ -271,6 +271,40 @@ def test_forgetting_compares_runs_with_what_they_started_from(run, folder):
     assert "give runs=" in run("forgetting", code=2)
 
 
+@pytest.mark.slow
+def test_alignment_compares_runs_with_what_they_started_from(run, folder):
+    base = folder / "runs/tiny-001"
+    shapes = {"_target_": "mmdit.data.Shapes", "image_size": 32}
+    probe = {"_target_": "mmdit.study.AlignmentProbe", "_partial_": True, "data": shapes}
+    probe |= {"prompts_per_task": 2, "diversity_prompts": 2, "members": 8, "steps": 1}
+    probe |= {"other_steps": 1}
+    config = {"initial": str(base), "initial_sha256": open_source(base).sha256, "probe": probe}
+    figures = ("accuracy", "accuracy_held_out", "accuracy_other_sampler", "diversity")
+    row = {"step": 5, "images_per_second": 2.0, "tflops": 3.0, "ema/pixel_deviation": 30.0}
+    row |= {f"ema/{figure}": 0.875 for figure in (*figures, "accuracy_position")}
+    for seed in (0, 1):
+        new = folder / f"runs/aligned/algorithm=awm,seed={seed}"
+        new.mkdir(parents=True)
+        own = {"seed": seed, "training": {"steps": 5, "batch_size": 4}}
+        (new / "config.json").write_text(json.dumps(config | own))
+        (new / "metrics.jsonl").write_text(json.dumps(row))
+    told = run("alignment", "runs=runs/aligned").splitlines()
+    out = folder / "runs/aligned/alignment"
+    assert [Path(line).name for line in told[-4:]] == [
+        *("alignment.json", "alignment.md", "alignment.png", "alignment-compute.png")
+    ]
+    report = json.loads((out / "alignment.json").read_text())
+    assert report["initial_figures"].keys() > {"accuracy", "pixel_deviation", "accuracy_position"}
+    (recipe,) = report["recipes"]
+    assert (recipe["recipe"], recipe["seeds"]) == ("algorithm=awm", [0, 1])
+    assert recipe["tflop_per_step"] == 6.0
+    assert recipe["figures"]["diversity"]["5"] == {"mean": 0.875, "half_width": 0.0, "seeds": 2}
+    assert recipe["figures"]["diversity_place"]["5"]["mean"] is None
+    assert recipe["best_diverse"]["step"] == 5
+    assert "| 1 | algorithm=awm | 0.88 ± 0.00 |" in (out / "alignment.md").read_text()
+    assert "give runs=" in run("alignment", code=2)
+
+
 def test_compositional_samples_an_image_for_each_scene_of_each_split(run, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     words = ("checkpoint=~/runs/tiny-001", "prompts_per_task=2", "steps=1", "batch_size=1")

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 SCRIPTS = {
+    "alignment": "Measure what post-training gained and what it cost, over recipes and compute",
     "attention": "Measure attention logits and entropy, block by block (Figure 5)",
     "autoencoder": "Measure how well an autoencoder reconstructs images (Table 3)",
     "compositional": "Measure accuracy on GenEval's six tasks, judged from the pixels",
