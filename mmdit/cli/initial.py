@@ -122,6 +122,8 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         torch.manual_seed(config.seed)
         network = student.network(network)
         defaults |= {"steps": student.steps, "guidance": 1.0}
+    if config.get("sampler") is not None:  # a policy is sampled from as its images were judged
+        defaults |= {name: config.sampler[name] for name in ("steps", "guidance")}
     for name, value in defaults.items():
         key = name if name == "image_size" else f"sampling.{name}"
         if key not in given:

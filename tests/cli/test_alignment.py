@@ -3,9 +3,20 @@
 from pathlib import Path
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 
+import mmdit
+from mmdit.cli import CONFIGS
+from mmdit.cli.initial import open_initial
 from mmdit.engine.loggers import read_metrics
+from mmdit.models.clip import CLIPTextModel
+from mmdit.models.clip_image import CLIPImageModel
 from mmdit.runs.checkpoint import read_weights
+from mmdit.runs.native import save_module
+from mmdit.text.clip_pair import CLIPPair
+from mmdit.text.conditioning import TextEncoder
+from mmdit.text.tokenizers import CLIPWordTokenizer
 from tests.ready_process import Ready
 from tests.training_for_tests import ALONE, assert_same_run, command, losses, run, wait_for_step
 
@@ -100,3 +111,46 @@ def test_a_mistake_ends_in_one_message(folder: Path, words: tuple[str, ...], mes
 def test_a_reward_that_fails_loses_nothing(folder: Path, name: str, message: str) -> None:
     told = run(folder, "train.py", *SMALL, f"reward.function={MINE}:{name}", code=2).stderr
     assert message in told and "Traceback" not in told
+
+
+def test_a_policy_is_sampled_as_it_was_trained(tiny_published: Path) -> None:
+    words = (f"initial={tiny_published}", "experiment=alignment", "sampler.steps=7")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", [*words, "sampler.guidance=2"])
+        asked = compose("train", [*words, "sampling.guidance=4"])
+    initial = open_initial(config, {"initial", "experiment", "sampler.steps"})
+    assert initial is not None
+    assert (initial.pipeline.steps, initial.pipeline.guidance) == (7, 2.0)
+    initial = open_initial(asked, {"sampling.guidance"})
+    assert initial is not None
+    assert (initial.pipeline.steps, initial.pipeline.guidance) == (7, 4.0)
+
+
+@pytest.mark.slow
+def test_public_weights_are_trained_by_a_clip_reward_in_two_processes(
+    tiny_published: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    words = CLIPWordTokenizer(words=["a", "cat", "dog"], length=8, pad_with_end=True)
+    sizes = {"width": 16, "num_heads": 2, "depth": 2, "projection_width": 8}
+    text = CLIPTextModel(vocabulary_size=words.vocabulary_size, length=8, **sizes)
+    image = CLIPImageModel(image_size=32, patch_size=8, **sizes)
+    pair = CLIPPair(text=TextEncoder(tokenizer=words, model=text), image=image)
+    save_module(tmp_path / "clip.safetensors", pair)
+    (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\na cat\na dog\n")
+    run(
+        tmp_path,
+        "train.py",
+        *("experiment=alignment", f"initial={tiny_published}", "adapter=lora", "parallel=ddp"),
+        *("reward=clip", "reward.clip=clip.safetensors", "prompt_source=file", "~probe"),
+        *("prompt_source.path=prompts.txt", "collector.groups=4", "collector.members=4"),
+        *("training.steps=4", "training.batch_size=8", "training.log_every=1", "run=runs/two"),
+        *("training.evaluate_every=4", "training.save_every=4", "training.validation_size=2"),
+        *("sampler.steps=2", "schedule.warmup_steps=0", "image_size=32"),
+        processes=2,
+    )
+    rows = metrics(tmp_path / "runs" / "two")
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    assert len(rewards) == 2 and all(-1 <= reward <= 1 for reward in rewards)
+    assert max(losses(tmp_path / "runs" / "two")) == 4
+    assert mmdit.load_pipeline(tmp_path / "runs" / "two").guidance == 1.0
