@@ -1,6 +1,6 @@
 """What an algorithm of post-training is: which images of a round it reads, and one loss."""
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +17,15 @@ class Result(NamedTuple):
     figures: dict[str, Tensor]
 
 
+Levels: TypeAlias = Literal["objective", "sampler"]
+
+
 class Algorithm(Protocol):
     """A loss on the images of a round."""
+
+    @property
+    def levels(self) -> Levels:
+        """The noise levels of its draws: those of pretraining, or the sampler's own steps."""
 
     @property
     def forward_passes(self) -> float:

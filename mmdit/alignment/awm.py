@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mmdit.alignment.algorithm import Result, informative_rows
+from mmdit.alignment.algorithm import Levels, Result, informative_rows
 from mmdit.alignment.models import Models
 from mmdit.alignment.ratios import clipped
 from mmdit.alignment.rollouts import Rollouts
@@ -23,6 +23,8 @@ class AdvantageWeightedMatching:
         most: at which advantages are clipped; above 0.
         kl: weight of the distance to the reference; at least 0.
     """
+
+    levels: Levels = "objective"
 
     def __init__(self, *, clip: float = 0.2, most: float = 5.0, kl: float = 0.1) -> None:
         self.clip = number("algorithm.clip", clip, above=0, below=1)

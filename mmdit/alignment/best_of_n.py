@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mmdit.alignment.algorithm import Result
+from mmdit.alignment.algorithm import Levels, Result
 from mmdit.alignment.models import Models
 from mmdit.alignment.rollouts import Rollouts, best_and_worst
 from mmdit.flow.objective import Draw, squared_error
@@ -14,6 +14,7 @@ class BestOfN:
     Groups whose rewards do not differ are left out: nothing in them is better than the rest.
     """
 
+    levels: Levels = "objective"
     forward_passes = 3.0
 
     def select(self, rollouts: Rollouts) -> Tensor:

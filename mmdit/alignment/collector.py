@@ -88,6 +88,11 @@ class Collector:
         return self.sampler.guidance
 
     @property
+    def steps(self) -> int:
+        """Steps of the sampler."""
+        return self.sampler.steps
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations of a round."""
         return self.groups * self.members * self.sampler.evaluations

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit.alignment.algorithm import Result
+from mmdit.alignment.algorithm import Levels, Result
 from mmdit.alignment.models import Models
 from mmdit.alignment.rollouts import Rollouts, best_and_worst
 from mmdit.checks import number
@@ -24,6 +24,7 @@ class DiffusionDPO:
         beta: how strongly the reference holds; above 0. A greater one holds more.
     """
 
+    levels: Levels = "objective"
     forward_passes = 8.0  # two images
 
     def __init__(self, *, beta: float = 100.0) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mmdit.alignment.algorithm import Result
+from mmdit.alignment.algorithm import Levels, Result
 from mmdit.alignment.diffusion_dpo import compared
 from mmdit.alignment.models import Models
 from mmdit.alignment.rollouts import Rollouts, best_and_worst
@@ -25,6 +25,7 @@ class DiffusionIPO:
         beta: how strongly the reference holds; above 0. A greater one holds more.
     """
 
+    levels: Levels = "objective"
     forward_passes = 8.0  # two images
 
     def __init__(self, *, beta: float = 100.0) -> None:

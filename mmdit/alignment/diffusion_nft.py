@@ -1,11 +1,13 @@
 """DiffusionNFT (Zheng et al. 2025): reinforcement learning on the forward process."""
 
+from typing import get_args
+
 from torch import Tensor
 
-from mmdit.alignment.algorithm import Result, every_row
+from mmdit.alignment.algorithm import Levels, Result, every_row
 from mmdit.alignment.models import Models
 from mmdit.alignment.rollouts import Rollouts
-from mmdit.checks import number
+from mmdit.checks import number, one_of
 from mmdit.dtypes import wide
 from mmdit.flow.objective import Draw, squared_error
 from mmdit.flow.paths import like
@@ -22,18 +24,30 @@ class DiffusionNFT:
 
         A_max [r D(v+) + (1 - r) D(v-)] / beta + kl |v - v_ref|^2.
 
-    Any solver may sample the images, with or without guidance; no likelihood is needed.
+    Any solver may sample the images, with or without guidance; no likelihood is needed. They are
+    noised to the levels that the sampler steps through, which include pure noise: there it is
+    decided what goes where.
 
     Args:
         beta: how far the implicit policies are from the old one; above 0.
         most: A_max, at which advantages are clipped; above 0.
         kl: weight of the distance to the reference; at least 0.
+        levels: 'sampler', or 'objective' for levels drawn as in pretraining.
     """
 
-    def __init__(self, *, beta: float = 1.0, most: float = 5.0, kl: float = 1e-4) -> None:
+    def __init__(
+        self,
+        *,
+        beta: float = 1.0,
+        most: float = 5.0,
+        kl: float = 1e-4,
+        levels: Levels = "sampler",
+    ) -> None:
         self.beta = number("algorithm.beta", beta, above=0)
         self.most = number("algorithm.most", most, above=0)
         self.kl = number("algorithm.kl", kl, 0)
+        one_of("algorithm.levels", levels, get_args(Levels))
+        self.levels: Levels = levels
 
     @property
     def forward_passes(self) -> float:

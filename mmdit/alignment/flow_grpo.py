@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmdit.alignment.algorithm import Result, informative_rows
+from mmdit.alignment.algorithm import Levels, Result, informative_rows
 from mmdit.alignment.models import Models
 from mmdit.alignment.ratios import clipped
 from mmdit.alignment.rollouts import Rollouts
@@ -31,6 +31,8 @@ class FlowGRPO:
         most: at which advantages are clipped; above 0.
         kl: weight of the divergence from the reference; at least 0.
     """
+
+    levels: Levels = "objective"
 
     def __init__(
         self, *, transition: Transition, clip: float = 1e-4, most: float = 5.0, kl: float = 0.04

@@ -68,6 +68,7 @@ class PreferencePairs:
     """
 
     members, guidance, evaluations = 2, 1.0, 0
+    steps: int | None = None  # nothing is sampled
 
     def __init__(
         self,

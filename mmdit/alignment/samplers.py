@@ -26,7 +26,13 @@ class Sampled(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Samples latents."""
+    """Samples latents.
+
+    Attributes:
+        steps: of the solver.
+    """
+
+    steps: int
 
     @property
     def guidance(self) -> float:

@@ -13,6 +13,7 @@ from mmdit.data.order import Order
 from mmdit.engine.rounds import Collector
 from mmdit.engine.tasks import Work
 from mmdit.engine.validation import TextToImage, Validation
+from mmdit.errors import UserError
 from mmdit.flow.objective import Draw
 from mmdit.keys import generator_for
 from mmdit.pipeline import Pipeline
@@ -40,6 +41,10 @@ class Rounds(Collector, Protocol):
         """Scale of the guidance that the images were sampled with."""
 
     @property
+    def steps(self) -> int | None:
+        """Steps of the sampler; None where nothing is sampled."""
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations of a round."""
 
@@ -55,6 +60,9 @@ class AlignmentTask(TextToImage):
         algorithm: the loss.
         validation, seed, autocast: as in `TextToImage`.
         batch_size: samples of a step, over all processes.
+
+    Raises:
+        UserError: the algorithm trains at the sampler's steps, and there is no sampler.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class AlignmentTask(TextToImage):
         super().__init__(module=module, validation=validation, seed=seed, autocast=autocast)
         self.old, self.reference = old, reference
         self.collector, self.algorithm, self.batch_size = collector, algorithm, batch_size
+        self._levels = self._sampled_levels() if algorithm.levels == "sampler" else None
         self._chosen: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @property
@@ -88,8 +97,22 @@ class AlignmentTask(TextToImage):
     def example(self, step: int, indices: Sequence[int]) -> Drawn:
         generators = [generator_for(self.seed, "alignment", step, index) for index in indices]
         draw = self.module.objective.draw(self.latent_shape, generators)
+        if self._levels is not None:
+            count = len(self._levels)
+            steps = torch.cat([torch.randint(count, (1,), generator=g) for g in generators])
+            draw = draw._replace(t=self._levels[steps])
         seed = generator_for(self.seed, "layers", step, *indices).initial_seed()
         return Drawn(step, torch.tensor(indices), draw, seed)
+
+    def _sampled_levels(self) -> Tensor:
+        """The times of the network that the sampler evaluates it at, float32."""
+        if self.collector.steps is None:
+            raise UserError(
+                "algorithm.levels=sampler trains at the sampler's steps, but these images were not "
+                "sampled here: choose algorithm.levels=objective"
+            )
+        objective = self.module.objective
+        return objective.path.time_at(objective.times(self.collector.steps)[:-1]).float()
 
     def loss(self, example: Drawn) -> Tensor:
         rollouts = self.collector.rollouts

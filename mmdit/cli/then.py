@@ -9,9 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from mmdit.checks import did_you_mean, nearest
 from mmdit.cli.initial import given_keys
 from mmdit.cli.launch import sweep_label
 from mmdit.cli.reading import TrainingRequest
+from mmdit.errors import UserError
 from mmdit.printable import logger
 from mmdit.programs import command
 
@@ -36,7 +41,7 @@ def next_words(request: TrainingRequest, run: Path) -> list[str]:
     if request.data.name != "shapes" and "then" not in given_keys():
         return []  # the judge of the default knows shapes
     kept = list(passed_on(request.words))
-    folder = run.with_name(f"{run.name}-then")
+    folder = run.with_name(f"{run.name}-{then}")
     words = [f"experiment={then}", f"initial={run}", f"run={folder}", "resume=finish", *kept]
     line = " ".join([command("train"), *map(shlex.quote, words)])
     if sweep_label() or request.processes.world_size > 1:
@@ -45,6 +50,20 @@ def next_words(request: TrainingRequest, run: Path) -> list[str]:
         return []
     log.info("then: %s", line)
     return words
+
+
+def check_then(config: DictConfig) -> None:
+    """Check, long before it is trained, that what comes next is an experiment.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.then is None or not GlobalHydra.instance().is_initialized():
+        return
+    known = GlobalHydra.instance().config_loader().get_group_options("experiment")
+    if config.then not in known:
+        hint = did_you_mean(nearest(str(config.then), known))
+        raise UserError(f"then={config.then} is not an experiment.{hint}")
 
 
 def passed_on(words: Sequence[str]) -> Iterator[str]:

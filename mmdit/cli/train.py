@@ -21,7 +21,7 @@ from mmdit.cli.prior import own_prediction, with_class_images
 from mmdit.cli.reading import VERBATIM, TrainingRequest, read
 from mmdit.cli.scores import is_finished, write_scores
 from mmdit.cli.stages import check_until, clip_for_metrics, load_trained_autoencoder
-from mmdit.cli.then import become, next_words
+from mmdit.cli.then import become, check_then, next_words
 from mmdit.data.dataset import Data
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loop import train
@@ -56,6 +56,7 @@ def job(config: DictConfig, text: Verbatim) -> list[str]:
         The arguments of what is trained next, from the result; none if there is nothing.
     """
     began = time.perf_counter()
+    check_then(config)
     request = with_class_images(read(config, text))
     parts = build(config, request.device, request.dtype, request.initial)
     source = open_latents(request, parts)

@@ -35,13 +35,13 @@ def test_a_second_run_starts_from_the_first_and_is_gone_on_with(tmp_path: Path) 
     words = ("then=second", "training.steps=4", "seed=5", "precision=fp32", "--config-dir=mine")
     told = train(tmp_path, *words).stdout
     assert "then: python train.py experiment=second initial=runs/smoke-001 run=" in told
-    second = tmp_path / "runs" / "smoke-001-then"
+    second = tmp_path / "runs" / "smoke-001-second"
     config = json.loads((second / "config.json").read_text())
     assert (config["name"], config["seed"], config["computed"]) == ("second", 5, "fp32")
     assert config["initial"] == "runs/smoke-001"
     before = (second / "metrics.jsonl").read_text()
     again = train(tmp_path, *words, "resume=auto")
-    assert "smoke-001 is finished" in again.stdout and "001-then is finished" in again.stdout
+    assert "smoke-001 is finished" in again.stdout and "001-second is finished" in again.stdout
     assert (second / "metrics.jsonl").read_text() == before
 
 
@@ -50,3 +50,10 @@ def test_in_a_sweep_the_next_command_is_told(tmp_path: Path) -> None:
     words = ("experiment=smoke", "training.steps=2", "then=lora", "seed=0,1", "-m")
     told = run(tmp_path, "train.py", *words).stdout
     assert told.count("then=lora is left to you here: python train.py experiment=lora") == 2
+
+
+@pytest.mark.slow
+def test_an_experiment_that_is_not_there_shows_at_once(tmp_path: Path) -> None:
+    told = train(tmp_path, "then=alinged", code=2).stderr
+    assert told.strip() == "then=alinged is not an experiment. Did you mean aligned?"
+    assert not (tmp_path / "runs").exists()
