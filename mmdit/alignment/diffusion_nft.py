@@ -24,15 +24,14 @@ class DiffusionNFT:
 
         A_max [r D(v+) + (1 - r) D(v-)] / beta + kl |v - v_ref|^2.
 
-    Any solver may sample the images, with or without guidance; no likelihood is needed. They are
-    noised to the levels that the sampler steps through, which include pure noise: there it is
-    decided what goes where.
+    Any solver may sample the images, with or without guidance; no likelihood is needed.
 
     Args:
         beta: how far the implicit policies are from the old one; above 0.
         most: A_max, at which advantages are clipped; above 0.
         kl: weight of the distance to the reference; at least 0.
-        levels: 'sampler', or 'objective' for levels drawn as in pretraining.
+        levels: at which images are noised: 'objective', drawn as in pretraining; or 'sampler',
+            those that the sampler steps through, as in the authors' code.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class DiffusionNFT:
         beta: float = 1.0,
         most: float = 5.0,
         kl: float = 1e-4,
-        levels: Levels = "sampler",
+        levels: Levels = "objective",
     ) -> None:
         self.beta = number("algorithm.beta", beta, above=0)
         self.most = number("algorithm.most", most, above=0)
