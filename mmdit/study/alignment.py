@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -215,6 +216,28 @@ def best_diverse(recipe: Recipe) -> Best | None:
         return None
     step = max(enough, key=lambda step: accuracy[step].mean)
     return Best(step, accuracy[step])
+
+
+def shared_compute(recipes: Sequence[Recipe]) -> float:
+    """The compute in TFLOP that all recipes have had at their ends; NaN if none was counted."""
+    ends = [recipe.tflop_per_step * recipe.steps[-1] for recipe in recipes]
+    return min((end for end in ends if not math.isnan(end)), default=math.nan)
+
+
+def at_compute(recipe: Recipe, figure: str, start: float, tflop: float) -> float:
+    """The mean of a figure after so much compute, between the evaluations before and after it.
+
+    Args:
+        start: the figure of the initial model; NaN if it is missing.
+        tflop: at most that of the whole recipe.
+    """
+    steps = [0, *recipe.steps]
+    means = [start, *(mean.mean for mean in recipe.figures[figure].values())]
+    known = [(s, m) for s, m in zip(steps, means, strict=True) if not math.isnan(m)]
+    if math.isnan(recipe.tflop_per_step) or math.isnan(tflop) or not known:
+        return math.nan
+    at, values = zip(*known, strict=True)
+    return float(np.interp(tflop / recipe.tflop_per_step, at, values))
 
 
 def mean(values: Sequence[float]) -> float:

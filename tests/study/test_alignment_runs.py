@@ -1,11 +1,12 @@
 """What post-training gains and what it costs: many runs, averaged over seeds."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from mmdit.cli.eval.alignment import as_markdown, notes_on
-from mmdit.study.alignment import ALIGNMENT, best_diverse
+from mmdit.study.alignment import ALIGNMENT, at_compute, best_diverse, shared_compute
 from mmdit.study.alignment_plots import accuracy_against_diversity, compute_of, over_compute
 from mmdit.study.curves import Study, read_study
 from tests.curves_for_tests import write_run
@@ -56,12 +57,12 @@ def test_the_best_is_that_of_the_evaluations_with_enough_diversity(study: Study)
 def test_the_table_says_what_is_missing(study: Study) -> None:
     table = as_markdown(study.recipes(), BASE, study).splitlines()
     before, awm, varied, wrong = [line for line in table if line.startswith("|")][2:]
-    assert before == "|  | before | 0.50 | - | - | 0.90 | - | - | 31.00 | - |  |"
+    assert before == "|  | before | 0.50 | - | - | 0.90 | - | - | 31.00 | - |  |  |  |"
     end = "0.97 ± 0.00 | 0.97 ± 0.00 | 0.97 ± 0.00"
     assert awm.startswith(f"| 1 | algorithm=awm | {end} | 0.30 (1 of 2 seeds) |")
-    assert awm.endswith("| 0.97 ± 0.00 | 0.85 ± 0.64 (step 70) |")
+    assert "| 0.97 ± 0.00 | 0.85 ± 0.64 (step 70) |" in awm
     assert varied.startswith("| 2 | varied (seeds 0) | 0.80 | 0.80 | 0.80 | 1.10 |")
-    assert wrong.endswith("| 0.10 | 0.10 | 0.10 | - | - | - | 30.00 | 0.10 | - |")
+    assert wrong.endswith("| 0.10 | 0.10 | 0.10 | - | - | - | 30.00 | 0.10 | - | - | - |")
 
 
 def test_what_the_plots_lack_is_noted(study: Study) -> None:
@@ -76,3 +77,17 @@ def test_what_the_plots_lack_is_noted(study: Study) -> None:
         for base in (BASE, {"accuracy": 0.0}):
             assert draw(recipes, base).startswith(b"\x89PNG")
         assert draw(recipes[2:], BASE).startswith(b"\x89PNG")
+
+
+def test_recipes_are_compared_at_the_compute_that_all_have_had(study: Study) -> None:
+    awm, varied, _ = study.recipes()
+    whole = awm.tflop_per_step * 100
+    assert shared_compute(study.recipes()) == pytest.approx(whole)  # no other counted it
+    # Half-way: between 0.7 at step 40 and 0.85 at step 70.
+    half = at_compute(awm, "accuracy", 0.5, whole / 2)
+    assert half == pytest.approx(0.7 + 0.15 / 3)
+    assert at_compute(awm, "accuracy", 0.5, whole / 5) == pytest.approx(0.6)
+    assert math.isnan(at_compute(varied, "accuracy", 0.5, whole))
+    table = as_markdown(study.recipes(), BASE, study).splitlines()
+    assert table[2].endswith(f"| accuracy at {whole:.3g} TFLOP | diversity at {whole:.3g} TFLOP |")
+    assert table[5].endswith("| 0.97 | 0.30 |") and table[6].endswith("| - | - |")

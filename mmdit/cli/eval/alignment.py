@@ -5,7 +5,7 @@ beside those of the model that they started from, measured now with the same pro
 """
 
 from collections.abc import Mapping
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ from mmdit.cli.eval.comparison import (
 from mmdit.cli.eval.subject import made, table, write_results
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.metrics.diversity import LEAST
-from mmdit.study.alignment import ALIGNMENT, ENOUGH_DIVERSITY, best_diverse
+from mmdit.study.alignment import (
+    ALIGNMENT,
+    ENOUGH_DIVERSITY,
+    at_compute,
+    best_diverse,
+    shared_compute,
+)
 from mmdit.study.curves import Mean, Recipe, Study, mean_of
 from mmdit.study.records import finite
 
@@ -92,13 +98,19 @@ def as_markdown(recipes: list[Recipe], base: Mapping[str, float], study: Study) 
     """The recipes, best first."""
     seeds = all_seeds(recipes)
     before = [mean_of([base[figure]] if figure in base else []) for figure in COLUMNS]
-    rows: list[list[object]] = [["", "before", *before, ""]]
+    rows: list[list[object]] = [["", "before", *before, "", "", ""]]
+    tflop = shared_compute(recipes)
     for place, recipe in enumerate(recipes, 1):
         ends = [of_seeds(recipe.last(figure), recipe) for figure in COLUMNS]
         best = best_diverse(recipe)
         at_best = "-" if best is None else f"{best.accuracy} (step {best.step})"
-        rows.append([place, name_of(recipe, seeds), *ends, at_best])
+        spent = [
+            shown(at_compute(recipe, figure, base.get(figure, nan), tflop))
+            for figure in ("accuracy", "diversity")
+        ]
+        rows.append([place, name_of(recipe, seeds), *ends, at_best, *spent])
     header = ["", "recipe", *COLUMNS.values(), f"best at diversity ≥ {ENOUGH_DIVERSITY:g}"]
+    header += [f"{figure} at {tflop:.3g} TFLOP" for figure in ("accuracy", "diversity")]
     probe = study.probe
     lines = [
         f"{PROTOCOL}: figures at the end of training, from {study.initial}",
@@ -108,10 +120,16 @@ def as_markdown(recipes: list[Recipe], base: Mapping[str, float], study: Study) 
         f"{probe['prompts_per_task']} images for each task, {probe['steps']} steps; diversity of "
         f"{probe['diversity_prompts']} prompts with {probe['members']} images each.",
         "The best is the highest mean accuracy over the evaluations of that mean diversity.",
+        "The last two columns are at the compute of the shortest recipe, between evaluations.",
         f"A mean over fewer seeds says so; -: none has it. Diversity needs {LEAST} right images.",
         *notes_on(recipes, study),
     ]
     return "\n".join([*lines, ""])
+
+
+def shown(value: float) -> str:
+    """A mean without an interval."""
+    return "-" if isnan(value) else f"{value:.2f}"
 
 
 def of_seeds(mean: Mean, recipe: Recipe) -> str:
