@@ -56,6 +56,12 @@ def check_beside(request: TrainingRequest, parts: Parts) -> None:
         raise UserError("student and prior exclude each other: a student learns from its teacher")
     if isinstance(student, Reflow):
         return
+    assert student is not None
+    if student.taught and not parts.pipeline.text.frozen:
+        raise UserError(
+            "a teacher reads captions as the text encoders were when it was trained: they must "
+            "stay as they are, train=[mmdit]; only student=reflow trains them, too"
+        )
     why = "student=mean_flow differentiates the network forwards, which"
     if isinstance(student, LADD):
         why = "student=ladd reads the tokens after each block of a copy of the teacher, which"

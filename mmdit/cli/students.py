@@ -26,7 +26,10 @@ def opponent_of(config: DictConfig, pipeline: Pipeline) -> Opponent | None:
         return None
     torch.manual_seed(config.seed)
     heads = student.opponent(pipeline.mmdit).to(pipeline.device)
-    return Opponent(heads, student.optimizer(heads))
+    try:
+        return Opponent(heads, student.optimizer(heads))
+    except UserError as error:  # names its keys as those of the student's optimizer
+        raise UserError(f"student.{error}") from error
 
 
 def take_over(config: DictConfig, teacher: Pipeline, given: Collection[str]) -> Student | None:

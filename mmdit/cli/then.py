@@ -4,8 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from mmdit.checks import did_you_mean, nearest
+from mmdit.cli.commands import quoted
 from mmdit.cli.initial import given_keys
 from mmdit.cli.launch import sweep_label
 from mmdit.cli.reading import TrainingRequest
@@ -29,22 +29,22 @@ PASSED_ON = ("seed", "runs", "data", "device", "precision", "logger", "imports",
 def next_words(request: TrainingRequest, run: Path) -> list[str]:
     """The arguments that train what is asked for next; none if that is not done here.
 
-    A run that was stopped is gone on with. In a sweep and under torchrun, and with other data than
-    an experiment made its choice for, the command line is logged instead.
+    A second run that was stopped is resumed. In a sweep and under torchrun the command is logged
+    instead.
 
     Args:
         run: the finished run.
     """
     then = request.config.then
-    if then is None:
+    if then is None or not (is_typed() or is_default_recipe(request)):
         return []
-    if request.data.name != "shapes" and "then" not in given_keys():
-        return []  # the judge of the default knows shapes
-    kept = list(passed_on(request.words))
+    kept = passed_on(request.words)
     folder = run.with_name(f"{run.name}-{then}")
-    words = [f"experiment={then}", f"initial={run}", f"run={folder}", "resume=finish", *kept]
-    line = " ".join([command("train"), *map(shlex.quote, words)])
-    if sweep_label() or request.processes.world_size > 1:
+    words = [f"experiment={then}", f"initial={quoted(run)}", f"run={quoted(folder)}"]
+    words += ["resume=finish", *kept]
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # that torchrun started on this machine
+    line = " ".join([command("train", processes=processes), *map(shlex.quote, words)])
+    if sweep_label() or processes:
         if request.processes.main:
             log.info("then=%s is left to you here: %s", then, line)
         return []
@@ -52,42 +52,72 @@ def next_words(request: TrainingRequest, run: Path) -> list[str]:
     return words
 
 
+def is_typed() -> bool:
+    """Whether the command line names `then`; otherwise it is the experiment's."""
+    return "then" in given_keys()
+
+
+def is_default_recipe(request: TrainingRequest) -> bool:
+    """Whether a run trains a new model of shapes, for which the default of `then` was made."""
+    groups = ("initial", "adapter", "student", "algorithm")
+    return request.data.name == "shapes" and all(request.config.get(g) is None for g in groups)
+
+
 def check_then(config: DictConfig) -> None:
     """Check, long before it is trained, that what comes next is an experiment.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or it could not start from the result.
     """
     if config.then is None or not GlobalHydra.instance().is_initialized():
         return
+    if is_typed() and config.get("adapter") is not None:
+        raise UserError(
+            f"then={config.then} starts from the result, and an adapter is no whole model: leave "
+            "one of then and adapter out"
+        )
     known = GlobalHydra.instance().config_loader().get_group_options("experiment")
     if config.then not in known:
         hint = did_you_mean(nearest(str(config.then), known))
         raise UserError(f"then={config.then} is not an experiment.{hint}")
 
 
-def passed_on(words: Sequence[str]) -> Iterator[str]:
+def passed_on(words: Sequence[str]) -> list[str]:
     """Those of the first run's arguments that the next one is given, too."""
-    for word, following in pairwise([*words, ""]):
+    kept, rest = list[str](), iter(words)
+    for word in rest:
         if word in ("--config-dir", "-cd"):
-            yield f"--config-dir={following}"
+            kept.append(f"--config-dir={next(rest, '')}")
         elif word.startswith(("--config-dir=", "hydra.searchpath=")) or _holds_for_both(word):
-            yield word
+            kept.append(word)
+    return kept
 
 
 def _holds_for_both(word: str) -> bool:
     """Whether an override is of a section of `PASSED_ON`: data=, data.samples=, data/part@..."""
-    return re.split(r"[./@=]", word.lstrip("+~"), maxsplit=1)[0] in PASSED_ON
+    section = re.split(r"[./@=]", word.lstrip("+~"), maxsplit=1)[0]
+    return section in PASSED_ON and ("=" in word or word.startswith("~"))
 
 
-def become(words: Sequence[str]) -> NoReturn:
+def replace_process(words: Sequence[str]) -> NoReturn:
     """Replace this process by the same program with other arguments; signals reach it as before."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *_flags(), sys.argv[0], *words])
+    os.execv(sys.executable, [sys.executable, *program(sys.orig_argv, sys.argv), *words])
 
 
-def _flags() -> list[str]:
-    """The interpreter's own options, as -u and -W."""
-    given = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
-    return [word for word in given if word.startswith("-")]
+def program(original: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """How Python was told to run this program: its own options, then a script or -m and a module.
+
+    Args:
+        original: `sys.orig_argv`.
+        arguments: `sys.argv`.
+
+    Example:
+        >>> program(["python", "-X", "dev", "train.py", "seed=1"], ["train.py", "seed=1"])
+        ['-X', 'dev', 'train.py']
+    """
+    last = len(original) - len(arguments)
+    if last > 0 and (original[last] == arguments[0] or original[last - 1] == "-m"):
+        return list(original[1 : last + 1])
+    return [arguments[0]]  # a process that was forked

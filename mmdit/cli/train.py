@@ -21,7 +21,7 @@ from mmdit.cli.prior import own_prediction, with_class_images
 from mmdit.cli.reading import VERBATIM, TrainingRequest, read
 from mmdit.cli.scores import is_finished, write_scores
 from mmdit.cli.stages import check_until, clip_for_metrics, load_trained_autoencoder
-from mmdit.cli.then import become, check_then, next_words
+from mmdit.cli.then import check_then, next_words, replace_process
 from mmdit.data.dataset import Data
 from mmdit.data.shapes import Shapes
 from mmdit.engine.loop import train
@@ -342,4 +342,4 @@ def main() -> None:
         train_all, config_name="train", verbatim=VERBATIM, describe=describe, outlives_output=True
     )
     if following:
-        become(following)
+        replace_process(following)

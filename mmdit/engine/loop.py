@@ -92,7 +92,7 @@ def train(
             lr = state.set_rate()
             with time_limit(settings.timeout):
                 parts = next(steps)
-                made = step(parts, signals.flags())
+                made, said = step(parts, signals.flags()), task.figures()
             skips.count(state.step, skipped=not made.updated)
             facts.update(skips.figures())
             skips.check(state.step, last=last)
@@ -103,7 +103,7 @@ def train(
             if state.step % settings.log_every == 0:
                 skipped = skips.total if settings.nonfinite == "skip" else None
                 rates = meter.figures()
-                reports.step(state.step, made, parts, lr=lr, skipped=skipped, rates=rates)
+                reports.step(state.step, made, parts, said, lr=lr, skipped=skipped, rates=rates)
                 meter.restart()
             reports.advance()
 

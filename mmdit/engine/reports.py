@@ -84,6 +84,7 @@ class Reports:
         step: int,
         made: Step,
         parts: Sequence[Part],
+        said: Mapping[str, float],
         *,
         lr: float,
         skipped: int | None,
@@ -96,6 +97,7 @@ class Reports:
             step: number of steps made.
             made: its outcome.
             parts: the examples of this process.
+            said: what the task says of its losses, in this process.
             lr: its learning rate.
             skipped: number of steps of the whole run that were left out; None is not logged.
             rates: speed since the last row.
@@ -104,14 +106,14 @@ class Reports:
         if skipped is not None:
             row["skipped_steps"] = skipped
         times = [self.task.times(part.example) for part in parts]
-        row |= levels(times, made.losses, self.processes) | self._of_the_loss() | dict(rates)
+        row |= levels(times, made.losses, self.processes) | self._of_all(said) | dict(rates)
         self.figures(step, row)
         speed = f"{rates['images_per_second']:.0f} images/s"
         self._bar.set_postfix_str(f"loss {made.loss:.4f}, {speed}")
 
-    def _of_the_loss(self) -> dict[str, float]:
-        """What the task says of its losses, mean over processes."""
-        everyone = self.processes.gather(self.task.figures())
+    def _of_all(self, said: Mapping[str, float]) -> dict[str, float]:
+        """The means over processes."""
+        everyone = self.processes.gather(dict(said))
         return {name: sum(f[name] for f in everyone) / len(everyone) for name in everyone[0]}
 
     def advance(self) -> None:

@@ -24,7 +24,7 @@ OPPONENT = "opponent"  # under which its weights and moments are kept
 class Opponent(NamedTuple):
     """What is trained beside a module by a loss of its own, and is no part of the model.
 
-    As the heads of a discriminator. Checkpoints keep it with the moments: only training needs it.
+    Such as the heads of a discriminator. Checkpoints keep it with the moments, for training alone.
     """
 
     module: nn.Module

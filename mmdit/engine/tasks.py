@@ -63,7 +63,7 @@ class Task(Protocol):
         """The noise level t of each sample, (b,) on the CPU, by which losses are told apart."""
 
     def figures(self) -> dict[str, float]:
-        """What else is logged of the losses since this was last asked for, in this process."""
+        """What else is logged of the losses of the last step in this process; asked once a step."""
 
     def work(self, example: Any) -> Work:
         """Cost of each sample."""

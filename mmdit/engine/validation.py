@@ -84,7 +84,7 @@ class TextToImage:
         self._noted.append({name: v.detach().float().mean() for name, v in figures.items()})
 
     def figures(self) -> dict[str, float]:
-        """The mean of what this process has noted since this was last asked for."""
+        """The mean of what this process has noted of the last step, which is then forgotten."""
         names = self._noted[0] if self._noted else {}
         means = {n: torch.stack([each[n] for each in self._noted]).mean().item() for n in names}
         self._noted = []

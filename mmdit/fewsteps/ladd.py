@@ -11,7 +11,7 @@ from mmdit.checks import seed_number, whole_number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.fewsteps.heads import Heads
-from mmdit.fewsteps.student import Lesson, checked
+from mmdit.fewsteps.student import Lesson, check_text_alone, checked
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Model, Objective
@@ -52,7 +52,7 @@ class LADD:
             texture.
         channels: of each head.
         optimizer: of the heads.
-        steps: that the student samples with by default.
+        steps: number of solver steps that the student samples with by default.
 
     Raises:
         UserError: a value is out of range.
@@ -83,12 +83,13 @@ class LADD:
         checked(self)
 
     def check(self, teacher: Pipeline) -> None:
-        """Raise UserError unless the teacher is an MM-DiT that reads text alone."""
+        """Raise UserError unless the teacher is an `MMDiT` that reads text and a time alone."""
         if not isinstance(teacher.mmdit, MMDiT):
             raise UserError(
                 "student=ladd judges images by the tokens after each block of an MMDiT, but the "
                 f"teacher is a {type(teacher.mmdit).__name__}: choose student=reflow"
             )
+        check_text_alone("ladd", teacher)
 
     def network(self, teacher: Backbone) -> Backbone:
         """The teacher's own."""
@@ -147,7 +148,7 @@ class LADD:
         return Lesson(hinge + deceit, figures)
 
     def forwards(self) -> float:
-        """Forward and backward of the student and, without its weights, of the teacher; once more
-        the teacher for its own images.
+        """Forward and backward of the student; the same of the teacher, without its weights; and
+        a forward pass of the teacher on its own images.
         """
         return 3.0 + 2.0 + 1.0

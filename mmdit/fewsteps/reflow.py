@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mmdit.checks import seed_number, whole_number
-from mmdit.errors import UserError
-from mmdit.fewsteps.student import Lesson, checked
+from mmdit.fewsteps.student import Lesson, check_text_alone, checked
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Draw, Model, Objective
@@ -54,12 +53,8 @@ class Reflow:
         checked(self)
 
     def check(self, teacher: Pipeline) -> None:
-        """Raise UserError if the teacher's network reads more than text."""
-        if teacher.mmdit.reads:
-            reads = ", ".join(sorted(teacher.mmdit.reads))
-            raise UserError(
-                f"student=reflow makes pairs of captions alone, but the teacher reads {reads}, too"
-            )
+        """Raise UserError if the teacher's network reads more than text and a time."""
+        check_text_alone("reflow", teacher)
 
     def network(self, teacher: Backbone) -> Backbone:
         """The teacher's own."""

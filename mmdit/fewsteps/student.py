@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from mmdit.checks import MOST_STEPS, number, whole_number
+from mmdit.errors import UserError
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Model, Objective
 from mmdit.models.backbone import Backbone
+from mmdit.models.interval import IntervalMMDiT
 from mmdit.pipeline import Pipeline
 
 
@@ -59,6 +61,24 @@ class Student(Protocol):
 
     def forwards(self) -> float:
         """Evaluations of the network that a step costs per sample; a backward pass counts two."""
+
+
+def check_text_alone(name: str, teacher: Pipeline) -> None:
+    """Check that a teacher makes images of captions by the velocity at the start of a step.
+
+    Raises:
+        UserError: its network reads more than text, or the end of a step, as after MeanFlow.
+    """
+    if teacher.mmdit.reads:
+        reads = ", ".join(sorted(teacher.mmdit.reads))
+        raise UserError(
+            f"student={name} makes images of captions alone, but the teacher reads {reads}, too"
+        )
+    if isinstance(teacher.mmdit, IntervalMMDiT):
+        raise UserError(
+            f"student={name} cannot be taught by a student of MeanFlow, whose network also reads "
+            "where a step ends: choose student=mean_flow, or the teacher that it had"
+        )
 
 
 def checked(student: Student) -> None:

@@ -1,11 +1,11 @@
 """Training of a student of few steps: a flow's task with another loss and further figures."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mmdit.engine.ema import copied
 from mmdit.engine.tasks import Captioned, FlowTask, Validation, Work
 from mmdit.fewsteps.student import Student
 from mmdit.fewsteps.teacher import Teacher
@@ -53,7 +53,7 @@ class StudentTask(FlowTask):
         if student.taught:
             with torch.no_grad(), autocast():
                 unconditional = module.encode([""])
-            network = copy.deepcopy(module.mmdit)
+            network = copied(module.mmdit)
             self.teacher = Teacher(network, unconditional, guidance, opponent)
         self._shown_steps = sorted({1, 2, module.steps})
         self._taught = self._sampled(module, steps, guidance)

@@ -25,7 +25,7 @@ log = logger(__name__)
 
 # Config keys that may differ between a run and its continuation: where and how often, ...
 FREE = (
-    *("run", "runs", "resume", "logger", "device", "compile", "parallel"),
+    *("run", "runs", "resume", "then", "logger", "device", "compile", "parallel"),
     *("activation_checkpointing", "computed"),
     *(f"latents.{key}" for key in ("folder", "root", "shard_size", "threads", "verify")),
     *("variant", "metrics", "clip", "imports"),  # for measurements after training
@@ -46,7 +46,7 @@ FREE = (
 LONGEST_NAME = 240  # bytes of a path component: file systems allow 255, and a number is appended
 # ... and the learning rate, which is lowered on purpose after a loss that was not finite. A variant
 # of a sweep, however, must have been trained with its own.
-LOWERED = ("optimizer.lr",)
+LOWERED = ("optimizer.lr", "student.optimizer.lr")
 
 
 class RunFolder:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,9 +208,12 @@ class Best(NamedTuple):
 
 
 def best_diverse(recipe: Recipe) -> Best | None:
-    """The evaluation of the highest mean accuracy among those of enough mean diversity."""
+    """The evaluation of the highest mean accuracy among those of enough mean diversity.
+
+    All seeds must have a diversity there.
+    """
     accuracy, diversity = recipe.figures["accuracy"], recipe.figures["diversity"]
-    enough = [step for step in recipe.steps if diversity[step].mean >= ENOUGH_DIVERSITY]
+    enough = [s for s in recipe.steps if whole_mean(diversity[s], recipe) >= ENOUGH_DIVERSITY]
     if not enough:
         return None
     step = max(enough, key=lambda step: accuracy[step].mean)
@@ -227,17 +229,29 @@ def shared_compute(recipes: Sequence[Recipe]) -> float:
 def at_compute(recipe: Recipe, figure: str, start: float, tflop: float) -> float:
     """The mean of a figure after so much compute, between the evaluations before and after it.
 
+    NaN if one of these lacks the figure, or has it of some seeds alone: what has collapsed is not
+    hidden by what was before.
+
     Args:
         start: the figure of the initial model; NaN if it is missing.
         tflop: at most that of the whole recipe.
     """
     steps = [0, *recipe.steps]
-    means = [start, *(mean.mean for mean in recipe.figures[figure].values())]
-    known = [(s, m) for s, m in zip(steps, means, strict=True) if not math.isnan(m)]
-    if math.isnan(recipe.tflop_per_step) or math.isnan(tflop) or not known:
+    means = [start, *(whole_mean(mean, recipe) for mean in recipe.figures[figure].values())]
+    at = tflop / recipe.tflop_per_step
+    if math.isnan(at) or at > steps[-1] * (1 + 1e-9):
         return math.nan
-    at, values = zip(*known, strict=True)
-    return float(np.interp(tflop / recipe.tflop_per_step, at, values))
+    after = next((i for i, step in enumerate(steps) if step >= at), len(steps) - 1)
+    before = max(after - 1, 0)
+    if steps[after] <= at:
+        return means[after]
+    share = (at - steps[before]) / (steps[after] - steps[before])
+    return means[before] + share * (means[after] - means[before])
+
+
+def whole_mean(mean: Mean, recipe: Recipe) -> float:
+    """A mean over all seeds of a recipe; NaN if some of them lack the figure."""
+    return mean.mean if mean.seeds == len(recipe.seeds) else math.nan
 
 
 def mean(values: Sequence[float]) -> float:

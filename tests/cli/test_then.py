@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from mmdit.cli.then import passed_on
+from mmdit.cli.commands import quoted
+from mmdit.cli.then import passed_on, program
 from tests.training_for_tests import run, train
 
 THEN = """# @package _global_
@@ -15,17 +17,39 @@ training: {steps: 4, evaluate_every: 4, save_every: 4}
 """
 
 
+def test_the_program_is_started_as_it_was() -> None:
+    argv = ["train.py", "seed=1"]
+    options = ["-W", "ignore", "-X", "dev", "-u"]
+    assert program(["python", *options, *argv], argv) == [*options, "train.py"]
+    module = ["python", "-m", "mmdit.cli.train", "seed=1"]
+    assert program(module, ["/here/train.py", "seed=1"]) == ["-m", "mmdit.cli.train"]
+    assert program(["python", "-c", "pass"], argv) == ["train.py"]  # forked
+
+
+def test_the_value_of_a_flag_is_no_word() -> None:
+    assert passed_on(["--config-dir", "data/conf", "seed=1"]) == [
+        "--config-dir=data/conf",
+        "seed=1",
+    ]
+
+
+@pytest.mark.parametrize("name", ["runs/a", "a,seed=0", "a (b)", "it's", 'say "x"', "é", "a\\"])
+def test_names_are_what_hydra_reads(name: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"run={quoted(name)}"])
+    assert override.value() == name
+
+
 def test_what_holds_for_both_runs_is_passed_on() -> None:
     words = [
         *("experiment=smoke", "seed=3", "training.steps=10", "data.samples=50", "+data.extra=1"),
         *("model.depth=2", "logger=wandb", "logger.mode=offline", "resume=auto", "run=runs/a"),
         *("data/part@data.parts.x=folder", "precision=fp32", "--config-dir", "mine"),
     ]
-    assert list(passed_on(words)) == [
+    assert passed_on(words) == [
         *("seed=3", "data.samples=50", "+data.extra=1", "logger=wandb", "logger.mode=offline"),
         *("data/part@data.parts.x=folder", "precision=fp32", "--config-dir=mine"),
     ]
-    assert list(passed_on(["--config-dir=mine"])) == ["--config-dir=mine"]
+    assert passed_on(["--config-dir=mine"]) == ["--config-dir=mine"]
 
 
 @pytest.mark.slow

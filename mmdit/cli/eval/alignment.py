@@ -110,7 +110,8 @@ def as_markdown(recipes: list[Recipe], base: Mapping[str, float], study: Study) 
         ]
         rows.append([place, name_of(recipe, seeds), *ends, at_best, *spent])
     header = ["", "recipe", *COLUMNS.values(), f"best at diversity ≥ {ENOUGH_DIVERSITY:g}"]
-    header += [f"{figure} at {tflop:.3g} TFLOP" for figure in ("accuracy", "diversity")]
+    spent_at = "the same compute" if isnan(tflop) else f"{tflop:.3g} TFLOP"
+    header += [f"{figure} at {spent_at}" for figure in ("accuracy", "diversity")]
     probe = study.probe
     lines = [
         f"{PROTOCOL}: figures at the end of training, from {study.initial}",
