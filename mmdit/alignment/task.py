@@ -62,7 +62,7 @@ class AlignmentTask(TextToImage):
         batch_size: samples of a step, over all processes.
 
     Raises:
-        UserError: the algorithm trains at the sampler's steps, and there is no sampler.
+        UserError: the algorithm trains at the sampler's steps, but the images were not sampled.
     """
 
     def __init__(

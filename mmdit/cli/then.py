@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 
 from mmdit.checks import did_you_mean, nearest
 from mmdit.cli.commands import quoted
-from mmdit.cli.initial import given_keys
 from mmdit.cli.launch import sweep_label
 from mmdit.cli.reading import TrainingRequest
 from mmdit.errors import UserError
@@ -36,7 +35,7 @@ def next_words(request: TrainingRequest, run: Path) -> list[str]:
         run: the finished run.
     """
     then = request.config.then
-    if then is None or not (is_typed() or is_default_recipe(request)):
+    if then is None:
         return []
     kept = passed_on(request.words)
     folder = run.with_name(f"{run.name}-{then}")
@@ -52,17 +51,6 @@ def next_words(request: TrainingRequest, run: Path) -> list[str]:
     return words
 
 
-def is_typed() -> bool:
-    """Whether the command line names `then`; otherwise it is the experiment's."""
-    return "then" in given_keys()
-
-
-def is_default_recipe(request: TrainingRequest) -> bool:
-    """Whether a run trains a new model of shapes, for which the default of `then` was made."""
-    groups = ("initial", "adapter", "student", "algorithm")
-    return request.data.name == "shapes" and all(request.config.get(g) is None for g in groups)
-
-
 def check_then(config: DictConfig) -> None:
     """Check, long before it is trained, that what comes next is an experiment.
 
@@ -71,9 +59,9 @@ def check_then(config: DictConfig) -> None:
     """
     if config.then is None or not GlobalHydra.instance().is_initialized():
         return
-    if is_typed() and config.get("adapter") is not None:
+    if config.get("adapter") is not None:
         raise UserError(
-            f"then={config.then} starts from the result, and an adapter is no whole model: leave "
+            f"then={config.then} needs a whole model to start from, which an adapter is not: leave "
             "one of then and adapter out"
         )
     known = GlobalHydra.instance().config_loader().get_group_options("experiment")
@@ -107,7 +95,7 @@ def replace_process(words: Sequence[str]) -> NoReturn:
 
 
 def program(original: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """How Python was told to run this program: its own options, then a script or -m and a module.
+    """The arguments with which Python runs this program: its options, then a script or -m module.
 
     Args:
         original: `sys.orig_argv`.

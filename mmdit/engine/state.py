@@ -22,7 +22,7 @@ OPPONENT = "opponent"  # under which its weights and moments are kept
 
 
 class Opponent(NamedTuple):
-    """What is trained beside a module by a loss of its own, and is no part of the model.
+    """A module that is trained alongside the model by its own loss, and is not part of it.
 
     Such as the heads of a discriminator. Checkpoints keep it with the moments, for training alone.
     """

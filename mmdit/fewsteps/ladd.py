@@ -44,7 +44,7 @@ class LADD:
         heads     max(0, 1 - D(teacher's)) + max(0, 1 + D(x_hat))
         student   -D(x_hat)
 
-    There is no distillation loss. Both are computed from one batch and descended at once.
+    There is no distillation loss. One step updates both, from the same batch.
 
     Args:
         pairs, teacher_steps, guidance, seed, batch_size: of the teacher's images, as in `Reflow`.
