@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from mmdit.study.alignment import ENOUGH_ACCURACY, ENOUGH_DIVERSITY
-from mmdit.study.curve_plots import DASHED, Panel, end_of, numbered_axes, over
+from mmdit.study.curve_plots import DASHED, Panel, compute_of, end_of, numbered_axes, over
 from mmdit.study.curves import Recipe
 from mmdit.study.plots import curve_of, frame, png
 
@@ -17,11 +17,6 @@ PANELS = (
 def over_compute(recipes: Sequence[Recipe], base: Mapping[str, float]) -> bytes:
     """Accuracies and diversity against the operations of training, of runs that counted them."""
     return over(compute_of, "compute of post-training in TFLOP", PANELS, recipes, base)
-
-
-def compute_of(recipe: Recipe) -> list[float]:
-    """The operations until each evaluation in TFLOP; NaN if they were not counted."""
-    return [recipe.tflop_per_step * step for step in recipe.steps]
 
 
 def accuracy_against_diversity(recipes: Sequence[Recipe], base: Mapping[str, float]) -> bytes:

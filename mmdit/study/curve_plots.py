@@ -18,11 +18,13 @@ class Panel(NamedTuple):
 
     Attributes:
         label: what the y axis shows.
+        line: of another level than that of the initial model, at which a line is dotted.
     """
 
     figure: str
     title: str
     label: str = "accuracy"
+    line: float | None = None
 
 
 def over(
@@ -61,12 +63,19 @@ def over(
                 highest = max(highest, *(value for _, value in drawn))
         if panel.figure in base:
             axes.axhline(base[panel.figure], **DASHED)
+        if panel.line is not None:
+            axes.axhline(panel.line, **{**DASHED, "linestyle": ":"})
         axes.set_ylim(-0.02, highest + 0.02)
         frame(axes, x_label, panel.label)
         axes.set_title(panel.title, fontsize=10)
         name_at_the_right(figure, axes, ends, look)
     figure.tight_layout(h_pad=2)
     return png(figure)
+
+
+def compute_of(recipe: Recipe) -> list[float]:
+    """The operations until each evaluation in TFLOP; NaN if they were not counted."""
+    return [recipe.tflop_per_step * step for step in recipe.steps]
 
 
 def numbered_axes(recipes: Sequence[Recipe]) -> tuple[Figure, Axes, dict[str, Style]]:

@@ -33,6 +33,7 @@ class Comparison(NamedTuple):
         figures: name of a figure here -> its name among the probe's metrics.
         order: the figures that recipes are sorted by, the first before the others.
         required: the figures that every evaluation has; it may lack the others.
+        students: whether the runs are of students of few steps; the others are left out.
     """
 
     experiment: str
@@ -40,6 +41,7 @@ class Comparison(NamedTuple):
     figures: Mapping[str, str]
     order: Sequence[str]
     required: Sequence[str]
+    students: bool = False
 
 
 class Curve(NamedTuple):
@@ -213,8 +215,9 @@ def unfit(config: Mapping[str, Any], comparison: Comparison) -> str:
         return f"without a probe {comparison.probe}"
     if not config.get("initial"):
         return "without initial weights"
-    if config.get("student"):
-        return "a student, which samples in other steps than the initial model"
+    if bool(config.get("student")) != comparison.students:
+        student = "a student, which samples in other steps than the initial model"
+        return "not a student of few steps" if comparison.students else student
     return ""
 
 

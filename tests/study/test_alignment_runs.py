@@ -7,7 +7,8 @@ import pytest
 
 from mmdit.cli.eval.alignment import as_markdown, notes_on
 from mmdit.study.alignment import ALIGNMENT, at_compute, best_diverse, shared_compute
-from mmdit.study.alignment_plots import accuracy_against_diversity, compute_of, over_compute
+from mmdit.study.alignment_plots import accuracy_against_diversity, over_compute
+from mmdit.study.curve_plots import compute_of
 from mmdit.study.curves import Study, read_study
 from tests.curves_for_tests import write_run
 

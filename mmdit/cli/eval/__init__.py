@@ -10,6 +10,7 @@ SCRIPTS = {
     "compositional": "Measure accuracy on GenEval's six tasks, judged from the pixels",
     "efficiency": "Measure what few sampling steps cost, and the length of paths (Table 6)",
     "encoders": "Measure what each text encoder contributes (App. B.2, B.3)",
+    "few_steps": "Compare students of few steps with their teacher, over recipes and compute",
     "forgetting": "Measure what finetuning taught and what it cost, over recipes and steps",
     "geneval": "Generate GenEval's prompts in the layout of its official evaluator (Table 5)",
     "memory": "Predict or measure the memory that training takes in each process",

@@ -33,8 +33,11 @@ def read_runs_of(text: Verbatim, comparison: Comparison) -> Study:
     return read_study(Path(text["runs"]), comparison)
 
 
-def measured(study: Study, config: DictConfig) -> dict[str, float]:
+def measured(study: Study, config: DictConfig, **changes: Any) -> dict[str, float]:
     """The figures of the model that the runs started from, without those that it lacks.
+
+    Args:
+        changes: values of the probe that differ from those of the runs.
 
     Raises:
         UserError: it is not there any more, or has other weights.
@@ -43,7 +46,7 @@ def measured(study: Study, config: DictConfig) -> dict[str, float]:
     if source.sha256 != study.initial_sha256:
         raise UserError(f"{study.initial} has other weights than those that the runs started from")
     log.info("measuring %s", study.initial)
-    probe = instantiate(study.probe)()
+    probe = instantiate({**study.probe, **changes})()
     pipe = source.pipeline().to(available(config.device)).eval()
     found, figures = probe(pipe), study.comparison.figures
     return {figure: found[metric] for figure, metric in figures.items() if metric in found}
