@@ -6,7 +6,6 @@ from mmdit.cli.students import student_of
 from mmdit.engine.parallel import FSDP
 from mmdit.engine.tasks import Validation
 from mmdit.errors import UserError
-from mmdit.fewsteps import LADD, Reflow
 from mmdit.fewsteps.pairs import Pairs, Recipe
 from mmdit.fewsteps.task import StudentTask
 from mmdit.latents.sources import LatentSource
@@ -26,7 +25,7 @@ def source_for_student(
         return source
     assert request.initial is not None, "open_initial raises without a teacher"
     check_beside(request, parts)
-    if not isinstance(student, (LADD, Reflow)):
+    if student.pairs is None:
         return source
     assert student.guidance is not None and student.teacher_steps is not None
     recipe = Recipe(
@@ -34,17 +33,17 @@ def source_for_student(
         data=request.plain["data"],
         objective=describe(parts.pipeline.objective),
         image_size=config.image_size,
-        pairs=student.pairs,
+        pairs=student.pairs.count,
         steps=student.teacher_steps,
         guidance=student.guidance,
-        seed=student.seed,
+        seed=student.pairs.seed,
     )
     return Pairs(
         parts.pipeline,
         recipe=recipe,
         data=request.data,
         root=config.runs,
-        batch_size=student.batch_size,
+        batch_size=student.pairs.batch_size,
         autocast=request.precision,
     )
 
@@ -54,21 +53,16 @@ def check_beside(request: TrainingRequest, parts: Parts) -> None:
     config, student = request.config, student_of(request.config)
     if config.get("prior") is not None and config.prior.prompt is not None:
         raise UserError("student and prior exclude each other: a student learns from its teacher")
-    if isinstance(student, Reflow):
-        return
     assert student is not None
     if student.taught and not parts.pipeline.text.frozen:
         raise UserError(
             "a teacher reads captions as the text encoders were when it was trained: they must "
             "stay as they are, train=[mmdit]; only student=reflow trains them, too"
         )
-    why = "student=mean_flow differentiates the network forwards, which"
-    if isinstance(student, LADD):
-        why = "student=ladd reads the tokens after each block of a copy of the teacher, which"
-    if config.compile:
-        raise UserError(f"{why} compiled blocks do not allow: leave compile out")
-    if isinstance(parts.parallel, FSDP):
-        raise UserError(f"{why} sharded weights do not allow: choose parallel=ddp")
+    if (why := student.not_whole) and config.compile:
+        raise UserError(f"{why}, which compiled blocks do not allow: leave compile out")
+    if why and isinstance(parts.parallel, FSDP):
+        raise UserError(f"{why}, which sharded weights do not allow: choose parallel=ddp")
 
 
 def student_task(

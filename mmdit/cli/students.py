@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from mmdit.engine.state import Opponent
 from mmdit.errors import UserError
-from mmdit.fewsteps import LADD, MeanFlow
 from mmdit.fewsteps.student import Student
 from mmdit.pipeline import Pipeline
 
@@ -22,12 +21,13 @@ def student_of(config: DictConfig) -> Student | None:
 def opponent_of(config: DictConfig, pipeline: Pipeline) -> Opponent | None:
     """What is trained beside the student that a config asks for, if anything; from the seed."""
     student = student_of(config)
-    if not isinstance(student, LADD):
-        return None
     torch.manual_seed(config.seed)
-    heads = student.opponent(pipeline.mmdit).to(pipeline.device)
+    opposed = None if student is None else student.opponent(pipeline.mmdit)
+    if opposed is None:
+        return None
+    module = opposed.module.to(pipeline.device)
     try:
-        return Opponent(heads, student.optimizer(heads))
+        return Opponent(module, opposed.optimizer(module))
     except UserError as error:  # names its keys as those of the student's optimizer
         raise UserError(f"student.{error}") from error
 
@@ -49,7 +49,8 @@ def take_over(config: DictConfig, teacher: Pipeline, given: Collection[str]) -> 
         if config.student[key] is None:
             config.student[key] = value
     student = student_of(config)
-    if isinstance(student, MeanFlow) and config.get("adapter") is not None:
+    assert student is not None
+    if not student.adaptable and config.get("adapter") is not None:
         raise UserError(
             "student=mean_flow has an embedding of its own, which an adapter does not hold: leave "
             "adapter out, or choose student=reflow"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmdit.checks import seed_number, whole_number
+from mmdit.checks import whole_number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.fewsteps.heads import Heads
-from mmdit.fewsteps.student import Lesson, check_text_alone, checked
+from mmdit.fewsteps.student import Lesson, Opposed, check_text_alone, checked, made_pairs
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Model, Objective
@@ -59,6 +59,8 @@ class LADD:
     """
 
     taught = True
+    not_whole = "student=ladd reads the tokens after each block of a copy of the teacher"
+    adaptable = True
 
     def __init__(
         self,
@@ -76,9 +78,7 @@ class LADD:
         self.optimizer = optimizer
         self.density = LogitNormal(m=1.0, s=1.0) if density is None else density
         self.channels = whole_number("student.channels", channels)
-        self.pairs = whole_number("student.pairs", pairs)
-        self.seed = seed_number("student.seed", seed)
-        self.batch_size = whole_number("student.batch_size", batch_size)
+        self.pairs = made_pairs(pairs, seed, batch_size)
         self.teacher_steps, self.guidance, self.steps = teacher_steps, guidance, steps
         checked(self)
 
@@ -95,9 +95,9 @@ class LADD:
         """The teacher's own."""
         return teacher
 
-    def opponent(self, teacher: Backbone) -> Heads:
+    def opponent(self, teacher: Backbone) -> Opposed:
         """The heads of the discriminator."""
-        return Heads(cast(MMDiT, teacher), self.channels)
+        return Opposed(Heads(cast(MMDiT, teacher), self.channels), self.optimizer)
 
     def draw(
         self, objective: Objective, shape: Sequence[int], generators: Sequence[torch.Generator]

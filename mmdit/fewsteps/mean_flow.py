@@ -52,6 +52,10 @@ class MeanFlow:
         UserError: a value is out of range.
     """
 
+    pairs = None  # it learns from the latents of images
+    not_whole = "student=mean_flow differentiates the network forwards"
+    adaptable = False  # the embedding of the interval is its own
+
     def __init__(
         self,
         *,
@@ -85,6 +89,9 @@ class MeanFlow:
     def network(self, teacher: Backbone) -> IntervalMMDiT:
         """The teacher's network with an embedding of the interval, which changes nothing yet."""
         return with_intervals(teacher)
+
+    def opponent(self, teacher: Backbone) -> None:
+        """Nothing."""
 
     def draw(
         self, objective: Objective, shape: Sequence[int], generators: Sequence[torch.Generator]

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmdit.checks import seed_number, whole_number
-from mmdit.fewsteps.student import Lesson, check_text_alone, checked
+from mmdit.fewsteps.student import Lesson, check_text_alone, checked, made_pairs
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Draw, Model, Objective
@@ -35,6 +34,8 @@ class Reflow:
     """
 
     taught = False  # the pairs are all that it learns from
+    not_whole = None
+    adaptable = True
 
     def __init__(
         self,
@@ -46,9 +47,7 @@ class Reflow:
         batch_size: int = 64,
         steps: int = 2,
     ) -> None:
-        self.pairs = whole_number("student.pairs", pairs)
-        self.seed = seed_number("student.seed", seed)
-        self.batch_size = whole_number("student.batch_size", batch_size)
+        self.pairs = made_pairs(pairs, seed, batch_size)
         self.teacher_steps, self.guidance, self.steps = teacher_steps, guidance, steps
         checked(self)
 
@@ -59,6 +58,9 @@ class Reflow:
     def network(self, teacher: Backbone) -> Backbone:
         """The teacher's own."""
         return teacher
+
+    def opponent(self, teacher: Backbone) -> None:
+        """Nothing."""
 
     def draw(
         self, objective: Objective, shape: Sequence[int], generators: Sequence[torch.Generator]

@@ -1,12 +1,12 @@
 """What every way to train a student of few steps has to say."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmdit.checks import MOST_STEPS, number, whole_number
+from mmdit.checks import MOST_STEPS, number, seed_number, whole_number
 from mmdit.errors import UserError
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
@@ -23,6 +23,21 @@ class Lesson(NamedTuple):
     figures: dict[str, Tensor]
 
 
+class MadePairs(NamedTuple):
+    """Pairs of noise and of what the teacher makes of it, which are made first."""
+
+    count: int
+    seed: int  # pair i starts from noise that is keyed by (seed, i)
+    batch_size: int  # pairs made at a time
+
+
+class Opposed(NamedTuple):
+    """What is trained beside a student, to tell it from the teacher."""
+
+    module: nn.Module
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+
+
 class Student(Protocol):
     """A way to train a network that samples in few steps, without guidance.
 
@@ -30,18 +45,27 @@ class Student(Protocol):
         steps: number of solver steps that the student samples with by default.
         guidance, teacher_steps: how the teacher samples; None is its default.
         taught: whether the loss needs the teacher, of which a copy is then kept.
+        pairs: what it learns from instead of the latents of images, if anything.
+        not_whole: why its blocks can be neither compiled nor sharded; None if they can.
+        adaptable: whether an adapter of the teacher can hold all that the student learns.
     """
 
     steps: int
     guidance: float | None
     teacher_steps: int | None
     taught: bool
+    pairs: MadePairs | None
+    not_whole: str | None
+    adaptable: bool
 
     def check(self, teacher: Pipeline) -> None:
         """Raise UserError if this model cannot be the teacher."""
 
     def network(self, teacher: Backbone) -> Backbone:
         """The network that is trained, which at first computes what the teacher's does."""
+
+    def opponent(self, teacher: Backbone) -> Opposed | None:
+        """What is trained beside the student, if anything."""
 
     def draw(
         self, objective: Objective, shape: Sequence[int], generators: Sequence[torch.Generator]
@@ -88,3 +112,14 @@ def checked(student: Student) -> None:
         whole_number("student.teacher_steps", student.teacher_steps, most=MOST_STEPS)
     if student.guidance is not None:
         number("student.guidance", student.guidance)
+
+
+def made_pairs(count: int, seed: int, batch_size: int) -> MadePairs:
+    """The pairs that a student asks for.
+
+    Raises:
+        UserError: a value is out of range; the message names its key.
+    """
+    whole_number("student.pairs", count)
+    whole_number("student.batch_size", batch_size)
+    return MadePairs(count, seed_number("student.seed", seed), batch_size)

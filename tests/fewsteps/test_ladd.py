@@ -38,7 +38,9 @@ class Contest:
     def __init__(self, pipe: mmdit.Pipeline) -> None:
         self.method, self.pipe = method(), pipe
         torch.manual_seed(0)
-        self.heads: Heads = self.method.opponent(pipe.mmdit)
+        heads = self.method.opponent(pipe.mmdit).module
+        assert isinstance(heads, Heads)
+        self.heads = heads
         network = copy.deepcopy(pipe.mmdit)
         self.teacher = Teacher(network, pipe.encode([""]), 1.0, self.heads)
         self.student = pipe.mmdit.requires_grad_(True)

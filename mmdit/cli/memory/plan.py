@@ -62,6 +62,12 @@ def planned(config: DictConfig) -> Plan:
             "out; model=d24 is SD3 Medium, sd35_medium SD3.5 Medium, d38 SD3.5 Large"
         )
     config = filled(config)
+    for key in ("student", "algorithm"):
+        if config.get(key) is not None:
+            raise UserError(
+                f"{key}: memory of students and of post-training, with the copies of the model "
+                f"that they keep, is not predicted; leave {key} out"
+            )
     flag("measure", config.measure)
     if config.compile:
         raise UserError("compile=true: memory of compiled blocks is not predicted; leave it out")
