@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
 
 from mmdit.checks import did_you_mean, nearest
 from mmdit.cli.commands import quoted
@@ -23,13 +22,19 @@ log = logger("mmdit.train")
 
 # Sections of the command line that hold for all that it trains; others describe the first run.
 PASSED_ON = ("seed", "runs", "data", "device", "precision", "logger", "imports", "compile")
+# What a recipe remains the same with, whose `then` may thus be taken for granted.
+SAME_RECIPE = (
+    *("experiment", "seed", "runs", "device", "precision", "logger", "compile"),
+    *("name", "run", "resume"),
+)
 
 
 def next_words(request: TrainingRequest, run: Path) -> list[str]:
     """The arguments that train what is asked for next; none if that is not done here.
 
     A second run that was stopped is resumed. In a sweep and under torchrun the command is logged
-    instead.
+    instead, and also where `then` is that of an experiment whose recipe the command line changes:
+    it may not suit the result.
 
     Args:
         run: the finished run.
@@ -43,23 +48,33 @@ def next_words(request: TrainingRequest, run: Path) -> list[str]:
     words += ["resume=finish", *kept]
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # that torchrun started on this machine
     line = " ".join([command("train", processes=processes), *map(shlex.quote, words)])
-    if sweep_label() or processes:
-        if request.processes.main:
+    meant = is_meant(request.words)
+    if sweep_label() or processes or not meant:
+        fits = request.config.initial is None and request.data.name == "shapes"
+        if request.processes.main and (meant or fits):
             log.info("then=%s is left to you here: %s", then, line)
         return []
     log.info("then: %s", line)
     return words
 
 
-def check_then(config: DictConfig) -> None:
+def is_meant(words: Sequence[str]) -> bool:
+    """Whether `then` is typed, or belongs to a recipe that the command line leaves as it is."""
+    sections = [section_of(word) for word in words if "=" in word or word.startswith("~")]
+    typed = [section for section in sections if not section.startswith(("hydra", "--"))]
+    return "then" in typed or set(typed) <= set(SAME_RECIPE)
+
+
+def check_then(request: TrainingRequest) -> None:
     """Check, long before it is trained, that what comes next is an experiment.
 
     Raises:
         UserError: it is not, or it could not start from the result.
     """
+    config = request.config
     if config.then is None or not GlobalHydra.instance().is_initialized():
         return
-    if config.get("adapter") is not None:
+    if config.get("adapter") is not None and is_meant(request.words):
         raise UserError(
             f"then={config.then} needs a whole model to start from, which an adapter is not: leave "
             "one of then and adapter out"
@@ -83,8 +98,12 @@ def passed_on(words: Sequence[str]) -> list[str]:
 
 def _holds_for_both(word: str) -> bool:
     """Whether an override is of a section of `PASSED_ON`: data=, data.samples=, data/part@..."""
-    section = re.split(r"[./@=]", word.lstrip("+~"), maxsplit=1)[0]
-    return section in PASSED_ON and ("=" in word or word.startswith("~"))
+    return section_of(word) in PASSED_ON and ("=" in word or word.startswith("~"))
+
+
+def section_of(word: str) -> str:
+    """The section that an override is of: `data.samples=50` -> `data`."""
+    return re.split(r"[./@=]", word.lstrip("+~"), maxsplit=1)[0]
 
 
 def replace_process(words: Sequence[str]) -> NoReturn:

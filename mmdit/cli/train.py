@@ -56,8 +56,9 @@ def job(config: DictConfig, text: Verbatim) -> list[str]:
         The arguments of what is trained next, from the result; none if there is nothing.
     """
     began = time.perf_counter()
-    check_then(config)
-    request = with_class_images(read(config, text))
+    request = read(config, text)
+    check_then(request)
+    request = with_class_images(request)
     parts = build(config, request.device, request.dtype, request.initial)
     source = open_latents(request, parts)
     aligned = post_training(request, parts)

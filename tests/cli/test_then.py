@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmdit.cli.commands import quoted
-from mmdit.cli.then import passed_on, program
+from mmdit.cli.then import is_meant, passed_on, program
 from tests.training_for_tests import run, train
 
 THEN = """# @package _global_
@@ -50,6 +50,24 @@ def test_what_holds_for_both_runs_is_passed_on() -> None:
         *("data/part@data.parts.x=folder", "precision=fp32", "--config-dir=mine"),
     ]
     assert passed_on(["--config-dir=mine"]) == ["--config-dir=mine"]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ((), True),
+        (("experiment=shapes_hour", "seed=1", "precision=fp32", "run=runs/a", "-cd", "x"), True),
+        (("logger=wandb", "logger.mode=offline", "hydra.verbose=true", "--config-dir=x"), True),
+        (("objective/timesteps=mode",), False),
+        (("initial=runs/a", "adapter=lora"), False),
+        (("data=folder",), False),
+        (("+model.new=1",), False),
+        (("~posthoc",), False),
+        (("training.steps=10", "then=aligned"), True),
+    ],
+)
+def test_what_follows_is_left_out_of_other_recipes(words: tuple[str, ...], meant: bool) -> None:
+    assert is_meant(words) is meant
 
 
 @pytest.mark.slow
