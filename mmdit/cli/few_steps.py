@@ -33,7 +33,7 @@ def source_for_student(
         data=request.plain["data"],
         objective=describe(parts.pipeline.objective),
         image_size=config.image_size,
-        pairs=student.pairs.count,
+        pairs=student.pairs.number,
         steps=student.teacher_steps,
         guidance=student.guidance,
         seed=student.pairs.seed,

@@ -11,7 +11,7 @@ from mmdit.checks import whole_number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.fewsteps.heads import Heads
-from mmdit.fewsteps.student import Lesson, Opposed, check_text_alone, checked, made_pairs
+from mmdit.fewsteps.student import Lesson, MadePairs, Opposed, check_text_alone, checked, made_pairs
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Model, Objective
@@ -59,7 +59,9 @@ class LADD:
     """
 
     taught = True
-    not_whole = "student=ladd reads the tokens after each block of a copy of the teacher"
+    not_whole: str | None = (
+        "student=ladd reads the tokens after each block of its teacher"
+    )
     adaptable = True
 
     def __init__(
@@ -78,7 +80,7 @@ class LADD:
         self.optimizer = optimizer
         self.density = LogitNormal(m=1.0, s=1.0) if density is None else density
         self.channels = whole_number("student.channels", channels)
-        self.pairs = made_pairs(pairs, seed, batch_size)
+        self.pairs: MadePairs | None = made_pairs(pairs, seed, batch_size)
         self.teacher_steps, self.guidance, self.steps = teacher_steps, guidance, steps
         checked(self)
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmdit.checks import flag, number
 from mmdit.dtypes import wide
 from mmdit.errors import UserError
-from mmdit.fewsteps.student import Lesson, checked
+from mmdit.fewsteps.student import Lesson, MadePairs, checked
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Model, Objective, squared_error
@@ -52,8 +52,8 @@ class MeanFlow:
         UserError: a value is out of range.
     """
 
-    pairs = None  # it learns from the latents of images
-    not_whole = "student=mean_flow differentiates the network forwards"
+    pairs: MadePairs | None = None  # it learns from the latents of images
+    not_whole: str | None = "student=mean_flow differentiates the network forwards"
     adaptable = False  # the embedding of the interval is its own
 
     def __init__(

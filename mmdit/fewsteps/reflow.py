@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmdit.fewsteps.student import Lesson, check_text_alone, checked, made_pairs
+from mmdit.fewsteps.student import Lesson, MadePairs, check_text_alone, checked, made_pairs
 from mmdit.fewsteps.teacher import Teacher
 from mmdit.flow.condition import Condition
 from mmdit.flow.objective import Draw, Model, Objective
@@ -34,7 +34,7 @@ class Reflow:
     """
 
     taught = False  # the pairs are all that it learns from
-    not_whole = None
+    not_whole: str | None = None
     adaptable = True
 
     def __init__(
@@ -47,7 +47,7 @@ class Reflow:
         batch_size: int = 64,
         steps: int = 2,
     ) -> None:
-        self.pairs = made_pairs(pairs, seed, batch_size)
+        self.pairs: MadePairs | None = made_pairs(pairs, seed, batch_size)
         self.teacher_steps, self.guidance, self.steps = teacher_steps, guidance, steps
         checked(self)
 

@@ -26,7 +26,7 @@ class Lesson(NamedTuple):
 class MadePairs(NamedTuple):
     """Pairs of noise and of what the teacher makes of it, which are made first."""
 
-    count: int
+    number: int
     seed: int  # pair i starts from noise that is keyed by (seed, i)
     batch_size: int  # pairs made at a time
 
@@ -114,12 +114,12 @@ def checked(student: Student) -> None:
         number("student.guidance", student.guidance)
 
 
-def made_pairs(count: int, seed: int, batch_size: int) -> MadePairs:
+def made_pairs(number: int, seed: int, batch_size: int) -> MadePairs:
     """The pairs that a student asks for.
 
     Raises:
         UserError: a value is out of range; the message names its key.
     """
-    whole_number("student.pairs", count)
+    whole_number("student.pairs", number)
     whole_number("student.batch_size", batch_size)
-    return MadePairs(count, seed_number("student.seed", seed), batch_size)
+    return MadePairs(number, seed_number("student.seed", seed), batch_size)
