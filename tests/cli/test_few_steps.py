@@ -136,8 +136,10 @@ def test_a_student_may_be_taught_again(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reflow_may_train_an_adapter(folder: Path) -> None:
-    run(folder, "train.py", *SMALL, *REFLOW, "adapter=lora", "run=runs/lora")
-    base, lora = (read_weights(folder / "runs" / name) for name in ("base", "lora"))
+@pytest.mark.parametrize("words", [REFLOW, LADD], ids=["reflow", "ladd"])
+def test_a_student_may_be_an_adapter(folder: Path, words: tuple[str, ...]) -> None:
+    name = f"lora-{words[0].partition('=')[2]}"
+    run(folder, "train.py", *SMALL, *words, "adapter=lora", f"run=runs/{name}")
+    base, lora = (read_weights(folder / "runs" / each) for each in ("base", name))
     assert lora.module().base["sha256"] == base.sha256
-    assert mmdit.load_pipeline(folder / "runs" / "lora").guidance == 1.0
+    assert mmdit.load_pipeline(folder / "runs" / name).guidance == 1.0
