@@ -59,9 +59,7 @@ class LADD:
     """
 
     taught = True
-    not_whole: str | None = (
-        "student=ladd reads the tokens after each block of its teacher"
-    )
+    not_whole: str | None = "student=ladd reads the tokens after each block of its teacher"
     adaptable = True
 
     def __init__(
