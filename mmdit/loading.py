@@ -19,7 +19,7 @@ from mmdit.adapters.adapter import Adapter
 from mmdit.checkpoints.archive import split_part
 from mmdit.checkpoints.folders import SUBFOLDERS, TOKENIZERS
 from mmdit.checkpoints.hashes import content_of
-from mmdit.checkpoints.locate import Place
+from mmdit.checkpoints.locate import SUFFIXES, Place
 from mmdit.checkpoints.public import find, own_description
 from mmdit.checks import expanded, flag, number, whole_number
 from mmdit.devices import available
@@ -31,6 +31,7 @@ from mmdit.models.clip import CLIPTextModel
 from mmdit.models.clip_image import CLIPImageModel
 from mmdit.models.controlnet import ControlNet
 from mmdit.models.t5 import T5Encoder
+from mmdit.nn.stored import CodedWeight
 from mmdit.pipeline import Pipeline
 from mmdit.published import load_published, models_of, with_tokenizers, without
 from mmdit.runs.checkpoint import describes_module, is_run_folder, read_weights
@@ -220,17 +221,29 @@ class Public(Source):
         source: as in `Place`.
         kinds: the models that will be loaded; from a repository on the hub, only these are
             downloaded.
-        allow_pickle, verify: as in `load_mmdit`.
+        allow_pickle, verify, keep_quantized: as in `load_mmdit`.
     """
 
     def __init__(
-        self, source: str | Path, kinds: Sequence[str], *, allow_pickle: bool, verify: bool
+        self,
+        source: str | Path,
+        kinds: Sequence[str],
+        *,
+        allow_pickle: bool,
+        verify: bool,
+        keep_quantized: bool = False,
     ) -> None:
         folders = [
             names[kind] for names in (SUBFOLDERS, TOKENIZERS) for kind in kinds if kind in names
         ]
         folders.append("scheduler")
-        self.place = Place(source, folders, allow_pickle=allow_pickle, verify=verify)
+        self.place = Place(
+            source,
+            folders,
+            allow_pickle=allow_pickle,
+            verify=verify,
+            keep_quantized=keep_quantized,
+        )
         self.path, self.name = self.place.path, str(source)
 
     @cached_property
@@ -239,7 +252,7 @@ class Public(Source):
         path = split_part(self.path)[0]
         if path.is_file():
             return content_of(path)
-        files = sorted(path.rglob("*.safetensors"))
+        files = sorted(file for suffix in SUFFIXES for file in path.rglob(f"*{suffix}"))
         lines = [f"{content_of(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -252,9 +265,11 @@ class Public(Source):
         **public: Any,
     ) -> Pipeline:
         used = {kind: kind not in left_out for kind in ENCODERS}
-        return load_published(
+        pipeline = load_published(
             self.place, self.name, used=used, dtype=dtype, tokenizers=tokenizers, **public
         )
+        self._expect_kept(pipeline)
+        return pipeline
 
     def part(
         self, kind: str, expected: type[M], *, dtype: torch.dtype | None = None, **hints: Any
@@ -262,7 +277,17 @@ class Public(Source):
         given = {name: hint for name, hint in hints.items() if hint is not None}
         module = self.place.load(kind, dtype=dtype, **given)
         assert isinstance(module, expected), type(module)
+        self._expect_kept(module)
         return module
+
+    def _expect_kept(self, module: nn.Module) -> None:
+        """Raise UserError if weights were to be kept in codes, and there are none."""
+        kept = any(isinstance(weight, CodedWeight) for weight in module.parameters())
+        if self.place.keep_quantized and not kept:
+            raise UserError(
+                f"{self.name}: keep_quantized is for GGUF and fp8 files, but no matrix of this "
+                "model is stored in codes that layers can keep: leave it out"
+            )
 
     def is_ours(self) -> bool:
         """Whether this is a file exported from a run of this project."""
@@ -272,7 +297,7 @@ class Public(Source):
     def only_clip(self) -> str:
         path = self.path
         both = all((path / SUBFOLDERS[kind]).is_dir() for kind in ("clip_l", "clip_g"))
-        if split_part(path)[0].suffix == ".safetensors":
+        if split_part(path)[0].suffix in SUFFIXES:
             archive = self.place.weights_of("clip_l")[0]
             matches = {kind: find(archive, kind) for kind in ("clip_l", "clip_g")}
             prefixed = [kind for kind, match in matches.items() if match and match.prefix]
@@ -307,6 +332,7 @@ def open_source(
     weights: str = "ema",
     allow_pickle: bool = False,
     verify: bool = True,
+    keep_quantized: bool = False,
 ) -> Source:
     """Locate weights, whether this project trained them or they are public.
 
@@ -335,19 +361,21 @@ def open_source(
         kinds: the models that will be loaded; from a repository on the hub, only these are
             downloaded.
         weights: 'ema' or 'raw', for a run.
-        allow_pickle, verify: for public weights, as in `load_mmdit`. A run is always verified.
+        allow_pickle, verify, keep_quantized: for public weights, as in `load_mmdit`. A run is
+            always verified.
 
     Raises:
         UserError: the source does not exist, is damaged, or an argument does not apply to it.
     """
     path = expanded(source)
     public = None
+    rules = {"allow_pickle": allow_pickle, "keep_quantized": keep_quantized}
     if not is_run_folder(path):
         _expect_one_run(path)
-        public = Public(source, kinds, allow_pickle=allow_pickle, verify=verify)
+        public = Public(source, kinds, verify=verify, **rules)
     if public is None or public.is_ours():
-        if allow_pickle:
-            raise _only_for_public(source, "allow_pickle")
+        for name in [name for name, given in rules.items() if given]:
+            raise _only_for_public(source, name)
         return Run(path, weights)
     if weights != "ema":
         raise UserError(f"{source} is not a run of this project: it has no weights={weights}")
@@ -356,7 +384,7 @@ def open_source(
 
 def _expect_one_run(path: Path) -> None:
     """Reject a folder of runs, and a folder of checkpoints."""
-    if path.is_dir() and not any(path.glob("*.safetensors")):
+    if path.is_dir() and not any(any(path.glob(f"*{suffix}")) for suffix in SUFFIXES):
         runs = sorted(child for child in path.iterdir() if is_run_folder(child))
         if runs:
             raise UserError(f"{path} holds several runs or checkpoints: name one, as {runs[-1]}")
@@ -378,6 +406,7 @@ def load_pipeline(
     tokenizers: str | Path | None = None,
     allow_pickle: bool = False,
     verify: bool = True,
+    keep_quantized: bool = False,
 ) -> Pipeline:
     """Load a complete text-to-image model, in eval mode, ready to sample from.
 
@@ -404,7 +433,8 @@ def load_pipeline(
             weights whose `source` does not include them.
         tokenizers: folder with `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`, if `source` does
             not include them; also for runs of older versions, which stored only their paths.
-        allow_pickle, verify: for public weights, as in `load_mmdit`. A run is always verified.
+        allow_pickle, verify, keep_quantized: for public weights, as in `load_mmdit`. A run is
+            always verified.
 
     Raises:
         UserError: the source does not exist, is damaged or holds another kind of model; an
@@ -417,7 +447,8 @@ def load_pipeline(
         flag(f"use_{kind}", use)
     left_out = [kind for kind, use in used.items() if not use]
     kinds = [kind for kind in PIPELINE if kind not in left_out]
-    opened = open_source(source, kinds, weights=weights, allow_pickle=allow_pickle, verify=verify)
+    rules: dict[str, Any] = {"allow_pickle": allow_pickle, "keep_quantized": keep_quantized}
+    opened = open_source(source, kinds, weights=weights, verify=verify, **rules)
     pipeline = opened.pipeline(
         dtype=dtype,
         left_out=left_out,
@@ -450,6 +481,7 @@ def load_mmdit(
     num_heads: int | None = None,
     allow_pickle: bool = False,
     verify: bool = True,
+    keep_quantized: bool = False,
 ) -> Backbone:
     """Load the diffusion transformer alone, in eval mode on the CPU.
 
@@ -466,12 +498,15 @@ def load_mmdit(
         allow_pickle: read .ckpt and .pt files, tensors only.
         verify: compare files with their known hashes, and check even large ones for NaN. False
             opens 10 GB about ten seconds sooner, but damage goes unnoticed.
+        keep_quantized: linear layers keep the codes of a GGUF or fp8 file in memory, and decode
+            them whenever they compute. The result is the same; it takes less memory, and longer.
 
     Raises:
         UserError: the source does not exist, is damaged or holds no such model; an argument does
             not apply to it.
     """
     rules = {"weights": weights, "allow_pickle": allow_pickle, "verify": verify}
+    rules["keep_quantized"] = keep_quantized
     backbone: type[Any] = Backbone  # abstract: a run may have trained any
     return _part(source, "mmdit", backbone, dtype, rules, num_heads=num_heads)
 
@@ -554,16 +589,18 @@ def load_t5(
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     verify: bool = True,
+    keep_quantized: bool = False,
 ) -> T5Encoder:
     """Load the T5 encoder: `t5(ids) -> hidden (b, l, d)`.
 
     Args:
-        source, weights, dtype, allow_pickle, verify: as in `load_mmdit`.
+        source, weights, dtype, allow_pickle, verify, keep_quantized: as in `load_mmdit`.
 
     Raises:
         UserError: as in `load_mmdit`.
     """
-    opened = open_source(source, ["t5"], weights=weights, allow_pickle=allow_pickle, verify=verify)
+    rules: dict[str, Any] = {"allow_pickle": allow_pickle, "keep_quantized": keep_quantized}
+    opened = open_source(source, ["t5"], weights=weights, verify=verify, **rules)
     return opened.part("t5", T5Encoder, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files, opened but not read: a list of their tensors, each read on request.
+"""Files of weights, opened but not read: a list of their tensors, each read on request.
 
 A tensor is a view of the memory-mapped file. Nothing is copied until it is converted.
 """
@@ -34,11 +34,13 @@ from mmdit.bounds import (
 from mmdit.checkpoints.hashes import HASH, NO_HASH, NO_SEAL, SEAL, sealed, verify_hash
 from mmdit.checkpoints.headers import DTYPE_NAMES, TOO_MANY, Header, Info, read_header
 from mmdit.errors import UserError, first_line
+from mmdit.nn.block_codes import EIGHT_BITS, Codes
 from mmdit.printable import logger
 
 log = logger("mmdit.checkpoints")
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+GGUF = ".gguf"
 MOST_PARTS = 50  # dicts on the top level of a pickle
 DEEPEST_PART = 4  # levels of nested dicts, as in {"ema": {"state_dict": {"key": tensor}}}
 
@@ -57,6 +59,7 @@ class Archive:
 
     parts: tuple[str, ...] = ()
     root = ""  # beginning of every key in the file that is left out in `infos`
+    scales: Mapping[str, str] = {}  # of 8-bit floats, by their keys in the file: keys of a factor
 
     def __init__(self, paths: Sequence[Path], name: Path | None = None) -> None:
         self.name = paths[0] if name is None else name
@@ -81,7 +84,24 @@ class Archive:
 
     def __getitem__(self, key: str) -> Tensor:
         tensor: Tensor = self._opened[self.root + key].get_tensor(self.root + key)
+        scale = self.scales.get(self.root + key)
+        if scale is not None:
+            return tensor.float() * self._opened[scale].get_tensor(scale).float().reshape(())
         return tensor
+
+    def codes(self, key: str) -> Codes | None:
+        """A matrix in the codes that it is stored in; None if it is stored in plain numbers."""
+        kind, name = self.infos[key].dtype, self.root + key
+        if kind not in EIGHT_BITS or len(self.infos[key].shape) != 2 or name not in self._opened:
+            return None
+        scale = self.scales.get(name)
+        factor = None if scale is None else self._opened[scale].get_tensor(scale).float()
+        rows = self._opened[name].get_tensor(name).view(torch.uint8)
+        return Codes(kind, rows, None if factor is None else factor.reshape(()))
+
+    def decodes(self, key: str) -> bool:
+        """Whether a tensor is decoded to a new one when it is read, and not a view of the file."""
+        return self.root + key in self.scales
 
     def verify(self) -> None:
         """Compare the files with their known hashes, if they have any.
@@ -100,6 +120,12 @@ class Archive:
             view._opened = {}
             for path, header in self.headers.items():
                 view._opened |= dict.fromkeys(header.infos, mapped(path))
+        return view
+
+    def scaled(self, infos: Mapping[str, Info], scales: Mapping[str, str]) -> Self:
+        """A view with other tensors, some of them times a factor (see `scales`)."""
+        view = copy.copy(self)
+        view.infos, view.scales = dict(infos), scales
         return view
 
     def without(self, *prefixes: str) -> Self:
@@ -195,6 +221,9 @@ class PickleArchive(Archive):
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[self.root + key]
 
+    def codes(self, key: str) -> None:
+        return None
+
 
 def _read_pickle(path: Path) -> Mapping[Any, object]:
     """The content of a pickled dict; of other pickles, nothing.
@@ -275,13 +304,16 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
     """Open one file, or a part of it (`file.pt:ema`).
 
     Args:
-        path: a safetensors file, or a pickle.
+        path: a safetensors file, a GGUF file, or a pickle.
         allow_pickle: also open pickles (.ckpt, .pt, .pth, .bin), without running their code.
 
     Raises:
-        UserError: there is no such file; it is not a safetensors file, is cut off, or is a pickle
-            and `allow_pickle` is not set.
+        UserError: there is no such file; it is not a safetensors or GGUF file, is cut off, or is a
+            pickle and `allow_pickle` is not set.
     """
+    from mmdit.checkpoints.gguf_archive import GGUFArchive  # which is an archive, too
+    from mmdit.checkpoints.scaled_fp8 import fold_scales
+
     path, part = split_part(path)
     if part:
         return open_file(path, allow_pickle=allow_pickle).part(part)
@@ -294,7 +326,9 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Archive:
             f"{path} is a pickle, which can run code when it is opened: use the .safetensors file, "
             "or allow_pickle=true to read only its tensors (weights_only)"
         )
-    return Archive([path])
+    if path.suffix.lower() == GGUF:
+        return GGUFArchive(path)
+    return fold_scales(Archive([path]))
 
 
 def open_shards(index: Path) -> Archive:
@@ -323,12 +357,14 @@ def open_shards(index: Path) -> Archive:
             f"{index.parent} lacks {len(missing)} of {len(names)} shards: "
             f"{', '.join(missing[:10])}; download them again"
         )
+    from mmdit.checkpoints.scaled_fp8 import fold_scales  # which reads archives
+
     archive = Archive([index.parent / name for name in names], name=index.parent)
     if absent := sorted(weight_map.keys() - archive.infos.keys()):
         raise UserError(
             f"{index} lists {len(absent)} tensors that its shards lack: {', '.join(absent[:10])}"
         )
-    return archive
+    return fold_scales(archive)
 
 
 def write_archive(

@@ -50,7 +50,8 @@ TRACES = [
     ),
     Trace(
         rf"\.({CODES}|{SCALES})\b|(^|\.)scaled_fp8$",
-        "a quantized model, whose weights are codes: use the fp16, bf16 or plain fp8 file",
+        "a quantized model in another format than GGUF and scaled fp8 (with a tensor scaled_fp8): "
+        "use one of these, or the fp16, bf16 or plain fp8 file",
     ),
     Trace(
         r"(^|\.)(exp_avg(_sq)?|momentum_buffer|max_exp_avg_sq)(\.|$)|^optimizer\.",
@@ -89,7 +90,12 @@ TRACES = [
         ("clip_image diffusers",),
     ),
     Trace(r"^(transformer\.)?resblocks\.", "a CLIP in the layout of OpenCLIP: convert it first"),
-    Trace(r"^decoder\.block\.\d+\.layer\.|^lm_head\.", "a T5 decoder: use a file of the encoder"),
+    Trace(
+        r"^decoder\.block\.\d+\.layer\.|^lm_head\.|^dec\.blk\.\d+\.",
+        "a T5 decoder: use a file of the encoder",
+    ),
+    Trace(r"^enc\.blk\.\d+\.", "the T5 encoder (GGUF)", ("t5 gguf",)),
+    Trace(r"^blk\.\d+\.", "a language model (GGUF)"),
     Trace(
         r"^(text_encoders\.t5xxl\.transformer\.)?encoder\.block\.\d+\.layer\.",
         "the T5 encoder",
@@ -268,7 +274,7 @@ def explain_faults(
 def likely_cause(faults: Faults, slots: Mapping[str, Slot], infos: Mapping[str, Info]) -> str:
     """One sentence on what probably happened to the file."""
     if faults.mistyped:
-        return "Its weights are integers or codes: quantized models are not supported"
+        return "Its weights are integers: models quantized in this way are not supported"
     if renamed := _renamed(faults, infos, slots):
         return "It looks as if keys were renamed: " + ", ".join(
             f"{new} for {old}" for old, new in renamed[:3]

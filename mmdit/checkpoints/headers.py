@@ -78,7 +78,7 @@ def read_header(path: Path) -> Header:
             start = file.read(512)
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
             if not 2 <= length <= LONGEST_HEADER or start[8:9] != b"{":
-                raise UserError(f"{path} is not a safetensors file: {_what_it_is(start, size)}")
+                raise UserError(f"{path} is not a safetensors file: {what_it_is(start, size)}")
             if length > LONGEST_JSON:
                 raise UserError(
                     f"{path} has a header of {length:,} bytes; {LONGEST_JSON:,} is several times "
@@ -171,7 +171,8 @@ def _contradicted(path: Path, key: str) -> UserError:
     )
 
 
-def _what_it_is(start: bytes, size: int) -> str:
+def what_it_is(start: bytes, size: int) -> str:
+    """What a file probably is whose first bytes are not those of its format."""
     head = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
@@ -180,7 +181,7 @@ def _what_it_is(start: bytes, size: int) -> str:
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "it is a pickle (.ckpt, .pt) under another name"
     if start.startswith(b"GGUF"):
-        return "it is a GGUF file, whose quantized weights are not supported"
+        return "it is a GGUF file under another name: let its name end in .gguf"
     if size == 0:
         return "it is empty"
     return f"its first bytes are not a header ({size:,} bytes); download or copy it again"

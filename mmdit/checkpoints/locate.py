@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmdit.checkpoints.archive import (
+    GGUF,
     PICKLES,
     Archive,
     open_file,
@@ -29,8 +30,9 @@ log = logger("mmdit.checkpoints")
 # `owner/name`, `owner/name@revision`, `owner/name/file.safetensors`, as in the hub's own tools.
 HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>refs/pr/\d+|\w[\w.-]*))?"
-    r"(/(?P<file>(\w[\w.-]*/)*\w[\w.-]*\.safetensors))?"
+    r"(/(?P<file>(\w[\w.-]*/)*\w[\w.-]*\.(safetensors|gguf)))?"
 )
+SUFFIXES = (".safetensors", GGUF)
 ADAPTER_CONFIG = "adapter_config.json"
 # Names of the encoders' separate files, next to the single files in repositories on the hub.
 STANDALONE = {
@@ -65,12 +67,12 @@ def local(source: str | Path, folders: Sequence[str]) -> Path:
     if path.exists() or split_part(path)[1]:
         return path
     head, _, part = str(source).rpartition(":")
-    if Path(head).suffix == ".safetensors":
+    if Path(head).suffix in SUFFIXES:
         return Path(f"{local(head, folders)}:{part}")
     source = PRESETS[str(source)].hub if str(source) in PRESETS else source
     on_hub = HUB_ID.fullmatch(str(source))
     names_file = on_hub is not None and on_hub["file"] is not None
-    like_a_path = path.suffix in (".safetensors", *PICKLES) and not names_file
+    like_a_path = path.suffix in (*SUFFIXES, *PICKLES) and not names_file
     if like_a_path or on_hub is None or Path(source).parents[-2].is_dir():
         raise UserError(f"{source}: there is no such file or folder")
     return download(folders=folders, **on_hub.groupdict())
@@ -142,6 +144,7 @@ class Place:
         folders: as in `local`.
         allow_pickle: read the tensors of a .ckpt or .pt file if `source` names one.
         verify: compare files with their known hashes, and check all values for NaN.
+        keep_quantized: linear layers keep weights in the codes that files have.
 
     Raises:
         UserError: it does not exist, and cannot be downloaded.
@@ -154,15 +157,18 @@ class Place:
         *,
         allow_pickle: bool = False,
         verify: bool = True,
+        keep_quantized: bool = False,
     ) -> None:
         self.path = local(source, folders)
         self.allow_pickle, self.verify = allow_pickle, verify
+        self.keep_quantized = keep_quantized
         self._archives: dict[Path, Archive] = {}
         self._verified: set[Path] = set()
 
     def like(self, source: str | Path, folders: Sequence[str] = ()) -> "Place":
         """Another location, with the same rules for opening files."""
         rules = {"allow_pickle": self.allow_pickle, "verify": self.verify}
+        rules["keep_quantized"] = self.keep_quantized
         return Place(source, folders, **rules)
 
     def opened(self, path: Path) -> Archive:
@@ -216,8 +222,12 @@ class Place:
             for name in STANDALONE.get(kind, ()):
                 if (folder / name).is_file():
                     return self.opened(folder / name), folder
-        archives = [self.opened(file) for file in sorted(path.glob("*.safetensors"))]
-        holding = [archive for archive in archives if find(archive, kind) is not None]
+        archives: list[Archive] = []
+        holding: list[Archive] = []
+        for suffix in SUFFIXES:  # GGUF files only if no other file has the model
+            if not holding:
+                archives += [self.opened(file) for file in sorted(path.glob(f"*{suffix}"))]
+                holding = [archive for archive in archives if find(archive, kind) is not None]
         if len(holding) == 1:
             return holding[0], path
         if len(holding) > 1:
@@ -233,7 +243,8 @@ class Place:
         hint = f"; pickles like {pickles[0]} are read only if named as a file" if pickles else ""
         held = [f"{a.name.name} holds {what}" for a in archives if (what := recognize(a.infos))]
         raise UserError(
-            f"{path} holds no {KIND_NAMES[kind]}: no *.safetensors in {places} has one{hint}. "
+            f"{path} holds no {KIND_NAMES[kind]}: no *.safetensors or *.gguf in {places} has "
+            f"one{hint}. "
             + (
                 "; ".join(held[:5])
                 or "Incomplete downloads end in .incomplete or .part; a single file on the hub "
@@ -262,6 +273,7 @@ class Place:
                 hints={**hints_of(kind, config), **hints},
                 dtype=dtype,
                 verify=self.verify,
+                keep_quantized=self.keep_quantized,
             )
         check_config(kind, module, config, folder)
         return module

@@ -15,6 +15,7 @@ from mmdit.checkpoints.diagnosis import KIND_NAMES, PUBLISHED
 from mmdit.checkpoints.formats import ADAPTERS, FORMATS, Description, Format
 from mmdit.checkpoints.headers import Info
 from mmdit.errors import UserError
+from mmdit.nn.block_codes import Codes
 
 ENTRY = "mmdit.descriptions"  # metadata key with the description of each model, in our own files
 # Scalars that training programs save beside the text encoders and nothing reads.
@@ -68,6 +69,14 @@ class Match:
     def tensor(self, key: str) -> Tensor:
         """The tensor of a key without the prefix."""
         return self.archive[self.prefix + key]
+
+    def codes(self, key: str) -> Codes | None:
+        """The codes of a matrix; see `Archive.codes`."""
+        return self.archive.codes(self.prefix + key)
+
+    def decodes(self, key: str) -> bool:
+        """Whether a tensor is decoded when it is read; see `Archive.decodes`."""
+        return self.archive.decodes(self.prefix + key)
 
     def reopened(self) -> Self:
         """The same model in a mapping of its own; see `Archive.reopened`."""

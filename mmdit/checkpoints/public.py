@@ -1,13 +1,14 @@
 """Public files to models and back: match the format, build on meta, check every key, assign.
 
 No tensor is read before all keys and shapes have been checked, and none is copied from the mapped
-file unless another dtype is requested.
+file unless another dtype is requested. Tensors in codes are decoded one after another.
 """
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from mmdit.checkpoints.diagnosis import (
     explain_infinite,
 )
 from mmdit.checkpoints.formats import FORMATS, Description, Format
-from mmdit.checkpoints.headers import Info
+from mmdit.checkpoints.headers import DTYPES, Info
 from mmdit.checkpoints.matches import ENTRY, Match, find, own_description
 from mmdit.checkpoints.tables import Slot, correspondence
-from mmdit.checkpoints.values import computed_in, is_finite, not_finite, same
+from mmdit.checkpoints.values import is_finite, loaded_bytes, loaded_in, not_finite, same
 from mmdit.dtypes import at_least_float32
 from mmdit.errors import UserError
 from mmdit.models.autoencoder import Autoencoder
@@ -38,13 +39,15 @@ from mmdit.models.controlnet import ControlNet, ParallelControlNet
 from mmdit.models.interval import IntervalMMDiT
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
+from mmdit.nn.block_codes import BLOCK_TYPES, Codes
 from mmdit.nn.network import Network
+from mmdit.nn.stored import CodedWeight, plain
 from mmdit.printable import logger
 from mmdit.registry import describe
 
 log = logger("mmdit.checkpoints")
 
-FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
+FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", *BLOCK_TYPES}
 ALWAYS_CHECKED = 1 << 30  # bytes; weights below this are always searched for NaN, in 0.1 s
 
 
@@ -56,6 +59,7 @@ def load(
     hints: Description | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    keep_quantized: bool = False,
 ) -> Network:
     """Load the model of this kind from an archive.
 
@@ -64,10 +68,12 @@ def load(
         kind: see `Format.kind`.
         layout: see `find`.
         hints: arguments that shapes do not determine (num_heads, activation, scale, shift).
-        dtype: the dtype the model computes in; None keeps the file's, except that 8-bit floats
-            become bfloat16, and tensors of mixed dtypes take that of most matrix values.
+        dtype: the dtype the model computes in; None keeps the file's, except that codes of up to
+            8 bits become bfloat16, and tensors of mixed dtypes take that of most matrix values.
         verify: always search the weights for NaN and infinite values. Otherwise weights of a
             gigabyte or more are only searched if they are converted to another dtype.
+        keep_quantized: linear layers keep the codes that the file has, and decode them whenever
+            they compute (see `CodedWeight`).
 
     Returns:
         The model in eval mode, on the CPU, with memory-mapped weights.
@@ -105,7 +111,7 @@ def load(
         module = build_on_meta({**own, **stored, **hints, **read})
     except UserError as error:
         raise UserError(f"{archive.name}: {error}. Nothing was loaded") from None
-    load_into(module, match, dtype=dtype, verify=verify)
+    load_into(module, match, dtype=dtype, verify=verify, keep_quantized=keep_quantized)
     return module.eval()
 
 
@@ -123,15 +129,19 @@ def refuse_unmerged(match: Match) -> None:
 
 
 def load_into(
-    module: Network, match: Match, *, dtype: torch.dtype | None = None, verify: bool = False
+    module: Network,
+    match: Match,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    keep_quantized: bool = False,
 ) -> None:
     """Assign the tensors of a match to a module, on meta or not; on an error it stays unchanged.
 
     Args:
         module: its `compute_dtype` is set, too.
         match: a model of the module's architecture.
-        dtype: see `load`.
-        verify: see `load`.
+        dtype, verify, keep_quantized: see `load`.
 
     Raises:
         UserError: as in `load`.
@@ -143,27 +153,29 @@ def load_into(
         if primary in slots and primary not in infos and copy in infos:
             sources[primary] = copy
     check(match, type(module).__name__, slots, sources, infos)
-    stored = {key: match.tensor(source) for key, source in sources.items()}
+    stored = {key: infos[source] for key, source in sources.items()}
     compute_dtype = common_dtype(stored, format) if dtype is None else dtype
     dtypes = dict.fromkeys(stored, compute_dtype)
     if dtype is None and compute_dtype == torch.float16:
         # The model computes with these in float32, so they are not rounded to float16.
         for key in wide_keys(stored, format):
-            dtypes[key] = torch.promote_types(computed_in(stored[key], None), compute_dtype)
-    read_anyway = any(dtypes[key] != tensor.dtype for key, tensor in stored.items())
-    small = sum(tensor.nbytes for tensor in stored.values()) < ALWAYS_CHECKED
-    if not (verify or read_anyway or small):
-        log.debug("%s: not searched for NaN; verify=True does so", match.archive.name)
-    else:
-        # Large weights that may not be needed soon do not stay in memory for the search alone.
-        searched = match if read_anyway or small else match.reopened()
-        if bad := not_finite({key: searched.tensor(source) for key, source in sources.items()}):
-            raise UserError(explain_infinite(match.archive.name, bad, None))
+            dtypes[key] = torch.promote_types(loaded_in(stored[key]), compute_dtype)
+    expect_finite(match, sources, dtypes, verify=verify)
+    matrices = linear_weights(module) if keep_quantized else set()
     tensors: dict[str, Tensor] = {}
     too_large = []
     for key, slot in slots.items():
-        theirs = stored[key].to(dtypes[key])
-        if theirs.dtype == torch.float16 != stored[key].dtype and not is_finite(theirs):
+        if (codes := kept_codes(match, sources[key], slot, matrices)) is not None:
+            wide = compute_dtype == torch.float16 and re.fullmatch(format.wide, key)
+            kept_as = torch.float32 if wide else compute_dtype
+            expect_finite_codes(match, key, codes, kept_as)
+            tensors |= kept(slot, codes, kept_as)
+            continue
+        read = match.tensor(sources[key])
+        if match.decodes(sources[key]) and not is_finite(read):
+            raise UserError(explain_infinite(match.archive.name, [key], None))
+        theirs = read.to(dtypes[key])
+        if theirs.dtype == torch.float16 != read.dtype and not is_finite(theirs):
             too_large.append(key)
         if theirs.dtype == torch.float16 and re.fullmatch(format.wide, key):
             theirs = theirs.float()
@@ -177,14 +189,78 @@ def load_into(
         tensors[name] = value.to(at_least_float32(compute_dtype))
     module.load_state_dict(tensors, assign=True)
     module.compute_dtype = compute_dtype
+    for part in module.parameters():
+        if isinstance(part, CodedWeight):
+            part.requires_grad_(False)
 
 
-def wide_keys(stored: Mapping[str, Tensor], format: Format) -> set[str]:
+def expect_finite(
+    match: Match, sources: Mapping[str, str], dtypes: Mapping[str, torch.dtype], *, verify: bool
+) -> None:
+    """Search the tensors that are views of the file for NaN; the others, when they are decoded.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+    """
+    infos = {key: match.needed[source] for key, source in sources.items()}
+    read_anyway = any(dtypes[key] != DTYPES.get(info.dtype) for key, info in infos.items())
+    small = sum(map(loaded_bytes, infos.values())) < ALWAYS_CHECKED
+    if not (verify or read_anyway or small):
+        log.debug("%s: not searched for NaN; verify=True does so", match.archive.name)
+        return
+    # Large weights that may not be needed soon do not stay in memory for the search alone.
+    searched = match if read_anyway or small else match.reopened()
+    views = {key: source for key, source in sources.items() if not match.decodes(source)}
+    if bad := not_finite({key: searched.tensor(source) for key, source in views.items()}):
+        raise UserError(explain_infinite(match.archive.name, bad, None))
+
+
+def linear_weights(module: nn.Module) -> set[str]:
+    """Keys of the weights of linear layers."""
+    return {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def kept_codes(match: Match, source: str, slot: Slot, matrices: set[str]) -> Codes | None:
+    """The codes of a tensor that linear layers keep as it is stored; None of all others.
+
+    Layers keep whole rows: a tensor that is stored in another shape is decoded.
+    """
+    whole_rows = all(len(shape) == 2 and shape[1:] == slot.shape[1:] for _, shape, _ in slot.parts)
+    if not whole_rows or not matrices.issuperset(key for key, _, _ in slot.parts):
+        return None
+    codes = match.codes(source)
+    fits = codes is not None and codes.decodable and codes.shape == slot.shape
+    return codes if fits else None
+
+
+def expect_finite_codes(match: Match, key: str, codes: Codes, dtype: torch.dtype) -> None:
+    """Search a matrix that is kept in codes for NaN.
+
+    Raises:
+        UserError: a value is NaN or infinite, or overflows in the dtype.
+    """
+    if not codes.is_finite():
+        raise UserError(explain_infinite(match.archive.name, [key], None))
+    if dtype == torch.float16 and not is_finite(codes.decoded(dtype)):
+        raise UserError(explain_infinite(match.archive.name, [key], dtype))
+
+
+def kept(slot: Slot, codes: Codes, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights that a matrix in codes consists of, in codes themselves."""
+    width = codes.rows.shape[1]
+    rows = {key: form.read(codes.rows, (shape[0], width)) for key, shape, form in slot.parts}
+    return {
+        key: nn.Parameter(CodedWeight(codes._replace(rows=part), dtype), requires_grad=False)
+        for key, part in rows.items()
+    }
+
+
+def wide_keys(stored: Iterable[str], format: Format) -> set[str]:
     """Keys of the tensors that a format keeps in float32 when the others are float16."""
     return {key for key in stored if re.fullmatch(format.wide, key)}
 
 
-def common_dtype(stored: Mapping[str, Tensor], format: Format) -> torch.dtype:
+def common_dtype(stored: Mapping[str, Info], format: Format) -> torch.dtype:
     """The dtype of most values in the matrices.
 
     A model computes in one dtype, but files may keep matrices in one and norms or biases in
@@ -192,18 +268,22 @@ def common_dtype(stored: Mapping[str, Tensor], format: Format) -> torch.dtype:
     """
     wide = wide_keys(stored, format)
     votes: Counter[torch.dtype] = Counter()
-    for key in [key for key in stored if key not in wide and stored[key].ndim > 1] or stored:
-        votes[computed_in(stored[key], None)] += stored[key].numel()
+    for key in [key for key in stored if key not in wide and len(stored[key].shape) > 1] or stored:
+        votes[loaded_in(stored[key])] += math.prod(stored[key].shape)
     return votes.most_common(1)[0][0]
 
 
 def warn_of_mixed_dtypes(
-    name: object, stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+    name: object, stored: Mapping[str, Info], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Warn that tensors of mixed dtypes were converted, which loses precision or takes memory."""
-    changed = {d for key, d in dtypes.items() if computed_in(stored[key], None) != d}
-    if changed:
-        there = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
+    """Warn that tensors of mixed dtypes were converted, which loses precision or takes memory.
+
+    Where weights are in blocks of codes, the others have other dtypes by design.
+    """
+    kinds = {info.dtype for info in stored.values()}
+    changed = {d for key, d in dtypes.items() if loaded_in(stored[key]) != d}
+    if changed and not kinds & BLOCK_TYPES.keys():
+        there = {str(DTYPES[kind]).removeprefix("torch.") for kind in kinds}
         log.warning(
             "%s: its tensors are %s; all are loaded as %s, like most of its matrices. dtype= "
             "chooses another",
@@ -211,6 +291,16 @@ def warn_of_mixed_dtypes(
             " and ".join(sorted(there)),
             " and ".join(str(dtype).removeprefix("torch.") for dtype in changed),
         )
+
+
+def matrices_of(module: nn.Module, layout: str, kind: str) -> set[str]:
+    """Keys, in a layout, of the matrices that linear layers of a model multiply with."""
+    linear = linear_weights(module)
+    return {
+        key
+        for key, slot in slots_of(module, format_of(kind, layout)).items()
+        if len(slot.shape) == 2 and linear.issuperset(part for part, _, _ in slot.parts)
+    }
 
 
 def slots_of(module: nn.Module, format: Format) -> dict[str, Slot]:
@@ -311,12 +401,13 @@ def exported(
         UserError: the layout has no keys for such a model.
     """
     kind = kind_of(module) if kind is None else kind
-    format = next((f for f in FORMATS if f.kind == kind and f.layout == layout), None)
-    if format is None:
-        raise UserError(f"a {type(module).__name__} has no {layout} layout, only the other one")
+    format = format_of(kind, layout)
     prefix = format.prefixes[0] if prefixed else ""
     ours = module.state_dict()
-    tensors = {key: slot.write(ours) for key, slot in slots_of(module, format).items()}
+    tensors = {
+        key: slot.write({part: plain(ours[part]) for part, _, _ in slot.parts})
+        for key, slot in slots_of(module, format).items()
+    }
     dtype = module.compute_dtype
     for key in wide_keys(tensors, format):
         if same(tensors[key].to(dtype).to(tensors[key].dtype), tensors[key]):
@@ -329,6 +420,18 @@ def exported(
     for copy, primary in format.copies.items():
         tensors[copy] = tensors[primary].clone()  # safetensors stores no tensor twice
     yield from ((prefix + key, tensor) for key, tensor in tensors.items())
+
+
+def format_of(kind: str, layout: str) -> Format:
+    """The format of a kind of model in a layout.
+
+    Raises:
+        UserError: there is none.
+    """
+    for format in FORMATS:
+        if (format.kind, format.layout) == (kind, layout):
+            return format
+    raise UserError(f"the {KIND_NAMES[kind]} has no {layout} layout, only the other one")
 
 
 def descriptions(modules: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Values of tensors: bitwise equality, dtypes to compute in, and a search for NaN."""
 
+import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from mmdit.checkpoints.headers import DTYPES, Info
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The smallest bit pattern, sign aside, that is not a finite number: an exponent of all ones.
@@ -35,6 +38,17 @@ def computed_in(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return dtype
     return torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
+
+
+def loaded_in(info: Info) -> torch.dtype:
+    """The dtype of a stored tensor in a model: its own, or bfloat16 for codes of up to 8 bits."""
+    dtype = DTYPES.get(info.dtype, torch.uint8)
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
+def loaded_bytes(info: Info) -> int:
+    """The memory that a stored tensor takes in a model that keeps the file's dtypes."""
+    return math.prod(info.shape) * loaded_in(info).itemsize
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

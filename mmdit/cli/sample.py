@@ -52,6 +52,7 @@ def job(config: DictConfig, text: Verbatim) -> None:
         t5_length=config.text.t5_length,
         allow_pickle=config.allow_pickle,
         verify=config.verify,
+        keep_quantized=config.keep_quantized,
     )
     pipe, precision = subject.pipe, subject.autocast
     adapters = load_adapters(pipe, text["lora"]) if "lora" in text else []
@@ -100,7 +101,8 @@ def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> Non
             "or neither"
         )
     number("control_strength", config.control_strength)
-    switches = {name: config[name] for name in ("compile", "verify", "allow_pickle")}
+    rules = ("verify", "allow_pickle", "keep_quantized")
+    switches = {name: config[name] for name in ("compile", *rules)}
     switches |= {f"text.{name}": config.text[name] for name in config.text if name != "t5_length"}
     for name, value in switches.items():
         flag(name, value)

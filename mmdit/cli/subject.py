@@ -21,11 +21,12 @@ from mmdit.runs.status import clean_up_if_killed
 from mmdit.text.conditioning import ENCODERS
 
 log = logger(__name__)
+RULES = ("allow_pickle", "verify", "keep_quantized")  # how public files are opened
 PARTS = ("autoencoder", "text.encoders", "text.tokenizers")  # paths, as typed
 
 # Files by which a folder of weights, or one of its subfolders, is recognized. Adapters are included
 # because they are rejected with a message of their own.
-NAMES = ("*.safetensors", "adapter_config.json")
+NAMES = ("*.safetensors", "*.gguf", "adapter_config.json")
 WEIGHT_FILES = tuple(f"{folder}{name}" for folder in ("", "*/", "*/*/*/") for name in NAMES)
 
 
@@ -57,7 +58,7 @@ def open_subject(
     used = {f"use_{kind}": config.text[f"use_{kind}"] for kind in ENCODERS}
     for key, value in used.items():
         flag(f"text.{key}", value)
-    rules = {name: public.pop(name) for name in ("allow_pickle", "verify") if name in public}
+    rules = {name: public.pop(name) for name in RULES if name in public}
     left_out = [kind for kind in ENCODERS if not used[f"use_{kind}"]]
     kinds = [kind for kind in PIPELINE if kind not in left_out]
     source = open_named(config, text, kinds, **rules)

@@ -131,7 +131,7 @@ MUTATIONS = {
         ("unexpected", "those of a LoRA"),
     ),
     "scales of a quantized model": (
-        plus(f"{P}scaled_fp8", f"{BLOCK}0.x_block.attn.qkv.scale_weight"),
+        plus(f"{BLOCK}0.x_block.attn.qkv.comfy_quant", f"{BLOCK}0.x_block.attn.qkv.scale_weight"),
         ("2 unexpected", "those of a quantized model", "plain fp8"),
     ),
     "codes of a quantized model": (

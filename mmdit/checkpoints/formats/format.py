@@ -50,7 +50,7 @@ class Format:
 
     Attributes:
         kind: which model: mmdit, autoencoder, clip_l, clip_g, clip_image, t5, controlnet.
-        layout: 'original' or 'diffusers'.
+        layout: 'original' or 'diffusers'; 'gguf' of T5 in GGUF files.
         prefixes: what its keys may begin with in a file; the first is used for writing.
         mark: regular expression of keys that only this format has.
         describe: from shapes and hints to a description of the architecture (see

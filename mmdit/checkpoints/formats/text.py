@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mmdit.checkpoints.formats.format import (
     Description,
     Format,
     Infos,
+    Reader,
     count,
     shapes,
 )
@@ -110,28 +111,51 @@ def clip_image(_: Description) -> list[Rule]:
     ]
 
 
-def read_t5(infos: Infos, hints: Description) -> Description:
-    """Describe the architecture of the T5 encoder, which follows from the shapes alone."""
-    block = r"encoder\.block\.\d+\.layer\."
-    width, hidden = (
-        Counter(s[axis] for s in shapes(infos, block + r"1\.DenseReluDense\.wi_0\.weight", 2))
-        for axis in (1, 0)
-    )
-    inner = Counter(s[0] for s in shapes(infos, block + r"0\.SelfAttention\.q\.weight", 2))
-    bias = shapes(infos, block + r"0\.SelfAttention\.relative_attention_bias\.weight", 2)
-    if not (width and inner):
-        raise UserError("all tensors that determine a T5 encoder's sizes are missing")
-    tokens = shapes(infos, r"shared\.weight|encoder\.embed_tokens\.weight", 2)
-    num_heads = bias[0][1] if bias else 64
-    return {
-        "class": "T5Encoder",
-        "vocabulary_size": tokens[0][0] if tokens else 32128,
-        "width": width.most_common(1)[0][0],
-        "depth": count(infos, r"encoder\.block\.(\d+)\."),
-        "num_heads": num_heads,
-        "head_width": inner.most_common(1)[0][0] // num_heads,
-        "hidden": hidden.most_common(1)[0][0],
-    }
+def t5_reader(names: Mapping[str, str]) -> Reader:
+    """A reader of a T5 encoder's architecture, which follows from the shapes alone.
+
+    Args:
+        names: a layout's names of the tensors that give the sizes.
+    """
+
+    def describe(infos: Infos, hints: Description) -> Description:
+        width, hidden = (
+            Counter(s[axis] for s in shapes(infos, names["gate"], 2)) for axis in (1, 0)
+        )
+        inner = Counter(s[0] for s in shapes(infos, names["q"], 2))
+        bias = shapes(infos, names["bias"], 2)
+        if not (width and inner):
+            raise UserError("all tensors that determine a T5 encoder's sizes are missing")
+        tokens = shapes(infos, names["tokens"], 2)
+        num_heads = bias[0][1] if bias else 64
+        return {
+            "class": "T5Encoder",
+            "vocabulary_size": tokens[0][0] if tokens else 32128,
+            "width": width.most_common(1)[0][0],
+            "depth": count(infos, names["block"]),
+            "num_heads": num_heads,
+            "head_width": inner.most_common(1)[0][0] // num_heads,
+            "hidden": hidden.most_common(1)[0][0],
+        }
+
+    return describe
+
+
+T5_BLOCK = r"encoder\.block\.\d+\.layer\."
+T5_NAMES = {
+    "gate": T5_BLOCK + r"1\.DenseReluDense\.wi_0\.weight",
+    "q": T5_BLOCK + r"0\.SelfAttention\.q\.weight",
+    "bias": T5_BLOCK + r"0\.SelfAttention\.relative_attention_bias\.weight",
+    "tokens": r"shared\.weight|encoder\.embed_tokens\.weight",
+    "block": r"encoder\.block\.(\d+)\.",
+}
+T5_GGUF_NAMES = {
+    "gate": r"enc\.blk\.\d+\.ffn_gate\.weight",
+    "q": r"enc\.blk\.\d+\.attn_q\.weight",
+    "bias": r"enc\.blk\.\d+\.attn_rel_b\.weight",
+    "tokens": r"token_embd\.weight",
+    "block": r"enc\.blk\.(\d+)\.",
+}
 
 
 def t5(_: Description) -> list[Rule]:
@@ -151,6 +175,20 @@ def t5(_: Description) -> list[Rule]:
         Rule(r"^layers\.(\d+)\.up", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
         Rule(r"^layers\.(\d+)\.down", r"encoder.block.\1.layer.1.DenseReluDense.wo"),
         Rule(r"^final_norm", "encoder.final_layer_norm"),
+    ]
+
+
+def t5_gguf(_: Description) -> list[Rule]:
+    """Rules for GGUF files, in the names of llama.cpp."""
+    return [
+        Rule(r"^token_embedding", "token_embd"),
+        Rule(r"^position_bias\.embedding", "enc.blk.0.attn_rel_b"),
+        Rule(r"^layers\.(\d+)\.norm1", r"enc.blk.\1.attn_norm"),
+        Rule(r"^layers\.(\d+)\.norm2", r"enc.blk.\1.ffn_norm"),
+        Rule(r"^layers\.(\d+)\.attention_in\.([qkv])", r"enc.blk.\1.attn_\2"),
+        Rule(r"^layers\.(\d+)\.attention_out", r"enc.blk.\1.attn_o"),
+        Rule(r"^layers\.(\d+)\.(gate|up|down)", r"enc.blk.\1.ffn_\2"),
+        Rule(r"^final_norm", "enc.output_norm"),
     ]
 
 
@@ -200,7 +238,7 @@ FORMATS = [
         layout="original",
         prefixes=("text_encoders.t5xxl.transformer.", ""),
         mark=r"encoder\.block\.\d+\.layer\.",
-        describe=read_t5,
+        describe=t5_reader(T5_NAMES),
         rules=t5,
         wide=r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight",
         copies={"encoder.embed_tokens.weight": "shared.weight"},
@@ -210,9 +248,18 @@ FORMATS = [
         layout="diffusers",
         prefixes=("",),
         mark=r"encoder\.block\.\d+\.layer\.",
-        describe=read_t5,
+        describe=t5_reader(T5_NAMES),
         rules=t5,
         wide=r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight",
+    ),
+    Format(
+        kind="t5",
+        layout="gguf",
+        prefixes=("",),
+        mark=r"enc\.blk\.\d+\.",
+        describe=t5_reader(T5_GGUF_NAMES),
+        rules=t5_gguf,
+        wide=r"enc\.blk\.\d+\.ffn_down\.weight",
     ),
     Format(
         kind="clip_image",
