@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from mmdit.models.preview import latent_preview
     from mmdit.pipeline import Pipeline
-    from mmdit.published import frozen_text, save_diffusers, save_single_file
+    from mmdit.published import frozen_text, save_diffusers, save_gguf, save_single_file
     from mmdit.request import Request
     from mmdit.runs.checkpoint import is_native
 
@@ -50,6 +50,7 @@ __all__ = [
     "load_pipeline",
     "load_t5",
     "save_diffusers",
+    "save_gguf",
     "save_single_file",
 ]
 
@@ -61,6 +62,7 @@ _HOME = {
     "is_native": "mmdit.runs.checkpoint",
     "latent_preview": "mmdit.models.preview",
     "save_diffusers": "mmdit.published",
+    "save_gguf": "mmdit.published",
     "save_single_file": "mmdit.published",
 }
 

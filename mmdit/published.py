@@ -1,6 +1,6 @@
 """Public weights: loaded as pipelines with a preset's defaults, and saved in the same formats."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from mmdit.checkpoints.folders import (
     write_folder,
     write_model,
 )
+from mmdit.checkpoints.gguf_writing import ARCHITECTURES, WRITTEN, write_gguf
 from mmdit.checkpoints.locate import Place, local
 from mmdit.checkpoints.presets import PRESETS
-from mmdit.checkpoints.public import descriptions, exported, kind_of
+from mmdit.checkpoints.public import descriptions, exported, format_of, kind_of, matrices_of
 from mmdit.checkpoints.readers import REMARK, remark
+from mmdit.checkpoints.scaled_fp8 import in_fp8
 from mmdit.checks import expanded, one_of
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
@@ -42,6 +44,8 @@ from mmdit.text.conditioning import ENCODERS, AbsentEncoder, TextConditioner, Te
 from mmdit.text.t5_tokenizer import T5Tokenizer, t5_tokenizer_in
 
 log = logger("mmdit")
+
+FP8 = ("scaled_fp8", "fp8")
 
 
 def load_published(
@@ -341,7 +345,49 @@ def _expect_no_adapters(thing: nn.Module) -> None:
         )
 
 
-def save_single_file(thing: nn.Module, path: str | Path) -> Path:
+def save_gguf(thing: nn.Module, path: str | Path, *, quantized: str = "Q8_0") -> Path:
+    """Save a transformer or a T5 encoder as a GGUF file, as ComfyUI-GGUF reads it.
+
+    Matrices are rounded to the type. Vectors and tensors of up to 1,024 values are float32; the
+    embeddings, the positions and the output layer of a transformer keep 16 bits, or 32 where the
+    model has them. `load_mmdit`, `load_t5` and `load_pipeline` read the file.
+
+    Example:
+        save_gguf(load_mmdit("sd3.5_medium.safetensors"), "sd3.5_medium-Q8_0.gguf")
+
+    Args:
+        thing: MMDiT or T5Encoder.
+        path: path of the file, which must end in `.gguf`.
+        quantized: 'Q8_0', 'Q5_1', 'Q4_0' or 'BF16'.
+
+    Returns:
+        The path, with `~` expanded.
+
+    Raises:
+        UserError: it is another model; the package `gguf` is not installed; a value is not finite;
+            the file cannot be written.
+    """
+    path = expanded(path)
+    one_of("quantized", quantized, WRITTEN)
+    if path.suffix != ".gguf":
+        raise UserError(f"{path} must end in .gguf")
+    if isinstance(thing, Pipeline):
+        raise UserError(
+            "a GGUF file holds one network: give pipe.mmdit, or pipe.text.t5.model for T5"
+        )
+    _expect_no_adapters(thing)
+    ((kind, model),) = models_of(thing).items()
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"a GGUF file holds an MMDiT or a T5Encoder, not a {type(thing).__name__}: use the "
+            "single-file layout"
+        )
+    if message := write_gguf(path, model, kind, quantized):
+        log.warning("%s: %s", path, message)
+    return path
+
+
+def save_single_file(thing: nn.Module, path: str | Path, *, quantized: str | None = None) -> Path:
     """Save a model, or all models of a pipeline, in the original single-file layout.
 
     The keys are as published: a transformer has the prefix `model.diffusion_model.`, and any other
@@ -359,23 +405,34 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     Args:
         thing: MMDiT, Autoencoder, CLIPTextModel, T5Encoder, ControlNet, or a Pipeline.
         path: path of the file, which must end in `.safetensors`.
+        quantized: 'scaled_fp8' rounds the weights of linear layers of the transformer and of T5 to
+            8-bit floats with one scale each, as ComfyUI does, and 'fp8' to such without a scale;
+            None rounds nothing.
 
     Returns:
         The path, with `~` expanded.
 
     Raises:
-        UserError: the model has no public format, the path does not end in `.safetensors`, or the
-            file cannot be written.
+        UserError: the model has no public format or none that can be quantized, the path does not
+            end in `.safetensors`, or the file cannot be written.
     """
     path = expanded(path)
+    if quantized is not None:
+        one_of("quantized", quantized, FP8)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors")
     _expect_no_adapters(thing)
     models = models_of(thing)
+    if quantized is not None and not models.keys() & ARCHITECTURES.keys():
+        raise UserError(f"quantized={quantized} is for transformers and T5, which are not here")
     tensors: dict[str, torch.Tensor] = {}
     for kind, model in models.items():
         prefixed = kind == "mmdit" or len(models) > 1
-        tensors |= exported(model, "original", kind=kind, prefixed=prefixed)
+        if quantized is not None and kind in ARCHITECTURES:
+            scaled = quantized == "scaled_fp8"
+            tensors |= _in_fp8(model, kind, prefixed=prefixed, scaled=scaled)
+        else:
+            tensors |= exported(model, "original", kind=kind, prefixed=prefixed)
     metadata = descriptions(models)
     if message := remark(models, not_stored(thing, single_file=True)):
         metadata[REMARK] = message
@@ -383,6 +440,15 @@ def save_single_file(thing: nn.Module, path: str | Path) -> Path:
     if message:
         log.warning("%s: %s", path, message)
     return path
+
+
+def _in_fp8(
+    model: Network, kind: str, *, prefixed: bool, scaled: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model in the original layout, with its matrices in 8-bit floats."""
+    prefix = format_of(kind, "original").prefixes[0] if prefixed else ""
+    tensors = dict(exported(model, "original", kind=kind))
+    return in_fp8(tensors, matrices_of(model, "original", kind), prefix, scaled=scaled)
 
 
 def not_stored(thing: nn.Module, *, single_file: bool) -> list[str]:
