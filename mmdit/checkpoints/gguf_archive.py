@@ -5,8 +5,9 @@ decoded by `gguf`, which is optional.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,7 @@ class GGUFArchive(Archive):
                 f"not {known[:16]}...). Copy or download it again"
             )
 
-    def reopened(self) -> "GGUFArchive":
+    def reopened(self) -> Self:
         view = super().reopened()
         view._map()
         return view
@@ -116,7 +117,8 @@ def decoded_by_gguf(codes: Codes, source: object) -> Tensor:
     package = gguf_package(f"{source}: {codes.kind}")
     try:
         kind = package.GGMLQuantizationType[codes.kind]
-        values = package.quants.dequantize(codes.rows.numpy(), kind)
+        with np.errstate(all="ignore"):  # values that are not finite are found afterwards
+            values = package.quants.dequantize(codes.rows.numpy(), kind)
     except (KeyError, NotImplementedError):
         raise UserError(
             f"{source}: the installed version of gguf does not decode {codes.kind}: "

@@ -5,6 +5,7 @@ few bits (embeddings, positions, the output layer) keeps 16 bits, or 32 where th
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -148,3 +149,4 @@ def _fill_in_hash(path: Path) -> None:
         file.seek(header.index(NO_CONTENT.encode(), header.index(CONTENT.encode())))
         file.write(content.encode())
         file.flush()
+        os.fsync(file.fileno())

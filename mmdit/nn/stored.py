@@ -38,14 +38,14 @@ class CodedWeight(Tensor):
     @staticmethod
     def __new__(cls, codes: Codes, dtype: torch.dtype) -> Self:
         device = codes.rows.device
-        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=device)
         made.codes = codes
         return made
 
     def __init__(self, codes: Codes, dtype: torch.dtype) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"CodedWeight({self.codes.kind}, {tuple(self.shape)}, {self.dtype})"
 
     def dequantize(self) -> Tensor:
@@ -89,7 +89,9 @@ class CodedWeight(Tensor):
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         packet = func.overloadpacket
         if packet in (torch.ops.aten.detach, torch.ops.aten.alias):
