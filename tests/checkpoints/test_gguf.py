@@ -286,6 +286,7 @@ def on_meta(name: str) -> MMDiT:
         return MMDiT(**{**sizes, **PUBLISHED[name]}).to(torch.bfloat16)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_keys_and_sizes_are_those_of_the_published_models(name, monkeypatch):
     """The keys of the single files without prefix; 8B in Q8_0 takes 8.8 GB, as published."""
@@ -327,6 +328,7 @@ class Header(Archive):
         return Codes(kind, torch.empty(shape[0], width, dtype=torch.uint8, device="meta"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("quantized", "gigabytes"), [("Q8_0", 2.29), ("Q4_0", 1.28)])
 def test_a_network_of_2b_that_is_kept_takes_what_its_file_takes(quantized, gigabytes, monkeypatch):
     monkeypatch.setattr(gguf_writing, "is_finite", lambda _: True)
@@ -343,6 +345,7 @@ def test_a_network_of_2b_that_is_kept_takes_what_its_file_takes(quantized, gigab
 # Keeping the codes
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("quantized", ["Q8_0", "Q5_1", "Q4_0"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, None])

@@ -162,6 +162,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
 }
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_is_wrong_is_named(tiny, tmp_path, name, keep):
