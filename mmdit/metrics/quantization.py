@@ -92,8 +92,15 @@ def output(network: MMDiT, seed: int) -> Tensor:
 @torch.no_grad()
 def random_network(depth: int, width: int, seed: int = 0) -> MMDiT:
     """An MMDiT with QK-norm whose weights are all drawn anew, no modulation at zero."""
-    sizes = {"context_width": 256, "pooled_width": 256, "position_size": 16}
-    network = MMDiT(depth=depth, width=width, num_heads=width // 64, qk_norm=True, **sizes).eval()
+    network = MMDiT(
+        depth=depth,
+        width=width,
+        num_heads=width // 64,
+        qk_norm=True,
+        context_width=256,
+        pooled_width=256,
+        position_size=16,
+    ).eval()
     generator = generator_for(seed, "weights")
     for parameter in network.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
