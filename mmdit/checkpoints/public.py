@@ -431,7 +431,8 @@ def format_of(kind: str, layout: str) -> Format:
     for format in FORMATS:
         if (format.kind, format.layout) == (kind, layout):
             return format
-    raise UserError(f"the {KIND_NAMES[kind]} has no {layout} layout, only the other one")
+    layouts = " and ".join(format.layout for format in FORMATS if format.kind == kind)
+    raise UserError(f"the {KIND_NAMES[kind]} has no {layout} layout, only {layouts}")
 
 
 def descriptions(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
