@@ -26,12 +26,12 @@ from mmdit.flow.predictions import FPrediction, V, Velocity
 from mmdit.flow.schedule import Shift
 from mmdit.flow.timesteps import Uniform
 from mmdit.metrics.path_length import MeasuredGuidance
-from mmdit.models import backbone, controlnet, interval
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.controlnet import ControlledMMDiT, ControlNet, ParallelControlNet, control_pixels
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
+from mmdit.nn import embeddings
 from mmdit.nn.attention import attention
 from mmdit.nn.embeddings import sinusoid
 from mmdit.pipeline import Pipeline, from_pixels
@@ -72,8 +72,7 @@ def sinusoid_apart(monkeypatch):
         with _disable_current_modes():
             return sinusoid(t).to(t.dtype)
 
-    for module in (backbone, controlnet, interval):
-        monkeypatch.setattr(module, "sinusoid", apart)
+    monkeypatch.setattr(embeddings, "sinusoid", apart)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

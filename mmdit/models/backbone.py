@@ -18,10 +18,10 @@ from mmdit.errors import UserError
 from mmdit.models.blocks import Block, OutputLayer, SkippedBlock, reset_as_in_dit
 from mmdit.nn.embeddings import (
     PatchEmbedding,
+    TimestepEmbedding,
     VectorEmbedding,
     centre_crop,
     position_table,
-    sinusoid,
     unpatchify,
 )
 from mmdit.nn.network import Network
@@ -178,7 +178,7 @@ class PatchBackbone(Backbone):
 
         self.patch_embedding = PatchEmbedding(channels, width, patch_size)
         self.register_buffer("positions", torch.empty(position_size, position_size, width))
-        self.timestep_embedding = VectorEmbedding(256, width)
+        self.timestep_embedding = TimestepEmbedding(width)
         self.pooled_embedding = VectorEmbedding(pooled_width, width)
         self.context_embedding = nn.Linear(context_width, width)
 
@@ -198,7 +198,7 @@ class PatchBackbone(Backbone):
 
     def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
         """Embedding y of timestep and pooled text, by which blocks are modulated: (b, d)."""
-        time = self.timestep_embedding(self.cast(sinusoid(t)))
+        time = self.timestep_embedding(t, self.cast)
         return time + self.pooled_embedding(self.cast(c_vec))
 
     def text_tokens(self, c_ctxt: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from mmdit.models.backbone import Backbone
 from mmdit.models.blocks import Block, reset_as_in_dit
 from mmdit.models.dit import DiTBlock
 from mmdit.models.mmdit import MMDiT
-from mmdit.nn.embeddings import PatchEmbedding, VectorEmbedding, sinusoid
+from mmdit.nn.embeddings import PatchEmbedding, TimestepEmbedding, VectorEmbedding
 from mmdit.nn.network import Network
 from mmdit.registry import describe, register
 
@@ -83,7 +83,7 @@ class ControlNet(Network):
         check_control_type(control_type)
         self.width, self.control_type = width, control_type
         self.control_embedding = PatchEmbedding(latent_channels, width, patch_size)
-        self.timestep_embedding = VectorEmbedding(256, width)
+        self.timestep_embedding = TimestepEmbedding(width)
         self.pooled_embedding = VectorEmbedding(pooled_width, width)
         self.blocks = nn.ModuleList(
             DiTBlock(width, num_heads, mlp_ratio, qk_norm=False) for _ in range(depth)
@@ -106,7 +106,7 @@ class ControlNet(Network):
         Returns:
             depth x (b, n, d).
         """
-        y = self.vector(t, c_vec)
+        y = self.vector(base, t, c_vec)
         x = base.image_tokens(z_t) + self.control_embedding(control_latent.to(base.compute_dtype))
         residuals = []
         for block, to_residual in zip(self.blocks, self.to_residuals, strict=True):
@@ -114,10 +114,9 @@ class ControlNet(Network):
             residuals.append(to_residual(x))
         return residuals
 
-    def vector(self, t: Tensor, c_vec: Tensor) -> Tensor:
+    def vector(self, base: MMDiT, t: Tensor, c_vec: Tensor) -> Tensor:
         """Embedding y of timestep and pooled text, by which blocks are modulated: (b, d)."""
-        time = self.timestep_embedding(self.cast(sinusoid(t)))
-        return time + self.pooled_embedding(self.cast(c_vec))
+        return self.timestep_embedding(t, self.cast) + self.pooled_embedding(self.cast(c_vec))
 
     def flops(self, base: MMDiT, tokens: int) -> int:
         """Operations of one forward pass of one sample; see `Backbone.flops`.
@@ -180,13 +179,18 @@ class ParallelControlNet(ControlNet):
         self, base: MMDiT, z_t: Tensor, t: Tensor, c_vec: Tensor, control_latent: Tensor
     ) -> list[Tensor]:
         """One residual for every block of this network; see `ControlNet.forward`."""
-        y = self.vector(t, base.pooled_embedding(base.cast(c_vec)))
+        y = self.vector(base, t, c_vec)
         x = self.patch_embedding(z_t.to(base.compute_dtype))
         x = x + self.control_embedding(control_latent.to(base.compute_dtype))
         return [
             to_residual(block(x, y))
             for block, to_residual in zip(self.blocks, self.to_residuals, strict=True)
         ]
+
+    def vector(self, base: MMDiT, t: Tensor, c_vec: Tensor) -> Tensor:
+        """As in `ControlNet`, but of the base model's embedding of the pooled text."""
+        pooled = self.pooled_embedding(base.pooled_embedding(base.cast(c_vec)))
+        return self.timestep_embedding(t, self.cast) + pooled
 
     def flops(self, base: MMDiT, tokens: int) -> int:
         """`ControlNet.flops`, and those of the embedding of the base model's pooled text."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmdit.errors import UserError
 from mmdit.models.backbone import Backbone
 from mmdit.models.mmdit import MMDiT
-from mmdit.nn.embeddings import VectorEmbedding, sinusoid
+from mmdit.nn.embeddings import TimestepEmbedding
 from mmdit.registry import build, describe, register
 
 
@@ -30,7 +30,7 @@ class IntervalMMDiT(MMDiT):
 
     def __init__(self, **own: Any) -> None:
         super().__init__(**own)
-        self.interval_embedding = VectorEmbedding(256, self.width)
+        self.interval_embedding = TimestepEmbedding(self.width)
         if not self.positions.is_meta:
             self.reset_parameters()
 
@@ -38,14 +38,18 @@ class IntervalMMDiT(MMDiT):
         self, z_t: Tensor, t: Tensor, c_vec: Tensor, c_ctxt: Tensor, r: Tensor | None = None
     ) -> Tensor:
         """`MMDiT.forward` with the time r (b,) at which the interval ends; None is t."""
-        length = torch.zeros_like(t) if r is None else t - r
-        y = self.vector(t, c_vec) + self.interval_embedding(self.cast(sinusoid(length)))
+        y = self.vector(t, c_vec, r)
         c = self.text_tokens(c_ctxt)
         x = self.image_tokens(z_t)
         for block in self.blocks:
             c, x = block(c, x, y)
         x = self.last_block(c, x, y)
         return self.prediction(x, y, *z_t.shape[-2:])
+
+    def vector(self, t: Tensor, c_vec: Tensor, r: Tensor | None = None) -> Tensor:
+        """`PatchBackbone.vector`, and the embedding of the length t - r."""
+        length = torch.zeros_like(t) if r is None else t - r
+        return super().vector(t, c_vec) + self.interval_embedding(length, self.cast)
 
     def flops(self, *, height: int, width: int, text_length: int) -> int:
         embedding = 2 * (256 * self.width + self.width**2)
@@ -71,7 +75,7 @@ def with_intervals(model: Backbone) -> IntervalMMDiT:
         network = cast(IntervalMMDiT, build(described))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if type(model) is MMDiT:
-        new = VectorEmbedding(256, network.width)
+        new = TimestepEmbedding(network.width)
         nn.init.normal_(new.fc1.weight, std=0.02)
         nn.init.zeros_(new.fc1.bias)
         nn.init.zeros_(new.fc2.weight)

@@ -1,6 +1,7 @@
 """Embeddings of timesteps, positions and patches."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -30,7 +31,7 @@ def sinusoid(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tenso
 
 
 class VectorEmbedding(nn.Module):
-    """Linear, SiLU, Linear; embeds the timestep's sinusoid and the pooled text (Fig. 2a)."""
+    """Linear, SiLU, Linear; embeds the pooled text (Fig. 2a)."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -40,6 +41,17 @@ class VectorEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (b, p) -> (b, d)
         return self.fc2(self.activation(self.fc1(x)))
+
+
+class TimestepEmbedding(VectorEmbedding):
+    """`VectorEmbedding` of the sinusoid of a time, or of a difference of times (Fig. 2a)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(256, width)
+
+    def forward(self, t: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        """t (b,) -> (b, d), of the sinusoid as `cast` returns it (`Network.cast`)."""
+        return super().forward(cast(sinusoid(t)))
 
 
 class PatchEmbedding(nn.Module):

@@ -14,12 +14,12 @@ from mmdit.flow.schedule import Shift
 from mmdit.flow.solvers import euler, heun
 from mmdit.flow.timesteps import LogitNormal
 from mmdit.metrics.flops import counted_flops
-from mmdit.models import backbone, interval
 from mmdit.models.autoencoder import Autoencoder
 from mmdit.models.concat import with_extra_channels
 from mmdit.models.dit import DiT
 from mmdit.models.interval import IntervalMMDiT, with_intervals
 from mmdit.models.mmdit import MMDiT
+from mmdit.nn import embeddings
 from mmdit.pipeline import Pipeline
 from mmdit.registry import build, describe
 from tests.test_pipeline import Letters
@@ -90,8 +90,7 @@ def test_forward_derivatives_equal_central_differences(
 ) -> None:
     """Along (v, 0, 1); with the sinusoid as it is, in float32, differences are coarse."""
     if exact:
-        for module in (backbone, interval):
-            monkeypatch.setattr(module, "sinusoid", double_sinusoid)
+        monkeypatch.setattr(embeddings, "sinusoid", double_sinusoid)
     model = randomize(with_intervals(Tiny(MMDiT)(qk_norm=True)), 0).double()
     z, t, *text = (part.double() for part in inputs())
     r, v = 0.4 * t, torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(1))
