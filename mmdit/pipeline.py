@@ -29,9 +29,10 @@ from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.solvers import Progress, Solver, euler
 from mmdit.flow.watch import Watch
 from mmdit.models.autoencoder import Autoencoder
-from mmdit.models.backbone import Backbone
+from mmdit.models.backbone import Backbone, crop_positions
 from mmdit.models.controlnet import ControlledMMDiT, control_pixels
 from mmdit.models.interval import IntervalMMDiT
+from mmdit.models.tabulated import Evaluations, tabulate
 from mmdit.registry import register
 from mmdit.request import Request
 from mmdit.text.conditioning import TextConditioner
@@ -106,6 +107,15 @@ def check_extra(network: Backbone, extra: Mapping[str, Tensor]) -> None:
         expect_finite(f"the source of extra[{name!r}]", part)
 
 
+def expect_negative(guidance: Guidance, negative: Condition | None) -> None:
+    """Raise UserError if a guidance reads a negative prompt, but there is none."""
+    if negative is None and guidance.reads_negative:
+        raise UserError(
+            f"{type(guidance).__name__} moves away from a negative prompt: pass its condition to "
+            'denoise() as `negative`, for example encode([""])'
+        )
+
+
 def takes_averages(solver: Solver) -> bool:
     """Whether a solver's steps are exact if the velocity is the average over each of them: Euler's.
 
@@ -118,7 +128,7 @@ class NetworkVelocity:
     """The velocity dz/dt that a network predicts: input of guidance, integrated by solvers.
 
     Args:
-        network: predicts in the parametrization of `objective`.
+        network: predicts in the parametrization of `objective`; or what takes its place.
         objective: converts the prediction to a velocity.
         evaluated: called after every evaluation with z_t and the velocity.
         ends: the time at which the step from each time ends, for a network that predicts average
@@ -127,7 +137,7 @@ class NetworkVelocity:
 
     def __init__(
         self,
-        network: Backbone,
+        network: Backbone | Evaluations,
         objective: Objective,
         evaluated: Callable[[Tensor, Tensor], object] = lambda z_t, velocity: None,
         ends: Mapping[float, float] = {},
@@ -146,7 +156,7 @@ class NetworkVelocity:
 
     def skipping(self, layers: Collection[int]) -> "NetworkVelocity":
         """The velocity of the same network without these blocks."""
-        network = self.network.skipping(layers)
+        network: Backbone | Evaluations = self.network.skipping(layers)
         return NetworkVelocity(network, self.objective, self.evaluated, self.ends)
 
 
@@ -299,10 +309,7 @@ class Pipeline(nn.Module):
             NotFinite: values become NaN or infinite; the message names the stage and the step.
         """
         count = request.count
-        steps = self.steps if request.steps is None else request.steps
-        steps = whole_number("steps", steps, most=MOST_STEPS)
-        guidance = request.guidance or ClassifierFreeGuidance(scale=self.guidance)
-        size = (request.height or self.image_size, request.width or self.image_size)
+        steps, guidance, size = self._settings(request)
         z = self.noise(request.seeds, *size)
         times = self.objective.times(steps, strength=request.strength, grid=request.grid)
         # A path that ends before pure noise is sampled from its end, starting with noise alone.
@@ -328,6 +335,64 @@ class Pipeline(nn.Module):
             progress=progress,
         )
         return Samples(self.decode(latents), request.seeds, evaluations)
+
+    def _settings(self, request: Request) -> tuple[int, Guidance, tuple[int, int]]:
+        """Steps, guidance and image size of a request, with the model's defaults filled in."""
+        steps = self.steps if request.steps is None else request.steps
+        steps = whole_number("steps", steps, most=MOST_STEPS)
+        guidance = request.guidance or ClassifierFreeGuidance(scale=self.guidance)
+        size = (request.height or self.image_size, request.width or self.image_size)
+        return steps, guidance, size
+
+    @torch.no_grad()
+    def tabulate(
+        self,
+        request: Request,
+        *,
+        layers: Mapping[str, nn.Module] | None = None,
+        device: torch.device | None = None,
+    ) -> Request:
+        """Replace the network's modulation layers by tables that serve a request, in place.
+
+        A third of the weights of SD3 is freed. The pipeline then samples what has the prompts,
+        steps, solver, grid, guidance and strength of this request, in any number, order and batch,
+        and at most its size; it refuses other prompts and times. Images differ by rounding alone.
+
+        Example:
+            request = pipe.tabulate(Request("a cat", steps=28))
+            images = pipe.sample(request).images
+
+        Args:
+            request: what will be sampled.
+            layers, device: see `mmdit.models.tabulated.tabulate`.
+
+        Returns:
+            The request with its prompts encoded: encoders are not needed any more.
+
+        Raises:
+            UserError: the model cannot fulfil the request, or it has no modulation layers.
+        """
+        steps, guidance, size = self._settings(request)
+        latent = self.latent_size(*size)
+        times = self.objective.times(steps, strength=request.strength, grid=request.grid)
+        positive, negative = self.encode(request.prompts), None
+        if guidance.reads_negative:
+            negative = self.encode(request.negatives)
+        found = self.evaluations(
+            times, positive, negative, guidance=guidance, solver=request.solver, steps=steps
+        )
+        if not found.times:
+            raise UserError("tables: this request evaluates the network at no time (strength=0)")
+        tabulate(
+            self.mmdit,
+            found.times,
+            found.pooled,
+            lengths=found.lengths,
+            layers=layers,
+            device=device,
+        )
+        crop_positions(self.mmdit, *latent)
+        return request.encoded(positive, negative)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str] | Condition) -> Condition:
@@ -422,20 +487,53 @@ class Pipeline(nn.Module):
             UserError: the guidance reads a negative prompt, but none is given.
             NotFinite: latents become NaN or infinite; the message names the step.
         """
-        if negative is None and guidance.reads_negative:
-            raise UserError(
-                f"{type(guidance).__name__} moves away from a negative prompt: pass its condition "
-                'to denoise() as `negative`, for example encode([""])'
-            )
+        expect_negative(guidance, negative)
         watch = Watch(len(times) - 1, progress)
-        averages = isinstance(self.mmdit, IntervalMMDiT) and takes_averages(solver)
-        ends = dict(pairwise(times.tolist())) if averages else {}
+        ends = self._ends(times, solver)
         network = NetworkVelocity(self.mmdit, self.objective, watch.evaluated, ends)
         steps = len(times) - 1 if steps is None else steps
         velocity = guidance(network, positive, negative, times, steps)
         z = solver(velocity, z, times, watch.step)
         watch.check(z, "at its end")  # solvers need not call `progress`
         return Denoised(z, watch.evaluations / len(z))
+
+    def _ends(self, times: Tensor, solver: Solver) -> dict[float, float]:
+        """The time at which the step from each time ends, where the network averages over steps."""
+        averages = isinstance(self.mmdit, IntervalMMDiT) and takes_averages(solver)
+        return dict(pairwise(times.tolist())) if averages else {}
+
+    @torch.no_grad()
+    def evaluations(
+        self,
+        times: Tensor,
+        positive: Condition,
+        negative: Condition | None = None,
+        *,
+        guidance: Guidance,
+        solver: Solver = euler,
+        steps: int | None = None,
+    ) -> Evaluations:
+        """The times and pooled vectors with which `denoise` would evaluate the network.
+
+        Solver and guidance are rehearsed with a network that computes nothing.
+
+        Args:
+            times, positive, negative, guidance, solver, steps: as in `denoise`.
+
+        Raises:
+            UserError: the guidance reads a negative prompt, but none is given.
+        """
+        expect_negative(guidance, negative)
+        found = Evaluations()
+        n, patch = len(positive.c_vec), self.mmdit.patch_size
+        if negative is not None:
+            negative = for_each_image(negative, n)
+        precise = at_least_float32(self.dtype)
+        z = torch.zeros(n, self.mmdit.latent_channels, patch, patch, dtype=precise)
+        velocity = NetworkVelocity(found, self.objective, ends=self._ends(times, solver))
+        steps = len(times) - 1 if steps is None else steps
+        solver(guidance(velocity, positive, negative, times, steps), z, times, lambda *_: None)
+        return found
 
     @property
     def adapters(self) -> dict[str, float]:

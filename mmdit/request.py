@@ -1,6 +1,8 @@
 """Sampling requests, checked in one place before anything is computed."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -109,6 +111,19 @@ class Request:
         if not (grid is None or isinstance(grid, Grid)):
             raise UserError(f"grid={grid!r} must be an object of mmdit.flow.grids")
         self.solver, self.grid = solver, grid
+
+    def encoded(self, prompts: Condition, negatives: Condition | None) -> Self:
+        """The same request with encoded prompts.
+
+        Args:
+            prompts: encoded.
+            negatives: the negative prompts, encoded; None leaves them as they are.
+        """
+        request = copy.copy(self)
+        request.prompts = prompts
+        if negatives is not None:
+            request.negatives = negatives
+        return request
 
     def _sized(self, name: str, image: Tensor | None, prompts: int) -> Tensor | None:
         """An image as a batch, whose size becomes that of all samples."""

@@ -11,6 +11,7 @@ from mmdit.adapters.targets import targeted
 from mmdit.adapters.words import AdaptedEmbedding, NewWords, read_new_words
 from mmdit.checks import did_you_mean, nearest, number
 from mmdit.errors import UserError
+from mmdit.models.tabulated import Tables, tabulated_adapters
 from mmdit.registry import build, register
 
 Make = Callable[..., Change]
@@ -110,7 +111,9 @@ def attach(root: nn.Module, adapter: Adapter, name: str, *, scale: float = 1.0) 
         raise UserError(f"an adapter {name!r} is there already: choose another name, or unload it")
     if fused(root):
         raise UserError("the adapters of this model are fused: unload them before adding another")
-    layers, changes = layers_of(root), adapter.changes
+    changes = adapter.changes
+    expect_no_tables(root, changes, name)
+    layers = layers_of(root)
     check_fits(changes, layers, name)
     for at, change in changes.items():
         layer = layers[at]
@@ -120,6 +123,16 @@ def attach(root: nn.Module, adapter: Adapter, name: str, *, scale: float = 1.0) 
         layer.changes[name] = change.to(layer.weight.device).train(layer.training)
         layer.scales[name] = scale
     read_new_words(root)
+
+
+def expect_no_tables(root: nn.Module, changes: Mapping[str, Addition], name: str) -> None:
+    """Raise UserError if tables have replaced a layer that an adapter changes."""
+    tables = {at for at, part in root.named_modules() if isinstance(part, Tables)}
+    if lost := [at for at in changes if at.rpartition(".")[0] in tables]:
+        raise UserError(
+            f"the adapter {name!r} changes {_some(lost)}, in whose place this model has modulation "
+            "tables: load the model again, and this adapter before the tables are made"
+        )
 
 
 def adapting(layer: nn.Module) -> Adapted:
@@ -206,7 +219,7 @@ def attached(root: nn.Module) -> dict[str, float]:
         found |= live.scales
     for whole in fused(root).values():
         found |= whole.scales
-    return found
+    return found | tabulated_adapters(root)
 
 
 def weight_of(root: nn.Module, layer: str) -> Tensor:
@@ -236,7 +249,7 @@ def rescale(root: nn.Module, name: str, scale: float) -> None:
     """Set the factor of an adapter's changes; 0 turns it off.
 
     Raises:
-        UserError: no adapter has this name, or it is fused.
+        UserError: no adapter has this name, or it is fused or part of modulation tables.
     """
     scale = number("scale", scale)
     _expect_live(root, name)
@@ -261,11 +274,12 @@ def detach(root: nn.Module, name: str | None = None) -> None:
     """Remove an adapter, or all; what remains of the model is as if it had never been there.
 
     Raises:
-        UserError: no adapter has this name, or it is fused with others.
+        UserError: no adapter has this name, it is fused with others, or part of modulation tables.
     """
     if name is not None and [*attached(root)] != [name]:
         _expect_live(root, name)
     gone = list(attached(root)) if name is None else [name]
+    expect_not_in_tables(root, gone)
     for at, layer in adapted(root).items():
         for each in gone:
             if each in layer.scales:
@@ -284,6 +298,16 @@ def _expect_live(root: nn.Module, name: str) -> None:
         raise UserError(f"no adapter {name!r}: {there}.{did_you_mean(nearest(name, known))}")
     if fused(root):
         raise UserError(f"the adapter {name!r} is fused with the weights: unload all, and load it")
+    expect_not_in_tables(root, [name])
+
+
+def expect_not_in_tables(root: nn.Module, names: Sequence[str]) -> None:
+    """Raise UserError if the changes of one of these adapters are part of modulation tables."""
+    if fixed := [name for name in names if name in tabulated_adapters(root)]:
+        raise UserError(
+            f"the adapter {fixed[0]!r} is part of this model's modulation tables, and can be "
+            "neither scaled, saved nor removed: load the model again"
+        )
 
 
 def _some(found: Sequence[str]) -> str:

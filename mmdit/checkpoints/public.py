@@ -39,6 +39,7 @@ from mmdit.models.controlnet import ControlNet, ParallelControlNet
 from mmdit.models.interval import IntervalMMDiT
 from mmdit.models.mmdit import MMDiT
 from mmdit.models.t5 import T5Encoder
+from mmdit.models.tabulated import expect_whole
 from mmdit.nn.block_codes import BLOCK_TYPES, Codes
 from mmdit.nn.network import Network
 from mmdit.nn.stored import CodedWeight, plain
@@ -398,8 +399,9 @@ def exported(
         prefixed: begin the keys with the model's prefix in single files.
 
     Raises:
-        UserError: the layout has no keys for such a model.
+        UserError: the layout has no keys for such a model, or it has tables in place of weights.
     """
+    expect_whole(module)
     kind = kind_of(module) if kind is None else kind
     format = format_of(kind, layout)
     prefix = format.prefixes[0] if prefixed else ""

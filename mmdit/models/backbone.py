@@ -139,6 +139,7 @@ class PatchBackbone(Backbone):
     """
 
     positions: Tensor  # buffer (size, size, d)
+    _description: dict[str, Any]
     blocks: nn.ModuleList
     output: OutputLayer
 
@@ -282,6 +283,33 @@ class PatchBackbone(Backbone):
 
 
 B = TypeVar("B", bound=PatchBackbone)
+
+
+@torch.no_grad()
+def crop_positions(network: nn.Module, height: int, width: int) -> None:
+    """Keep only the middle of position tables, for latents of height x width and smaller ones.
+
+    In place, and exact: every size that remains possible sees the positions that it saw. The table
+    of SD3.5 Medium takes 453 MB in 16 bits, and its middle for images of 1024 x 1024 12.6 MB. The
+    network then is one with a smaller `position_size`.
+
+    Args:
+        network: a backbone, or one that holds some.
+        height, width: of the largest latent.
+
+    Raises:
+        UserError: the size is not possible.
+    """
+    for part in network.modules():
+        if isinstance(part, PatchBackbone):
+            size = part.positions.shape[0]
+            side = max(part.grid(height, width))
+            # Of the same parity, so that the middle of the middle is the middle of the whole.
+            side += (size - side) % 2
+            middle = centre_crop(part.positions, side, side)
+            part.positions = middle.unflatten(0, (side, side)).clone()
+            part._position = {**part._position, "size": side}
+            part._description = {**describe(part), "position_size": side}
 
 
 def with_qk_norm(model: B) -> B:

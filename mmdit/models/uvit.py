@@ -27,6 +27,7 @@ class MapModulation(Modulation):
 
     def __init__(self, width: int, channels: int, parts: int) -> None:
         super().__init__(width, parts)
+        self.values = parts * channels
         self.linear = nn.Linear(width, parts * channels)
 
     def forward(self, y: Tensor) -> tuple[Tensor, ...]:  # (b, d) -> parts x (b, c, 1, 1)

@@ -12,7 +12,7 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
-        self.parts = parts
+        self.parts, self.values = parts, parts * width
         self.linear = nn.Linear(width, parts * width)
 
     def reset_parameters(self) -> None:
