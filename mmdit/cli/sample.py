@@ -1,14 +1,15 @@
 """Sample with a trained model or public weights: see `python sample.py --help`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from tqdm import tqdm
 
 import mmdit
@@ -17,10 +18,12 @@ from mmdit.cli.adapters import load_adapters
 from mmdit.cli.images import fitted, open_image, png_with_metadata, slug
 from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import Subject, open_subject
+from mmdit.devices import available
 from mmdit.errors import UserError
 from mmdit.flow.condition import Condition, concatenate
 from mmdit.models.controlnet import ControlledMMDiT
 from mmdit.models.mmdit import MMDiT
+from mmdit.models.tabulated import expect_smaller, table_sizes
 from mmdit.plots import LARGEST_GRID, Thumbnails, png
 from mmdit.precision import Autocast
 from mmdit.printable import logger, printable, show
@@ -53,18 +56,25 @@ def job(config: DictConfig, text: Verbatim) -> None:
         allow_pickle=config.allow_pickle,
         verify=config.verify,
         keep_quantized=config.keep_quantized,
+        network_waits=config.tables,
     )
     pipe, precision = subject.pipe, subject.autocast
     adapters = load_adapters(pipe, text["lora"]) if "lora" in text else []
     if "controlnet" in text:
         pipe.mmdit = controlled(pipe, config, text)
-    if config.compile:
-        pipe.mmdit.compile()
     for remark in pipe.text.remarks(prompts):
         log.warning("note: %s", remark)
 
     with precision():
         options = options_of(pipe, config, image, control)
+    encode = encoder(pipe, precision, kept=None if config.tables else PROMPTS_KEPT)
+    negative_prompt = text.get("negative_prompt", "")
+    if config.tables:
+        with precision():
+            tabulate(pipe, prompts, negative_prompt, options, encode=encode)
+        pipe.mmdit.to(available(config.device))
+    if config.compile:
+        pipe.mmdit.compile()
     metadata = {**metadata_of(subject, config, text, options), "lora": adapters}
     wanted = ((prompt, config.seed + i) for prompt in prompts for i in range(config.num_images))
     count = len(prompts) * config.num_images
@@ -72,9 +82,10 @@ def job(config: DictConfig, text: Verbatim) -> None:
         samples = sampled(
             pipe,
             wanted,
-            text.get("negative_prompt", ""),
+            negative_prompt,
             options,
             batch_size=config.batch_size,
+            encode=encode,
             precision=precision,
             bar=bar,
         )
@@ -101,8 +112,8 @@ def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> Non
             "or neither"
         )
     number("control_strength", config.control_strength)
-    rules = ("verify", "allow_pickle", "keep_quantized")
-    switches = {name: config[name] for name in ("compile", *rules)}
+    names = ("compile", "tables", "verify", "allow_pickle", "keep_quantized")
+    switches = {name: config[name] for name in names}
     switches |= {f"text.{name}": config.text[name] for name in config.text if name != "t5_length"}
     for name, value in switches.items():
         flag(name, value)
@@ -157,6 +168,7 @@ def metadata_of(
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "precision": config.precision,
         "batch_size": config.batch_size,
+        "tables": config.tables,
         "text": OmegaConf.to_container(config.text),
         "t5_length": pipe.text.t5.length,
         "given": {key: value for key, value in text.items() if "prompt" not in key},
@@ -180,6 +192,60 @@ def steps_of(pipe: mmdit.Pipeline, options: dict[str, Any]) -> int:
     return len(pipe.objective.times(options["steps"], strength=strength, grid=options["grid"])) - 1
 
 
+Encode = Callable[[str], Condition]
+
+
+def encoder(pipe: mmdit.Pipeline, precision: Autocast, *, kept: int | None) -> Encode:
+    """A function that encodes a prompt alone, so that its encoding does not depend on others.
+
+    Args:
+        pipe: the model.
+        precision: context that sets the model's precision.
+        kept: how many encodings are cached, the latest; None is all.
+    """
+
+    @lru_cache(maxsize=kept)
+    def encode(prompt: str) -> Condition:
+        with precision():
+            return pipe.encode([prompt])
+
+    return encode
+
+
+def tabulate(
+    pipe: mmdit.Pipeline,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    options: dict[str, Any],
+    *,
+    encode: Encode,
+) -> None:
+    """Replace the network's modulation layers by tables for all prompts, computed where text is.
+
+    Args:
+        pipe, negative_prompt, options, encode: as in `sampled`.
+        prompts: that will be sampled; some may be equal.
+
+    Raises:
+        UserError: the network has no such layers, or the tables would take more memory.
+    """
+    distinct = [*dict.fromkeys(prompts)]
+    before = bytes_of(pipe.mmdit)
+    # Encoding may take long: first what can be known without.
+    expect_smaller(table_sizes(pipe.mmdit, max(1, steps_of(pipe, options)), len(distinct)))
+    negative = encode(negative_prompt) if options["guidance"].reads_negative else None
+    condition = concatenate([encode(prompt) for prompt in distinct])
+    request = Request(condition, negative_prompt=negative, **options)
+    pipe.tabulate(request, device=pipe.autoencoder.device)
+    after = bytes_of(pipe.mmdit)
+    log.info("tables: the network takes %.2f GB instead of %.2f GB", after / 1e9, before / 1e9)
+
+
+def bytes_of(network: nn.Module) -> int:
+    """The bytes of a network's parameters and buffers."""
+    return sum(x.nbytes for x in chain(network.parameters(), network.buffers()))
+
+
 class Sampled(NamedTuple):
     """An image and the metadata that is specific to it."""
 
@@ -196,13 +262,14 @@ def sampled(
     options: dict[str, Any],
     *,
     batch_size: int,
+    encode: Encode,
     precision: Autocast,
     bar: Any,
 ) -> Iterator[Sampled]:
     """Sample images batch by batch.
 
-    Each prompt is encoded once for all its images, and separately, so that its encoding does not
-    depend on other prompts. Only the latest encodings are cached, as there may be a million.
+    Each prompt is encoded once for all its images. Only the latest encodings are cached, as a rule,
+    as there may be a million.
 
     Args:
         pipe: the model.
@@ -210,15 +277,10 @@ def sampled(
         negative_prompt: encoded only if the guidance uses it.
         options: arguments of `mmdit.Request` that all images share.
         batch_size: images per batch.
+        encode: encodes a prompt; see `encoder`.
         precision: context that sets the model's precision.
         bar: tqdm progress bar, advanced by every solver step of each image.
     """
-
-    @lru_cache(maxsize=PROMPTS_KEPT)
-    def encode(prompt: str) -> Condition:
-        with precision():
-            return pipe.encode([prompt])
-
     negative = encode(negative_prompt) if options["guidance"].reads_negative else None
     while batch := list(islice(wanted, batch_size)):
         prompts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]

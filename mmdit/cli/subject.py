@@ -41,7 +41,12 @@ class Subject(NamedTuple):
 
 
 def open_subject(
-    config: DictConfig, text: Verbatim, *, hash_public: bool = True, **public: Any
+    config: DictConfig,
+    text: Verbatim,
+    *,
+    hash_public: bool = True,
+    network_waits: bool = False,
+    **public: Any,
 ) -> Subject:
     """Open what checkpoint= names, or else the newest finished run, on the device of the config.
 
@@ -49,6 +54,7 @@ def open_subject(
         config: config of the program.
         text: options as typed, where Hydra would reinterpret them.
         hash_public: also hash public weights, which reads all their bytes; a run's hash is known.
+        network_waits: leave the network alone on the CPU, until it has become smaller.
         public: further options for public weights, such as `allow_pickle`.
 
     Raises:
@@ -66,7 +72,9 @@ def open_subject(
         public[key.removeprefix("text.")] = text.get(key)
     compute, dtype = computing(source, device, config.precision)
     options = {"preset": config.preset, **public}
-    pipe = source.pipeline(dtype=dtype, left_out=left_out, **options).to(device)
+    pipe = source.pipeline(dtype=dtype, left_out=left_out, **options)
+    for part in (pipe.text, pipe.autoencoder) if network_waits else (pipe,):
+        part.to(device)
     run = source.path if isinstance(source, Run) else None
     facts = facts_of(source, hashed=run is not None or hash_public)
     return Subject(pipe, compute, source.path, run, {**facts, "text": used})

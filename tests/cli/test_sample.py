@@ -373,3 +373,49 @@ def test_a_control_net_of_another_size_or_kind_is_refused(follow, tiny_published
 def test_compiled_networks_follow_a_control_image_alike(follow):
     plain, compiled = (follow(f"compile={flag}", "guidance=3")[0] for flag in ("false", "true"))
     assert (plain.int() - compiled.int()).abs().max() <= 1
+
+
+# Tables
+
+
+@pytest.fixture
+def images_of(tiny_published, tmp_path, monkeypatch, capsys):
+    """`images_of(*overrides, **text)`: the images of two prompts, and the facts of the first."""
+    (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\na red cat\n")
+
+    def job(*overrides, **text):
+        words = ("num_images=1", "steps=3", "precision=fp32", "verify=false", *overrides)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("sample", list(words))
+        given = {"prompt_file": str(tmp_path / "prompts.txt"), "out": str(tmp_path / "o")}
+        sample.job(config, {"checkpoint": str(tiny_published), **given, **text})
+        *paths, _ = capsys.readouterr().out.splitlines()
+        pixels = []
+        for path in paths:
+            with Image.open(path) as image:
+                pixels.append(torch.from_numpy(np.array(image)).int())
+        return torch.stack(pixels), facts_of(paths[0])
+
+    return job
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_tables_give_the_same_images(images_of, batch_size):
+    words = (f"batch_size={batch_size}", "solver=heun", "guidance=3")
+    expected, facts = images_of(*words)
+    assert facts["tables"] is False
+    actual, facts = images_of(*words, "tables=true")
+    assert facts["tables"] is True
+    assert (actual - expected).abs().max() <= 1
+    assert (expected[0] - expected[1]).abs().max() > 5
+
+
+def test_tables_that_would_save_nothing_are_refused_before_anything_is_encoded(
+    images_of, tmp_path, monkeypatch
+):
+    (tmp_path / "many.txt").write_text("\n".join(map(str, range(50))))
+    monkeypatch.setattr(mmdit.Pipeline, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UserError, match=r"tables would take .* bytes, more than the layers"):
+        images_of("tables=true", prompt_file=str(tmp_path / "many.txt"))
+    with pytest.raises(UserError, match="tables=1 must be true or false"):
+        images_of("tables=1")
