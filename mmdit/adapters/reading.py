@@ -25,6 +25,7 @@ from mmdit.checkpoints.archive import Archive, open_file
 from mmdit.checkpoints.values import computed_in, not_finite
 from mmdit.checks import did_you_mean, expanded, nearest
 from mmdit.errors import UserError
+from mmdit.models.tabulated import is_tabulated
 from mmdit.printable import logger
 from mmdit.runs.checkpoint import is_native, read_weights
 
@@ -114,7 +115,13 @@ def changes_in(archive: Archive, root: nn.Module, config: Mapping[str, Any]) -> 
     name = str(archive.name)
     found = grouped(archive)
     known = spelled(homes(root))
-    if missing := [stem for stem in found if stem not in known]:
+    missing = [stem for stem in found if stem not in known]
+    if missing and is_tabulated(root):
+        raise UserError(
+            f"{name}: {missing[0]} has no place in this model, whose modulation layers are tables: "
+            "load the model again, and adapters before the tables are made. Nothing was loaded"
+        )
+    if missing:
         raise UserError(explain_homeless(name, missing, known))
     expect_readable(archive, found, known)
     flat = {key: archive[key] for roles in found.values() for key in roles.values()}

@@ -411,7 +411,7 @@ def _prefixes(layers: Iterable[str]) -> list[str]:
 def _check(network: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Check that layers are those of a network, which can be replaced and is not trained."""
     name = type(network).__name__
-    if network.training:
+    if any(layer.training for layer in layers.values()):
         raise UserError(f"{name} is in training mode, but tables serve sampling alone: call eval()")
     if not layers and is_tabulated(network):
         raise UserError(f"the modulation layers of {name} are tables already: {AGAIN}")

@@ -14,6 +14,7 @@ from torch import nn
 import mmdit
 from mmdit.adapters.adapter import Adapter
 from mmdit.adapters.layers import LoRA
+from mmdit.adapters.writing import write_adapter
 from mmdit.cli import CONFIGS
 from mmdit.errors import NotFinite, UserError
 from mmdit.flow.guidance import (
@@ -185,6 +186,7 @@ def test_a_network_of_intervals_follows_a_control_image(randomize):
     expect_close(tabulated(followed, *given[1:3])(*given, control=control), expected, CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_network_is_compiled_before_or_after(randomize):
     network = randomize(Tiny(MMDiT)(depth=2), 0)
@@ -392,8 +394,12 @@ def pipe(whole):
 def latents(pipe, request):
     """What a request is denoised to."""
     seen = []
-    pipe.sample(request, lambda i, t, z: seen.append(z))
-    return seen[-1]
+    pipe.decode = seen.append  # nothing is decoded
+    try:
+        pipe.sample(request)
+    finally:
+        del pipe.decode
+    return seen[0]
 
 
 def expect_same_samples(pipe, request, tolerance=1e-5):
@@ -414,34 +420,32 @@ def fitted(guidance):
 
 
 @pytest.mark.each("solver")
-@pytest.mark.parametrize("strength", [None, 0.6], ids=["noise", "image"])
+@pytest.mark.parametrize("strength", [None, 0.5], ids=["noise", "image"])
 def test_every_solver_samples_the_same(pipe, solver, strength):
     start = {} if strength is None else {"image": torch.arange(32 * 32 * 3).view(32, 32, 3).byte()}
-    request = Request(
-        ["a red cat", "two dogs"], steps=5, solver=solver, strength=strength, num_images=2, **start
-    )
+    request = Request(["a red cat", "two dogs"], steps=4, solver=solver, strength=strength, **start)
     expect_same_samples(pipe, request)
 
 
 @pytest.mark.each("guidance")
-@pytest.mark.parametrize("solver", [euler, heun, midpoint])
-def test_every_guidance_samples_the_same(pipe, guidance, solver):
+def test_every_guidance_samples_the_same(pipe, guidance):
     negatives = ["a dog", "red"]
     request = Request(
         ["a red cat", "two dogs"],
         negative_prompt=negatives,
         guidance=fitted(guidance),
-        steps=4,
-        solver=solver,
+        steps=3,
+        solver=midpoint,
     )
     expect_same_samples(pipe, request)
 
 
 @pytest.mark.each("grid")
 def test_every_grid_samples_the_same(pipe, grid):
-    expect_same_samples(pipe, Request("a red cat", steps=4, grid=grid, guidance=1.0))
+    expect_same_samples(pipe, Request("a red cat", steps=2, grid=grid, guidance=1.0))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONFIGS / "objective").glob("*.yaml")))
 def test_every_formulation_samples_the_same(pipe, name):
     """A network receives the time of its own path, not that of the straight one."""
@@ -465,7 +469,7 @@ def test_a_student_that_averages_over_steps_samples_the_same(pipe, randomize):
 
 
 def test_a_control_image_is_followed_as_before(pipe, randomize):
-    net = ControlNet(depth=3, width=64, num_heads=4, pooled_width=40, control_type="canny")
+    net = ControlNet(depth=3, width=64, num_heads=4, pooled_width=40)
     pipe.mmdit = ControlledMMDiT(base=pipe.mmdit, control_net=randomize(net, 0))
     control = torch.arange(32 * 32 * 3).view(32, 32, 3).byte()
     request = Request("a red cat", control=control, steps=3)
@@ -585,8 +589,16 @@ def test_adapters_of_other_layers_come_and_go(pipe):
     assert pipe.adapters == {}
 
 
-def test_an_adapter_of_modulation_comes_too_late(pipe, adapter):
-    pipe.tabulate(Request("a red cat", steps=3))
+def test_an_adapter_of_modulation_comes_too_late(pipe, adapter, tmp_path):
+    other = Adapter.over(pipe, partial(LoRA, rank=2))
+    nn.init.ones_(next(other.parameters()))
+    for name, made in (("all", adapter), ("other", other)):
+        write_adapter(made, tmp_path / f"{name}.safetensors", dialect="comfyui", root=pipe)
+    pipe.tabulate(Request("a red cat", steps=2))
+    with pytest.raises(UserError, match=r"all\.safetensors: .* modulation layers are tables"):
+        pipe.load_lora(tmp_path / "all.safetensors")
+    pipe.load_lora(tmp_path / "other.safetensors")
+    pipe.unload_lora()
     with pytest.raises(UserError, match="in whose place this model has modulation tables"):
         pipe.load_lora(adapter)
     assert pipe.adapters == {}
@@ -629,8 +641,8 @@ def test_sizes_are_those_of_the_tables():
 @torch.no_grad()
 def test_the_middle_of_a_position_table_gives_the_same(size, randomize):
     network = randomize(Tiny(MMDiT)(position_size=size), 0)
-    for rows in range(1, 7):
-        for columns in range(1, 7):
+    for rows in (1, 2, 5, 6):
+        for columns in (1, 4):
             cropped = copy.deepcopy(network)
             crop_positions(cropped, 2 * rows, 2 * columns)
             assert cropped.longest_side <= 2 * (max(rows, columns) + 1)
