@@ -114,7 +114,7 @@ def test_each_layer_is_freed_as_soon_as_its_table_is_there():
             return super().forward(y)
 
     gc.collect()
-    network.output.modulation = Counting(32, 2)  # the last of all
+    network.output.modulation = Counting(32, 2).eval()  # the last of all
     del waiting[-1]
     gc.disable()  # no cycle keeps one alive
     try:
@@ -329,7 +329,10 @@ def test_training_and_gradients_are_refused(small):
         ({"pooled": ["a cat"]}, r"\['a cat'\] must be vectors"),
         ({"times": torch.linspace(0, 1, 100)}, "tables would take .* bytes, more than"),
         ({"layers": {}}, "cannot be tabulated"),
-        ({"layers": modulation_layers(Tiny(MMDiT)(depth=4))}, r"has no blocks\.2\..* another net"),
+        (
+            {"layers": modulation_layers(Tiny(MMDiT)(depth=4).eval())},
+            r"has no blocks\.2\..* another net",
+        ),
     ],
 )
 def test_impossible_tables_are_refused_and_the_network_is_as_it_was(given, message):
@@ -360,8 +363,12 @@ def test_networks_without_such_layers_are_refused():
     with pytest.raises(UserError, match="Other cannot be tabulated"):
         tabulate(Other().eval(), t, pooled, device=torch.device("cpu"))
     strange = Tiny(MMDiT)().eval()
-    strange.size_embedding = VectorEmbedding(4, 32)
+    strange.size_embedding = VectorEmbedding(4, 32).eval()
     with pytest.raises(UserError, match=r"the embeddings .*size_embedding"):
+        tabulate(strange, t, pooled)
+    strange = Tiny(MMDiT)().eval()
+    strange.blocks[1].train()  # one part is enough
+    with pytest.raises(UserError, match="training mode"):
         tabulate(strange, t, pooled)
     net = ParallelControlNet(depth=1, width=32, num_heads=2).eval()
     with pytest.raises(UserError, match="reads its base model: tabulate the ControlledMMDiT"):
