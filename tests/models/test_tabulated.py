@@ -532,8 +532,12 @@ def test_a_request_that_evaluates_nothing_has_no_tables(pipe):
 
 def test_a_rehearsal_finds_the_times_and_vectors_of_every_evaluation(pipe):
     """Compared with what the network sees."""
-    found, seen = [], Evaluations()
-    pipe.mmdit.register_forward_pre_hook(lambda module, given: seen(*given) and None)
+    seen = Evaluations()
+
+    def watch(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        seen(*given)
+
+    pipe.mmdit.register_forward_pre_hook(watch)
     guidance = GuidanceInterval(inner=ClassifierFreeGuidance(scale=3.0), low=0.3, high=0.8)
     request = Request("a red cat", negative_prompt="red", steps=6, guidance=guidance, solver=heun)
     pipe.sample(request)
