@@ -22,7 +22,9 @@ from mmdit.adapters.reading import read_adapter
 from mmdit.checks import MOST_STEPS, expect_finite, whole_number
 from mmdit.dtypes import at_least_float32
 from mmdit.errors import UserError
-from mmdit.flow.condition import Condition
+from mmdit.flow.cached_velocity import Residuals
+from mmdit.flow.caches import Cache, expect_cacheable
+from mmdit.flow.condition import Condition, LayeredVelocity
 from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
 from mmdit.flow.objective import Objective
 from mmdit.flow.paths import RectifiedFlow
@@ -76,14 +78,14 @@ class Samples(NamedTuple):
 
     images: Tensor  # uint8 (n, h, w, 3), prompts outermost
     seeds: list[int]  # one per image
-    function_evaluations: float  # of the network, per image
+    function_evaluations: float  # of the whole network, per image; parts count as their share
 
 
 class Denoised(NamedTuple):
     """Result of `Pipeline.denoise`."""
 
     latents: Tensor  # (n, c, h, w), float32 or wider
-    function_evaluations: float  # of the network, per latent
+    function_evaluations: float  # of the whole network, per latent; parts count as their share
 
 
 def for_each_image(condition: Condition, count: int) -> Condition:
@@ -130,20 +132,23 @@ class NetworkVelocity:
     Args:
         network: predicts in the parametrization of `objective`; or what takes its place.
         objective: converts the prediction to a velocity.
-        evaluated: called after every evaluation with z_t and the velocity.
+        evaluated: called after every evaluation with z_t, the velocity and the share of the
+            operations of `whole` that it took.
         ends: the time at which the step from each time ends, for a network that predicts average
             velocities over steps (`IntervalMMDiT`); from other times it predicts the velocity.
+        whole: the network with all its blocks, if `network` is a view of it.
     """
 
     def __init__(
         self,
         network: Backbone | Evaluations,
         objective: Objective,
-        evaluated: Callable[[Tensor, Tensor], object] = lambda z_t, velocity: None,
+        evaluated: Callable[[Tensor, Tensor, float], object] = lambda z_t, velocity, share: None,
         ends: Mapping[float, float] = {},
+        whole: Backbone | Evaluations | None = None,
     ) -> None:
         self.network, self.objective, self.evaluated = network, objective, evaluated
-        self.ends = ends
+        self.ends, self.whole = ends, network if whole is None else whole
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Tensor:
         """Velocity (b, c, h, w), at least float32, of latents that are all at time t."""
@@ -151,13 +156,43 @@ class NetworkVelocity:
             end = z_t.new_full((len(z_t),), self.ends[t], dtype=at_least_float32(z_t.dtype))
             condition = condition._replace(extra={**condition.extra, "r": end})
         velocity = self.objective.velocity(self.network, z_t, t, condition)
-        self.evaluated(z_t, velocity)
+        self.evaluated(z_t, velocity, self.share(z_t, condition))
         return velocity
 
     def skipping(self, layers: Collection[int]) -> "NetworkVelocity":
         """The velocity of the same network without these blocks."""
-        network: Backbone | Evaluations = self.network.skipping(layers)
-        return NetworkVelocity(network, self.objective, self.evaluated, self.ends)
+        return self._of(self.network.skipping(layers))
+
+    def reusing(self, residuals: Residuals) -> "NetworkVelocity":
+        """The velocity of the same network, which evaluates all blocks only where it must."""
+        assert isinstance(self.network, Backbone), "rehearsals evaluate at every time"
+        return self._of(self.network.reusing(residuals))
+
+    def share(self, z_t: Tensor, condition: Condition) -> float:
+        """The operations of the latest evaluation over those of the whole network."""
+        network, whole = self.network, self.whole
+        if network is whole or isinstance(network, Evaluations) or isinstance(whole, Evaluations):
+            return 1.0
+        height, width = z_t.shape[-2:]
+        size = {"height": height, "width": width, "text_length": condition.c_ctxt.shape[1]}
+        return network.flops(**size) / whole.flops(**size)
+
+    def _of(self, view: Backbone | Evaluations) -> "NetworkVelocity":
+        return NetworkVelocity(view, self.objective, self.evaluated, self.ends, self.whole)
+
+
+def expect_cacheable_network(network: Backbone) -> None:
+    """Check that a cache is of use to a network.
+
+    Raises:
+        UserError: it is a student that samples in few steps.
+    """
+    if isinstance(network, IntervalMMDiT):
+        raise UserError(
+            "cache: this model is an IntervalMMDiT, which predicts average velocities over steps "
+            "as long as possible, so no step resembles the one before: sample without a cache, in "
+            "fewer steps"
+        )
 
 
 @register
@@ -308,6 +343,8 @@ class Pipeline(nn.Module):
             UserError: the model cannot fulfil the request.
             NotFinite: values become NaN or infinite; the message names the stage and the step.
         """
+        if request.cache is not None:
+            expect_cacheable_network(self.mmdit)  # before the text is encoded
         count = request.count
         steps, guidance, size = self._settings(request)
         z = self.noise(request.seeds, *size)
@@ -332,6 +369,7 @@ class Pipeline(nn.Module):
             guidance=guidance,
             solver=request.solver,
             steps=steps,
+            cache=request.cache,
             progress=progress,
         )
         return Samples(self.decode(latents), request.seeds, evaluations)
@@ -460,6 +498,7 @@ class Pipeline(nn.Module):
         guidance: Guidance,
         solver: Solver = euler,
         steps: int | None = None,
+        cache: Cache | None = None,
         progress: Progress | None = None,
     ) -> Denoised:
         """Integrate the guided flow, from latents at the first of the times to the last.
@@ -473,6 +512,7 @@ class Pipeline(nn.Module):
             solver: ODE solver, from `mmdit.flow.solvers`.
             steps: number of steps of the whole grid, if `times` is only the end of one; None
                 counts `times`.
+            cache: saves evaluations of the network, from `mmdit.flow.caches`.
             progress: called after every solver step with its index from 0, the noise level t it
                 reached and the noisy latents there, (n, c, h, w), in float32 (float64 for a
                 float64 network). For example,
@@ -481,18 +521,24 @@ class Pipeline(nn.Module):
 
         Returns:
             Latents (n, c, h, w), float32 or wider, and the number of network evaluations per
-            latent.
+            latent, in which those of only some blocks count as their share of the operations.
 
         Raises:
-            UserError: the guidance reads a negative prompt, but none is given.
+            UserError: the guidance reads a negative prompt, but none is given; the cache does not
+                work with the solver or the network.
             NotFinite: latents become NaN or infinite; the message names the step.
         """
         expect_negative(guidance, negative)
-        watch = Watch(len(times) - 1, progress)
+        watch = Watch(len(times) - 1, progress, cached=cache is not None)
         ends = self._ends(times, solver)
         network = NetworkVelocity(self.mmdit, self.objective, watch.evaluated, ends)
+        source: LayeredVelocity = network
+        if cache is not None:
+            expect_cacheable(solver)
+            expect_cacheable_network(self.mmdit)
+            source = cache.cached(network, times)
         steps = len(times) - 1 if steps is None else steps
-        velocity = guidance(network, positive, negative, times, steps)
+        velocity = guidance(source, positive, negative, times, steps)
         z = solver(velocity, z, times, watch.step)
         watch.check(z, "at its end")  # solvers need not call `progress`
         return Denoised(z, watch.evaluations / len(z))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmdit.checks import MOST_STEPS, number, seed_number, whole_number
 from mmdit.errors import UserError
+from mmdit.flow.caches import Cache, expect_cacheable
 from mmdit.flow.condition import Condition
 from mmdit.flow.grids import Grid
 from mmdit.flow.guidance import ClassifierFreeGuidance, Guidance
@@ -49,6 +50,8 @@ class Request:
         seeds: one per image, prompts outermost, instead of `seed`.
         solver: ODE solver, a function from `mmdit.flow.solvers`.
         grid: time grid of the solver, from `mmdit.flow.grids`; by default the formulation's.
+        cache: saves evaluations of the network, from `mmdit.flow.caches`, at the cost of images
+            that differ from those of full sampling; None is full sampling.
         control: image that a `ControlledMMDiT` follows, in the format of `image`.
         extra: further conditions of the network, by the names in `Backbone.reads`: one row for all
             images or one per image, prompts outermost. Guidance passes them to the conditional
@@ -74,6 +77,7 @@ class Request:
         seeds: Sequence[int] | None = None,
         solver: Solver = euler,
         grid: Grid | None = None,
+        cache: Cache | None = None,
         control: Tensor | None = None,
         extra: Mapping[str, Tensor] = {},
     ) -> None:
@@ -110,7 +114,11 @@ class Request:
             raise UserError(f"solver={solver!r} must be a function of mmdit.flow.solvers")
         if not (grid is None or isinstance(grid, Grid)):
             raise UserError(f"grid={grid!r} must be an object of mmdit.flow.grids")
-        self.solver, self.grid = solver, grid
+        if not (cache is None or isinstance(cache, Cache)):
+            raise UserError(f"cache={cache!r} must be an object of mmdit.flow.caches")
+        if cache is not None:
+            expect_cacheable(solver)
+        self.solver, self.grid, self.cache = solver, grid, cache
 
     def encoded(self, prompts: Condition, negatives: Condition | None) -> Self:
         """The same request with encoded prompts.

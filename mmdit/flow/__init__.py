@@ -1,5 +1,6 @@
 """The mathematics: paths, timestep densities, predictions, loss, grids, guidance, solvers."""
 
+from mmdit.flow.caches import FirstBlockCache, TaylorCache
 from mmdit.flow.grids import CosineGrid, KarrasGrid, LDMGrid, UniformGrid
 from mmdit.flow.guidance import (
     ClassifierFreeGuidance,
@@ -36,6 +37,7 @@ __all__ = [
     "DiscreteUniform",
     "Epsilon",
     "FPrediction",
+    "FirstBlockCache",
     "FlowSDE",
     "GaussianSDE",
     "GuidanceInterval",
@@ -51,6 +53,7 @@ __all__ = [
     "RectifiedFlow",
     "Shift",
     "SkipLayerGuidance",
+    "TaylorCache",
     "Uniform",
     "UniformGrid",
     "V",

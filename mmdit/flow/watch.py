@@ -19,16 +19,23 @@ class Watch:
     Args:
         steps: number of solver steps, for messages.
         progress: called after each step with valid latents.
+        cached: whether some velocities come from a cache, for messages.
     """
 
-    def __init__(self, steps: int, progress: Progress | None = None) -> None:
-        self.steps, self.progress = steps, progress
-        self.evaluations = 0  # network evaluations, summed over the images
+    def __init__(
+        self, steps: int, progress: Progress | None = None, *, cached: bool = False
+    ) -> None:
+        self.steps, self.progress, self.cached = steps, progress, cached
+        self.evaluations = 0.0  # of the network, summed over the images
         self._newest: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
 
-    def evaluated(self, z_t: Tensor, velocity: Tensor) -> None:
-        """Record the network's output for a batch of latents."""
-        self.evaluations += len(z_t)
+    def evaluated(self, z_t: Tensor, velocity: Tensor, share: float = 1.0) -> None:
+        """Record the network's output for a batch of latents.
+
+        Args:
+            share: of the operations of the whole network, where some blocks were not evaluated.
+        """
+        self.evaluations += len(z_t) * share
         self._newest.append((z_t, velocity))
 
     def step(self, i: int, t: float, z: Tensor) -> None:
@@ -58,6 +65,11 @@ class Watch:
                     "(dtype=torch.bfloat16, or precision=bf16 or fp32 on a command line); check "
                     "for damaged weights with verify=true; or use less guidance"
                 )
+        if self.cached:
+            return (
+                "of the cache, guidance or the solver: the network's output is finite. Sample "
+                "without the cache, or use less guidance, more steps or another solver"
+            )
         return (
             "of guidance or the solver: the network's output is finite. Use less guidance, more "
             "steps or another solver"

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from mmdit.checks import at_least_one
 from mmdit.errors import UserError
+from mmdit.flow.cached_velocity import Residuals
 from mmdit.models.blocks import Block, OutputLayer, SkippedBlock, reset_as_in_dit
+from mmdit.models.reuse import CompletingBlock, DecidingBlock, LaterBlock
 from mmdit.nn.embeddings import (
     PatchEmbedding,
     TimestepEmbedding,
@@ -77,6 +79,21 @@ class Backbone(Network, ABC):
         Raises:
             UserError: there is no block of that index.
         """
+
+    def reusing(self, residuals: Residuals) -> Self:
+        """A view of this network, of the same weights, that need not evaluate all blocks.
+
+        It evaluates the first block, and the others only for the samples that `residuals` then
+        chooses; the other samples take from `residuals` what these blocks last added. The `flops`
+        of the view are those per sample of its latest evaluation.
+
+        Raises:
+            UserError: this kind of network cannot, or has no block after the first.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no first-block cache: sample without one, or use "
+            "TaylorCache"
+        )
 
     @abstractmethod
     def flops(self, *, height: int, width: int, text_length: int) -> int:
@@ -228,12 +245,32 @@ class PatchBackbone(Backbone):
         whole = self.layers
         if absent := sorted(set(layers) - set(range(len(whole)))):
             raise UserError(f"layers {absent} cannot be skipped: there are 0 to {len(whole) - 1}")
-        kept = [SkippedBlock(block) if i in layers else block for i, block in enumerate(whole)]
+        return self._with(
+            [SkippedBlock(block) if i in layers else block for i, block in enumerate(whole)]
+        )
+
+    def reusing(self, residuals: Residuals) -> Self:
+        blocks = self.layers
+        evaluated = [i for i, block in enumerate(blocks) if not isinstance(block, SkippedBlock)]
+        if len(evaluated) < 2:
+            raise UserError(
+                f"a first-block cache needs a block after the first, but {type(self).__name__} "
+                f"has {len(evaluated)} of {len(blocks)} here: sample without one, or use "
+                "TaylorCache"
+            )
+        first, last = evaluated[0], len(blocks) - 1
+        later = [LaterBlock(block, residuals) for block in blocks[first + 1 : last]]
+        ends = DecidingBlock(blocks[first], residuals), CompletingBlock(blocks[last], residuals)
+        return self._with([*blocks[:first], ends[0], *later, ends[1]])
+
+    def _with(self, blocks: list[Block]) -> Self:
+        """A view of this network with other blocks, as many as it has."""
         view = copy.copy(self)
         view._modules = dict(self._modules)
+        blocks = [*blocks]
         if "last_block" in view._modules:
-            view._modules["last_block"] = kept.pop()
-        view._modules["blocks"] = nn.ModuleList(kept)
+            view._modules["last_block"] = blocks.pop()
+        view._modules["blocks"] = nn.ModuleList(blocks)
         return view
 
     def flops(self, *, height: int, width: int, text_length: int) -> int:

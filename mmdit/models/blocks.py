@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,8 @@ class Stream(nn.Module):
 class Block(nn.Module, ABC):
     """A layer of a backbone: maps tokens to tokens, modulated by the vector y."""
 
-    returns: ClassVar[tuple[int, ...]]  # indices of the arguments that it returns, changed
+    # Indices of the arguments that it returns, changed; the last one is of the image's tokens.
+    returns: tuple[int, ...]
 
     @abstractmethod
     def flops(self, image_tokens: int, text_tokens: int) -> int:
@@ -78,10 +79,10 @@ class SkippedBlock(Block):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.unchanged = block.returns
+        self.returns = block.returns
 
     def forward(self, *given: Tensor) -> Any:
-        kept = tuple(given[i] for i in self.unchanged)
+        kept = tuple(given[i] for i in self.returns)
         return kept if len(kept) > 1 else kept[0]
 
     def flops(self, image_tokens: int, text_tokens: int) -> int:
