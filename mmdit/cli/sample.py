@@ -20,6 +20,7 @@ from mmdit.cli.launch import Verbatim, launch
 from mmdit.cli.subject import Subject, open_subject
 from mmdit.devices import available
 from mmdit.errors import UserError
+from mmdit.flow.caches import Cache
 from mmdit.flow.condition import Condition, concatenate
 from mmdit.models.controlnet import ControlledMMDiT
 from mmdit.models.mmdit import MMDiT
@@ -106,6 +107,7 @@ def check(config: DictConfig, text: Verbatim, image: torch.Tensor | None) -> Non
     numbers = {name: config[name] for name in ("height", "width", "steps", "guidance")}
     Request("", negative_prompt=text.get("negative_prompt"), **numbers)
     Request("", image=image, strength=config.strength)
+    Request("", solver=instantiate(config.solver), cache=cache_of(config))
     if ("control" in text) != ("controlnet" in text):
         raise UserError(
             "control=<image> and controlnet=<file, folder or hub id> belong together: give both "
@@ -144,11 +146,21 @@ def options_of(
         "guidance": instantiate(config.guide),
         "solver": instantiate(config.solver),
         "grid": instantiate(config.grid) if config.get("grid") else pipe.objective.grid,
+        "cache": cache_of(config),
     }
     pipe.latent_size(options["height"], options["width"])
     if control is not None:  # encoded once for all images
         options["extra"] = {"control": pipe.encode_control(control[None])}
     return options
+
+
+def cache_of(config: DictConfig) -> Cache | None:
+    """The cache of the config; None is full sampling.
+
+    Raises:
+        UserError: one of its values is out of range.
+    """
+    return instantiate(config.cache) if config.get("cache") else None
 
 
 def metadata_of(
@@ -164,6 +176,7 @@ def metadata_of(
         "guide": OmegaConf.to_container(config.guide, resolve=True),
         "solver": options["solver"].func.__name__,
         "grid": describe(options["grid"]),
+        "cache": describe(options["cache"]) if options["cache"] is not None else None,
         "shift": pipe.objective.shift.alpha,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "precision": config.precision,
@@ -295,6 +308,8 @@ def sampled(
 def write(samples: Iterator[Sampled], count: int, out: Path, metadata: dict[str, Any]) -> None:
     """Write each image as a PNG as soon as it is sampled, then a grid unless there are too many.
 
+    With a cache, the number of network evaluations per image is printed, too.
+
     Args:
         samples: the images.
         count: number of images.
@@ -302,12 +317,16 @@ def write(samples: Iterator[Sampled], count: int, out: Path, metadata: dict[str,
         metadata: the metadata that all images share.
     """
     files, grid = NumberedFiles(out), Thumbnails() if count <= LARGEST_GRID else None
+    total = 0.0
     for pixels, prompt, seed, evaluations in samples:
+        total += evaluations
         of_image = {"seed": seed, **metadata, "function_evaluations": evaluations}
         name = f"{slug(prompt)}-seed{seed}.png"
         tqdm.write(printable(files.add(name, png_with_metadata(pixels, prompt, of_image))))
         if grid is not None:
             grid.add(pixels, f"{prompt[:60]} ({seed})")
+    if metadata.get("cache"):
+        show(f"{total / count:.4g} evaluations of the whole network per image")
     if grid is None:
         show(f"no grid is written for {count} images: the limit is {LARGEST_GRID}")
     else:

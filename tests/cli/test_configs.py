@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 import mmdit.engine.ema
 import mmdit.engine.parallel
 import mmdit.engine.schedules
+import mmdit.flow.caches
 import mmdit.flow.grids
 import mmdit.flow.guidance
 import mmdit.flow.paths
@@ -60,7 +61,7 @@ HELPERS = {
         "local",
         "gamma_of",
     ),
-    *("Trajectory", "sample", "log_prob", "kl", "copied"),
+    *("Trajectory", "sample", "log_prob", "kl", "copied", "expect_cacheable"),
     *("Parallel", "world_size", "check_started", "whole", "Read", "LatentSource", "encode"),
 }
 
@@ -92,6 +93,15 @@ def test_a_variant_group_and_its_module_are_the_same_set(group):
     assert files.keys() == classes.keys()
     for name, config in files.items():
         assert resolve(config["_target_"]) is classes[name]
+
+
+def test_every_cache_has_a_yaml_of_its_name():
+    """FirstBlockCache is cache=first_block."""
+    classes = {
+        name.removesuffix("_cache"): cls for name, cls in variants(mmdit.flow.caches).items()
+    }
+    files = {file.stem: yaml.safe_load(file.read_text()) for file in (CONFIGS / "cache").iterdir()}
+    assert {name: resolve(config["_target_"]) for name, config in files.items()} == classes
 
 
 def resolve(target: str) -> Callable[..., Any]:

@@ -234,6 +234,31 @@ def test_what_no_model_could_do_is_refused_before_weights_are_looked_for(
         run(word)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("cache=taylor", "solver=heun"), "solver=heun does not work with a cache"),
+        (("cache=first_block", "solver=euler_ancestral"), "solver=euler_ancestral does not"),
+    ],
+)
+def test_caches_are_checked_with_solvers_before_weights_are_looked_for(
+    run, monkeypatch, words, message
+):
+    monkeypatch.setattr(sample, "open_subject", lambda *_, **__: pytest.fail("looked for weights"))
+    with pytest.raises(UserError, match=message):
+        run(*words)
+
+
+def test_a_cache_is_recorded_with_the_evaluations_that_it_left(run):
+    words = ("num_images=2", "height=32", "width=32")
+    first, _, told, _ = run(*words, "cache=first_block", "cache.threshold=0.2")
+    assert told == "2 evaluations of the whole network per image"
+    cache = {"class": "FirstBlockCache", "threshold": 0.2, "warmup_steps": 0}
+    assert facts_of(first)["cache"] == {**cache, "max_consecutive": None}
+    first, _, _ = run(*words)
+    assert facts_of(first)["cache"] is None
+
+
 def test_a_grid_has_thumbnails_of_at_most_64_images(run, tmp_path):
     *images, grid = run("num_images=64", "height=512", "width=256")
     assert len(images) == 64
@@ -325,6 +350,18 @@ def test_a_control_image_is_followed_as_written_out_by_hand(
     plain, facts = follow("guidance=3", "height=48", "width=36", control=None, controlnet=None)
     assert (plain.int() - expected.int()).abs().max() > 5
     assert "control_strength" not in facts
+
+
+def test_a_cache_on_the_command_line_saves_evaluations(follow):
+    plain = {"control": None, "controlnet": None}
+    words = ("guidance=3", "height=48", "width=36", "steps=6")
+    _, full = follow(*words, **plain)
+    _, facts = follow(*words, "cache=taylor", "cache.interval=2", **plain)
+    assert (full["function_evaluations"], facts["function_evaluations"]) == (12, 8)
+    image, facts = follow(*words, "cache=first_block", "cache.threshold=1", **plain)
+    again, _ = follow(*words, "cache=first_block", "cache.threshold=1", **plain)
+    assert 0 < facts["function_evaluations"] < 12
+    assert torch.equal(image, again)
 
 
 def test_a_control_image_takes_the_size_asked_for_or_that_of_the_image_to_start_from(
