@@ -194,17 +194,52 @@ def test_encoders_by_subset(run, folder):
     assert (report["samples"], report["validation_samples"]) == (6, 3)
 
 
+ONLY_STEPS = ("thresholds=[]", "forecasts=[]", "intervals=[]")
+
+
 def test_efficiency_is_relative_to_the_most_steps(run):
-    report = report_of(run("efficiency", "samples=6", "steps=[4,1,2]", "clip=clip.safetensors"))
+    words = ("samples=6", "steps=[4,1,2]", "clip=clip.safetensors", *ONLY_STEPS)
+    report = report_of(run("efficiency", *words))
     rows = report["rows"]
-    assert report["score"] == "clip"
+    assert report["score"] == "clip" and report["others"] == []
     assert [row["steps"] for row in rows] == [1, 2, 4]
     assert [row["function_evaluations"] for row in rows] == [2, 4, 8]  # two sides of guidance
+    assert [row["saved"] for row in rows] == [0.75, 0.5, 0.0]
+    assert rows[0]["distance"] > rows[1]["distance"] > rows[2]["distance"] == 0
     whole = rows[-1]["clip"]
     for row in rows:
         assert row["path_length"] > 0
         expected = 100 * (whole - row["clip"]) / whole if whole > 0 else None
         assert row["relative_loss_percent"] == (expected and pytest.approx(expected))
+
+
+def test_efficiency_of_caches_and_intervals_beside_fewer_steps(run):
+    words = ("samples=4", "batch_size=3", "steps=[2,6]", "thresholds=[0,1]", "forecasts=[[2,1]]")
+    told = run("efficiency", *words, "intervals=[[0.3,0.9]]")
+    report = report_of(told)
+    assert Path(next(line for line in told.splitlines() if line.endswith(".png"))).is_file()
+    assert report["protocol"] == "efficiency-2"
+    rows = {row["setting"]: row for row in report["others"]}
+    evaluations = {name: row["function_evaluations"] for name, row in rows.items()}
+    assert [*rows] == [
+        *("first block 0", "first block 1", "taylor 2 order 1"),
+        *("guidance 0.3-0.9, 6 steps", "guidance 0.3-0.9, 2 steps"),
+        *("guidance 0.3-0.9, first block 0", "guidance 0.3-0.9, first block 1"),
+        "guidance 0.3-0.9, taylor 2 order 1",
+    ]
+    assert (evaluations["first block 0"], rows["first block 0"]["distance"]) == (12, 0)
+    assert evaluations["first block 1"] < 12
+    assert evaluations["taylor 2 order 1"] == 8
+    assert (
+        evaluations["guidance 0.3-0.9, 6 steps"] == evaluations["guidance 0.3-0.9, first block 0"]
+    )
+    control = {row["steps"]: row["distance"] for row in report["rows"]}
+    row = rows["taylor 2 order 1"]  # at 8 of 4 to 12 evaluations: (1/4 - 1/8) / (1/4 - 1/12)
+    assert row["fewer_steps_distance"] == pytest.approx(0.25 * control[2] + 0.75 * control[6])
+    assert row["saved"] == pytest.approx(1 / 3)
+    assert row["cache"] == {"class": "TaylorCache", "interval": 2, "order": 1, "warmup_steps": 0}
+    assert row["distance"] > 0 and row["guidance_interval"] is None
+    assert "At 6 steps, beside fewer steps" in told
 
 
 @pytest.mark.parametrize(
@@ -213,10 +248,19 @@ def test_efficiency_is_relative_to_the_most_steps(run):
 )
 def test_relative_losses(found, expected):
     report = {"rows": [{"steps": i, "accuracy": score} for i, score in enumerate(found)]}
+    report["others"] = []
     mmdit.cli.eval.efficiency.add_losses(report)
     losses = [row["relative_loss_percent"] for row in report["rows"]]
     assert losses == pytest.approx(expected)
     assert report["score"] == "accuracy"
+
+
+def test_fewer_steps_are_interpolated_as_the_error_of_a_first_order_solver():
+    points = [(n, 3 / n + 1) for n in (4.0, 10.0, 50.0)]
+    for n in (4.0, 7.0, 10.0, 20.0, 50.0):
+        assert mmdit.cli.eval.efficiency.between(points, n) == pytest.approx(3 / n + 1)
+    for n in (3.9, 50.1):
+        assert mmdit.cli.eval.efficiency.between(points, n) is None
 
 
 @torch.no_grad()
@@ -428,6 +472,14 @@ def test_public_weights_are_measured_too(run, folder, t5_files):
         ("efficiency", ("steps=[50]",), "at least two whole numbers"),
         ("efficiency", ("steps=[5,2.5]",), "at least two whole numbers"),
         ("efficiency", ("steps=5",), "steps=5 must be a list"),
+        ("efficiency", ("thresholds=0.1",), "thresholds=0.1 must be a list of numbers"),
+        ("efficiency", ("thresholds=[0.1,0.1]",), "none of them twice"),
+        ("efficiency", ("thresholds=[2]",), "threshold=2 must be a finite number"),
+        ("efficiency", ("forecasts=[2,1]",), "must be a list of pairs of an interval and an order"),
+        ("efficiency", ("forecasts=[[2,9]]",), "order=9 must be a whole number from 0 to 4"),
+        ("efficiency", ("intervals=[[0.9,0.2]]",), "low 0.9 and high 0.2"),
+        ("efficiency", ("intervals=[[0.9]]",), "must be a list of pairs of noise levels"),
+        ("efficiency", ("solver=heun",), "leave the cache out (thresholds=[] forecasts=[])"),
         ("efficiency", ("guidance=nan",), "guidance=nan must be a finite number"),
         ("geneval", ("guidance=strong",), "guidance='strong' must be a finite number"),
         ("efficiency", ("batch_size=0",), "batch_size=0"),
@@ -446,7 +498,7 @@ def test_a_mistake_ends_in_one_message(run, script, words, message):
 
 def test_prompts_of_a_file_need_a_clip_and_enough_lines(run, folder):
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
-    words = ("prompts=prompts.txt", "steps=[1,2]")
+    words = ("prompts=prompts.txt", "steps=[1,2]", *ONLY_STEPS)
     assert "needs clip=" in run("efficiency", *words, "samples=2", code=2)
     told = run("efficiency", *words, "samples=3", "clip=clip.safetensors", code=2)
     assert "has 2 lines, but samples=3" in told

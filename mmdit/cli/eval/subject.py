@@ -19,6 +19,7 @@ from mmdit.data.captions import Scene, short_caption
 from mmdit.data.drawing import SHAPES, TEXTURES
 from mmdit.data.shapes import Shapes
 from mmdit.errors import UserError
+from mmdit.flow.solvers import Progress
 from mmdit.loading import open_source
 from mmdit.metrics.compositional import judge
 from mmdit.metrics.distances import clip_score
@@ -113,7 +114,13 @@ def read_prompts(subject: Subject, config: DictConfig, text: Verbatim) -> Prompt
 
 
 def generate(
-    pipe: Pipeline, prompts: Sequence[str], config: DictConfig, *, label: str, **options: Any
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    config: DictConfig,
+    *,
+    label: str,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> Samples:
     """One image per prompt, on the CPU; image i starts from the noise of seed + i."""
     first, options["solver"] = (
@@ -124,10 +131,10 @@ def generate(
     starts = range(0, len(prompts), config.batch_size)
     for start in tqdm(starts, desc=label, unit="batch", disable=None):
         batch = slice(start, start + config.batch_size)
-        samples = pipe.sample(Request(prompts[batch], seeds=seeds[batch], **options))
+        samples = pipe.sample(Request(prompts[batch], seeds=seeds[batch], **options), progress)
         images.append(samples.images.cpu())
-        evaluations = samples.function_evaluations
-    return Samples(torch.cat(images), seeds, evaluations)
+        evaluations += samples.function_evaluations * len(samples.images)
+    return Samples(torch.cat(images), seeds, evaluations / len(prompts))
 
 
 @torch.no_grad()
