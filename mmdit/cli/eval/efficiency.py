@@ -7,8 +7,9 @@ share of the operations of all.
 
 The score is the CLIP score if clip= is given, and otherwise compositional accuracy; the relative
 loss of a setting is (score of most steps - its score) / score of most steps, in percent. The
-distance is ||z - z_most|| / ||z_most|| of the final latents, averaged over images. The path length
-of an image is the sum of ||v dt|| over its steps, with the norm over all values of its latent.
+distance is ||z - z_most|| / ||z_most|| of the final latents, the median over images, since single
+images become others altogether. The path length of an image is the sum of ||v dt|| over its steps,
+with the norm over all values of its latent.
 """
 
 import importlib.util
@@ -213,6 +214,7 @@ class Measure:
             )
         latents, lengths = final.latents(), guidance.lengths().double()
         reference = self._reference = latents if self._reference is None else self._reference
+        apart = relative_distances(latents, reference)
         found = scores(self.prompts, samples.images, self.features)
         row = {
             "setting": setting.name,
@@ -223,7 +225,8 @@ class Measure:
             "function_evaluations": samples.function_evaluations,
             "path_length": lengths.mean().item(),
             "path_length_standard_error": lengths.std().item() / len(lengths) ** 0.5,
-            "distance": relative_distance(latents, reference),
+            "distance": apart.quantile(0.5).item(),
+            "mean_distance": apart.mean().item(),
             **found,
         }
         if "accuracy" in found:
@@ -232,12 +235,12 @@ class Measure:
         return row
 
 
-def relative_distance(latents: Tensor, reference: Tensor) -> float:
-    """||z - z_reference|| / ||z_reference|| of each latent (n, c, h, w), averaged."""
+def relative_distances(latents: Tensor, reference: Tensor) -> Tensor:
+    """||z - z_reference|| / ||z_reference|| of each latent (n, c, h, w): (n,)."""
     apart, whole = (
         part.double().flatten(1).norm(dim=1) for part in (latents - reference, reference)
     )
-    return (apart / whole).mean().item()
+    return apart / whole
 
 
 def add_losses(report: dict[str, Any]) -> None:
