@@ -33,7 +33,7 @@ AGAIN = (
 
 
 class Tables(nn.Module):
-    """A layer that others were replaced by, for sampling alone.
+    """Takes the place of a layer, for sampling alone.
 
     Args:
         replaced: the layer whose place it takes.
