@@ -22,7 +22,7 @@ from mmdit.dtypes import wide
 from mmdit.errors import UserError
 from mmdit.flow.objective import Objective
 from mmdit.latents.sources import FromCache
-from mmdit.loading import Public, Source, open_source
+from mmdit.loading import Public, Run, Source, open_source
 from mmdit.models.backbone import Backbone, PatchBackbone, changed
 from mmdit.models.clip import CLIPTextModel
 from mmdit.models.concat import with_extra_channels
@@ -30,6 +30,7 @@ from mmdit.models.t5 import T5Encoder
 from mmdit.pipeline import Pipeline
 from mmdit.printable import logger
 from mmdit.registry import describe
+from mmdit.runs.checkpoint import config_beside
 from mmdit.text.conditioning import ENCODERS, TextConditioner, TextEncoder
 from mmdit.text.waiting import WaitingEncoder
 
@@ -143,10 +144,30 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
     pipeline = rebuilt
     if student is not None:
         student.check(pipeline)
+    keep_world(config, source, given)
     config.model = OmegaConf.create(describe(pipeline.mmdit))
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)
     return Initial(pipeline, found, source.sha256)
+
+
+def keep_world(config: DictConfig, source: Source, given: Collection[str]) -> None:
+    """Draw shapes from the world that the weights know, so that what it holds out stays unseen.
+
+    That is its `data.seed`, unless the command line names it. Another `seed` then repeats training
+    in the same world.
+    """
+    if not isinstance(source, Run) or "data.seed" in given:
+        return
+    known = config_beside(source.path).get("data") or {}
+    both = (config.data.get("_target_"), known.get("_target_"))
+    if both == ("mmdit.data.Shapes",) * 2 and known["seed"] != config.data.seed:
+        config.data.seed = known["seed"]
+        log.info(
+            "note: data.seed=%d is that of %s: what it holds out stays unseen",
+            known["seed"],
+            config.initial,
+        )
 
 
 def text_as_asked(

@@ -297,6 +297,19 @@ def describes_module(archive: Archive) -> bool:
     return '"class"' in archive.metadata.get("description", "")
 
 
+def config_beside(path: Path) -> dict[str, Any]:
+    """The config of the run whose weights are at this path; empty if there is none.
+
+    Args:
+        path: of a run, a checkpoint or its weights.
+    """
+    for folder in (path, *path.parents[:3]):
+        if (folder / "config.json").is_file():
+            config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+            return config
+    return {}
+
+
 def read_weights(source: Path, weights: str = "ema") -> Weights:
     """Read the weights of a run, a checkpoint or an exported file, once, and verify them.
 

@@ -27,6 +27,7 @@ from mmdit.metrics.features import clip_features, in_batches
 from mmdit.pipeline import Pipeline, Samples
 from mmdit.printable import printable, show
 from mmdit.request import Request
+from mmdit.runs.checkpoint import config_beside
 from mmdit.study.protocol import Features, scenes_of
 
 
@@ -65,10 +66,9 @@ def shapes_for(
     """
     if word is not None:
         one_of("word", word, (*SHAPES, *TEXTURES))
-    folders = source.parents[:3] if source is not None else ()
-    described = [f / "config.json" for f in folders if (f / "config.json").is_file()]
+    described = {} if source is None else config_beside(source)
     if described:
-        arguments = json.loads(described[0].read_text())["data"]
+        arguments = described["data"]
     else:
         arguments = OmegaConf.to_container(config.data, resolve=True)
     if "parts" in arguments:  # of a mixture, the first part is validated on
