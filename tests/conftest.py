@@ -2,9 +2,10 @@
 
 import io
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ from tests.references import GoldenCase
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Remove the handlers that a command sets up, whose captured output ends with the test."""
+    before = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = [h for h in logging.root.handlers if h in before]
 
 
 # Laws of whatever is registered
