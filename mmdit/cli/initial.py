@@ -88,17 +88,7 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
         UserError: there are no such weights, or the command line describes other networks.
     """
     if config.initial is None:
-        for key in ("base_dtype", "train", "start_words", "extra_channels"):
-            if config[key] is not None:
-                raise UserError(
-                    f"{key}={config[key]} needs weights to start from: initial=<source>"
-                )
-        if config.get("adapter") is not None:
-            raise UserError(
-                "adapter= needs weights to adapt: initial=<run, file, folder or hub id>"
-            )
-        if student_of(config) is not None:
-            raise UserError("student= needs a teacher: initial=<run, file, folder or hub id>")
+        expect_fresh(config)
         return None
     sections = {key: key.partition(".")[0].partition("/")[0] for key in given}
     named = sorted(key for key, section in sections.items() if section in COMES_WITH)
@@ -149,6 +139,17 @@ def open_initial(config: DictConfig, given: Collection[str]) -> Initial | None:
     config.autoencoder.trained = False
     found = str(path.resolve()) if path.exists() else str(config.initial)
     return Initial(pipeline, found, source.sha256)
+
+
+def expect_fresh(config: DictConfig) -> None:
+    """Raise UserError if a config without `initial=` asks for what needs weights to start from."""
+    for key in ("base_dtype", "train", "start_words", "extra_channels"):
+        if config[key] is not None:
+            raise UserError(f"{key}={config[key]} needs weights to start from: initial=<source>")
+    if config.get("adapter") is not None:
+        raise UserError("adapter= needs weights to adapt: initial=<run, file, folder or hub id>")
+    if student_of(config) is not None:
+        raise UserError("student= needs a teacher: initial=<run, file, folder or hub id>")
 
 
 def keep_world(config: DictConfig, source: Source, given: Collection[str]) -> None:
