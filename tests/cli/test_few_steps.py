@@ -21,7 +21,8 @@ from tests.training_for_tests import assert_same_run, losses, run
 
 SMALL = (
     *("experiment=few_steps", "precision=fp32", "initial=runs/base", "data.samples=32"),
-    *("schedule.warmup_steps=2", "ema.every=1", "training.validation_size=4"),
+    *("schedule=warmup_constant", "schedule.warmup_steps=2"),  # of any length
+    *("ema.every=1", "training.validation_size=4"),
     *("training.steps=6", "training.batch_size=4", "training.log_every=1"),
     *("training.evaluate_every=6", "training.save_every=3"),
 )
