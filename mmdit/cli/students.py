@@ -21,8 +21,10 @@ def student_of(config: DictConfig) -> Student | None:
 def opponent_of(config: DictConfig, pipeline: Pipeline) -> Opponent | None:
     """What is trained beside the student that a config asks for, if anything; from the seed."""
     student = student_of(config)
+    if student is None:
+        return None
     torch.manual_seed(config.seed)
-    opposed = None if student is None else student.opponent(pipeline.mmdit)
+    opposed = student.opponent(pipeline.mmdit)
     if opposed is None:
         return None
     module = opposed.module.to(pipeline.device)
@@ -50,9 +52,8 @@ def take_over(config: DictConfig, teacher: Pipeline, given: Collection[str]) -> 
             config.student[key] = value
     student = student_of(config)
     assert student is not None
-    if not student.adaptable and config.get("adapter") is not None:
+    if (why := student.not_adapter) and config.get("adapter") is not None:
         raise UserError(
-            "student=mean_flow has an embedding of its own, which an adapter does not hold: leave "
-            "adapter out, or choose student=reflow"
+            f"{why}, which an adapter does not hold: leave adapter out, or choose student=reflow"
         )
     return student

@@ -60,7 +60,7 @@ class LADD:
 
     taught = True
     not_whole: str | None = "student=ladd reads the tokens after each block of its teacher"
-    adaptable = True
+    not_adapter: str | None = None
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class MeanFlow:
 
     pairs: MadePairs | None = None  # it learns from the latents of images
     not_whole: str | None = "student=mean_flow differentiates the network forwards"
-    adaptable = False  # the embedding of the interval is its own
+    not_adapter: str | None = "student=mean_flow has an embedding of its own"
 
     def __init__(
         self,

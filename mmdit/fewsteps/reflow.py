@@ -35,7 +35,7 @@ class Reflow:
 
     taught = False  # the pairs are all that it learns from
     not_whole: str | None = None
-    adaptable = True
+    not_adapter: str | None = None
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ class Student(Protocol):
         taught: whether the loss needs the teacher, of which a copy is then kept.
         pairs: what it learns from instead of the latents of images, if anything.
         not_whole: why its blocks can be neither compiled nor sharded; None if they can.
-        adaptable: whether an adapter of the teacher can hold all that the student learns.
+        not_adapter: what an adapter of the teacher cannot hold of the student; None if it can.
     """
 
     steps: int
@@ -56,7 +56,7 @@ class Student(Protocol):
     taught: bool
     pairs: MadePairs | None
     not_whole: str | None
-    adaptable: bool
+    not_adapter: str | None
 
     def check(self, teacher: Pipeline) -> None:
         """Raise UserError if this model cannot be the teacher."""

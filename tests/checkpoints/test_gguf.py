@@ -124,7 +124,7 @@ def foreign(path: Path, tensors: Mapping[str, Tensor], kinds: Mapping[str, str],
 
 
 def test_a_file_of_several_types_is_read_as_a_whole(model, tmp_path):
-    """As llama-quantize mixes them, and with a prefix, and with what belongs to other programs."""
+    """Types mixed as llama-quantize does, keys with a prefix, and tensors of other programs."""
     network = model("mmdit")
     tensors = dict(exported(network, "original", prefixed=True))
     turns = ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "F16", "BF16"]
